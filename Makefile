@@ -1,0 +1,36 @@
+# make demo   the four scripts on the bundled miniature: pictures and a table under outputs/
+# make test   the tests, offline
+# make check  ruff, ruff format, mypy
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format clean
+demo: .venv/installed
+	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+test: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(CONSTRAINTS)
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+# With a GPU, pip's own torch is the right one; without, constraints.txt keeps gigabytes of CUDA away.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints.txt)
+
+clean:
+	rm -rf .venv outputs

@@ -1,0 +1,196 @@
+"""Stage one, text: prompts → embeddings.parquet.
+
+Loads the three text encoders of SD3 one at a time, writes what they say of every prompt, and frees them, so that
+no later stage ever loads T5's 4.8 billion parameters.
+
+    python compute_embeddings.py --instance_data_dir dog --instance_prompt "a photo of sks dog"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from sd3_lora.captions import instance_images
+from sd3_lora.command_line import (
+    UserError,
+    command,
+    exit_code,
+    parse_flags,
+    read_text_lines,
+    require_writable_folder,
+    save_run,
+)
+from sd3_lora.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
+from sd3_lora.devices import DeviceConfig, choose_device
+from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.memory import StageReport
+from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.text_encoders import (
+    TextEncoderPlan,
+    choose_text_encoder_plan,
+    describe_t5,
+    encode_prompts,
+    report_identifier,
+)
+
+PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """What to embed, how, and where to write it."""
+
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures of the subject; captions beside them (dog.txt for dog.jpg, or metadata.jsonl) "
+            "are embedded too. Default: the folder dog, or examples/robot.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={"aliases": ["--prompt"], "help": "The prompt with the identifier: 'a photo of sks dog'."},
+    )
+    class_prompt: str | None = field(
+        default=None, metadata={"help": "The same without the identifier: 'a photo of a dog'."}
+    )
+    validation_prompt: list[str] = field(
+        default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
+    )
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "Text file with more such prompts, one a line, for inference.py."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
+    )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    max_sequence_length: int = field(default=77, metadata={"help": "T5 tokens of a prompt, 1 to 512."})
+    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
+        default=None,
+        metadata={"help": "Of T5's weights. Default: that of an existing file, else int8 on a GPU, fp32 on a CPU."},
+    )
+    t5_stream: bool = field(
+        default=False, metadata={"help": "Keep one T5 block at a time on the device (fp16 or fp32): the least memory."}
+    )
+    output_path: str = field(default="sample_embeddings.parquet", metadata={"help": "The parquet file to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
+
+
+def collect_prompts(
+    config: EmbeddingConfig, images: Sequence[InstanceImage], instance_prompt: str | None, is_example: bool
+) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
+    """Every distinct prompt with its roles, and the image ids that it describes."""
+    asked = [(instance_prompt, "instance")] if instance_prompt is not None else []
+    asked += [(image.prompt, "instance") for image in images]
+    if config.class_prompt is not None:
+        asked.append((config.class_prompt, "class"))
+    validation = list(config.validation_prompt)
+    if config.prompts_file is not None:
+        validation += read_text_lines(Path(config.prompts_file))
+    elif is_example and not validation:
+        validation = read_text_lines(EXAMPLE_PROMPTS_FILE)
+    asked += [(prompt, "validation") for prompt in validation]
+    asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
+    roles: dict[str, tuple[str, ...]] = {}
+    for prompt, role in asked:
+        roles[prompt] = tuple(dict.fromkeys((*roles.get(prompt, ()), role)))
+    image_ids: dict[str, tuple[str, ...]] = {}
+    for image in images:
+        image_ids[image.prompt] = (*image_ids.get(image.prompt, ()), image.image_id)
+    return roles, image_ids
+
+
+def read_existing(path: Path, overwrite: bool) -> Provenance | None:
+    """The provenance of an embeddings file that is there already and is to be kept."""
+    if overwrite or not path.exists():
+        return None
+    with EmbeddingStore(path) as store:
+        return store.provenance
+
+
+def encode_missing(
+    files: ModelFiles,
+    plan: TextEncoderPlan,
+    prompts: Sequence[str],
+    parts: EmbeddingParts,
+    reports: list[StageReport],
+) -> None:
+    """Encodes the prompts chunk by chunk; each chunk is on disk before the next begins."""
+    chunks = [prompts[i : i + PROMPTS_PER_CHUNK] for i in range(0, len(prompts), PROMPTS_PER_CHUNK)]
+    for chunk in tqdm(chunks, desc="chunks", unit="chunk", disable=len(chunks) < 2):
+        prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
+        rows = zip(chunk, prompt_embeds, pooled, strict=True)
+        parts.add([PromptEmbedding(prompt, (), (), embeds, pool) for prompt, embeds, pool in rows])
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    config, model, device_config = parse_flags(
+        (EmbeddingConfig, ModelConfig, DeviceConfig), argv, "compute_embeddings.py", __doc__.splitlines()[0]
+    )
+    if model.is_miniature:
+        say_miniature("compute_embeddings.py")
+    folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
+    output_path = Path(config.output_path)
+    require_writable_folder(output_path.absolute().parent)
+    device = choose_device(device_config.device)
+    files = ModelFiles(model)
+
+    images, left_out = instance_images(folder, instance_prompt, config.recursive)
+    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
+    roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
+    identifier = report_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
+    for line in identifier.sentences() if identifier else ():
+        print(line)
+
+    existing = read_existing(output_path, config.overwrite)
+    kept = existing.precision if existing else None
+    plan = choose_text_encoder_plan(
+        files, device, config.max_sequence_length, config.t5_precision, config.t5_stream, kept
+    )
+    provenance = files.provenance(TEXT_COMPONENTS, plan.t5_precision, config.max_sequence_length)
+    difference = existing.difference(provenance, "max_sequence_length") if existing else None
+    if difference:
+        raise UserError(
+            f"{output_path} was made with {difference}: add --overwrite to replace it, or give another --output_path"
+        )
+
+    parts = EmbeddingParts(output_path, provenance)
+    done = parts.prompts()
+    if existing:
+        with EmbeddingStore(output_path) as store:
+            done |= set(store.prompts)
+    missing = [prompt for prompt in roles if prompt not in done]
+    print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
+    reports: list[StageReport] = []
+    encode_missing(files, plan, missing, parts, reports)
+
+    def rows():
+        yield from parts.read_all()
+        if existing:
+            with EmbeddingStore(output_path) as store:
+                yield from store.read_all()
+
+    count = write_embeddings(output_path, provenance, with_uses(rows(), roles, image_ids))
+    parts.remove()
+    size_mib = output_path.stat().st_size / 1024**2
+    save_run(output_path.with_suffix(".json"), (config, model, device_config), reports, wrote=str(output_path))
+    print(f"wrote {output_path}: {count} prompts, {size_mib:.1f} MiB")
+    print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=folder))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""LoRA and prompts → PNGs.
+
+Encode, free, denoise, free, decode: as in training, no two of the large models are ever in memory together. Where the
+prompts are already in an embeddings file, no text encoder is loaded at all.
+
+    python inference.py --lora sd3-dreambooth-lora --prompt "a photo of sks dog in a bucket"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from tqdm import tqdm
+
+from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
+from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
+from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
+from sd3_lora.embedding_store import EmbeddingStore
+from sd3_lora.latent_cache import denormalize_latents
+from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
+from sd3_lora.memory import StageReport, memory_stage
+from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.pictures import PicturePlan, plan_pictures
+from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What to draw, with which LoRA, and where to."""
+
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Folder, file or hub id of a LoRA; may be repeated. Without it: the model as it is (on the "
+            f"miniature, {LORA_FOLDER} where that is there).",
+        },
+    )
+    lora_scale: list[float] = field(
+        default_factory=list, metadata={"action": "extend", "help": "Strength of each --lora; default 1."}
+    )
+    prompt: list[str] = field(
+        default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
+    )
+    prompts_file: str | None = field(default=None, metadata={"help": "Text file with prompts, one a line."})
+    negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
+    num_images: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
+    guidance: float = field(default=7.0, metadata={"help": "Classifier-free guidance; 1 or less is without."})
+    height: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
+    width: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
+    seed: int = field(default=0, metadata={"help": "Of the starting noise."})
+    batch_size: int = field(default=1, metadata={"help": "Pictures denoised together."})
+    outdir: str = field(default="images", metadata={"help": "Where the pictures go."})
+    data_df_path: str = field(
+        default=EMBEDDINGS_PATH, metadata={"help": "An embeddings file; its prompts need no text encoder."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "T5 tokens. Default: as the LoRA's training."}
+    )
+    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
+        default=None, metadata={"help": "Of T5, for prompts that have no embedding yet."}
+    )
+    t5_stream: bool = field(default=False, metadata={"help": "Keep one T5 block at a time on the device."})
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+            raise ValueError(f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file with its strength and what its training noted."""
+
+    path: Path
+    scale: float
+    record: dict[str, Any]
+
+    def identity(self) -> str:
+        """Of its bytes, for the settings in the picture."""
+        return f"{hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]}@{self.scale:g}"
+
+
+def find_loras(config: InferenceConfig, is_miniature: bool) -> list[Lora]:
+    """The LoRAs that the flags name."""
+    names = list(config.lora)
+    if not names and is_miniature and (Path(LORA_FOLDER) / LORA_FILE).is_file():
+        print(f"drawing with the LoRA in {LORA_FOLDER}")
+        names = [LORA_FOLDER]
+    paths = [find_lora(name) for name in names]
+    scales = config.lora_scale or [1.0] * len(paths)
+    return [Lora(path, scale, read_lora_record(path)) for path, scale in zip(paths, scales, strict=True)]
+
+
+def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: bool) -> list[str]:
+    """The prompts to draw: as given, else the examples' on the miniature, else each LoRA's trigger.
+
+    Raises:
+        UserError: there is none.
+    """
+    prompts = list(config.prompt)
+    if config.prompts_file is not None:
+        prompts += read_text_lines(Path(config.prompts_file))
+    elif not prompts and is_miniature:
+        prompts = read_text_lines(EXAMPLE_PROMPTS_FILE)
+    prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
+    if not prompts:
+        raise UserError('nothing to draw: type --prompt "a photo of ..."')
+    return prompts
+
+
+Embeddings = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def read_known(
+    path: Path, prompts: Sequence[str], files: ModelFiles, config: InferenceConfig, length: int
+) -> Embeddings:
+    """The prompts' embeddings that the file has, if it was made for this model and length."""
+    if not path.is_file():
+        return {}
+    with EmbeddingStore(path) as store:
+        precision = config.t5_precision or store.provenance.precision
+        if store.provenance.difference(files.provenance(TEXT_COMPONENTS, precision, length), "max_sequence_length"):
+            return {}
+        rows = store.read_all([prompt for prompt in prompts if prompt in store])
+        return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in rows}
+
+
+def embed(
+    prompts: Sequence[str],
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    device: torch.device,
+    reports: list[StageReport],
+) -> Embeddings:
+    """Every prompt's `(S, D)` and `(P,)` float16 embeddings, read or computed."""
+    known = read_known(Path(config.data_df_path), prompts, files, config, length)
+    missing = [prompt for prompt in prompts if prompt not in known]
+    if not missing:
+        print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
+        return known
+    plan = choose_text_encoder_plan(files, device, length, config.t5_precision, config.t5_stream)
+    print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
+    prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
+    return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]
+
+
+def load_denoiser(files: ModelFiles, dtype: torch.dtype, device: torch.device, loras: Sequence[Lora]) -> Any:
+    """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
+    from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
+
+    transformer = SD3Transformer2DModel.from_pretrained(
+        files.component("transformer"), variant=files.config.variant, torch_dtype=dtype, use_safetensors=True
+    )
+    for lora in loras:
+        check_lora_fits(lora.path, transformer)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer.to(device),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(files.component("scheduler")),
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        text_encoder_3=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        tokenizer_3=None,
+    )
+    names = [f"lora_{index}" for index in range(len(loras))]
+    for name, lora in zip(names, loras, strict=True):
+        transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
+    if names:
+        transformer.set_adapters(names, [lora.scale for lora in loras])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def denoise(
+    pipeline: Any, plans: Sequence[PicturePlan], embeddings: Embeddings, config: InferenceConfig, shape: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """The pictures' normalized latents `(16, H/8, W/8)` on the CPU.
+
+    Raises:
+        UserError: they are not finite.
+    """
+    latents: list[torch.Tensor] = []
+    dtype, device = pipeline.transformer.dtype, pipeline.transformer.device
+    for start in tqdm(range(0, len(plans), config.batch_size), desc="denoising", unit="batch"):
+        batch = plans[start : start + config.batch_size]
+
+        def stack(prompts: list[str]) -> list[torch.Tensor]:
+            return [torch.stack(part).to(device, dtype) for part in zip(*(embeddings[p] for p in prompts), strict=True)]
+
+        prompt_embeds, pooled = stack([plan.prompt for plan in batch])  # (B, S, D), (B, P)
+        negative_embeds, negative_pooled = stack([config.negative_prompt] * len(batch))
+        latents += pipeline(
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled,
+            negative_prompt_embeds=negative_embeds,
+            negative_pooled_prompt_embeds=negative_pooled,
+            latents=torch.stack([plan.noise(shape) for plan in batch]).to(device, dtype),
+            num_inference_steps=config.num_steps,
+            guidance_scale=config.guidance,
+            height=8 * shape[1],
+            width=8 * shape[2],
+            output_type="latent",
+        ).images.cpu()
+        if not torch.isfinite(latents[-1]).all():
+            raise UserError("the picture came out as NaN (it would be black): type --mixed_precision bf16, or no")
+    return latents
+
+
+@torch.no_grad()
+def decode_and_save(vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
+    """Decodes one picture at a time and writes it."""
+    processor = VaeImageProcessor()
+    for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
+        raw = denormalize_latents(latent[None].float(), vae.config)  # (1, 16, H/8, W/8)
+        pixels = vae.decode(raw.to(vae.device, vae.dtype)).sample  # (1, 3, H, W) in [-1, 1]
+        plan.save(processor.postprocess(pixels.float(), output_type="pil")[0])
+
+
+def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFiles) -> int:
+    """One side of the picture: as given, else the resolution of the LoRA's training, else the model's."""
+    trained = next((lora.record["resolution"] for lora in loras if "resolution" in lora.record), None)
+    size = asked or files.resolution(trained)
+    check_size(size, flag, files.read_config("transformer"), files.latent_channels_and_scale()[1])
+    return size
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """From top to bottom."""
+    config, model, device_config = parse_flags(
+        (InferenceConfig, ModelConfig, DeviceConfig), argv, "inference.py", __doc__.splitlines()[0]
+    )
+    if model.is_miniature:
+        say_miniature("inference.py")
+    device = choose_device(device_config.device)
+    files = ModelFiles(model)
+    loras = find_loras(config, model.is_miniature)
+    prompts = find_prompts(config, loras, model.is_miniature)
+    outdir = Path(config.outdir)
+    require_writable_folder(outdir)
+    height, width = (size_px(getattr(config, flag), flag, loras, files) for flag in ("height", "width"))
+    trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
+    length = config.max_sequence_length or trained_length or 77
+    chosen = choose_training_dtype(config.mixed_precision, device)
+    settings = {
+        "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
+        "lora": [lora.identity() for lora in loras],
+        "negative_prompt": config.negative_prompt,
+        "steps": config.num_steps,
+        "guidance": config.guidance,
+        "height": height,
+        "width": width,
+        "seed": config.seed,
+        "max_sequence_length": length,
+        "precision": chosen.name,
+        "vae_precision": config.vae_precision,
+    }
+    plans = plan_pictures(outdir, prompts, config.num_images, settings)
+    to_draw = [plan for plan in plans if not plan.is_drawn()]
+    print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
+    reports: list[StageReport] = []
+    if to_draw:
+        wanted = list(dict.fromkeys([*(plan.prompt for plan in to_draw), config.negative_prompt]))
+        embeddings = embed(wanted, files, config, length, device, reports)
+
+        with memory_stage(f"denoise ({chosen.name})", device, reports):
+            channels, vae_scale = files.latent_channels_and_scale()
+            pipeline = load_denoiser(files, chosen.dtype, device, loras)
+            shape = (channels, height // vae_scale, width // vae_scale)
+            latents = denoise(pipeline, to_draw, embeddings, config, shape)
+            del pipeline
+
+        with memory_stage(f"decode ({config.vae_precision})", device, reports):
+            vae = AutoencoderKL.from_pretrained(
+                files.component("vae"),
+                variant=model.variant,
+                torch_dtype=DTYPES[config.vae_precision],
+                use_safetensors=True,
+            ).to(device)
+            decode_and_save(vae, to_draw, latents)
+            del vae
+
+    save_run(outdir / "run.json", (config, model, device_config), reports, wrote=f"{len(to_draw)} pictures in {outdir}")
+    print(f"wrote {len(to_draw)} pictures to {outdir}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Makes the miniature SD3 beside this script: all components of the real pipeline, very small, with random weights.
+
+    python miniature/make_random.py
+
+Everything follows from the seed: the same libraries and seed write the same weights. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers import Tokenizer, models, trainers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+# --- what the captions speak of -----------------------------------------------------------------------------------
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of `text`."""
+    return tuple(text.split())
+
+
+COLOURS = words("red orange yellow green blue purple pink brown black white grey turquoise")
+PATTERNS = words("plain striped checkered dotted")
+SIZES = words("small medium large")
+PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
+OBJECTS = words("""
+    robot dog cat horse cow pig sheep goat chicken duck goose owl eagle parrot penguin fish whale dolphin shark octopus
+    crab lobster snail butterfly bee ant spider ladybug beetle frog turtle lizard snake dragon dinosaur elephant lion
+    tiger leopard bear panda koala monkey gorilla rabbit mouse hamster squirrel fox wolf deer camel giraffe zebra
+    kangaroo hedgehog bat tree flower rose tulip sunflower cactus mushroom leaf apple pear orange lemon banana
+    watermelon grapes strawberry cherry peach pineapple coconut tomato carrot potato corn pepper cucumber bread cheese
+    egg pizza hamburger sandwich cookie cake candy chocolate teapot cup mug bottle glass spoon fork knife bowl plate
+    chair sofa bed table lamp candle clock watch key lock hammer axe saw wrench screwdriver scissors pencil pen brush
+    book envelope box gift balloon kite ball football basketball trophy medal guitar violin trumpet drum piano camera
+    television radio telephone computer keyboard laptop printer battery rocket satellite airplane helicopter car bus
+    truck train tractor bicycle motorcycle scooter boat ship anchor tent house castle bridge tower lighthouse church
+    factory umbrella hat crown cap shirt dress shoe boot sock glove scarf backpack handbag suitcase ring necklace heart
+    star moon sun cloud rainbow snowflake snowman lightning fire drop wave mountain volcano island globe compass magnet
+    telescope microscope skull ghost alien doll teddy toy vase basket bucket ladder wheel gear bell flag ticket
+    mirror door window
+""")
+SCENES = words("""
+    beach forest desert jungle city street garden park kitchen bedroom library museum river lake ocean field meadow
+    snow rain fog night sunset sunrise space moonlight grass sand rocks road stairs roof market stage studio workshop
+    classroom playground stadium harbour station airport farm village temple cave
+""")
+MATERIALS = words("""
+    wood wooden metal golden silver glass plastic paper stone marble clay leather cotton wool velvet ceramic crystal
+    rubber copper bronze
+""")
+LOOKS = words("""
+    beautiful bright broken clean cute dark dirty elegant fancy fluffy friendly funny furry happy heavy huge lonely
+    modern new old pretty rusty sad scary sharp shiny simple sleeping smiling soft strange tiny ugly vintage young
+""")
+MEDIA = words("""
+    photo picture drawing painting sketch render illustration photograph portrait poster sculpture sticker icon
+    watercolor cartoon mosaic
+""")
+STYLES = words("realistic detailed blurry sharp colourful colorful minimal abstract retro futuristic cinematic")
+ACTIONS = words("""
+    standing sitting lying flying floating jumping running swimming walking sleeping dancing hanging wearing holding
+    riding eating drinking playing looking
+""")
+TEMPLATES = (
+    "a {medium} of a {colour} {thing}",
+    "a {medium} of a {size} {thing} on a {pattern} {other_colour} background",
+    "a photo of a {size} {colour} {thing} {place} on a {pattern} {other_colour} background",
+    "a {pattern} background, {colour} and {other_colour}, with a {thing} {place}",
+    "a {style} {medium} of the {look} {thing} in the {scene}",
+    "a {look} {material} {thing} next to a {other_thing}, {style} {medium}",
+    "the {thing} is {action} on top of a {colour} {other_thing} in front of the {scene}",
+    "two {look} {thing}s {action} under a {other_thing} at the {scene}",
+    "a close-up {medium} of one {material} {thing} with a {other_thing} behind it",
+    "an image of my {colour} {thing}, high quality, {style}",
+    "a {thing} and a {other_thing} near the {scene}, low quality, bad {medium}",
+)
+CAPTION_COUNT = 20_000
+
+# --- how large things are -----------------------------------------------------------------------------------------
+
+VOCABULARY_SIZE = 2_000  # at most: training stops early where nothing is left to merge
+CLIP_TOKENS, T5_TOKENS = 77, 512
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+JOINT_WIDTH = 256  # of T5, and of what the transformer attends to
+CLIP_WIDTHS = (64, 128)  # together less than the joint width, as in SD3, which fills the difference with zeros
+
+
+def make_captions() -> list[str]:
+    """The tokenizers' training text; the same list on each call, whatever the seed of the weights."""
+    choose = random.Random(0).choice
+    captions = [
+        choose(TEMPLATES).format(
+            # Each object in turn, so that none is left out.
+            thing=OBJECTS[i % len(OBJECTS)],
+            other_thing=choose(OBJECTS),
+            colour=choose(COLOURS),
+            other_colour=choose(COLOURS),
+            pattern=choose(PATTERNS),
+            size=choose(SIZES),
+            place=choose(PLACES),
+            scene=choose(SCENES),
+            material=choose(MATERIALS),
+            look=choose(LOOKS),
+            medium=choose(MEDIA),
+            style=choose(STYLES),
+            action=choose(ACTIONS),
+        )
+        for i in range(CAPTION_COUNT)
+    ]
+    return [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in captions]
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters that stand for bytes, in CLIP's order: the printable ones first, so that "!" is 0."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+
+
+def train_clip_vocabulary(captions: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-level BPE, its ids in CLIP's order: bytes, bytes at a word's end, merges, BOS, EOS.
+
+    Returns:
+        The vocabulary and the merges.
+    """
+    # CLIP's own tokenizer brings the normalizer and the word splitter that the model will see in use.
+    template = CLIPTokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer, bpe.pre_tokenizer = template.normalizer, template.pre_tokenizer
+    alphabet = byte_alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - len(alphabet) - 2,  # all the word-end bytes come on top of what it counts, below
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
+    return {word: i for i, word in enumerate(dict.fromkeys(words))}, merges
+
+
+def make_clip_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """One vocabulary twice: SD3's first tokenizer pads with EOS, its second with "!" (id 0)."""
+    vocabulary, merges = train_clip_vocabulary(captions)
+    first, second = (
+        CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad_token, model_max_length=CLIP_TOKENS)
+        for pad_token in (EOS, "!")
+    )
+    return first, second
+
+
+def make_t5_tokenizer(captions: Sequence[str]) -> T5TokenizerFast:
+    """A `T5TokenizerFast` over a Unigram vocabulary; characters outside ASCII become <unk>."""
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = T5TokenizerFast(extra_ids=0).backend_tokenizer.pre_tokenizer
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=[chr(code) for code in range(ord("!"), ord("~") + 1)],
+        show_progress=False,
+    )
+    unigram.train_from_iterator(captions, trainer)
+    # The trainer adds floats up, and lists the characters that it never saw, in no fixed order: two runs agree on the
+    # ids only once the scores are rounded, those characters share the lowest one, and all is sorted.
+    seen = set("".join(captions)) | {"▁"}
+    pieces = [(piece, round(score, 6)) for piece, score in json.loads(unigram.to_str())["model"]["vocab"]]
+    special, learned = pieces[:3], pieces[3:]
+    lowest = min(score for piece, score in learned if set(piece) <= seen)
+    learned = [(piece, score if set(piece) <= seen else lowest) for piece, score in learned]
+    learned.sort(key=lambda entry: (-entry[1], entry[0]))
+    return T5TokenizerFast(vocab=special + learned, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    """The MMDiT, for pictures of 128 pixels up to 1024."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=6,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        joint_attention_dim=JOINT_WIDTH,
+        caption_projection_dim=256,
+        pooled_projection_dim=sum(CLIP_WIDTHS),
+        pos_embed_max_size=64,
+        qk_norm="rms_norm",
+    )
+
+
+def make_vae() -> AutoencoderKL:
+    """16 latent channels at an eighth of the resolution, with SD3's scale and shift."""
+    return AutoencoderKL(
+        sample_size=128,
+        latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 96, 128),
+        layers_per_block=1,
+        norm_num_groups=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        force_upcast=True,
+    )
+
+
+def make_clip(tokenizer: CLIPTokenizer, width: int, hidden_act: str) -> CLIPTextModelWithProjection:
+    """A CLIP text encoder of `width`, hidden and projected."""
+    if tokenizer.eos_token_id == 2:
+        raise ValueError("transformers takes an eos_token_id of 2 for an old, wrong configuration")
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            projection_dim=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=3,
+            num_attention_heads=width // 32,
+            max_position_embeddings=CLIP_TOKENS,
+            hidden_act=hidden_act,
+            # The pooled output is that of the first EOS: the ids must be the tokenizer's, not the class' defaults.
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
+    """A T5 v1.1 encoder."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=JOINT_WIDTH,
+            d_kv=64,
+            d_ff=512,
+            num_layers=3,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.1,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def make_pipeline(seed: int) -> StableDiffusion3Pipeline:
+    """All components, weights in float16. Each starts from the seed anew, so that changing one leaves the others."""
+    captions = make_captions()
+    tokenizer, tokenizer_2 = make_clip_tokenizers(captions)
+    tokenizer_3 = make_t5_tokenizer(captions)
+    makers: dict[str, Callable[[], torch.nn.Module]] = {
+        "transformer": make_transformer,
+        "vae": make_vae,
+        "text_encoder": lambda: make_clip(tokenizer, CLIP_WIDTHS[0], "quick_gelu"),
+        "text_encoder_2": lambda: make_clip(tokenizer_2, CLIP_WIDTHS[1], "gelu"),
+        "text_encoder_3": lambda: make_t5(tokenizer_3),
+    }
+    networks = {}
+    for name, make in makers.items():
+        torch.manual_seed(seed)
+        networks[name] = make().half().eval()
+    return StableDiffusion3Pipeline(
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        tokenizer_3=tokenizer_3,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **networks,
+    )
+
+
+def replace_in_file(path: Path, old: str, new: str) -> None:
+    """Replaces a text that `path` holds exactly once.
+
+    Raises:
+        ValueError: it does not, so a library now writes the file differently.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{path.name} should hold {old} once")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def write_pipeline(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
+    """Writes every component beside its final place and then moves it there; other files are left alone."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as partial:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        # transformers 5 writes its new name of the class; SD3's own index has this one, which all versions know.
+        replace_in_file(Path(partial, "model_index.json"), '"T5Tokenizer"', '"T5TokenizerFast"')
+        for config in Path(partial).glob("text_encoder*/config.json"):
+            # Where no dtype is asked for, transformers 5 takes this one and diffusers float32: they have to agree.
+            replace_in_file(config, '"dtype": "float16"', '"dtype": "float32"')
+        for new in Path(partial).iterdir():
+            old = output_dir / new.name
+            if old.is_dir():
+                shutil.rmtree(old)
+            new.replace(old)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes the miniature and reports its sizes."""
+    parser = argparse.ArgumentParser(description="Make the miniature SD3 with random weights.", allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent, help="Where to write it.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the random weights.")
+    flags = parser.parse_args(argv)
+    pipeline = make_pipeline(flags.seed)
+    write_pipeline(pipeline, flags.output_dir)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            print(f"{name:15} {component.num_parameters():>10,} parameters")
+        elif name.startswith("tokenizer"):
+            print(f"{name:15} {len(component):>10,} tokens")
+    written_mb = sum(path.stat().st_size for path in flags.output_dir.glob("*/*") if path.is_file()) / 1e6
+    print(f"{written_mb:.1f} MB (10**6 bytes) in {flags.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

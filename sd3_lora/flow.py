@@ -1,0 +1,127 @@
+"""Rectified flow: sigmas, interpolation, velocity, loss (Esser et al., arXiv 2403.03206).
+
+Shapes: B batch. sigma 0 is the picture, sigma 1 the noise. All of this is float32, whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How noise levels are drawn and errors weighted."""
+
+    weighting_scheme: WeightingScheme = field(
+        default="logit_normal",
+        metadata={
+            "help": "logit_normal and mode draw more of the middle noise levels; sigma_sqrt and cosmap weight the "
+            "loss; none does neither."
+        },
+    )
+    logit_mean: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of logit_normal. As in diffusers, whose table of timesteps descends: a positive mean draws LESS "
+            "noise (the opposite of the paper's sign)."
+        },
+    )
+    logit_std: float = field(default=1.0, metadata={"help": "Of logit_normal."})
+    mode_scale: float = field(
+        default=1.29, metadata={"help": "Of mode; in diffusers' descending table, as with --logit_mean."}
+    )
+    precondition_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the error of the predicted picture instead of the velocity's (diffusers' larger script "
+            "does): it multiplies the loss by sigma squared."
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Replaces the shift of the model's own scheduler (3.0 in SD3)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.logit_std < 0:
+            raise ValueError("--logit_std must not be negative")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise ValueError("--timestep_shift must be positive: 3.0 is SD3's own")
+
+
+@dataclass(frozen=True)
+class NoiseTable:
+    """diffusers' table of noise levels, from the most noise to the least.
+
+    Attributes:
+        sigmas: `(1000,)` float32 in (0, 1].
+        timesteps: `(1000,)` float32 in (0, 1000], what the transformer is told.
+    """
+
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+
+
+def load_noise_table(scheduler_config: dict[str, Any], timestep_shift: float | None) -> NoiseTable:
+    """The scheduler's training table, with its own shift or the one given in its place."""
+    overrides = {} if timestep_shift is None else {"shift": timestep_shift}
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **overrides)
+    return NoiseTable(scheduler.sigmas[: len(scheduler.timesteps)].float(), scheduler.timesteps.float())
+
+
+def sample_table_indices(count: int, table: NoiseTable, config: FlowConfig, generator: torch.Generator) -> torch.Tensor:
+    """Draws `(count,)` rows of the noise table by the weighting scheme (section 3.1 of the paper)."""
+    density = compute_density_for_timestep_sampling(
+        config.weighting_scheme, count, config.logit_mean, config.logit_std, config.mode_scale, generator=generator
+    )
+    # A density of exactly 1 (the ends of `mode`, or a rounded sigmoid) would point past the table.
+    return (density * len(table.sigmas)).long().clamp(0, len(table.sigmas) - 1)
+
+
+def interpolate(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+    """The point at sigma on the straight line from the picture to the noise (equation 13 of the paper).
+
+    Args:
+        latents: `(B, 16, H/8, W/8)` normalized.
+        noise: of the same shape.
+        sigmas: `(B, 1, 1, 1)`.
+    """
+    return (1.0 - sigmas) * latents + sigmas * noise
+
+
+def flow_matching_loss(
+    velocity: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    loss_weights: torch.Tensor,
+    config: FlowConfig,
+) -> torch.Tensor:
+    """The weighted squared error of the predicted velocity, whose target is `noise - latents`.
+
+    Args:
+        velocity: the transformer's output `(B, 16, H/8, W/8)`.
+        latents: normalized, of the same shape.
+        noise: of the same shape.
+        sigmas: `(B, 1, 1, 1)` float32.
+        loss_weights: `(B,)` float32, the weight of each sample.
+        config: the weighting scheme, and whether to precondition.
+
+    Returns:
+        A float32 scalar: the mean over the batch.
+    """
+    velocity = velocity.float()
+    if config.precondition_outputs:
+        # latents = noisy_latents - sigma * velocity (the line of `interpolate`, solved for its start)
+        prediction, target = interpolate(latents, noise, sigmas) - sigmas * velocity, latents
+    else:
+        prediction, target = velocity, noise - latents
+    weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
+    per_sample = (weighting * (prediction - target) ** 2).flatten(1).mean(1)  # (B,)
+    return (loss_weights * per_sample).mean()

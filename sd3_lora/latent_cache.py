@@ -1,0 +1,163 @@
+"""The latent cache: the VAE's posterior of every crop of every picture, one safetensors file a picture.
+
+A file is named by its picture's id and holds `<variant>.mean` and `<variant>.std`, `(16, H/8, W/8)` each, raw: the
+shift and the scale of the VAE are applied in training (`normalize_latents`), so that the cache is what the VAE said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sd3_lora.command_line import UserError
+from sd3_lora.records import InstanceImage, LatentPosterior, Provenance
+
+_METADATA_KEY = "sd3_lora"
+
+
+def normalize_latents(raw_latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """Raw VAE latents → the space in which the transformer works: `(raw - shift) * scale`."""
+    return (raw_latents - vae_config["shift_factor"]) * vae_config["scaling_factor"]
+
+
+def sample_posterior(mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A raw sample of the VAE's posterior; `noise` is standard normal of the same shape."""
+    return mean + std * noise
+
+
+def denormalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """The inverse of `normalize_latents`, for the decoder; as `StableDiffusion3Pipeline` does it."""
+    return latents / vae_config["scaling_factor"] + vae_config["shift_factor"]
+
+
+class LatentCache:
+    """A folder of posteriors, keyed by image id and variant.
+
+    Args:
+        folder: where the files lie; it need not exist yet.
+        wanted: the provenance that every file read must have.
+        alpha_background: what transparent pixels were drawn over; None to read either.
+    """
+
+    def __init__(self, folder: Path, wanted: Provenance, alpha_background: str | None = None):
+        self.folder = folder
+        self.wanted = wanted
+        self.alpha_background = alpha_background
+
+    def path(self, image_id: str) -> Path:
+        """The file of one picture."""
+        return self.folder / f"{image_id}.safetensors"
+
+    def remove_unfinished(self) -> None:
+        """Deletes what an interrupted run left under temporary names."""
+        for path in self.folder.glob(".*.unfinished"):
+            path.unlink()
+
+    def _open(self, image_id: str) -> Any:
+        path = self.path(image_id)
+        try:
+            handle = safe_open(path, "pt")
+            metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
+            found, background = Provenance.from_dict(metadata["provenance"]), metadata["alpha_background"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a whole latent file of this project ({type(error).__name__}): delete it and run "
+                "precompute_latents.py again"
+            ) from error
+        difference = found.difference(self.wanted, "resolution")
+        if self.alpha_background not in (None, background):
+            difference = difference or f"alpha_background {background}, not {self.alpha_background}"
+        if difference:
+            raise StaleLatents(path, difference)
+        return handle
+
+    def variants(self, image_id: str) -> tuple[str, ...]:
+        """The variants that the cache holds of a picture; none if it has no file.
+
+        Raises:
+            UserError: a truncated or foreign file.
+            StaleLatents: a file made with other settings.
+        """
+        if not self.path(image_id).is_file():
+            return ()
+        with self._open(image_id) as handle:
+            names = list(handle.keys())
+        return tuple(sorted(name.removesuffix(".mean") for name in names if name.endswith(".mean")))
+
+    def picture_size(self, image_id: str) -> tuple[int, int]:
+        """Width and height in pixels of the upright picture, before resizing."""
+        with self._open(image_id) as handle:
+            width, height = json.loads(handle.metadata()[_METADATA_KEY])["picture_size"]
+        return width, height
+
+    def read(self, image_id: str, variant: str) -> LatentPosterior:
+        """One posterior.
+
+        Raises:
+            UserError: a truncated or foreign file, or numbers that are not finite.
+            StaleLatents: a file made with other settings.
+        """
+        with self._open(image_id) as handle:
+            mean, std = handle.get_tensor(f"{variant}.mean"), handle.get_tensor(f"{variant}.std")
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise UserError(
+                f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
+                "precompute_latents.py --vae_precision fp32"
+            )
+        return LatentPosterior(image_id, variant, mean, std)
+
+    def add(self, image: InstanceImage, size: tuple[int, int], posteriors: Iterable[LatentPosterior]) -> None:
+        """Writes a picture's posteriors beside those that its file holds already.
+
+        Args:
+            image: the picture.
+            size: its width and height in pixels, upright.
+            posteriors: of its crops.
+        """
+        image_id = image.image_id
+        tensors: dict[str, torch.Tensor] = {}
+        for variant in self.variants(image_id):
+            kept = self.read(image_id, variant)
+            tensors |= {f"{variant}.mean": kept.mean, f"{variant}.std": kept.std}
+        for posterior in posteriors:
+            tensors[f"{posterior.variant}.mean"] = posterior.mean.contiguous()
+            tensors[f"{posterior.variant}.std"] = posterior.std.contiguous()
+        metadata = {
+            "provenance": self.wanted.to_dict(),
+            "source": image.path.name,
+            "picture_size": size,
+            "alpha_background": self.alpha_background,
+        }
+        temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
+        save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+        os.replace(temporary, self.path(image_id))
+
+
+class StaleLatents(UserError):
+    """A latent file that was made with other settings than those asked for."""
+
+    def __init__(self, path: Path, difference: str):
+        super().__init__(
+            f"{path} was made with {difference}: add --overwrite to precompute_latents.py to replace it, "
+            "or give another folder"
+        )
+        self.path = path
+        self.difference = difference
+
+
+def recorded_precision(folder: Path) -> str | None:
+    """The VAE precision of the first readable file of a cache, None where there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as handle:
+                return json.loads(handle.metadata()[_METADATA_KEY])["provenance"]["precision"]
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            continue
+    return None

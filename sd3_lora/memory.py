@@ -1,0 +1,110 @@
+"""A stage of work and what it took: time, peak device memory, peak host memory. GiB is 1024³ bytes."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+GIB = 1024**3
+_SAMPLE_INTERVAL_S = 0.02
+
+
+@dataclass
+class StageReport:
+    """What one stage took.
+
+    Attributes:
+        name: of the stage.
+        elapsed_s: seconds.
+        peak_device_gib: the most that torch's allocator held for tensors; 0 on a CPU.
+        peak_reserved_gib: the most that the allocator took from the driver; 0 on a CPU.
+        peak_host_gib: the most anonymous memory of this process (without the mapped weight files, which the
+            system can drop), where the system tells; else its resident set.
+    """
+
+    name: str
+    elapsed_s: float = 0.0
+    peak_device_gib: float = 0.0
+    peak_reserved_gib: float = 0.0
+    peak_host_gib: float = 0.0
+
+    def sentence(self) -> str:
+        """One line for the user."""
+        device = f", device {self.peak_device_gib:.2f} GiB" if self.peak_device_gib else ""
+        return f"{self.name}: {self.elapsed_s:.1f} s, peak host {self.peak_host_gib:.2f} GiB{device}"
+
+
+@contextmanager
+def memory_stage(name: str, device: torch.device, reports: list[StageReport]) -> Iterator[StageReport]:
+    """Measures the block, prints its line and appends it to `reports`.
+
+    The block must itself delete what it loaded; on leaving, the allocator's cache is handed back, so that the next
+    stage starts from nothing.
+    """
+    report = StageReport(name)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    sampler = _HostSampler()
+    start = time.perf_counter()
+    try:
+        with sampler:
+            yield report
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+    finally:
+        report.elapsed_s = time.perf_counter() - start
+        report.peak_host_gib = sampler.peak_bytes / GIB
+        if device.type == "cuda":
+            report.peak_device_gib = torch.cuda.max_memory_allocated(device) / GIB
+            report.peak_reserved_gib = torch.cuda.max_memory_reserved(device) / GIB
+        reports.append(report)
+        free_memory(device)
+    print(report.sentence(), flush=True)
+
+
+def free_memory(device: torch.device) -> None:
+    """Collects what nothing refers to, and returns the allocator's cached blocks to the driver."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _HostSampler:
+    """Samples this process' memory in a thread while the block runs."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_SAMPLE_INTERVAL_S):
+            self.peak_bytes = max(self.peak_bytes, host_bytes())
+
+    def __enter__(self) -> _HostSampler:
+        self.peak_bytes = host_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak_bytes = max(self.peak_bytes, host_bytes())
+
+
+def host_bytes() -> int:
+    """Anonymous memory of this process, in bytes; its resident set where there is no /proc."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,159 @@
+"""The typed objects that cross from one stage to the next.
+
+Shapes: B batch, S text tokens (CLIP's 77 + T5's max_sequence_length), D joint attention width, P pooled width,
+H, W pixels of the crop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class InstanceImage:
+    """One distinct picture of the subject.
+
+    Attributes:
+        image_id: sha256 of the file's bytes, hexadecimal; the key by which all stages join.
+        path: where the file lies.
+        prompt: the caption, or the instance prompt where the picture has none.
+        role: "instance" or "class".
+    """
+
+    image_id: str
+    path: Path
+    prompt: str
+    role: str = "instance"
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """What the three text encoders say of one prompt.
+
+    Attributes:
+        prompt: the text.
+        roles: what the prompt is for: instance, class, validation, negative, empty.
+        image_ids: the pictures that it describes.
+        prompt_embeds: `(S, D)` float16.
+        pooled_prompt_embeds: `(P,)` float16.
+    """
+
+    prompt: str
+    roles: tuple[str, ...]
+    image_ids: tuple[str, ...]
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LatentPosterior:
+    """The VAE's raw posterior of one crop of one picture: neither shifted nor scaled.
+
+    Attributes:
+        image_id: sha256 of the file's bytes.
+        variant: which crop, and whether mirrored (see `images.CropBox.name`).
+        mean: `(16, H/8, W/8)`.
+        std: `(16, H/8, W/8)`.
+    """
+
+    image_id: str
+    variant: str
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """The stacked tensors of one micro-batch.
+
+    Attributes:
+        image_ids: `B` keys, for the diagnosis of a bad step.
+        latent_mean: `(B, 16, H/8, W/8)` raw.
+        latent_std: `(B, 16, H/8, W/8)` raw.
+        prompt_embeds: `(B, S, D)`.
+        pooled_prompt_embeds: `(B, P)`.
+        loss_weights: `(B,)` float32, the weight of each sample in the loss.
+    """
+
+    image_ids: tuple[str, ...]
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    loss_weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an artefact comes from; it is stored inside the artefact.
+
+    Attributes:
+        format_version: of the file format.
+        model: the model's hub id or folder, as the user gave it; used in messages, never compared.
+        revision: the hub's commit; None for a folder.
+        config_hash: sha256 of the configurations of the components that made the artefact.
+        weights_hash: sha256 of sampled bytes of their weights; None for a hub model, where the revision says it.
+        precision: int8, nf4, fp16, bf16 or fp32 of the component that dominates (T5, or the VAE).
+        size: max_sequence_length in T5 tokens, or the resolution in pixels.
+        versions: of the libraries; information only, never compared.
+    """
+
+    format_version: int
+    model: str
+    revision: str | None
+    config_hash: str
+    weights_hash: str | None
+    precision: str
+    size: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Provenance:
+        """From what `to_dict` gave.
+
+        Raises:
+            KeyError: a field is missing (a foreign file).
+        """
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+    @property
+    def identity(self) -> str:
+        """Of the components' weights, in a few letters: for records that are compared whole."""
+        return f"{self.config_hash[:8]}-{(self.revision or self.weights_hash or '')[:8]}"
+
+    def difference(self, wanted: Provenance, size_name: str) -> str | None:
+        """What sets this record apart from `wanted`, in words for a message; None where nothing does.
+
+        Args:
+            wanted: what the reader was asked for.
+            size_name: the flag behind `size`: max_sequence_length or resolution.
+        """
+        if self.format_version != wanted.format_version:
+            return f"file format {self.format_version}, not {wanted.format_version}"
+        if not self.same_model(wanted):
+            mine = f"{self.model}@{self.revision[:8]}" if self.revision else self.model
+            theirs = f"{wanted.model}@{wanted.revision[:8]}" if wanted.revision else wanted.model
+            return f"model {mine}, not {theirs}" if mine != theirs else f"other weights than {theirs} has now"
+        if self.precision != wanted.precision:
+            return f"precision {self.precision}, not {wanted.precision}"
+        if self.size != wanted.size:
+            return f"{size_name} {self.size}, not {wanted.size}"
+        return None
+
+    def same_model(self, other: Provenance) -> bool:
+        """Whether both come from the same component weights, as far as the two records can tell.
+
+        A folder is known by a hash of its weights, a hub model by its commit: what one side lacks cannot be compared.
+        """
+        if self.config_hash != other.config_hash:
+            return False
+        pairs = ((self.revision, other.revision), (self.weights_hash, other.weights_hash))
+        return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)

@@ -1,0 +1,365 @@
+"""The three text encoders of SD3: loaded one at a time, used, freed.
+
+Shapes: N prompts, B prompts of a batch, T T5 tokens, S = 77 + T text tokens, D joint attention width (T5's),
+P pooled width (the two CLIPs' projections side by side).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import (
+    BitsAndBytesConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from sd3_lora.command_line import UserError
+from sd3_lora.devices import DTYPES
+from sd3_lora.memory import GIB, StageReport, memory_stage
+from sd3_lora.model_files import ModelFiles
+
+T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
+BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
+_MARGIN_GIB = 0.5  # activations and fragmentation beside the weights
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class TextEncoderPlan:
+    """How the encoders run.
+
+    Attributes:
+        t5_precision: of T5's weights; fp16 keeps the `wo` projections in fp32, where its activations overflow fp16.
+        t5_stream: whether T5's blocks visit the device one at a time.
+        max_sequence_length: T5 tokens, 1 to 512.
+        device: where they run.
+    """
+
+    t5_precision: T5Precision
+    t5_stream: bool
+    max_sequence_length: int
+    device: torch.device
+
+    @property
+    def clip_dtype(self) -> torch.dtype:
+        """The CLIPs run in fp16 on a GPU, unless T5 is to be exact; a CPU has no fast fp16."""
+        return torch.float32 if self.t5_precision == "fp32" or self.device.type == "cpu" else torch.float16
+
+
+def choose_text_encoder_plan(
+    files: ModelFiles,
+    device: torch.device,
+    max_sequence_length: int,
+    asked: T5Precision | None,
+    stream: bool,
+    kept: str | None = None,
+    say: Callable[[str], None] = print,
+) -> TextEncoderPlan:
+    """The plan that was asked for, or the default, made to fit the device.
+
+    Args:
+        files: the model.
+        device: where to run.
+        max_sequence_length: T5 tokens.
+        asked: `--t5_precision`, None for the default: the `kept` one, else int8 on a GPU and fp32 on a CPU.
+        stream: `--t5_stream`.
+        kept: the precision of an embeddings file that exists already.
+        say: told why the plan differs from the default.
+
+    Raises:
+        UserError: a quantized T5 cannot be streamed; a length that T5 was not trained for.
+    """
+    if not 1 <= max_sequence_length <= 512:
+        raise UserError(f"--max_sequence_length {max_sequence_length} is not between 1 and 512: type 77 or 256")
+    precision: Any = asked or kept or ("fp16" if stream else "int8" if device.type == "cuda" else "fp32")
+    if stream and precision in ("int8", "nf4"):
+        raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
+    plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
+    if stream or device.type != "cuda":
+        return plan
+    needed = t5_device_bytes(files, precision) + _MARGIN_GIB * GIB
+    free = torch.cuda.mem_get_info(device)[0]
+    if needed <= free:
+        return plan
+    shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
+    if (asked is None and kept is None) or precision == "int8":
+        say(f"{shortage}: streaming it in fp16, one block at a time (--t5_stream)")
+        return replace(plan, t5_precision="fp16", t5_stream=True)
+    raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
+
+
+def t5_device_bytes(files: ModelFiles, precision: str) -> int:
+    """What T5's weights take on the device, from the shapes in its files' headers."""
+    per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
+    total = 0.0
+    for path in files.weight_files("text_encoder_3"):
+        with safe_open(path, "pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                numel = math.prod(handle.get_slice(key).get_shape())
+                if key.endswith(".wo.weight") and precision in ("int8", "fp16"):
+                    total += 4 * numel  # kept in fp32
+                elif "block" in key and "norm" not in key and "bias" not in key:
+                    total += per_weight * numel
+                else:
+                    total += max(per_weight, 2.0) * numel
+    return int(total)
+
+
+@torch.no_grad()
+def encode_prompts(
+    files: ModelFiles, prompts: Sequence[str], plan: TextEncoderPlan, reports: list[StageReport]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts through CLIP-L, CLIP-G and T5, one encoder at a time.
+
+    The arrangement is `StableDiffusion3Pipeline.encode_prompt`'s: the CLIPs' penultimate hidden states side by side,
+    padded with zeros to T5's width, followed by T5's tokens; the pooled projections side by side.
+
+    Returns:
+        prompt_embeds `(N, S, D)` and pooled_prompt_embeds `(N, P)`, float16 on the CPU.
+
+    Raises:
+        UserError: an embedding that float16 cannot hold, with its prompt.
+    """
+    clip_hidden, pooled = [], []
+    clip_tokens = CLIPTokenizer.from_pretrained(files.component("tokenizer")).model_max_length
+    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
+        with memory_stage(f"encode with {name}", plan.device, reports):
+            encoder = load_clip(files, f"text_encoder{suffix}", plan)
+            tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
+            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens)
+            clip_hidden.append(to_float16(outputs[0], prompts, name))
+            pooled.append(to_float16(outputs[1], prompts, name))
+            del encoder, outputs
+
+    with memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports):
+        tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+        token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
+        if plan.t5_stream:
+            t5_hidden = encode_t5_streamed(files, token_ids, plan)
+        else:
+            encoder = load_t5(files, plan)
+            t5_hidden = torch.cat([encoder(ids.to(plan.device))[0].cpu() for ids in batches(token_ids)])
+            del encoder
+        t5_hidden = to_float16(t5_hidden, prompts, "T5")
+
+    clips = torch.cat(clip_hidden, dim=-1)  # (N, 77, D1 + D2)
+    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (N, 77, D)
+    return torch.cat([clips, t5_hidden], dim=1), torch.cat(pooled, dim=-1)
+
+
+def describe_t5(plan: TextEncoderPlan) -> str:
+    """The precision, and whether streamed, in words."""
+    return f"{plan.t5_precision}, one block at a time" if plan.t5_stream else plan.t5_precision
+
+
+def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> torch.Tensor:
+    """Rounds `(N, ...)` to float16, the precision of the store.
+
+    Raises:
+        UserError: a NaN, or a value that float16 would turn to infinity; names the first such prompt.
+    """
+    per_prompt = values.flatten(1).float().abs().amax(1)  # NaN propagates
+    bad = ~(per_prompt <= _FLOAT16_MAX)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise UserError(
+            f"{encoder} gives {per_prompt[index]:g} for the prompt {prompts[index]!r}, which float16 cannot hold: "
+            "type --t5_precision fp32, or change the prompt"
+        )
+    return values.to(torch.float16)
+
+
+def batches(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`values` in pieces of `BATCH_SIZE` rows, with a progress bar where there are several."""
+    pieces = values.split(BATCH_SIZE)
+    return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+    """Token ids `(N, length)`, padded and cut to `length`; says which prompts are cut."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+    too_long = [p for p in prompts if len(tokenizer(p).input_ids) > length]
+    if too_long:
+        shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
+        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
+        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+    return ids
+
+
+def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder, on the plan's device."""
+    return CLIPTextModelWithProjection.from_pretrained(
+        files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
+    ).to(plan.device)
+
+
+def encode_clip(
+    encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The penultimate hidden states `(N, 77, d)` and the pooled projections `(N, p)` on the CPU."""
+    hidden, pooled = [], []
+    for ids in batches(tokenize(tokenizer, prompts, length)):
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        hidden.append(output.hidden_states[-2].cpu())
+        pooled.append(output.text_embeds.cpu())
+    return torch.cat(hidden), torch.cat(pooled)
+
+
+def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
+    """T5's encoder, whole, on the plan's device in the plan's precision."""
+    options: dict[str, Any] = {"dtype": torch.float16, "device_map": {"": plan.device}}
+    if plan.t5_precision == "int8":  # LLM.int8(), arXiv 2208.07339
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif plan.t5_precision == "nf4":  # arXiv 2305.14314
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+        )
+    else:
+        options["dtype"] = DTYPES[plan.t5_precision]  # transformers itself keeps `wo` in fp32 under fp16
+    return T5EncoderModel.from_pretrained(
+        files.component("text_encoder_3"), variant=files.config.variant, use_safetensors=True, **options
+    )
+
+
+@torch.no_grad()
+def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> torch.Tensor:
+    """T5 with one block on the device at a time, read straight from the safetensors files.
+
+    All prompts pass one block before the next is read, in the batches of the resident encoder, through
+    transformers' own block modules: the result is the resident encoder's, bit for bit.
+
+    Args:
+        files: the model.
+        token_ids: `(N, T)`.
+        plan: precision fp16 or fp32, and the device.
+
+    Returns:
+        Hidden states `(N, T, D)` on the CPU, in the dtype of the resident encoder's output.
+    """
+    folder = files.component("text_encoder_3")
+    with init_empty_weights():
+        encoder = T5EncoderModel(T5Config.from_pretrained(folder)).eval().encoder
+    dtype, device = DTYPES[plan.t5_precision], plan.device
+
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+
+        def fill(module: torch.nn.Module, prefix: str) -> None:
+            for name, _ in list(module.named_parameters()):
+                # As transformers does when it loads T5 in fp16 (see T5PreTrainedModel._keep_in_fp32_modules).
+                kept = torch.float32 if name.endswith("wo.weight") else dtype
+                value = weights.tensor(f"{prefix}.{name}")
+                set_module_tensor_to_device(module, name, device, value=value, dtype=kept)
+
+        hidden = [weights.rows("shared.weight", ids).to(dtype) for ids in token_ids.split(BATCH_SIZE)]  # (B, T, D)
+        position_bias = None  # (1, heads, T, T): made by the first block, shared by all
+        for index, block in enumerate(tqdm(encoder.block, desc="T5 blocks", leave=False)):
+            fill(block, f"encoder.block.{index}")
+            for i, batch in enumerate(hidden):
+                output = block(batch.to(device), attention_mask=None, position_bias=position_bias)
+                hidden[i] = output[0].cpu()
+                if i == 0 and position_bias is None:
+                    position_bias = output[1]
+            block.to("meta")
+        fill(encoder.final_layer_norm, "encoder.final_layer_norm")
+        return torch.cat([encoder.final_layer_norm(batch.to(device)).cpu() for batch in hidden])
+
+
+class TensorFiles:
+    """Named tensors spread over safetensors files, read one at a time."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._stack = ExitStack()
+        self._handles: dict[str, Any] = {}
+        for path in paths:
+            handle = self._stack.enter_context(safe_open(path, "pt"))
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The whole tensor."""
+        return self._handles[name].get_tensor(name)
+
+    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of a matrix, `(*indices.shape, width)`; only these are read."""
+        matrix = self._handles[name].get_slice(name)
+        wanted, inverse = indices.unique(return_inverse=True)
+        rows = torch.cat([matrix[i : i + 1] for i in wanted.tolist()])
+        return rows[inverse]
+
+
+@dataclass(frozen=True)
+class IdentifierReport:
+    """How the rarest word of a prompt falls into tokens.
+
+    Attributes:
+        word: the identifier.
+        pieces: by tokenizer, its tokens.
+        is_common: whether CLIP knows it as one frequent token, so that it has a meaning already.
+    """
+
+    word: str
+    pieces: dict[str, list[str]]
+    is_common: bool
+
+    def sentences(self) -> list[str]:
+        """What to tell the user: the tokens, and a warning where they do not serve."""
+        shown = "; ".join(f"{name}: {' '.join(pieces)}" for name, pieces in self.pieces.items())
+        lines = [f"identifier {self.word!r} → {shown}"]
+        if self.is_common:
+            lines.append(
+                f"warning: {self.word!r} is a common word, whose meaning the subject would have to displace: "
+                "a rare identifier such as 'sks' learns faster"
+            )
+        elif len(self.pieces["CLIP"]) > 3:
+            lines.append(
+                f"warning: {self.word!r} falls into {len(self.pieces['CLIP'])} CLIP tokens: "
+                "a short rare word holds the subject better"
+            )
+        return lines
+
+
+def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> IdentifierReport | None:
+    """Finds the word that stands for the subject, and how it tokenizes; None for an empty prompt.
+
+    It is the rarest word that the class prompt lacks. CLIP's byte-pair ids follow frequency (a merge learnt later is
+    rarer), so more pieces, then a higher id, mean rarer.
+    """
+    known = set((class_prompt or "").lower().split())
+    words = [w.strip(".,;:!?'\"()[]<>") for w in instance_prompt.split()]
+    words = [w for w in words if w and w.lower() not in known]
+    if not words:
+        return None
+    tokenizers = {
+        "CLIP": CLIPTokenizer.from_pretrained(files.component("tokenizer")),
+        "T5": T5TokenizerFast.from_pretrained(files.component("tokenizer_3")),
+    }
+    clip = tokenizers["CLIP"]
+
+    def ids(word: str) -> list[int]:
+        return clip(word, add_special_tokens=False).input_ids
+
+    word = max(words, key=lambda w: (len(ids(w)), max(ids(w), default=0)))
+    pieces = {name: tokenizer.tokenize(word) for name, tokenizer in tokenizers.items()}
+    # Of CLIP's 49,408 tokens the first fifth holds the everyday words: dog 1,929, photo 1,125; sks is 48,136.
+    is_common = len(ids(word)) == 1 and ids(word)[0] < len(clip) // 5
+    return IdentifierReport(word, pieces, is_common)

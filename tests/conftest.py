@@ -1,0 +1,183 @@
+"""A tiny random SD3 and a handful of pictures, made once; and the scripts, called in-process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+os.environ["WANDB_MODE"] = "disabled"
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+torch.set_num_threads(2)
+
+TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
+PROMPT = "a photo of sks robot"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a script's `main` returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`script("inference", "--prompt", "a dog")` calls the script's main in this process."""
+
+    def call(name: str, *words: object) -> Result:
+        capsys.readouterr()
+        code = importlib.import_module(name).main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
+    """A random SD3 of real classes, joint width `width`, with the miniature's tokenizers; returns `folder`.
+
+    48 is no multiple of the CLIPs' widths (8 + 16), so that a hard-coded 4096, 2048 or 77 cannot hide.
+    """
+    import shutil
+
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(PROJECT / "miniature" / name, folder / name)
+    SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=width,
+        caption_projection_dim=32,
+        pooled_projection_dim=24,
+        out_channels=16,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    ).save_pretrained(folder / "transformer")
+    AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        force_upcast=True,
+    ).save_pretrained(folder / "vae")
+    for name, size in (("text_encoder", 8), ("text_encoder_2", 16)):
+        from transformers import CLIPTextConfig as Config
+
+        shipped = Config.from_pretrained(PROJECT / "miniature" / name)
+        config = CLIPTextConfig(
+            vocab_size=shipped.vocab_size,
+            hidden_size=size,
+            projection_dim=size,
+            intermediate_size=2 * size,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            hidden_act=shipped.hidden_act,
+            bos_token_id=shipped.bos_token_id,
+            eos_token_id=shipped.eos_token_id,
+            pad_token_id=shipped.pad_token_id,
+        )
+        CLIPTextModelWithProjection(config).save_pretrained(folder / name)
+    t5 = T5Config(
+        vocab_size=T5Config.from_pretrained(PROJECT / "miniature" / "text_encoder_3").vocab_size,
+        d_model=width,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.1,
+    )
+    T5EncoderModel(t5).save_pretrained(folder / "text_encoder_3")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    shutil.copy(PROJECT / "miniature" / "model_index.json", folder / "model_index.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random SD3: 64 px, joint width 48, pooled width 24."""
+    return save_tiny_sd3(tmp_path_factory.mktemp("tiny"), width=48)
+
+
+def save_pictures(folder: Path, sizes: list[tuple[int, int]], seed: int = 0) -> list[Path]:
+    """Smooth random pictures of the given sizes, as PNGs 00.png, 01.png, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    paths = []
+    for index, size in enumerate(sizes):
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        paths.append(folder / f"{index:02d}.png")
+        coarse.resize(size, Image.Resampling.BICUBIC).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three pictures: wide, square and tall."""
+    folder = tmp_path / "pictures"
+    save_pictures(folder, [(96, 64), (64, 64), (64, 90)])
+    return folder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A finished stage one: run training with `flags`."""
+
+    model: Path
+    pictures: Path
+    embeddings: Path
+    latents: Path
+
+    @property
+    def flags(self) -> list[object]:
+        return [
+            "--pretrained_model_name_or_path", self.model, "--instance_data_dir", self.pictures,
+            "--instance_prompt", PROMPT, "--data_df_path", self.embeddings, "--latents_path", self.latents,
+            "--report_to", "none", "--seed", 0,
+        ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Stage one on the tiny model, once for all tests; they must not write to it. T5 length 20."""
+    folder = tmp_path_factory.mktemp("prepared")
+    save_pictures(folder / "pictures", [(96, 64), (64, 64), (64, 90), (70, 64), (64, 100)])
+    stage_one = Prepared(tiny_sd3, folder / "pictures", folder / "embeddings.parquet", folder / "latents")
+    shared = ["--pretrained_model_name_or_path", str(tiny_sd3), "--instance_data_dir", str(stage_one.pictures)]
+    embeddings = importlib.import_module("compute_embeddings")
+    latents = importlib.import_module("precompute_latents")
+    text = ["--instance_prompt", PROMPT, "--max_sequence_length", "20", "--class_prompt", "a photo of a robot"]
+    assert embeddings.main([*shared, *text, "--output_path", str(stage_one.embeddings)]) == 0
+    assert latents.main([*shared, "--output_path", str(stage_one.latents)]) == 0
+    return stage_one

@@ -1,0 +1,498 @@
+"""Pictures on disk: which files count, what colour a pixel has, which crops are cut."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import warnings
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sd3_lora.command_line import UserError
+from sd3_lora.images import (
+    BrokenImage,
+    CropBox,
+    crop_boxes,
+    crop_pixels,
+    hash_file,
+    list_images,
+    mirrored,
+    open_rgb,
+)
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+SIDES = st.integers(1, 90)
+PROPERTY = settings(
+    derandomize=True,
+    max_examples=60,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def encoded(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int, bands: int = 3) -> np.ndarray:
+    shape = (height, width, bands) if bands > 1 else (height, width)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def pixel(path: Path, xy: tuple[int, int] = (0, 0), alpha_background: str = "white") -> tuple[int, ...]:
+    image = open_rgb(path, alpha_background)
+    assert image.mode == "RGB"
+    return image.getpixel(xy)
+
+
+def saved(folder: Path, image: Image.Image, name: str, **options: object) -> Path:
+    path = folder / name
+    image.save(path, **options)
+    return path
+
+
+def heic(tmp_path: Path) -> Path:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    path = tmp_path / "phone.heic"
+    pillow_heif.from_pillow(Image.new("RGB", (64, 48), (200, 20, 20))).save(path, quality=95)
+    return path
+
+
+# --- listing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    picture = Image.new("RGB", (4, 4), RED)
+    for name in ("b.JPG", "a.png", "c.webp"):
+        saved(tmp_path, picture, name)
+    (tmp_path / "photo").write_bytes(encoded(picture, "JPEG"))
+    (tmp_path / "download.tmp").write_bytes(encoded(picture, "PNG"))
+    (tmp_path / "scan").write_bytes(encoded(picture, "TIFF"))
+    (tmp_path / "a.txt").write_text("a red square")
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    (tmp_path / "readme.txt").write_text("BMW, the notes")
+    (tmp_path / "video.mp4").write_bytes(b"\0\0\0\x18ftypisom")
+    (tmp_path / "raw.nef").write_bytes(encoded(picture, "TIFF"))
+    saved(tmp_path, picture, "._a.png")
+    for name in (".ipynb_checkpoints", "more"):
+        (tmp_path / name).mkdir()
+        saved(tmp_path / name, picture, "d.png")
+    return tmp_path
+
+
+def names(folder: Path, paths: tuple[Path, ...]) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def test_pictures_are_listed_by_extension_or_by_content_and_the_rest_is_left_out(folder: Path) -> None:
+    listing = list_images(folder)
+    assert names(folder, listing.images) == ["a.png", "b.JPG", "c.webp", "download.tmp", "photo", "scan"]
+    assert names(folder, listing.left_out) == [
+        "._a.png",
+        ".ipynb_checkpoints",
+        "more",
+        "raw.nef",
+        "readme.txt",
+        "video.mp4",
+    ]
+
+
+def test_recursive_reads_subfolders_but_no_dot_folders(folder: Path) -> None:
+    listing = list_images(folder, recursive=True)
+    assert names(folder, listing.images)[-3:] == ["more/d.png", "photo", "scan"]
+    assert ".ipynb_checkpoints" in names(folder, listing.left_out)
+    assert "more" not in names(folder, listing.left_out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege on Windows")
+def test_a_link_in_a_circle_ends(folder: Path) -> None:
+    (folder / "more" / "back").symlink_to(folder, target_is_directory=True)
+    listing = list_images(folder, recursive=True)
+    assert "more/back" in names(folder, listing.left_out)
+    assert names(folder, listing.images).count("a.png") == 1
+
+
+@pytest.mark.parametrize(
+    ("file_format", "head"),
+    [
+        ("JPEG", None),
+        ("PNG", None),
+        ("GIF", None),
+        ("WEBP", None),
+        ("BMP", None),
+        ("TIFF", None),
+        ("JPEG2000", None),
+        (None, b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+        (None, b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"),
+        (None, b"\0\0\0\x20ftypavif\0\0\0\0avifmif1"),
+    ],
+)
+def test_magic_numbers(tmp_path: Path, file_format: str | None, head: bytes | None) -> None:
+    content = head or encoded(Image.new("RGB", (16, 16)), str(file_format))
+    (tmp_path / "nameless").write_bytes(content)
+    assert list_images(tmp_path).images == (tmp_path / "nameless",)
+
+
+def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere.*--instance_data_dir"):
+        list_images(tmp_path / "nowhere")
+    picture = saved(tmp_path, Image.new("RGB", (4, 4)), "a.png")
+    with pytest.raises(UserError, match=r"a\.png is a file, not a folder: type --instance_data_dir"):
+        list_images(picture)
+
+
+def test_no_pictures_mentions_recursive_only_where_it_helps(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    with pytest.raises(UserError, match=r"holds no pictures: put \.jpg"):
+        list_images(tmp_path)
+    saved(inner, Image.new("RGB", (4, 4)), "a.png")
+    with pytest.raises(UserError, match="holds no pictures: add --recursive"):
+        list_images(tmp_path)
+
+
+def test_hash_is_the_sha256_of_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"some bytes")
+    assert hash_file(path) == hashlib.sha256(b"some bytes").hexdigest()
+    with pytest.raises(UserError, match=r"cannot read .*gone\.jpg"):
+        hash_file(tmp_path / "gone.jpg")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp", "a.gif", "a.jp2", "a.ppm", "a.tga", "a.qoi"])
+def test_red_stays_red(tmp_path: Path, name: str) -> None:
+    options = {"lossless": True} if name.endswith("webp") else {}
+    assert pixel(saved(tmp_path, Image.new("RGB", (16, 16), RED), name, **options)) == RED
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.jfif", "a.avif"])
+def test_red_stays_nearly_red(tmp_path: Path, name: str) -> None:
+    difference = np.subtract(pixel(saved(tmp_path, Image.new("RGB", (16, 16), RED), name)), RED)
+    assert np.abs(difference).max() <= 4
+
+
+def test_alpha_over_white(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (3, 1), (*RED, 255))
+    image.putpixel((1, 0), (*RED, 0))
+    image.putpixel((2, 0), (*RED, 128))
+    path = saved(tmp_path, image, "a.png")
+    assert [pixel(path, (x, 0)) for x in range(3)] == [RED, WHITE, (255, 127, 127)]
+
+
+def test_alpha_over_the_mean_of_the_opaque_pixels(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (3, 1), (100, 0, 0, 255))
+    image.putpixel((1, 0), (200, 40, 0, 255))
+    image.putpixel((2, 0), (0, 0, 255, 0))
+    path = saved(tmp_path, image, "a.png")
+    assert pixel(path, (2, 0), "mean") == (150, 20, 0)
+    assert pixel(path, (0, 0), "mean") == (100, 0, 0)
+    assert pixel(saved(tmp_path, Image.new("RGBA", (2, 2)), "b.png"), (0, 0), "mean") == WHITE
+
+
+def test_grey_with_alpha(tmp_path: Path) -> None:
+    image = Image.new("LA", (2, 1), (90, 255))
+    image.putpixel((1, 0), (90, 0))
+    path = saved(tmp_path, image, "a.png")
+    assert (pixel(path), pixel(path, (1, 0))) == ((90, 90, 90), WHITE)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.png", "P"), ("a.gif", "P"), ("a.tif", "PA")])
+def test_palette_with_transparency(tmp_path: Path, name: str, mode: str) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putpixel((1, 0), 1)
+    if mode == "PA":
+        image = image.convert("PA")
+        image.putpixel((1, 0), (1, 0))
+        path = saved(tmp_path, image, name)
+    else:
+        path = saved(tmp_path, image, name, transparency=1)
+    assert Image.open(path).mode == mode
+    assert (pixel(path), pixel(path, (1, 0))) == (RED, WHITE)
+
+
+def test_palette_without_transparency(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    path = saved(tmp_path, image, "a.png")
+    assert (pixel(path), pixel(path, (1, 0))) == (RED, BLUE)
+
+
+def test_one_bit_and_grey(tmp_path: Path) -> None:
+    bits = Image.new("1", (2, 1))
+    bits.putpixel((1, 0), 1)
+    path = saved(tmp_path, bits, "bits.png")
+    assert (pixel(path), pixel(path, (1, 0))) == ((0, 0, 0), WHITE)
+    assert pixel(saved(tmp_path, Image.new("L", (2, 2), 77), "grey.png")) == (77, 77, 77)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype", "white"),
+    [
+        ("a.png", "I;16", np.uint16, 65535),
+        ("a.tif", "I;16", np.uint16, 65535),
+        ("a.pgm", "I", np.uint16, 65535),
+        ("b.tif", "I", np.int32, 65535),
+        ("c.tif", "I", np.int32, 2_000_000),
+        ("d.tif", "F", np.float32, 1),
+        ("e.tif", "F", np.float32, 255),
+        ("f.tif", "F", np.float32, 65535),
+    ],
+)
+def test_deep_grey_is_scaled_and_not_clipped(tmp_path: Path, name: str, mode: str, dtype: type, white: int) -> None:
+    values = np.array([[0, 128 / 255 * white, white]]).astype(dtype)
+    path = saved(tmp_path, Image.fromarray(values), name)
+    assert Image.open(path).mode == mode
+    assert [pixel(path, (x, 0))[0] for x in range(3)] == [0, 128, 255]
+
+
+def test_a_dark_picture_of_16_bits_stays_dark(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(np.full((2, 2), 10 * 257, np.uint16)), "a.png")
+    assert pixel(path) == (10, 10, 10)
+
+
+def test_the_transparent_value_of_a_16_bit_png(tmp_path: Path) -> None:
+    values = np.array([[40000, 30000]], dtype=np.uint16)
+    path = saved(tmp_path, Image.fromarray(values), "a.png", transparency=40000)
+    assert [pixel(path, (x, 0))[0] for x in range(2)] == [255, round(30000 / 257)]
+
+
+def test_a_picture_with_nan_is_broken(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(np.array([[0, np.nan]], np.float32)), "a.tif")
+    with pytest.raises(BrokenImage, match="NaN"):
+        open_rgb(path)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_cmyk(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path, Image.new("CMYK", (16, 16), (0, 255, 255, 0)), name)
+    assert Image.open(path).mode == "CMYK"
+    assert np.abs(np.subtract(pixel(path), RED)).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    upright = noise(5, 3)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(stored)), "a.png", exif=exif)
+    assert np.array_equal(np.asarray(open_rgb(path)), upright)
+
+
+def test_exif_that_does_not_parse_says_nothing(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.new("RGB", (4, 2), RED), "a.png", exif=b"Exif\0\0no EXIF at all")
+    assert open_rgb(path).size == (4, 2)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
+def test_the_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, GREEN, BLUE)]
+    options = {"lossless": True} if name.endswith("webp") else {}
+    path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(path).n_frames == 3
+    assert pixel(path) == RED
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.9])
+def test_a_picture_that_is_cut_short_is_broken(tmp_path: Path, file_format: str, kept: float) -> None:
+    content = encoded(Image.fromarray(noise(64, 64)), file_format)
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(content[: int(kept * len(content))])
+    assert list_images(tmp_path).images == (path,)
+    with pytest.raises(BrokenImage, match=r"cut\.jpg does not decode \(.+\)") as caught:
+        open_rgb(path)
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize("content", [b"a photo of sks dog", b"P3 is a model", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 64])
+def test_what_is_no_picture_is_broken_under_a_picture_s_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "note.jpg"
+    path.write_bytes(content)
+    assert list_images(tmp_path).images == (path,)
+    with pytest.raises(BrokenImage, match=r"note\.jpg does not decode"):
+        open_rgb(path)
+
+
+def test_formats_that_run_a_program_or_hide_layers_are_not_asked(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encoded(Image.new("RGB", (4, 4)), "EPS"))
+    with pytest.raises(BrokenImage, match="not a picture in a known format"):
+        open_rgb(path)
+
+
+def test_a_large_picture_is_fine_and_a_bomb_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    large = saved(tmp_path, Image.new("RGB", (12, 12), RED), "large.png")
+    bomb = saved(tmp_path, Image.new("RGB", (15, 15), RED), "bomb.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pixel(large) == RED
+        with pytest.raises(BrokenImage, match="exceeds limit"):
+            open_rgb(bomb)
+
+
+def test_heic(tmp_path: Path) -> None:
+    path = heic(tmp_path)
+    assert open_rgb(path).size == (64, 48)
+    assert np.abs(np.subtract(pixel(path), (200, 20, 20))).max() <= 6
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(BrokenImage):
+        open_rgb(path)
+
+
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heic"])
+def test_heic_without_its_library_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brands: bytes
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "phone.jpg"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brands)
+    with pytest.raises(UserError, match=r"phone\.jpg is a HEIC picture: type `pip install pillow-heif`"):
+        open_rgb(path)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "AVIF"])
+def test_what_is_not_heic_needs_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_format: str) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "phone.heic"
+    path.write_bytes(encoded(Image.new("RGB", (16, 16), RED), file_format))
+    assert open_rgb(path).size == (16, 16)
+
+
+# --- crops -----------------------------------------------------------------------------------------------------------
+
+
+@PROPERTY
+@given(
+    width=st.integers(1, 5000),
+    height=st.integers(1, 5000),
+    resolution=st.sampled_from([64, 512, 1024]),
+    num_crops=st.integers(1, 7),
+    flip=st.booleans(),
+)
+def test_crops_lie_inside_and_have_names_of_their_own(
+    width: int, height: int, resolution: int, num_crops: int, flip: bool
+) -> None:
+    boxes = crop_boxes(width, height, resolution, num_crops, flip)
+    for box in boxes:
+        assert min(box.resized_width, box.resized_height) == resolution == box.size
+        assert 0 <= box.left <= box.resized_width - resolution
+        assert 0 <= box.top <= box.resized_height - resolution
+        exact = max(width, height) / min(width, height) * resolution
+        assert abs(max(box.resized_width, box.resized_height) - exact) <= 0.5
+    assert len({box.name for box in boxes}) == len(set(boxes)) == len(boxes)
+    assert 1 <= len(boxes) <= num_crops * (1 + flip)
+    assert crop_boxes(width, height, resolution, num_crops, flip) == boxes
+
+
+@PROPERTY
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), num_crops=st.sampled_from([3, 5, 7, 9]))
+def test_the_centre_crop_is_one_of_any_odd_number(width: int, height: int, num_crops: int) -> None:
+    centre = crop_boxes(width, height, 512, 1, flip=False)
+    assert set(centre) <= set(crop_boxes(width, height, 512, num_crops, flip=False))
+
+
+def test_crops_are_spread_from_end_to_end() -> None:
+    assert [box.left for box in crop_boxes(1600, 800, 512, 3, flip=False)] == [0, 256, 512]
+    assert [box.top for box in crop_boxes(800, 1600, 512, 3, flip=False)] == [0, 256, 512]
+    assert [box.left for box in crop_boxes(1600, 800, 512, 5, flip=False)] == [0, 128, 256, 384, 512]
+    assert [box.left for box in crop_boxes(1600, 800, 512, 1, flip=False)] == [256]
+    assert [box.name for box in crop_boxes(700, 700, 512, 3, flip=True)] == ["512x512+0+0", "512x512+0+0-flip"]
+
+
+def test_names() -> None:
+    box = CropBox(resized_width=512, resized_height=683, left=0, top=171, flip=False, size=512)
+    assert box.name == "512x512+0+171"
+    assert mirrored(box.name) == "512x512+0+171-flip" == mirrored(mirrored(box.name))
+    assert crop_boxes(600, 800, 512, 3, flip=True)[3].name == "512x512+0+85-flip"
+
+
+@PROPERTY
+@given(
+    width=SIDES,
+    height=SIDES,
+    mode=st.sampled_from(["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "I;16", "F", "I"]),
+    num_crops=st.integers(1, 3),
+)
+def test_pixels_of_any_size_and_mode(
+    tmp_path_factory: pytest.TempPathFactory, width: int, height: int, mode: str, num_crops: int
+) -> None:
+    deep = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
+    if mode in deep:
+        image = Image.fromarray((noise(width, height, 1).astype(np.int64) * 257).astype(deep[mode]))
+    elif mode == "PA":
+        image = Image.fromarray(noise(width, height)).convert("P").convert("PA")
+    elif mode in ("RGBA", "LA", "CMYK"):
+        image = Image.fromarray(noise(width, height, 2 if mode == "LA" else 4), mode)
+    else:
+        image = Image.fromarray(noise(width, height)).convert(mode)
+    picture = open_rgb(saved(tmp_path_factory.mktemp("any"), image, "a.tif"))
+    assert (picture.size, picture.mode) == ((width, height), "RGB")
+    for box in crop_boxes(width, height, 16, num_crops, flip=False):
+        pixels = crop_pixels(picture, box)
+        assert pixels.shape == (3, 16, 16)
+        assert pixels.dtype == torch.float32
+        assert pixels.is_contiguous()
+        assert -1 <= pixels.min() <= pixels.max() <= 1
+
+
+@PROPERTY
+@given(width=SIDES, height=SIDES, resolution=st.integers(1, 40), num_crops=st.integers(1, 4))
+def test_a_flip_is_the_exact_mirror(width: int, height: int, resolution: int, num_crops: int) -> None:
+    picture = Image.fromarray(noise(width, height))
+    boxes = crop_boxes(width, height, resolution, num_crops, flip=True)
+    assert len(boxes) % 2 == 0
+    for plain, twin in zip(boxes[::2], boxes[1::2], strict=True):
+        assert (plain.flip, twin.flip) == (False, True)
+        assert torch.equal(crop_pixels(picture, twin), crop_pixels(picture, plain).flip(-1))
+
+
+@PROPERTY
+@given(width=SIDES, height=SIDES, resolution=st.integers(4, 40))
+def test_a_crop_is_cut_from_the_resized_picture(width: int, height: int, resolution: int) -> None:
+    # Pale noise: where an overshoot is clipped at 8 bits, the order of Pillow's two passes shows.
+    picture = Image.fromarray(noise(width, height) // 8 + 112)
+    for box in crop_boxes(width, height, resolution, 3, flip=False):
+        whole = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
+        part = whole.crop((box.left, box.top, box.left + resolution, box.top + resolution))
+        expected = torch.from_numpy(np.array(part)).permute(2, 0, 1) / 127.5 - 1
+        assert (crop_pixels(picture, box) - expected).abs().max() < 2.01 / 127.5  # each pass rounds to 8 bits
+
+
+def test_pixel_values() -> None:
+    picture = Image.new("RGB", (8, 8), (255, 0, 51))
+    pixels = crop_pixels(picture, crop_boxes(8, 8, 4, 1, flip=False)[0])
+    assert torch.equal(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
+
+
+def test_a_very_long_picture_costs_no_more_than_its_crop() -> None:
+    picture = Image.fromarray(noise(30_000, 2))  # resized whole, 4 gigapixels
+    boxes = crop_boxes(*picture.size, 512, 3, flip=False)
+    assert [crop_pixels(picture, box).shape for box in boxes] == [(3, 512, 512)] * 3

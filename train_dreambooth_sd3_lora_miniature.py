@@ -1,0 +1,485 @@
+"""Stage two: cached embeddings and latents → LoRA.
+
+Only the transformer is loaded, frozen, and only its LoRA is trained; neither the VAE nor a text encoder is ever in
+memory here.
+
+    python train_dreambooth_sd3_lora_miniature.py --instance_data_dir dog --instance_prompt "a photo of sks dog"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from diffusers import SD3Transformer2DModel
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+from sd3_lora.checkpoints import (
+    UnfinishedCheckpoint,
+    checkpoint_folders,
+    find_checkpoint,
+    read_state,
+    remove_old_checkpoints,
+    require_same_run,
+    write_state,
+)
+from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.dataset import TrainingData
+from sd3_lora.defaults import say_miniature
+from sd3_lora.devices import ChosenDtype, DeviceConfig, choose_device, choose_training_dtype
+from sd3_lora.draws import DataOrder, GlobalDraws
+from sd3_lora.flow import (
+    FlowConfig,
+    NoiseTable,
+    flow_matching_loss,
+    interpolate,
+    load_noise_table,
+    sample_table_indices,
+)
+from sd3_lora.latent_cache import normalize_latents, sample_posterior
+from sd3_lora.lora import attach_lora, lora_tensors, save_lora, target_modules
+from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
+from sd3_lora.memory import StageReport, memory_stage
+from sd3_lora.model_card import write_model_card
+from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.records import TrainingBatch
+from sd3_lora.stage_one import StageOne
+from sd3_lora.trackers import start_trackers
+from sd3_lora.training_config import REFUSED_FLAGS, DataConfig, LoraFlags, OptimizerConfig, RunConfig
+
+SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
+
+
+@dataclass
+class Training:
+    """All that changes from step to step, and is in a checkpoint."""
+
+    transformer: SD3Transformer2DModel
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+    scaler: torch.amp.GradScaler
+    draws: GlobalDraws
+    order: DataOrder
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of this rank and of what the ranks share; tensors on the CPU."""
+        return {
+            "step": self.step,
+            "lora": lora_tensors(self.transformer),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "draws": self.draws.generator.get_state(),
+            "order": self.order.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where `state_dict` was taken."""
+        self.step = state["step"]
+        parameters = dict(self.transformer.named_parameters())
+        for name, tensor in state["lora"].items():
+            parameters[name.replace(".weight", ".default.weight")].data.copy_(tensor)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.draws.generator.set_state(state["draws"])
+        self.order.load_state_dict(state["order"])
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process' own generators, from which dropout draws."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Goes on from where `random_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def micro_step(
+    model: torch.nn.Module,
+    batch: TrainingBatch,
+    draws: GlobalDraws,
+    table: NoiseTable,
+    flow: FlowConfig,
+    vae_config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one micro-batch (a scalar), and the sigmas `(B, 1, 1, 1)` that it was taken at.
+
+    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
+    """
+    posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
+    indices = sample_table_indices(draws.global_batch_size, table, flow, draws.generator)[draws.mine]  # (B,)
+    sigmas = table.sigmas[indices].view(-1, 1, 1, 1).to(device)  # (B, 1, 1, 1)
+
+    raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
+    latents = normalize_latents(raw_latents, vae_config).to(device)  # (B, 16, H/8, W/8)
+    noise = noise.to(device)
+    noisy_latents = interpolate(latents, noise, sigmas)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    with autocast:
+        velocity = model(
+            hidden_states=noisy_latents.to(dtype),
+            timestep=table.timesteps[indices].to(device),  # (B,)
+            encoder_hidden_states=batch.prompt_embeds.to(device, dtype),  # (B, S, D)
+            pooled_projections=batch.pooled_prompt_embeds.to(device, dtype),  # (B, P)
+            return_dict=False,
+        )[0]
+    loss_weights = batch.loss_weights.to(device)
+    return flow_matching_loss(velocity, latents, noise, sigmas, loss_weights, flow), sigmas
+
+
+def optimizer_step(training: Training, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
+    """Clips and applies the gradients; returns their norm before clipping, and whether the scaler skipped the step."""
+    training.scaler.unscale_(training.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(training.parameters, max_grad_norm)
+    scale = training.scaler.get_scale()
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    return norm, training.scaler.get_scale() < scale
+
+
+def make_optimizer(
+    config: OptimizerConfig, parameters: list[torch.nn.Parameter], pictures_per_step: int, steps: int
+) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW, in 8 bits if asked, and its schedule."""
+    rate = config.learning_rate * (pictures_per_step if config.scale_lr else 1)
+    options: dict[str, Any] = {
+        "lr": rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.use_8bit_adam:
+        import bitsandbytes  # its import costs seconds, and only this needs it
+
+        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **options)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            step_rules=config.lr_step_rules,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except (ValueError, IndexError) as error:
+        raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
+    return optimizer, schedule
+
+
+def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        UserError: there is none of that name, or there are checkpoints that a new run would mix with its own.
+    """
+    if run.resume_from_checkpoint is not None:
+        return find_checkpoint(run.resume_from_checkpoint, output_dir)
+    earlier = checkpoint_folders(output_dir)
+    if earlier:
+        raise UserError(
+            f"{output_dir} holds {earlier[-1].name} of an earlier run: add --resume_from_checkpoint latest to go on, "
+            "or give another --output_dir"
+        )
+    return None
+
+
+def run_signature(
+    flags: tuple[DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig],
+    stage_one: StageOne,
+    data: TrainingData,
+    dtype: torch.dtype,
+    seed: int,
+    processes: int,
+) -> dict[str, Any]:
+    """What decides the numbers of a run, and so must not change when it is resumed."""
+    _, lora, optimizer, run, flow = flags
+    pictures = sorted((image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images)
+    return {
+        "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
+        "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+        "--resolution": stage_one.resolution,
+        "--rank": lora.rank,
+        "--lora_alpha": lora.alpha,
+        "--lora_dropout": lora.lora_dropout,
+        "--lora_layers": lora.lora_layers,
+        "--lora_blocks": lora.lora_blocks,
+        "--use_8bit_adam": optimizer.use_8bit_adam,
+        "--weighting_scheme": flow.weighting_scheme,
+        "--precondition_outputs": flow.precondition_outputs,
+        "--timestep_shift": flow.timestep_shift,
+        "--gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "a global batch of": run.train_batch_size * processes,
+        "the precision": str(dtype).removeprefix("torch."),
+        "--seed": seed,
+    }
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the run writes, and what it notes there."""
+
+    folder: Path
+    lora: LoraFlags
+    record: dict[str, Any]
+    signature: dict[str, Any]
+    limit: int | None
+
+    def save_lora(self, training: Training, folder: Path) -> Path:
+        """Writes the LoRA in diffusers' format, and reads it back."""
+        record = {**self.record, "steps": training.step}
+        return save_lora(folder, training.transformer, self.lora.rank, self.lora.alpha, record)
+
+    def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
+        """Writes a checkpoint on the first rank, with the random states of all."""
+        random_states = gather_object([random_state(accelerator.device)])
+        if accelerator.is_main_process:
+            with UnfinishedCheckpoint(self.folder, training.step) as folder:
+                self.save_lora(training, folder)
+                state = {**training.state_dict(), "random": random_states, "signature": self.signature}
+                write_state(folder, state)
+            remove_old_checkpoints(self.folder, self.limit)
+        accelerator.wait_for_everyone()
+
+    def load_checkpoint(self, folder: Path, training: Training, accelerator: Accelerator) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            UserError: it is broken, or of a run with other numbers.
+        """
+        state = read_state(folder)
+        require_same_run(state["signature"], self.signature, folder)
+        training.load_state_dict(state)
+        set_random_state(state["random"][accelerator.process_index], accelerator.device)
+
+
+def train(
+    training: Training,
+    data: TrainingData,
+    stage_one: StageOne,
+    configs: tuple[RunConfig, FlowConfig, OptimizerConfig],
+    steps: int,
+    dtype: torch.dtype,
+    log: LossLog,
+    outputs: Outputs,
+    accelerator: Accelerator,
+) -> None:
+    """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`."""
+    run, flow, optimizer_config = configs
+    vae_config = stage_one.files.read_config("vae")
+    table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
+    model = accelerator.prepare_model(training.transformer)
+    model.train()
+    window, draws = run.gradient_accumulation_steps, training.draws
+    bar = tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process)
+    while training.step < steps:
+        losses, seen = [], []
+        for index in range(window):
+            chosen = training.order.take(draws.global_batch_size)[draws.mine]
+            batch = data.batch(chosen, draws.uniform())
+            # The ranks exchange gradients once a window.
+            with accelerator.no_sync(model) if index < window - 1 else nullcontext():
+                loss, _ = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
+                training.scaler.scale(loss / window).backward()
+            losses.append(loss.detach())
+            seen += [data.images[i].path.name for i in chosen]
+        learning_rate = training.lr_scheduler.get_last_lr()[0]
+        norm, skipped = optimizer_step(training, optimizer_config.max_grad_norm)
+        training.lr_scheduler.step()
+        training.step += 1
+        pictures = ", ".join(dict.fromkeys(seen))
+        log.add(PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures))
+        bar.update()
+        at_checkpoint = training.step % run.checkpointing_steps == 0 and training.step < steps
+        if training.step % READ_EVERY == 0 or at_checkpoint or training.step == steps:
+            for line in log.read():
+                accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
+            bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
+        if at_checkpoint:
+            outputs.save_checkpoint(training, accelerator)
+    bar.close()
+
+
+def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:
+    """The processes and their devices; precision is not left to it, so that the LoRA is float32 whatever it says."""
+    return Accelerator(
+        mixed_precision="no",
+        cpu=device.type == "cpu",
+        log_with=start_trackers(run.trackers) or None,
+        project_dir=output_dir / run.logging_dir,
+        # The frozen model's buffers never change.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def load_training(
+    stage_one: StageOne,
+    chosen: ChosenDtype,
+    lora: LoraFlags,
+    optimizer_config: OptimizerConfig,
+    run: RunConfig,
+    seed: int,
+    pictures: int,
+    accelerator: Accelerator,
+) -> tuple[Training, int]:
+    """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
+    files, device, processes = stage_one.files, accelerator.device, accelerator.num_processes
+    transformer = SD3Transformer2DModel.from_pretrained(
+        files.component("transformer"), variant=files.config.variant, torch_dtype=chosen.dtype, use_safetensors=True
+    ).to(device)
+    targets = target_modules(transformer, lora.layers, lora.blocks)
+    parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
+    if run.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    steps = run.steps(pictures, processes)
+    pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
+    optimizer, lr_scheduler = make_optimizer(optimizer_config, parameters, pictures_per_step, steps)
+    torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
+    training = Training(
+        transformer,
+        parameters,
+        optimizer,
+        lr_scheduler,
+        torch.amp.GradScaler(device.type, enabled=chosen.dtype == torch.float16),
+        GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
+        DataOrder(pictures, seed),
+    )
+    count = sum(parameter.numel() for parameter in parameters)
+    accelerator.print(f"LoRA: {count / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}")
+    return training, steps
+
+
+def choose_seed(run: RunConfig, checkpoint: Path | None, accelerator: Accelerator) -> int:
+    """The seed as given (0 is one too), as noted in the checkpoint, or drawn; the same on every rank."""
+    drawn = [run.seed]
+    if run.seed is None:
+        drawn = [read_state(checkpoint)["signature"]["--seed"] if checkpoint else random.randrange(2**31)]
+        broadcast_object_list(drawn)
+    return int(drawn[0])
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
+    configs = parse_flags(groups, argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS)
+    data_config, lora, optimizer_config, run_config, flow, model, device_config = configs
+    output_dir = Path(run_config.output_dir)
+    accelerator = start_accelerator(choose_device(device_config.device), run_config, output_dir)
+    device, say = accelerator.device, accelerator.print
+    if model.is_miniature and accelerator.is_main_process:
+        say_miniature(SCRIPT)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
+    asked = run_config.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
+    chosen = choose_training_dtype(asked, device)
+    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
+    if run_config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    # What stage one left, and whether it is what is asked for.
+    checkpoint = resume_point(run_config, output_dir)
+    files = ModelFiles(model)
+    stage_one = StageOne(data_config, model, files, files.resolution(data_config.resolution), device_config.device)
+    store = stage_one.open_embeddings()
+    require_writable_folder(output_dir)
+    if accelerator.is_main_process and not stage_one.has_latents():
+        stage_one.make_latents()
+    accelerator.wait_for_everyone()
+    cache = stage_one.open_latents()
+    images = stage_one.find_images(store, cache)
+    data = TrainingData(images, stage_one.variants(images, cache), store, cache)
+    seed = choose_seed(run_config, checkpoint, accelerator)
+    say(f"{len(data)} pictures at {stage_one.resolution} px, seed {seed}")
+
+    reports: list[StageReport] = []
+    with memory_stage("load transformer", device, reports):
+        training, steps = load_training(
+            stage_one, chosen, lora, optimizer_config, run_config, seed, len(data), accelerator
+        )
+    signature_flags = (data_config, lora, optimizer_config, run_config, flow)
+    signature = run_signature(signature_flags, stage_one, data, chosen.dtype, seed, accelerator.num_processes)
+    prompts = list(dict.fromkeys(image.prompt for image in images))
+    record = {
+        "base_model": files.name,
+        "revision": files.revision,
+        "instance_prompts": prompts[:20],
+        "trigger": data_config.instance_prompt or prompts[0],
+        "max_sequence_length": store.provenance.size,
+        "resolution": stage_one.resolution,
+        "seed": seed,
+    }
+    outputs = Outputs(output_dir, lora, record, signature, run_config.checkpoints_total_limit)
+    log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
+    log = LossLog(
+        log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name, training.scaler.is_enabled()
+    )
+    if checkpoint:
+        outputs.load_checkpoint(checkpoint, training, accelerator)
+        say(f"resumed from {checkpoint}: step {training.step} of {steps}")
+    if checkpoint and training.step >= steps:
+        say(f"nothing to do: {checkpoint} is at step {training.step} already, and --max_train_steps is {steps}")
+        return
+    if accelerator.is_main_process:
+        log.cut_back(training.step)
+    accelerator.init_trackers("sd3-dreambooth-lora", {"rank": lora.rank, "steps": steps, "seed": seed})
+
+    with memory_stage("train", device, reports) as stage:
+        train(
+            training,
+            data,
+            stage_one,
+            (run_config, flow, optimizer_config),
+            steps,
+            chosen.dtype,
+            log,
+            outputs,
+            accelerator,
+        )
+    if accelerator.is_main_process:
+        path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
+        say(f"wrote {path}, read back and compared")
+    outputs.save_checkpoint(training, accelerator)
+    if accelerator.is_main_process:
+        facts = {"steps": steps, "rank": lora.rank, "learning rate": optimizer_config.learning_rate, "seed": seed}
+        write_model_card(output_dir / "README.md", files.name, prompts, facts)
+        save_run(output_dir / "run.json", configs, reports, wrote=str(path), seed=seed, loss=log.recent_mean)
+        say(f"{steps} steps, {1000 * stage.elapsed_s / steps:.0f} ms each, {log.skipped} skipped by the scaler")
+        say(
+            "next: "
+            + command("inference.py", **model.flags(), lora=output_dir, prompt=f"{record['trigger']} in a forest")
+        )
+    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
