@@ -1,0 +1,152 @@
+"""The four scripts one after another on a model, each in its own process, with the peaks of each stage.
+
+`device` is the most that the driver said was in use while the script ran (the CUDA context included, and whatever
+else uses the GPU); `allocated` and `host` are the scripts' own figures.
+
+    python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
+    python benchmarks/pipeline.py --model /tmp/sd3-medium --instance_data_dir dog --resolution 1024
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+GIB = 1024**3
+
+
+class DevicePeak:
+    """Polls what the driver says is in use, from outside the measured process."""
+
+    def __init__(self) -> None:
+        self.peak_gib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _used_gib(self) -> float:
+        words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return float(output.split()[0]) / 1024
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.02):
+            self.peak_gib = max(self.peak_gib, self._used_gib())
+
+    def __enter__(self) -> DevicePeak:
+        if torch.version.cuda is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+
+def measure(name: str, script: str, flags: Sequence[object], report: Path) -> dict[str, Any]:
+    """Runs one script and returns what it took; its own report is read from `report`."""
+    start = time.perf_counter()
+    with DevicePeak() as peak:
+        words = [sys.executable, str(PROJECT / script), *map(str, flags)]
+        finished = subprocess.run(words, capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags))}
+    row |= {"elapsed_s": round(time.perf_counter() - start, 2), "device_gib": round(peak.peak_gib, 2)}
+    if finished.returncode:
+        return row | {"failed": finished.stderr.strip().splitlines()[-1:]}
+    stages = json.loads(report.read_text(encoding="utf-8"))["stages"]
+    row["stages"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in stages]
+    row["allocated_gib"] = round(max((stage["peak_device_gib"] for stage in stages), default=0.0), 2)
+    row["host_gib"] = round(max((stage["peak_host_gib"] for stage in stages), default=0.0), 2)
+    row["said"] = [line for line in finished.stdout.splitlines() if " ms each" in line or "T5 in" in line]
+    return row
+
+
+def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All measurements: stage one in every T5 precision, latents, training, and one picture."""
+    out = arguments.output_dir
+    model = ["--pretrained_model_name_or_path", arguments.model]
+    pictures = [*model, "--instance_data_dir", arguments.instance_data_dir]
+    prompt, size = "a photo of sks dog", ["--resolution", arguments.resolution]
+    measured = []
+
+    def add(name: str, script: str, flags: Sequence[object], report: Path) -> None:
+        row = measure(name, script, flags, report)
+        measured.append(row)
+        print(json.dumps({k: v for k, v in row.items() if k not in ("flags", "stages")}), flush=True)
+
+    for precision in arguments.t5:
+        path = out / f"{precision}.parquet"
+        kind = ["--t5_precision", precision.removesuffix("-streamed")]
+        kind += ["--t5_stream"] if precision.endswith("-streamed") else []
+        flags = [*pictures, "--instance_prompt", prompt, "--output_path", path, *kind]
+        add(f"embeddings, T5 {precision}", "compute_embeddings.py", flags, path.with_suffix(".json"))
+    for precision in ("fp32", "fp16"):
+        path = out / f"latents-{precision}"
+        flags = [*pictures, *size, "--vae_precision", precision, "--output_path", path]
+        add(f"latents, VAE {precision}", "precompute_latents.py", flags, path / "run.json")
+    embeddings = out / f"{arguments.t5[0]}.parquet"
+    for checkpointing in (True, False):
+        path = out / f"lora-{'checkpointed' if checkpointing else 'kept'}"
+        flags = [
+            *pictures,
+            *size,
+            "--instance_prompt",
+            prompt,
+            "--data_df_path",
+            embeddings,
+            "--mixed_precision",
+            "fp16",
+        ]
+        flags += ["--latents_path", out / "latents-fp32", "--output_dir", path, "--max_train_steps", arguments.steps]
+        flags += ["--use_8bit_adam", "--seed", 0, "--report_to", "none"]
+        flags += ["--gradient_checkpointing"] if checkpointing else []
+        name = f"{arguments.steps} steps, fp16, {'all' if checkpointing else 'no'} blocks checkpointed"
+        add(name, "train_dreambooth_sd3_lora_miniature.py", flags, path / "run.json")
+    flags = [*model, "--lora", out / "lora-checkpointed", "--prompt", prompt, "--outdir", out / "images"]
+    flags += ["--data_df_path", embeddings]
+    add("one picture, 28 steps", "inference.py", flags, out / "images" / "run.json")
+    return measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code: 1 where a stage failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--instance_data_dir", required=True, help="folder of pictures")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--t5", nargs="+", default=["int8", "nf4", "fp16", "fp16-streamed"])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"))
+    parser.add_argument("--result", type=Path, help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    measured = rows(arguments)
+    versions = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "versions": {name: importlib.metadata.version(name) for name in versions},
+        "model": Path(arguments.model).name,
+        "resolution_px": arguments.resolution,
+        "rows": measured,
+    }
+    if arguments.result:
+        arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return int(any("failed" in row for row in measured))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

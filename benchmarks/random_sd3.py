@@ -1,0 +1,117 @@
+"""Saves a full-size SD3 with random weights, so that memory and speed can be measured without the gated ones.
+
+Both depend on shapes and dtypes, not on values. The shapes are those of the published model configurations; the
+tokenizers are the miniature's, whose ids are valid in the larger vocabularies.
+
+    python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+MINIATURE = Path(__file__).resolve().parent.parent / "miniature"
+TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "sd3-medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
+    "sd3.5-medium": {
+        "num_layers": 24,
+        "num_attention_heads": 24,
+        "caption_projection_dim": 1536,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "sd3.5-large": {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 2432,
+        "qk_norm": "rms_norm",
+    },
+}
+CLIPS = {
+    "text_encoder": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "hidden_act": "quick_gelu",
+    },
+    "text_encoder_2": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
+}
+
+
+def clip_config(sizes: dict[str, Any], tokens: CLIPTextConfig) -> CLIPTextConfig:
+    """A CLIP text encoder of the published size, whose end token is the miniature tokenizer's."""
+    return CLIPTextConfig(
+        vocab_size=49408,
+        intermediate_size=4 * sizes["hidden_size"],
+        projection_dim=sizes["hidden_size"],
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        **sizes,
+    )
+
+
+def save(size: str, folder: Path) -> None:
+    """Saves all components in float16, as the published files are."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    shapes = {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformer = SD3Transformer2DModel(**shapes | TRANSFORMERS[size]).half()
+        transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
+        del transformer
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            sample_size=1024,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        ).half().save_pretrained(folder / "vae")
+        for name, sizes in CLIPS.items():
+            config = clip_config(sizes, CLIPTextConfig.from_pretrained(MINIATURE / name))
+            CLIPTextModelWithProjection(config).half().save_pretrained(folder / name)
+        t5 = T5Config(
+            vocab_size=32128,
+            d_model=4096,
+            d_kv=64,
+            d_ff=10240,
+            num_layers=24,
+            num_heads=64,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+        T5EncoderModel(t5).half().save_pretrained(folder / "text_encoder_3", max_shard_size="5GB")
+    torch.set_default_dtype(torch.float32)
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(MINIATURE / name, folder / name, dirs_exist_ok=True)
+    shutil.copy(MINIATURE / "model_index.json", folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("size", choices=TRANSFORMERS)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args(argv)
+    save(arguments.size, arguments.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
