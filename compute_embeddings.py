@@ -110,7 +110,7 @@ def collect_prompts(
 
 def read_existing(path: Path, overwrite: bool) -> Provenance | None:
     """The provenance of an embeddings file that is there already and is to be kept."""
-    if overwrite or not path.exists():
+    if not path.exists() or (overwrite and not path.is_dir()):
         return None
     with EmbeddingStore(path) as store:
         return store.provenance
@@ -140,11 +140,11 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature("compute_embeddings.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
-    require_writable_folder(output_path.absolute().parent)
     device = choose_device(device_config.device)
     files = ModelFiles(model)
 
     images, left_out = instance_images(folder, instance_prompt, config.recursive)
+    require_writable_folder(output_path.absolute().parent)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
     roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
     identifier = report_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
@@ -184,7 +184,7 @@ def run(argv: Sequence[str] | None) -> None:
     size_mib = output_path.stat().st_size / 1024**2
     save_run(output_path.with_suffix(".json"), (config, model, device_config), reports, wrote=str(output_path))
     print(f"wrote {output_path}: {count} prompts, {size_mib:.1f} MiB")
-    print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=folder))
+    print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from sd3_lora.command_line import UserError, command, exit_code, parse_flags, re
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.devices import DTYPES, DeviceConfig, choose_device
 from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_pixels, open_rgb
-from sd3_lora.latent_cache import LatentCache, recorded_precision
+from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior
@@ -145,10 +145,18 @@ def check_all_decode(images: Sequence[InstanceImage], config: LatentConfig) -> t
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, crops: Sequence[Crop]) -> list[LatentPosterior]:
-    """The raw posteriors of some crops."""
+    """The raw posteriors of some crops.
+
+    Raises:
+        UserError: one is not finite, as an fp16 VAE may make it.
+    """
     pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, H, W)
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     means, stds = posterior.mean.cpu(), posterior.std.cpu()  # (B, 16, H/8, W/8)
+    for crop, mean, std in zip(crops, means, stds, strict=True):
+        if not (mean.isfinite().all() and std.isfinite().all()):
+            remedy = "remove it" if vae.dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
+            raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {vae.dtype}: {remedy}")
     return [
         LatentPosterior(crop.image.image_id, crop.box.name, mean, std)
         for crop, mean, std in zip(crops, means, stds, strict=True)
@@ -194,23 +202,33 @@ def encode_missing(
     return count
 
 
+def outdated(images: Sequence[InstanceImage], cache: LatentCache) -> set[Path]:
+    """The files that --overwrite deletes: made with other settings, or of these pictures and not whole.
+
+    Other pictures' files are among them, since a cache has one precision (see `recorded_precision`).
+    """
+    own = {cache.path(image.image_id) for image in images}
+    found = set()
+    for path in cache.folder.glob("*.safetensors"):
+        try:
+            cache.variants(path.stem)
+        except UserError as error:
+            if path in own or isinstance(error, StaleLatents):
+                found.add(path)
+    return found
+
+
 def incomplete(
-    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache
+    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache, discarded: set[Path]
 ) -> list[InstanceImage]:
-    """The pictures of which the cache lacks a crop; with --overwrite, unusable files are deleted.
+    """The pictures of which the cache, but for the discarded files, lacks a crop.
 
     Raises:
         UserError: a file that was made with other settings, or is not whole.
     """
     missing = []
     for image in tqdm(images, desc="looking", leave=False, disable=len(images) < 100):
-        try:
-            cached = cache.variants(image.image_id)
-        except UserError:
-            if not config.overwrite:
-                raise
-            cache.path(image.image_id).unlink()
-            cached = ()
+        cached = () if cache.path(image.image_id) in discarded else cache.variants(image.image_id)
         boxes: tuple[CropBox, ...] = ()
         if cached:
             boxes = crop_boxes(*cache.picture_size(image.image_id), resolution, config.crops, config.random_flip)
@@ -240,18 +258,24 @@ def run(argv: Sequence[str] | None) -> None:
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
     cache.remove_unfinished()
-    missing = incomplete(images, config, resolution, cache)
+    discarded = outdated(images, cache) if config.overwrite else set()
+    missing = incomplete(images, config, resolution, cache, discarded)
     print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
     reports: list[StageReport] = []
     count = 0
     if missing:
         missing = check_all_decode(missing, config)
+    for path in discarded:  # not before all that is to replace them is known to decode
+        path.unlink()
+    if missing:
         with memory_stage("encode pictures", device, reports):
             count = encode_missing(files, missing, config, resolution, cache, device)
 
     save_run(output_path / "run.json", (config, model, device_config), reports, wrote=f"{count} crops in {output_path}")
     print(f"wrote {count} crops of {len(missing)} pictures to {output_path}")
-    print("next: " + command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), instance_data_dir=folder))
+    after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
+    after["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
+    print("next: " + command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), **after))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -37,8 +37,9 @@ from sd3_lora.checkpoints import (
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.dataset import TrainingData
 from sd3_lora.defaults import say_miniature
-from sd3_lora.devices import ChosenDtype, DeviceConfig, choose_device, choose_training_dtype
+from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype
 from sd3_lora.draws import DataOrder, GlobalDraws
+from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.flow import (
     FlowConfig,
     NoiseTable,
@@ -56,7 +57,14 @@ from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.trackers import start_trackers
-from sd3_lora.training_config import REFUSED_FLAGS, DataConfig, LoraFlags, OptimizerConfig, RunConfig
+from sd3_lora.training_config import (
+    REFUSED_FLAGS,
+    DataConfig,
+    LoraFlags,
+    OptimizerConfig,
+    RunConfig,
+    TrainingFlags,
+)
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -211,31 +219,25 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 
 def run_signature(
-    flags: tuple[DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig],
-    stage_one: StageOne,
-    data: TrainingData,
-    dtype: torch.dtype,
-    seed: int,
-    processes: int,
+    flags: TrainingFlags, stage_one: StageOne, data: TrainingData, dtype: torch.dtype, seed: int, processes: int
 ) -> dict[str, Any]:
     """What decides the numbers of a run, and so must not change when it is resumed."""
-    _, lora, optimizer, run, flow = flags
     pictures = sorted((image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images)
     return {
         "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
         "--resolution": stage_one.resolution,
-        "--rank": lora.rank,
-        "--lora_alpha": lora.alpha,
-        "--lora_dropout": lora.lora_dropout,
-        "--lora_layers": lora.lora_layers,
-        "--lora_blocks": lora.lora_blocks,
-        "--use_8bit_adam": optimizer.use_8bit_adam,
-        "--weighting_scheme": flow.weighting_scheme,
-        "--precondition_outputs": flow.precondition_outputs,
-        "--timestep_shift": flow.timestep_shift,
-        "--gradient_accumulation_steps": run.gradient_accumulation_steps,
-        "a global batch of": run.train_batch_size * processes,
+        "--rank": flags.lora.rank,
+        "--lora_alpha": flags.lora.alpha,
+        "--lora_dropout": flags.lora.lora_dropout,
+        "--lora_layers": flags.lora.lora_layers,
+        "--lora_blocks": flags.lora.lora_blocks,
+        "--use_8bit_adam": flags.optimizer.use_8bit_adam,
+        "--weighting_scheme": flags.flow.weighting_scheme,
+        "--precondition_outputs": flags.flow.precondition_outputs,
+        "--timestep_shift": flags.flow.timestep_shift,
+        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
+        "a global batch of": flags.run.train_batch_size * processes,
         "the precision": str(dtype).removeprefix("torch."),
         "--seed": seed,
     }
@@ -283,7 +285,7 @@ def train(
     training: Training,
     data: TrainingData,
     stage_one: StageOne,
-    configs: tuple[RunConfig, FlowConfig, OptimizerConfig],
+    flags: TrainingFlags,
     steps: int,
     dtype: torch.dtype,
     log: LossLog,
@@ -291,7 +293,7 @@ def train(
     accelerator: Accelerator,
 ) -> None:
     """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`."""
-    run, flow, optimizer_config = configs
+    run, flow = flags.run, flags.flow
     vae_config = stage_one.files.read_config("vae")
     table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
     model = accelerator.prepare_model(training.transformer)
@@ -310,7 +312,7 @@ def train(
             losses.append(loss.detach())
             seen += [data.images[i].path.name for i in chosen]
         learning_rate = training.lr_scheduler.get_last_lr()[0]
-        norm, skipped = optimizer_step(training, optimizer_config.max_grad_norm)
+        norm, skipped = optimizer_step(training, flags.optimizer.max_grad_norm)
         training.lr_scheduler.step()
         training.step += 1
         pictures = ", ".join(dict.fromkeys(seen))
@@ -339,19 +341,13 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 
 
 def load_training(
-    stage_one: StageOne,
-    chosen: ChosenDtype,
-    lora: LoraFlags,
-    optimizer_config: OptimizerConfig,
-    run: RunConfig,
-    seed: int,
-    pictures: int,
-    accelerator: Accelerator,
+    stage_one: StageOne, flags: TrainingFlags, dtype: torch.dtype, seed: int, pictures: int, accelerator: Accelerator
 ) -> tuple[Training, int]:
     """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
-    files, device, processes = stage_one.files, accelerator.device, accelerator.num_processes
+    files, lora, run = stage_one.files, flags.lora, flags.run
+    device, processes = accelerator.device, accelerator.num_processes
     transformer = SD3Transformer2DModel.from_pretrained(
-        files.component("transformer"), variant=files.config.variant, torch_dtype=chosen.dtype, use_safetensors=True
+        files.component("transformer"), variant=files.config.variant, torch_dtype=dtype, use_safetensors=True
     ).to(device)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
@@ -359,14 +355,14 @@ def load_training(
         transformer.enable_gradient_checkpointing()
     steps = run.steps(pictures, processes)
     pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
-    optimizer, lr_scheduler = make_optimizer(optimizer_config, parameters, pictures_per_step, steps)
+    optimizer, lr_scheduler = make_optimizer(flags.optimizer, parameters, pictures_per_step, steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     training = Training(
         transformer,
         parameters,
         optimizer,
         lr_scheduler,
-        torch.amp.GradScaler(device.type, enabled=chosen.dtype == torch.float16),
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
         DataOrder(pictures, seed),
     )
@@ -384,27 +380,8 @@ def choose_seed(run: RunConfig, checkpoint: Path | None, accelerator: Accelerato
     return int(drawn[0])
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """The stage from top to bottom."""
-    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
-    configs = parse_flags(groups, argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS)
-    data_config, lora, optimizer_config, run_config, flow, model, device_config = configs
-    output_dir = Path(run_config.output_dir)
-    accelerator = start_accelerator(choose_device(device_config.device), run_config, output_dir)
-    device, say = accelerator.device, accelerator.print
-    if model.is_miniature and accelerator.is_main_process:
-        say_miniature(SCRIPT)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
-    asked = run_config.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
-    chosen = choose_training_dtype(asked, device)
-    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
-    if run_config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-
-    # What stage one left, and whether it is what is asked for.
-    checkpoint = resume_point(run_config, output_dir)
-    files = ModelFiles(model)
-    stage_one = StageOne(data_config, model, files, files.resolution(data_config.resolution), device_config.device)
+def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> tuple[TrainingData, EmbeddingStore]:
+    """What stage one left, checked against what is asked for; latents that are not there yet are made."""
     store = stage_one.open_embeddings()
     require_writable_folder(output_dir)
     if accelerator.is_main_process and not stage_one.has_latents():
@@ -412,67 +389,90 @@ def run(argv: Sequence[str] | None) -> None:
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    data = TrainingData(images, stage_one.variants(images, cache), store, cache)
-    seed = choose_seed(run_config, checkpoint, accelerator)
-    say(f"{len(data)} pictures at {stage_one.resolution} px, seed {seed}")
+    return TrainingData(images, stage_one.variants(images, cache), store, cache), store
+
+
+def make_outputs(
+    flags: TrainingFlags, stage_one: StageOne, data: TrainingData, length: int, signature: dict[str, Any]
+) -> Outputs:
+    """Where the run writes, and what a LoRA's metadata will say of it."""
+    prompts = list(dict.fromkeys(image.prompt for image in data.images))
+    record = {
+        "base_model": stage_one.files.name,
+        "revision": stage_one.files.revision,
+        "instance_prompts": prompts[:20],
+        "trigger": flags.data.instance_prompt or prompts[0],
+        "max_sequence_length": length,
+        "resolution": stage_one.resolution,
+        "seed": signature["--seed"],
+    }
+    return Outputs(Path(flags.run.output_dir), flags.lora, record, signature, flags.run.checkpoints_total_limit)
+
+
+def finish(
+    outputs: Outputs, training: Training, flags: TrainingFlags, reports: list[StageReport], log: LossLog, path: Path
+) -> None:
+    """Writes what lies beside the LoRA, and says what to do with it."""
+    prompts, seed = outputs.record["instance_prompts"], outputs.record["seed"]
+    facts = {"steps": training.step, "rank": flags.lora.rank, "learning rate": flags.optimizer.learning_rate}
+    write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
+    results = {"wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
+    save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
+    prompt = f"{outputs.record['trigger']} in a forest"
+    print("next: " + command("inference.py", **flags.model.flags(), lora=outputs.folder, prompt=prompt))
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
+    flags = TrainingFlags(*parse_flags(groups, argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS))
+    output_dir = Path(flags.run.output_dir)
+    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    device, say = accelerator.device, accelerator.print
+    if flags.model.is_miniature and accelerator.is_main_process:
+        say_miniature(SCRIPT)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
+    asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
+    chosen = choose_training_dtype(asked, device)
+    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
+    if flags.run.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+    checkpoint = resume_point(flags.run, output_dir)
+    files = ModelFiles(flags.model)
+    resolution = files.resolution(flags.data.resolution)
+    stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
+    data, store = open_data(stage_one, output_dir, accelerator)
+    seed = choose_seed(flags.run, checkpoint, accelerator)
+    say(f"{len(data)} pictures at {resolution} px, seed {seed}")
 
     reports: list[StageReport] = []
-    with memory_stage("load transformer", device, reports):
-        training, steps = load_training(
-            stage_one, chosen, lora, optimizer_config, run_config, seed, len(data), accelerator
-        )
-    signature_flags = (data_config, lora, optimizer_config, run_config, flow)
-    signature = run_signature(signature_flags, stage_one, data, chosen.dtype, seed, accelerator.num_processes)
-    prompts = list(dict.fromkeys(image.prompt for image in images))
-    record = {
-        "base_model": files.name,
-        "revision": files.revision,
-        "instance_prompts": prompts[:20],
-        "trigger": data_config.instance_prompt or prompts[0],
-        "max_sequence_length": store.provenance.size,
-        "resolution": stage_one.resolution,
-        "seed": seed,
-    }
-    outputs = Outputs(output_dir, lora, record, signature, run_config.checkpoints_total_limit)
-    log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
-    log = LossLog(
-        log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name, training.scaler.is_enabled()
-    )
+    with memory_stage("load transformer", device, reports, say):
+        training, steps = load_training(stage_one, flags, chosen.dtype, seed, len(data), accelerator)
+    signature = run_signature(flags, stage_one, data, chosen.dtype, seed, accelerator.num_processes)
+    outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
-    if checkpoint and training.step >= steps:
-        say(f"nothing to do: {checkpoint} is at step {training.step} already, and --max_train_steps is {steps}")
-        return
-    if accelerator.is_main_process:
-        log.cut_back(training.step)
-    accelerator.init_trackers("sd3-dreambooth-lora", {"rank": lora.rank, "steps": steps, "seed": seed})
+        if training.step >= steps:
+            say(f"nothing to do: {steps} steps were asked for; a larger --max_train_steps goes on from here")
+            accelerator.end_training()
+            return
+    log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
+    log = LossLog(log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name)
+    log.cut_back(training.step)
+    accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    with memory_stage("train", device, reports) as stage:
-        train(
-            training,
-            data,
-            stage_one,
-            (run_config, flow, optimizer_config),
-            steps,
-            chosen.dtype,
-            log,
-            outputs,
-            accelerator,
-        )
+    first_step = training.step
+    with memory_stage("train", device, reports, say) as stage:
+        train(training, data, stage_one, flags, steps, chosen.dtype, log, outputs, accelerator)
+    say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
         say(f"wrote {path}, read back and compared")
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
-        facts = {"steps": steps, "rank": lora.rank, "learning rate": optimizer_config.learning_rate, "seed": seed}
-        write_model_card(output_dir / "README.md", files.name, prompts, facts)
-        save_run(output_dir / "run.json", configs, reports, wrote=str(path), seed=seed, loss=log.recent_mean)
-        say(f"{steps} steps, {1000 * stage.elapsed_s / steps:.0f} ms each, {log.skipped} skipped by the scaler")
-        say(
-            "next: "
-            + command("inference.py", **model.flags(), lora=output_dir, prompt=f"{record['trigger']} in a forest")
-        )
+        finish(outputs, training, flags, reports, log, path)
     accelerator.end_training()
 
 

@@ -36,6 +36,8 @@ class EmbeddingStore:
 
     def __init__(self, path: Path):
         self.path = path
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file, such as {path / 'embeddings.parquet'}")
         if not path.is_file():
             raise UserError(f"{path} is not there: type `python compute_embeddings.py --output_path {path}` first")
         try:
@@ -47,13 +49,16 @@ class EmbeddingStore:
             if self._file.metadata.num_row_groups != len(index["prompt"]):
                 raise KeyError("row groups")
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(
-                f"{path} is not a whole embeddings file of this project ({type(error).__name__}): delete it and run "
-                "compute_embeddings.py again"
-            ) from error
+            raise self._not_whole(error) from error
         self._row = {prompt: row for row, prompt in enumerate(index["prompt"])}
         self._roles = dict(zip(index["prompt"], map(tuple, index["roles"]), strict=True))
         self._image_ids = dict(zip(index["prompt"], map(tuple, index["image_ids"]), strict=True))
+
+    def _not_whole(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path} is not a whole embeddings file of this project ({type(error).__name__}): delete it and run "
+            "compute_embeddings.py again"
+        )
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -95,9 +100,13 @@ class EmbeddingStore:
 
         Raises:
             KeyError: the file has no such prompt.
-            UserError: the stored numbers are not finite.
+            UserError: the row does not decode, or its numbers are not finite.
         """
-        table = self._file.read_row_group(self._row[prompt], columns=["prompt_embeds", "pooled_prompt_embeds"])
+        row = self._row[prompt]
+        try:
+            table = self._file.read_row_group(row, columns=["prompt_embeds", "pooled_prompt_embeds"])
+        except (pa.ArrowException, OSError) as error:  # damaged behind an intact footer
+            raise self._not_whole(error) from error
 
         def tensor(column: str) -> torch.Tensor:
             values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -212,7 +221,10 @@ class EmbeddingParts:
     def add(self, embeddings: Sequence[PromptEmbedding]) -> None:
         """Stores one chunk."""
         self.folder.mkdir(exist_ok=True)
-        write_embeddings(self.folder / f"part-{len(self._paths()):06d}.parquet", self.provenance, embeddings)
+        paths = self._paths()
+        # After the last: a discarded part leaves a gap, and counting would overwrite a finished one.
+        number = int(paths[-1].stem.removeprefix("part-")) + 1 if paths else 0
+        write_embeddings(self.folder / f"part-{number:06d}.parquet", self.provenance, embeddings)
 
     def read_all(self) -> Iterator[PromptEmbedding]:
         """All rows of all parts."""

@@ -227,8 +227,6 @@ def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> I
         image = _to_8_bits(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
-    if image.mode == "La":  # premultiplied; Pillow knows no shorter way
-        image = image.convert("LA")
     image = image.convert("RGBA")
     color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")

@@ -109,7 +109,7 @@ class LatentCache:
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise UserError(
                 f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
-                "precompute_latents.py --vae_precision fp32"
+                "precompute_latents.py --vae_precision fp32 --overwrite"
             )
         return LatentPosterior(image_id, variant, mean, std)
 

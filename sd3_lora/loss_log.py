@@ -67,20 +67,12 @@ class LossLog:
         path: of the JSON lines; None on ranks that do not write.
         mean_over_ranks: averages a tensor over the processes.
         dtype_name: of the run, for a diagnosis.
-        scaled: whether a gradient scaler guards the run.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
-        dtype_name: str,
-        scaled: bool,
-    ):
+    def __init__(self, path: Path | None, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], dtype_name: str):
         self._path = path
         self._mean_over_ranks = mean_over_ranks
         self._dtype_name = dtype_name
-        self._scaled = scaled
         self._pending: list[PendingStep] = []
         self.skipped_in_a_row = 0
         self.skipped = 0

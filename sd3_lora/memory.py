@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +43,10 @@ class StageReport:
 
 
 @contextmanager
-def memory_stage(name: str, device: torch.device, reports: list[StageReport]) -> Iterator[StageReport]:
-    """Measures the block, prints its line and appends it to `reports`.
+def memory_stage(
+    name: str, device: torch.device, reports: list[StageReport], say: Callable[[str], None] = print
+) -> Iterator[StageReport]:
+    """Measures the block, says its line and appends it to `reports`.
 
     The block must itself delete what it loaded; on leaving, the allocator's cache is handed back, so that the next
     stage starts from nothing.
@@ -67,7 +69,7 @@ def memory_stage(name: str, device: torch.device, reports: list[StageReport]) ->
             report.peak_reserved_gib = torch.cuda.max_memory_reserved(device) / GIB
         reports.append(report)
         free_memory(device)
-    print(report.sentence(), flush=True)
+    say(report.sentence())
 
 
 def free_memory(device: torch.device) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from sd3_lora.command_line import UserError
 from sd3_lora.records import Provenance
@@ -76,12 +78,14 @@ class ModelFiles:
         self.revision: str | None = None
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
-        index = self._file("model_index.json")
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
+        kind = self._read_json("model_index.json").get("_class_name", "")
         if not kind.startswith("StableDiffusion3"):
-            raise UserError(f"{self.name} is a {kind or 'model of another kind'}, not a Stable Diffusion 3 pipeline")
+            raise UserError(
+                f"{self.name} is a {kind or 'model of another kind'}, not a Stable Diffusion 3 pipeline: give one as "
+                "--pretrained_model_name_or_path"
+            )
         if self._local is None:
-            self.revision = index.parent.name  # the hub's cache names its snapshot folders by commit
+            self.revision = self.folder.name  # the hub's cache names its snapshot folders by commit
 
     def _local_folder(self) -> Path | None:
         if self.config.is_miniature:
@@ -115,6 +119,12 @@ class ModelFiles:
         if not name.startswith(("tokenizer", "scheduler")) and not self.weight_files(name):
             wanted = f"{self.config.variant} weights" if self.config.variant else "weights"
             raise UserError(f"{self.name}/{name} has no {wanted} in safetensors: check --variant and the download")
+        for path in self.weight_files(name):
+            try:
+                with safe_open(path, "pt"):  # reads the header, which knows the file's length
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is not a whole safetensors file: delete it and download it again") from error
         return folder / name
 
     def _weight_patterns(self, name: str) -> list[str]:
@@ -146,14 +156,20 @@ class ModelFiles:
         Raises:
             UserError: the model has no such component.
         """
-        path = self._file(f"{component}/config.json")
-        if not path.is_file():
-            raise UserError(f"{self.name} has no {component}/config.json: give a whole SD3 pipeline")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return self._read_json(f"{component}/config.json")
 
     def read_scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration."""
-        return json.loads(self._file("scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+        return self._read_json("scheduler/scheduler_config.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self._file(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.name} has no {name}: give the folder or hub id of a whole SD3 pipeline") from error
+        except ValueError as error:
+            raise UserError(f"{path} is not whole ({error}): delete it and download it again") from error
 
     def weight_files(self, component: str) -> list[Path]:
         """The component's safetensors files that are here, of the variant asked for."""
@@ -171,9 +187,9 @@ class ModelFiles:
         components = sorted(components)
         configs, weights = hashlib.sha256(), hashlib.sha256()
         for component in components:
-            for path in self._config_files(component):
-                configs.update(f"{component}/{path.name}\n".encode())
-                configs.update(_canonical_json(path))
+            name = "tokenizer_config.json" if component.startswith("tokenizer") else "config.json"
+            configs.update(f"{component}/{name}\n".encode())
+            configs.update(_canonical_json(self._read_json(f"{component}/{name}")))
             if self._local is not None:
                 for path in self.weight_files(component):
                     weights.update(_sample_bytes(path))
@@ -187,11 +203,6 @@ class ModelFiles:
             size=size,
             versions=library_versions(),
         )
-
-    def _config_files(self, component: str) -> list[Path]:
-        if component.startswith("tokenizer"):
-            return [self._file(f"{component}/tokenizer_config.json")]
-        return [self._file(f"{component}/config.json")]
 
     def latent_channels_and_scale(self) -> tuple[int, int]:
         """The VAE's latent channels, and pixels per latent."""
@@ -234,9 +245,8 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def _canonical_json(path: Path) -> bytes:
-    """The file's content without what differs between two saves of the same thing."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+def _canonical_json(content: dict[str, Any]) -> bytes:
+    """A configuration without what differs between two saves of the same thing."""
     ignored = ("_diffusers_version", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
     return json.dumps({k: v for k, v in content.items() if k not in ignored}, sort_keys=True).encode()
 
@@ -279,6 +289,11 @@ class _HubErrors:
             raise UserError(
                 f"{model} is neither a folder here nor downloaded yet, and the hub cannot be reached: "
                 "check the path or the connection"
+            ) from error
+        if isinstance(error, EntryNotFoundError):  # stabilityai/stable-diffusion-3-medium, without -diffusers
+            raise UserError(
+                f"{model} lacks files of a diffusers SD3 pipeline: give the id of one, "
+                "such as stabilityai/stable-diffusion-3-medium-diffusers"
             ) from error
         if isinstance(error, HfHubHTTPError):
             raise UserError(f"the hub refused {model} ({error}): try again later") from error

@@ -96,9 +96,12 @@ def choose_text_encoder_plan(
     if needed <= free:
         return plan
     shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
-    if (asked is None and kept is None) or precision == "int8":
+    if precision == "int8":
         say(f"{shortage}: streaming it in fp16, one block at a time (--t5_stream)")
         return replace(plan, t5_precision="fp16", t5_stream=True)
+    if precision in ("fp16", "fp32"):  # the same numbers; also what goes on with a file that was streamed before
+        say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
+        return replace(plan, t5_stream=True)
     raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
 
 
@@ -106,6 +109,7 @@ def t5_device_bytes(files: ModelFiles, precision: str) -> int:
     """What T5's weights take on the device, from the shapes in its files' headers."""
     per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
     total = 0.0
+    files.component("text_encoder_3")  # downloaded now, if need be: without its files nothing would seem to fit
     for path in files.weight_files("text_encoder_3"):
         with safe_open(path, "pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from sd3_lora.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
+from sd3_lora.devices import DeviceConfig
+from sd3_lora.flow import FlowConfig
+from sd3_lora.model_files import ModelConfig
 
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
@@ -238,3 +241,20 @@ class RunConfig:
     def trackers(self) -> list[str]:
         """report_to as a list."""
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """All the flags of training, by group, in the order of `--help`."""
+
+    data: DataConfig
+    lora: LoraFlags
+    optimizer: OptimizerConfig
+    run: RunConfig
+    flow: FlowConfig
+    model: ModelConfig
+    device: DeviceConfig
+
+    def groups(self) -> list[object]:
+        """The groups, to save them."""
+        return [getattr(self, f.name) for f in fields(self)]
