@@ -299,33 +299,34 @@ def train(
     model = accelerator.prepare_model(training.transformer)
     model.train()
     window, draws = run.gradient_accumulation_steps, training.draws
-    bar = tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process)
-    while training.step < steps:
-        losses, seen = [], []
-        for index in range(window):
-            chosen = training.order.take(draws.global_batch_size)[draws.mine]
-            batch = data.batch(chosen, draws.uniform())
-            # The ranks exchange gradients once a window.
-            with accelerator.no_sync(model) if index < window - 1 else nullcontext():
-                loss, _ = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
-                training.scaler.scale(loss / window).backward()
-            losses.append(loss.detach())
-            seen += [data.images[i].path.name for i in chosen]
-        learning_rate = training.lr_scheduler.get_last_lr()[0]
-        norm, skipped = optimizer_step(training, flags.optimizer.max_grad_norm)
-        training.lr_scheduler.step()
-        training.step += 1
-        pictures = ", ".join(dict.fromkeys(seen))
-        log.add(PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures))
-        bar.update()
-        at_checkpoint = training.step % run.checkpointing_steps == 0 and training.step < steps
-        if training.step % READ_EVERY == 0 or at_checkpoint or training.step == steps:
-            for line in log.read():
-                accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
-            bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
-        if at_checkpoint:
-            outputs.save_checkpoint(training, accelerator)
-    bar.close()
+    # Closed by `with` on an error too, so that its sentence stands on a line of its own.
+    with tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process) as bar:
+        while training.step < steps:
+            losses, seen = [], []
+            for index in range(window):
+                chosen = training.order.take(draws.global_batch_size)[draws.mine]
+                batch = data.batch(chosen, draws.uniform())
+                # The ranks exchange gradients once a window.
+                with accelerator.no_sync(model) if index < window - 1 else nullcontext():
+                    loss, _ = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
+                    training.scaler.scale(loss / window).backward()
+                losses.append(loss.detach())
+                seen += [data.images[i].path.name for i in chosen]
+            learning_rate = training.lr_scheduler.get_last_lr()[0]
+            norm, skipped = optimizer_step(training, flags.optimizer.max_grad_norm)
+            if not skipped:
+                training.lr_scheduler.step()
+            training.step += 1
+            pictures = ", ".join(dict.fromkeys(seen))
+            log.add(PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures))
+            bar.update()
+            at_checkpoint = training.step % run.checkpointing_steps == 0 and training.step < steps
+            if training.step % READ_EVERY == 0 or at_checkpoint or training.step == steps:
+                for line in log.read():
+                    accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
+                bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
+            if at_checkpoint:
+                outputs.save_checkpoint(training, accelerator)
 
 
 def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:

@@ -107,8 +107,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         packed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        return unpack(packed, load_file(folder / _TENSORS))
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        state = unpack(packed, load_file(folder / _TENSORS))
+        if not isinstance(state, dict):
+            raise TypeError("not a state")
+        return state
+    except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole checkpoint of this project ({type(error).__name__}): "
             "give another to --resume_from_checkpoint"

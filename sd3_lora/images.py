@@ -6,6 +6,7 @@ Shapes: R resolution, the side of a square crop in pixels.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import warnings
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
 
 from sd3_lora.command_line import UserError
 
@@ -222,9 +223,26 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The colours that the file's ICC profile means: phones photograph in Display P3, scanners in Adobe RGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or "transparency" in image.info or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image  # no rounding where there is nothing to change
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):  # a profile that does not parse says nothing of the colours
+        return image
+    return converted or image
+
+
 def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_8_bits(image)
+    image = _to_srgb(image)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

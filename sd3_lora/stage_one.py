@@ -64,7 +64,7 @@ class StageOne:
             "recursive": data.recursive,
             "device": None if self.device == "auto" else self.device,
         }
-        return command(script, **shared, **own, **more)
+        return command(script, **{**shared, **own, **more})
 
     def open_embeddings(self) -> EmbeddingStore:
         """The embeddings file.
@@ -120,7 +120,8 @@ class StageOne:
         Raises:
             UserError: no pictures, or a prompt that stage one has not seen.
         """
-        remedy, prompt = self.command("compute_embeddings.py"), self.data.instance_prompt
+        remedy = self.command("compute_embeddings.py", max_sequence_length=store.provenance.size)
+        prompt = self.data.instance_prompt
         if self.data.instance_data_dir is None:
             images = images_of_store(store, cache)
             if prompt is not None and prompt not in {image.prompt for image in images}:

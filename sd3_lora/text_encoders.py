@@ -114,8 +114,8 @@ def t5_device_bytes(files: ModelFiles, precision: str) -> int:
         with safe_open(path, "pt") as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 numel = math.prod(handle.get_slice(key).get_shape())
-                if key.endswith(".wo.weight") and precision in ("int8", "fp16"):
-                    total += 4 * numel  # kept in fp32
+                if key.endswith(".wo.weight"):
+                    total += 4 * numel  # kept in fp32 whatever the precision
                 elif "block" in key and "norm" not in key and "bias" not in key:
                     total += per_weight * numel
                 else:

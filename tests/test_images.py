@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sd3_lora.command_line import UserError
 from sd3_lora.images import (
@@ -152,6 +152,15 @@ def test_a_folder_that_cannot_serve_is_one_sentence(tmp_path: Path) -> None:
     picture = saved(tmp_path, Image.new("RGB", (4, 4)), "a.png")
     with pytest.raises(UserError, match=r"a\.png is a file, not a folder: type --instance_data_dir"):
         list_images(picture)
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"cannot list .* \(Permission denied\)"):
+        list_images(tmp_path)
 
 
 def test_no_pictures_mentions_recursive_only_where_it_helps(tmp_path: Path) -> None:
@@ -342,6 +351,11 @@ def test_what_is_no_picture_is_broken_under_a_picture_s_name(tmp_path: Path, con
         open_rgb(path)
 
 
+def test_a_picture_that_is_gone_is_broken(tmp_path: Path) -> None:
+    with pytest.raises(BrokenImage, match=r"gone\.jpg does not decode \(No such file or directory\)"):
+        open_rgb(tmp_path / "gone.jpg")
+
+
 def test_formats_that_run_a_program_or_hide_layers_are_not_asked(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encoded(Image.new("RGB", (4, 4)), "EPS"))
@@ -498,3 +512,28 @@ def test_a_very_long_picture_costs_no_more_than_its_crop() -> None:
     picture = Image.fromarray(noise(30_000, 2))  # resized whole, 4 gigapixels
     boxes = crop_boxes(*picture.size, 512, 3, flip=False)
     assert [crop_pixels(picture, box).shape for box in boxes] == [(3, 512, 512)] * 3
+
+
+def swapped_primaries(description: bytes) -> bytes:
+    """sRGB's profile with red and green exchanged, under another name."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {}
+    for index in range(int.from_bytes(profile[128:132], "big")):
+        entry = 132 + 12 * index
+        tags[bytes(profile[entry : entry + 4])] = int.from_bytes(profile[entry + 4 : entry + 8], "big")
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red : red + 20], profile[green : green + 20] = profile[green : green + 20], profile[red : red + 20]
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), description.decode().encode("utf-16-be"))
+
+
+def test_an_icc_profile_decides_what_the_numbers_mean(tmp_path: Path) -> None:
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    red.save(tmp_path / "swapped.png", icc_profile=swapped_primaries(b"test"))
+    red.save(tmp_path / "srgb.png", icc_profile=swapped_primaries(b"sRGB"))  # by its name nothing to convert
+    red.save(tmp_path / "broken.png", icc_profile=b"no profile")
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "alpha.png", icc_profile=swapped_primaries(b"test"))
+    converted = open_rgb(tmp_path / "swapped.png").getpixel((0, 0))
+    assert all(abs(value - wanted) <= 2 for value, wanted in zip(converted, (0, 255, 0), strict=True))
+    assert open_rgb(tmp_path / "srgb.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_rgb(tmp_path / "broken.png").getpixel((0, 0)) == (255, 0, 0)
+    assert open_rgb(tmp_path / "alpha.png").getpixel((0, 0)) == (255, 255, 255)

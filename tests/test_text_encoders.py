@@ -1,0 +1,380 @@
+"""The three text encoders: the stock pipeline's numbers, in every precision, streamed and whole."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import PROMPT
+from diffusers import StableDiffusion3Pipeline
+from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from sd3_lora import text_encoders
+from sd3_lora.command_line import UserError
+from sd3_lora.memory import GIB, StageReport
+from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.text_encoders import (
+    BATCH_SIZE,
+    TensorFiles,
+    TextEncoderPlan,
+    choose_text_encoder_plan,
+    encode_prompts,
+    encode_t5_streamed,
+    load_t5,
+    report_identifier,
+    t5_device_bytes,
+    to_float16,
+    tokenize,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LONG = "sks robot " * 80
+# More than one batch; empty, cut off by every encoder, not ASCII, and alike but for a letter.
+PROMPTS = [PROMPT, "", LONG, "ein Roboter auf dem Balkon, größer", "a photo of SKS robot", "a red robot", *"abcde"]
+assert len(PROMPTS) > BATCH_SIZE
+
+
+@pytest.fixture(scope="module")
+def files(tiny_sd3: Path) -> ModelFiles:
+    return ModelFiles(ModelConfig(str(tiny_sd3)))
+
+
+@pytest.fixture(scope="module")
+def stock(tiny_sd3: Path) -> StableDiffusion3Pipeline:
+    return StableDiffusion3Pipeline.from_pretrained(tiny_sd3)
+
+
+@pytest.fixture(scope="module")
+def wide_files(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """With a T5 whose widths are multiples of 64 as any real one's are: bitsandbytes needs that for nf4 on a CPU."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("text_encoder_3"))
+    config = T5Config.from_pretrained(tiny_sd3 / "text_encoder_3")
+    config.d_model, config.d_kv, config.num_heads, config.d_ff = 64, 32, 2, 128
+    torch.manual_seed(0)
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_3")
+    return ModelFiles(ModelConfig(str(folder)))
+
+
+def plan(precision: str = "fp32", stream: bool = False, length: int = 20) -> TextEncoderPlan:
+    return TextEncoderPlan(precision, stream, length, CPU)  # type: ignore[arg-type]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def t5_ids(files: ModelFiles, length: int = 20) -> torch.Tensor:
+    return tokenize(T5TokenizerFast.from_pretrained(files.component("tokenizer_3")), PROMPTS, length)
+
+
+@torch.no_grad()
+def resident(files: ModelFiles, precision: str, ids: torch.Tensor) -> torch.Tensor:
+    encoder = load_t5(files, plan(precision))
+    return torch.cat([encoder(batch)[0] for batch in ids.split(BATCH_SIZE)])
+
+
+# The stock pipeline's numbers
+
+
+@pytest.mark.parametrize("length", [20, 77, 130])
+def test_fp32_equals_the_stock_pipeline_and_is_stored_rounded(
+    files: ModelFiles, stock: StableDiffusion3Pipeline, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    expected, _, expected_pooled, _ = stock.encode_prompt(
+        PROMPTS, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+    )
+    stored, stored_pooled = encode_prompts(files, PROMPTS, plan(length=length), [])
+    monkeypatch.setattr(text_encoders, "to_float16", lambda values, *_: values)
+    exact, exact_pooled = encode_prompts(files, PROMPTS, plan(length=length), [])
+
+    assert exact.shape == expected.shape == (len(PROMPTS), 77 + length, 48)
+    assert exact.dtype == exact_pooled.dtype == torch.float32
+    for row in range(len(PROMPTS)):
+        assert relative_error(exact[row], expected[row]) < 1e-5
+        assert relative_error(exact_pooled[row], expected_pooled[row]) < 1e-5
+    assert torch.equal(stored, exact.to(torch.float16))
+    assert torch.equal(stored_pooled, exact_pooled.to(torch.float16))
+
+
+def test_the_clips_lie_side_by_side_padded_with_zeros(files: ModelFiles) -> None:
+    embeds, pooled = encode_prompts(files, PROMPTS[:2], plan(), [])
+    assert embeds.shape == (2, 77 + 20, 48)
+    assert pooled.shape == (2, 8 + 16)
+    assert (embeds[:, :77, 8 + 16 :] == 0).all()
+    assert (embeds[:, :77, : 8 + 16] != 0).all(dim=-1).any()
+    assert (embeds[:, 77:, 8 + 16 :] != 0).any(dim=-1).all()
+
+
+def test_each_encoder_is_freed_before_the_next_is_loaded(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive_at_load: list[int] = []
+    for name in ("load_clip", "load_t5"):
+        load = getattr(text_encoders, name)
+
+        def watched(*args: Any, load: Any = load) -> Any:
+            alive_at_load.append(sum(encoder() is not None for encoder in loaded))
+            encoder = load(*args)
+            loaded.append(weakref.ref(encoder))
+            return encoder
+
+        monkeypatch.setattr(text_encoders, name, watched)
+    reports: list[StageReport] = []
+    encode_prompts(files, [PROMPT], plan(), reports)
+    assert alive_at_load == [0, 0, 0]
+    assert [report.name for report in reports] == ["encode with CLIP-L", "encode with CLIP-G", "encode with T5 (fp32)"]
+
+
+def test_a_prompt_too_long_for_an_encoder_is_named(files: ModelFiles, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
+    ids = tokenize(tokenizer, [PROMPT, LONG, LONG + "too"], 77)
+    assert ids.shape == (3, 77)
+    assert ids[1, -1] == tokenizer.eos_token_id
+    note = capsys.readouterr().out
+    assert note.startswith("note: 'sks robot sks robot")
+    assert "..." in note
+    assert "1 more prompts exceed 77 tokens" in note
+
+
+# Streamed: one block at a time, bit for bit the whole encoder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_streamed_t5_equals_the_resident_one_bit_for_bit(files: ModelFiles, precision: str) -> None:
+    ids = t5_ids(files)
+    whole, streamed = resident(files, precision, ids), encode_t5_streamed(files, ids, plan(precision, stream=True))
+    assert whole.dtype == streamed.dtype
+    assert torch.equal(whole, streamed)
+    assert whole.abs().sum() > 0
+
+
+def test_streamed_t5_is_read_from_several_files(tiny_sd3: Path, files: ModelFiles, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd3, tmp_path / "model", ignore=shutil.ignore_patterns("text_encoder_3"))
+    encoder = T5EncoderModel.from_pretrained(tiny_sd3 / "text_encoder_3")
+    encoder.save_pretrained(tmp_path / "model" / "text_encoder_3", max_shard_size="100KB")
+    shards = ModelFiles(ModelConfig(str(tmp_path / "model")))
+    assert len(shards.weight_files("text_encoder_3")) > 1
+    ids = t5_ids(files)
+    assert torch.equal(encode_t5_streamed(shards, ids, plan(stream=True)), resident(files, "fp32", ids))
+
+
+def test_a_streamed_block_leaves_the_device_before_the_next_comes(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[torch.nn.Module] = []
+    resident_blocks: list[int] = []
+    forward = text_encoders.T5EncoderModel.__init__
+
+    def watched(self: T5EncoderModel, config: T5Config) -> None:
+        forward(self, config)
+        blocks.extend(self.encoder.block)
+
+    def count(_: torch.nn.Module, __: Any) -> None:
+        resident_blocks.append(sum(all(p.device.type != "meta" for p in block.parameters()) for block in blocks))
+
+    monkeypatch.setattr(text_encoders.T5EncoderModel, "__init__", watched)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: count(module, args) if module in blocks else None
+    )
+    try:
+        encode_t5_streamed(files, t5_ids(files), plan(stream=True))
+    finally:
+        handle.remove()
+    assert resident_blocks == [1] * len(blocks) * 2  # two batches through each of three blocks
+
+
+def test_only_the_embedding_rows_of_the_tokens_are_read(files: ModelFiles) -> None:
+    path = files.weight_files("text_encoder_3")
+    ids = torch.tensor([[5, 3, 5], [900, 0, 3]])
+    with TensorFiles(path) as weights:
+        matrix = weights.tensor("shared.weight")
+
+        class Slice:
+            rows: list[slice] = []  # noqa: RUF012
+
+            def __getitem__(self, index: slice) -> torch.Tensor:
+                self.rows.append(index)
+                return matrix[index]
+
+        class Handle:
+            def get_slice(self, _: str) -> Slice:
+                return Slice()
+
+        assert torch.equal(weights.rows("shared.weight", ids), matrix[ids])
+        weights._handles = {"shared.weight": Handle()}
+        assert torch.equal(weights.rows("shared.weight", ids), matrix[ids])
+    assert Slice.rows == [slice(i, i + 1) for i in (0, 3, 5, 900)]
+
+
+# Precisions
+
+
+def test_fp16_keeps_wo_in_fp32(files: ModelFiles) -> None:
+    dtypes = {name: p.dtype for name, p in load_t5(files, plan("fp16")).named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if name.endswith("wo.weight")} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if not name.endswith("wo.weight")} == {torch.float16}
+
+
+@pytest.mark.parametrize(("precision", "kind", "bound"), [("int8", Linear8bitLt, 0.03), ("nf4", Linear4bit, 0.3)])
+def test_quantized_t5_is_near_fp32_but_not_equal(
+    wide_files: ModelFiles, precision: str, kind: type[torch.nn.Module], bound: float
+) -> None:
+    encoder = load_t5(wide_files, plan(precision))
+    assert isinstance(encoder.encoder.block[0].layer[0].SelfAttention.q, kind)
+    ids = t5_ids(wide_files)[:4]
+    with torch.no_grad():
+        found = encoder(ids)[0].float()
+    error = relative_error(found, resident(wide_files, "fp32", ids))
+    assert 1e-4 < error < bound
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4", "fp16", "fp32"])
+def test_the_bytes_that_t5_will_take_are_known_beforehand(wide_files: ModelFiles, precision: str) -> None:
+    encoder = load_t5(wide_files, plan(precision))
+    tensors = [*encoder.parameters()]
+    tensors += [p.quant_state.absmax for p in tensors if hasattr(p, "quant_state")]  # nf4's scales lie beside it
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert {m.wo.weight.dtype for m in encoder.modules() if hasattr(m, "wo")} == {torch.float32}
+    assert t5_device_bytes(wide_files, precision) == pytest.approx(taken, rel=0.03)
+
+
+def test_a_number_beyond_float16_names_its_prompt() -> None:
+    values = torch.ones(3, 2, 2)
+    assert torch.equal(to_float16(values, ["a", "b", "c"], "T5"), values.half())
+    values[1, 1, 0] = -65504
+    assert to_float16(values, ["a", "b", "c"], "T5")[1, 1, 0] == -65504
+    for bad in (-70000.0, 65530.0, float("inf"), float("nan")):
+        values[1, 1, 0] = bad
+        with pytest.raises(UserError, match=r"T5 gives .* for the prompt 'b', which float16 cannot hold: type"):
+            to_float16(values, ["a", "b", "c"], "T5")
+
+
+# The plan
+
+
+@pytest.fixture
+def free_gib(monkeypatch: pytest.MonkeyPatch, files: ModelFiles) -> Any:
+    """`free_gib(x)`: the GPU has x GiB free beyond the 0.5 that are kept for activations."""
+
+    def set_free(beyond_margin: float) -> None:
+        free = int((0.5 + beyond_margin) * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
+
+    return set_free
+
+
+def choose(files: ModelFiles, device: torch.device, *args: Any, length: int = 77) -> tuple[TextEncoderPlan, list[str]]:
+    said: list[str] = []
+    return choose_text_encoder_plan(files, device, length, *args, say=said.append), said
+
+
+def test_the_default_precision(files: ModelFiles, free_gib: Any) -> None:
+    free_gib(1)
+    assert choose(files, CPU, None, False) == (TextEncoderPlan("fp32", False, 77, CPU), [])
+    assert choose(files, CUDA, None, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
+    assert choose(files, CUDA, None, True) == (TextEncoderPlan("fp16", True, 77, CUDA), [])
+    assert choose(files, CUDA, None, False, "nf4") == (TextEncoderPlan("nf4", False, 77, CUDA), [])
+    assert choose(files, CUDA, "fp32", False, "nf4") == (TextEncoderPlan("fp32", False, 77, CUDA), [])
+    assert choose(files, CPU, None, True, "fp32") == (TextEncoderPlan("fp32", True, 77, CPU), [])
+
+
+@pytest.mark.parametrize("asked", [None, "int8"])
+def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(
+    files: ModelFiles, free_gib: Any, asked: str | None
+) -> None:
+    free_gib(0.999 * t5_device_bytes(files, "int8") / GIB)
+    chosen, said = choose(files, CUDA, asked, False)
+    assert chosen == TextEncoderPlan("fp16", True, 77, CUDA)
+    assert said == [
+        "T5 in int8 takes 0.5 GiB and 0.5 GiB are free: streaming it in fp16, one block at a time (--t5_stream)"
+    ]
+    free_gib(1.001 * t5_device_bytes(files, "int8") / GIB)
+    assert choose(files, CUDA, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_streamed_file_goes_on_streamed_where_the_whole_does_not_fit(
+    files: ModelFiles, free_gib: Any, precision: str
+) -> None:
+    free_gib(0)
+    chosen, said = choose(files, CUDA, None, False, precision)  # as on the second run of a small GPU
+    assert chosen == TextEncoderPlan(precision, True, 77, CUDA)  # type: ignore[arg-type]
+    assert len(said) == 1
+    assert "streaming it, one block at a time" in said[0]
+
+
+def test_nf4_that_does_not_fit_is_an_error(files: ModelFiles, free_gib: Any) -> None:
+    free_gib(0)
+    with pytest.raises(UserError, match=r"T5 in nf4 takes .* are free: type --t5_precision fp16 --t5_stream"):
+        choose(files, CUDA, "nf4", False)
+
+
+def test_t5_is_downloaded_before_its_size_is_compared(
+    files: ModelFiles, free_gib: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded: list[str] = []
+    component, weight_files = ModelFiles.component, ModelFiles.weight_files
+    monkeypatch.setattr(ModelFiles, "component", lambda self, name: downloaded.append(name) or component(self, name))
+    monkeypatch.setattr(
+        ModelFiles, "weight_files", lambda self, name: weight_files(self, name) if name in downloaded else []
+    )
+    free_gib(0)
+    chosen, said = choose(files, CUDA, None, False)
+    assert downloaded == ["text_encoder_3"]
+    assert chosen.t5_stream
+    assert said
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_quantized_t5_cannot_be_streamed(files: ModelFiles, precision: str) -> None:
+    with pytest.raises(UserError, match=f"not {precision}: add --t5_precision fp16"):
+        choose(files, CPU, precision, True)
+
+
+@pytest.mark.parametrize("length", [0, 513, -1])
+def test_a_length_that_t5_cannot_take(files: ModelFiles, length: int) -> None:
+    with pytest.raises(UserError, match=f"--max_sequence_length {length} is not between 1 and 512: type 77"):
+        choose(files, CPU, None, False, length=length)
+    assert [choose(files, CPU, None, False, length=n)[0].max_sequence_length for n in (1, 512)] == [1, 512]
+
+
+def test_the_clips_are_fp16_on_a_gpu_unless_t5_is_exact() -> None:
+    assert TextEncoderPlan("int8", False, 77, CUDA).clip_dtype == torch.float16
+    assert TextEncoderPlan("fp32", False, 77, CUDA).clip_dtype == torch.float32
+    assert TextEncoderPlan("int8", False, 77, CPU).clip_dtype == torch.float32
+
+
+# The identifier
+
+
+def test_the_identifier_is_the_rarest_word_that_the_class_prompt_lacks(files: ModelFiles) -> None:
+    report = report_identifier(files, "A photo of (sks) robot.", "a photo of a robot")
+    assert report is not None
+    assert report.word == "sks"
+    assert report.pieces == {"CLIP": ["s", "ks</w>"], "T5": ["▁", "s", "k", "s"]}
+    assert report.sentences() == ["identifier 'sks' → CLIP: s ks</w>; T5: ▁ s k s"]
+    assert report_identifier(files, PROMPT, None) == report
+
+
+def test_an_identifier_of_many_pieces_is_warned_of(files: ModelFiles) -> None:
+    report = report_identifier(files, "a photo of zwxqj robot", None)
+    assert report is not None
+    assert len(report.pieces["CLIP"]) == 5
+    assert report.sentences()[1].startswith("warning: 'zwxqj' falls into 5 CLIP tokens")
+
+
+def test_a_common_word_as_identifier_is_warned_of(files: ModelFiles) -> None:
+    report = report_identifier(files, "a photo of x robot", "a photo of a robot")  # one of CLIP's first tokens
+    assert report is not None
+    assert report.is_common
+    assert report.sentences()[1].startswith("warning: 'x' is a common word")
+
+
+def test_a_prompt_without_an_identifier(files: ModelFiles) -> None:
+    assert report_identifier(files, "", None) is None
+    assert report_identifier(files, "a robot", "a photo of a robot") is None
