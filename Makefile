@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 test: .venv/installed-dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -22,15 +22,12 @@ format: .venv/installed-dev
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
-
-# With a GPU, pip's own torch is the right one; without, constraints.txt keeps gigabytes of CUDA away.
-CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo -c constraints.txt)
 
 clean:
 	rm -rf .venv outputs

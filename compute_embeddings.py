@@ -189,7 +189,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv)
+    return exit_code(run, argv, "--t5_precision fp16 --t5_stream")
 
 
 if __name__ == "__main__":

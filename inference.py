@@ -305,7 +305,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv)
+    return exit_code(run, argv, "--mixed_precision fp16, --vae_precision fp16, --batch_size 1 or --t5_stream")
 
 
 if __name__ == "__main__":

@@ -65,13 +65,19 @@ class LatentConfig:
         default=None,
         metadata={"help": "Of the VAE and of the stored posteriors. Default: that of an existing cache, else fp32."},
     )
-    vae_batch_size: int = field(default=4, metadata={"help": "Crops in one forward of the VAE."})
+    vae_batch_size: int | None = field(
+        default=None, metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels."}
+    )
     output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        if self.num_crops < 1 or self.vae_batch_size < 1:
+        if self.num_crops < 1 or (self.vae_batch_size is not None and self.vae_batch_size < 1):
             raise ValueError("--num_crops and --vae_batch_size must be at least 1")
+
+    def batch_size(self, resolution: int) -> int:
+        """Crops in one forward: by default what takes the memory of one 1024 px crop, and at most 16."""
+        return self.vae_batch_size or max(1, min(16, (1024 // resolution) ** 2))
 
     @property
     def crops(self) -> int:
@@ -105,7 +111,7 @@ def prefetch(
         return decode(image, config, resolution, cache.variants(image.image_id))
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        ahead = 2 * config.vae_batch_size
+        ahead = 2 * config.batch_size(resolution)
         futures = deque(pool.submit(one, image) for image in images[:ahead])
         for index in range(len(images)):
             crops = futures.popleft().result()
@@ -178,13 +184,13 @@ def encode_missing(
         torch_dtype=DTYPES[cache.wanted.precision],
         use_safetensors=True,
     ).to(device)
-    count = 0
+    count, batch_size = 0, config.batch_size(resolution)
 
     def encode_group(group: list[list[Crop]]) -> None:
         crops = [crop for picture in group for crop in picture]
         posteriors = []
-        for start in range(0, len(crops), config.vae_batch_size):
-            posteriors += encode(vae, crops[start : start + config.vae_batch_size])
+        for start in range(0, len(crops), batch_size):
+            posteriors += encode(vae, crops[start : start + batch_size])
         for picture in group:
             image, size = picture[0].image, picture[0].picture_size
             cache.add(image, size, [p for p in posteriors if p.image_id == image.image_id])
@@ -194,7 +200,7 @@ def encode_missing(
     for picture in pictures:
         group.append(picture)
         count += len(picture)
-        if sum(map(len, group)) >= config.vae_batch_size:
+        if sum(map(len, group)) >= batch_size:
             encode_group(group)
             group = []
     if group:
@@ -280,7 +286,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv)
+    return exit_code(run, argv, "--vae_batch_size 1, --vae_precision fp16 or a lower --resolution")
 
 
 if __name__ == "__main__":

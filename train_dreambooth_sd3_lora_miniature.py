@@ -14,7 +14,7 @@ import random
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,8 @@ def make_optimizer(
             power=config.lr_power,
         )
     except (ValueError, IndexError) as error:
+        if config.lr_scheduler != "piecewise_constant":  # polynomial ends at 1e-7
+            raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {rate:g}") from error
         raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
     return optimizer, schedule
 
@@ -219,23 +221,25 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 
 def run_signature(
-    flags: TrainingFlags, stage_one: StageOne, data: TrainingData, dtype: torch.dtype, seed: int, processes: int
+    flags: TrainingFlags,
+    stage_one: StageOne,
+    data: TrainingData,
+    store: EmbeddingStore,
+    dtype: torch.dtype,
+    seed: int,
+    processes: int,
 ) -> dict[str, Any]:
     """What decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = sorted((image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images)
+    pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
+    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
     return {
         "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
         "--resolution": stage_one.resolution,
-        "--rank": flags.lora.rank,
+        "--max_sequence_length": store.provenance.size,
+        "--t5_precision": store.provenance.precision,
+        **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
-        "--lora_dropout": flags.lora.lora_dropout,
-        "--lora_layers": flags.lora.lora_layers,
-        "--lora_blocks": flags.lora.lora_blocks,
-        "--use_8bit_adam": flags.optimizer.use_8bit_adam,
-        "--weighting_scheme": flags.flow.weighting_scheme,
-        "--precondition_outputs": flags.flow.precondition_outputs,
-        "--timestep_shift": flags.flow.timestep_shift,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         "a global batch of": flags.run.train_batch_size * processes,
         "the precision": str(dtype).removeprefix("torch."),
@@ -278,7 +282,8 @@ class Outputs:
         state = read_state(folder)
         require_same_run(state["signature"], self.signature, folder)
         training.load_state_dict(state)
-        set_random_state(state["random"][accelerator.process_index], accelerator.device)
+        if accelerator.process_index < len(state["random"]):  # a rank that was not there then keeps its own
+            set_random_state(state["random"][accelerator.process_index], accelerator.device)
 
 
 def train(
@@ -450,7 +455,7 @@ def run(argv: Sequence[str] | None) -> None:
     reports: list[StageReport] = []
     with memory_stage("load transformer", device, reports, say):
         training, steps = load_training(stage_one, flags, chosen.dtype, seed, len(data), accelerator)
-    signature = run_signature(flags, stage_one, data, chosen.dtype, seed, accelerator.num_processes)
+    signature = run_signature(flags, stage_one, data, store, chosen.dtype, seed, accelerator.num_processes)
     outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, training, accelerator)
@@ -479,7 +484,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv)
+    smaller = "--gradient_checkpointing, --mixed_precision fp16, a lower --train_batch_size or --resolution"
+    return exit_code(run, argv, smaller)
 
 
 if __name__ == "__main__":

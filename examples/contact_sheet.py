@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 PAPER, INK, FAINT, FRAME = "#ffffff", "#202124", "#5f6368", "#dadce0"
-MARGIN_PX, GAP_PX, LINE_PX = 28, 16, 18
+MARGIN_PX, GAP_PX, ROW_GAP_PX, LINE_PX = 28, 16, 28, 18
 CAPTION_LINES = 4
 
 
@@ -80,7 +80,7 @@ def draw_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
         for row in rows
     ]
     heights = [
-        34 + row.pictures[0].height + 10 + LINE_PX * max(map(len, lines)) + 20
+        34 + row.pictures[0].height + 10 + LINE_PX * max(map(len, lines)) + ROW_GAP_PX
         for row, lines in zip(rows, captions, strict=True)
     ]
     width = max(sum(picture.width + GAP_PX for picture in row.pictures) for row in rows) - GAP_PX
@@ -88,7 +88,7 @@ def draw_sheet(title: str, rows: Sequence[Row]) -> Image.Image:
         width, *(round(heading_font.getlength(row.heading)) for row in rows), round(title_font.getlength(title))
     )
     top = MARGIN_PX + (44 if title else 0)
-    sheet = Image.new("RGB", (width + 2 * MARGIN_PX, top + sum(heights) + MARGIN_PX - 20), PAPER)
+    sheet = Image.new("RGB", (width + 2 * MARGIN_PX, top + sum(heights) + MARGIN_PX - ROW_GAP_PX), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN_PX, MARGIN_PX), title, INK, title_font)
     y = top

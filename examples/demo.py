@@ -56,7 +56,7 @@ def plan_stages(folder: Path, max_train_steps: int) -> list[Stage]:
     pictures = folder / "pictures"
     model = ("--pretrained_model_name_or_path", "miniature")
     train = (
-        *("--train_batch_size", "4", "--learning_rate", "1e-3", "--rank", "8", "--seed", "0", "--report_to", "none"),
+        *("--train_batch_size", "2", "--learning_rate", "1e-3", "--rank", "8", "--seed", "0", "--report_to", "none"),
         *("--max_train_steps", str(max_train_steps), "--checkpointing_steps", "100", "--checkpoints_total_limit", "1"),
         *("--resume_from_checkpoint", "latest"),
     )
@@ -171,7 +171,7 @@ def run_demo(folder: Path, max_train_steps: int) -> int:
         *("--row", "Drawn with the LoRA", str(pictures / "with_lora")),
     ]
     print(flush=True)
-    title = f"Miniature SD3, {max_train_steps} training steps"
+    title = f"Miniature SD3 (random weights so far), {max_train_steps} training steps"
     code = run_python(["examples/contact_sheet.py", "--title", title, *sheet_rows, "--output_path", str(sheet)])
     if code:
         return code

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -65,8 +66,14 @@ def parse_flags(
     return tuple(parsed)
 
 
-def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> int:
-    """Runs a script's body and turns a `UserError` into its sentence on stderr and exit code 2."""
+def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, smaller: str = "") -> int:
+    """Runs a script's body and turns an error that the user can mend into its sentence on stderr and exit code 2.
+
+    Args:
+        script: the body.
+        argv: its arguments.
+        smaller: the flags to try when the GPU's memory runs out.
+    """
     # A bar for each file that loads in milliseconds would bury what the scripts say.
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
@@ -78,6 +85,10 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         script(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except torch.OutOfMemoryError as error:
+        what = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        print(f"error: {what}: try {smaller}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)

@@ -35,7 +35,8 @@ class TrainingData:
         store: EmbeddingStore,
         cache: LatentCache,
     ):
-        self.images = tuple(images)
+        # By identity: neither the files' names nor where the list comes from changes a run.
+        self.images = tuple(sorted(images, key=lambda image: image.image_id))
         self.variants = variants
         self._store, self._cache = store, cache
         self._posteriors: dict[tuple[str, str], LatentPosterior] = {}

@@ -105,7 +105,8 @@ class LatentCache:
             StaleLatents: a file made with other settings.
         """
         with self._open(image_id) as handle:
-            mean, std = handle.get_tensor(f"{variant}.mean"), handle.get_tensor(f"{variant}.std")
+            # Copied out of the file's mapping: Windows replaces no file that is mapped.
+            mean, std = (handle.get_tensor(f"{variant}.{part}").clone() for part in ("mean", "std"))
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise UserError(
                 f"{self.path(image_id)} holds a NaN or infinity: delete it and run "

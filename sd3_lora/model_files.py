@@ -59,6 +59,7 @@ class ModelConfig:
             "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
             "revision": self.revision,
             "variant": self.variant,
+            "cache_dir": self.cache_dir,
         }
 
 
@@ -75,7 +76,7 @@ class ModelFiles:
     def __init__(self, config: ModelConfig):
         self.config = config
         self.name = config.pretrained_model_name_or_path or "miniature"
-        self.revision: str | None = None
+        self.revision: str | None = None  # the commit, once known: a branch may move while a run goes on
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -104,7 +105,9 @@ class ModelFiles:
             return self._local / name
         with _HubErrors(self.name):
             return Path(
-                hf_hub_download(self.name, name, revision=self.config.revision, cache_dir=self.config.cache_dir)
+                hf_hub_download(
+                    self.name, name, revision=self.revision or self.config.revision, cache_dir=self.config.cache_dir
+                )
             )
 
     def component(self, name: str) -> Path:
@@ -138,7 +141,7 @@ class ModelFiles:
             return Path(
                 snapshot_download(
                     self.name,
-                    revision=self.config.revision,
+                    revision=self.revision or self.config.revision,
                     cache_dir=self.config.cache_dir,
                     allow_patterns=["model_index.json", *patterns],
                     ignore_patterns=None if self.config.variant else ["*.fp16*", "*.bf16*", "*.non_ema*"],

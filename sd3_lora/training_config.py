@@ -121,7 +121,7 @@ class LoraFlags:
             raise ValueError("--lora_alpha must be positive")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError("--lora_dropout must be at least 0 and less than 1")
-        if self.lora_blocks is not None and any(not block.isdigit() for block in self.lora_blocks.split(",")):
+        if self.lora_blocks is not None and any(not block.strip().isdecimal() for block in self.lora_blocks.split(",")):
             raise ValueError(f"--lora_blocks {self.lora_blocks} is not a list of numbers: type for example 12,13")
 
     @property
@@ -178,6 +178,10 @@ class OptimizerConfig:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1")
         if self.lr_warmup_steps < 0 or self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("--learning_rate and --max_grad_norm must be positive, --lr_warmup_steps not negative")
+        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+            raise ValueError("--adam_beta1 and --adam_beta2 must be at least 0 and less than 1")
+        if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
+            raise ValueError("--adam_weight_decay and --adam_epsilon must not be negative")
 
 
 @dataclass(frozen=True)

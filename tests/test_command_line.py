@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from sd3_lora.command_line import (
     UserError,
@@ -68,7 +69,12 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
+    def outgrows(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
     assert exit_code(lambda _: None, None) == 0
+    assert exit_code(outgrows, None, "--batch_size 1") == 2
+    assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2.00 GiB: try --batch_size 1\n"
     assert exit_code(fails, None) == 2
     assert capsys.readouterr().err == "error: no such thing: type that\n"
     assert exit_code(interrupted, None) == 130

@@ -110,6 +110,13 @@ def test_adding_keeps_what_is_there_bit_for_bit(cache: LatentCache) -> None:
     assert same(cache.read(IMAGE.image_id, second.variant), second)
 
 
+def test_what_was_read_does_not_hang_on_the_file(cache: LatentCache) -> None:
+    cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
+    found, path = cache.read(IMAGE.image_id, "64x64+0+0"), cache.path(IMAGE.image_id)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert same(found, posterior("64x64+0+0"))
+
+
 def test_pictures_are_paired_by_identity(cache: LatentCache) -> None:
     images = [replace(IMAGE, image_id=letter * 64) for letter in "dbac"]
     for image in images:
