@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import (
     UserError,
@@ -39,6 +37,8 @@ from sd3_lora.text_encoders import (
     encode_prompts,
     report_identifier,
 )
+
+from tqdm import tqdm
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
 

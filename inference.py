@@ -15,11 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers.image_processor import VaeImageProcessor
-from tqdm import tqdm
-
 from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
 from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
@@ -30,6 +25,11 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.image_processor import VaeImageProcessor
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)

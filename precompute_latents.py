@@ -16,10 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from diffusers import AutoencoderKL
-from tqdm import tqdm
-
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
@@ -29,6 +25,10 @@ from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior
+
+import torch
+from diffusers import AutoencoderKL
+from tqdm import tqdm
 
 DECODING_THREADS = 2
 

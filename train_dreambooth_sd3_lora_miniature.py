@@ -18,13 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-from diffusers import SD3Transformer2DModel
-from diffusers.optimization import get_scheduler
-from tqdm import tqdm
-
 from sd3_lora.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -49,7 +42,7 @@ from sd3_lora.flow import (
     sample_table_indices,
 )
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
-from sd3_lora.lora import attach_lora, lora_tensors, save_lora, target_modules
+from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_card import write_model_card
@@ -65,6 +58,13 @@ from sd3_lora.training_config import (
     RunConfig,
     TrainingFlags,
 )
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from diffusers import SD3Transformer2DModel
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -462,6 +462,8 @@ def run(argv: Sequence[str] | None) -> None:
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
             say(f"nothing to do: {steps} steps were asked for; a larger --max_train_steps goes on from here")
+            if accelerator.is_main_process and not (output_dir / LORA_FILE).is_file():
+                say(f"wrote {outputs.save_lora(training, output_dir)}, as it is at step {training.step}")
             accelerator.end_training()
             return
     log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
@@ -472,12 +474,12 @@ def run(argv: Sequence[str] | None) -> None:
     first_step = training.step
     with memory_stage("train", device, reports, say) as stage:
         train(training, data, stage_one, flags, steps, chosen.dtype, log, outputs, accelerator)
-    say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
-        say(f"wrote {path}, read back and compared")
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
+        say(f"wrote {path}, read back and compared")
+        say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
         finish(outputs, training, flags, reports, log, path)
     accelerator.end_training()
 

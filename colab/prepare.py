@@ -137,11 +137,11 @@ def check_access(model: str) -> int:
 
 def example_photos(folder: Path) -> int:
     """Downloads five photos of a dog, unless the folder has pictures already."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
     from sd3_lora.command_line import UserError, exit_code
     from sd3_lora.images import list_images
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def count() -> int:
         try:

@@ -21,7 +21,7 @@ from typing import Any
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 SUBJECT, PROMPT, PROMPTS_FILE = "examples/robot", "a photo of sks robot", "examples/prompts.txt"
-STEPS = 300
+STEPS, DRAWING_STEPS = 300, 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
     wrote: str
 
 
-def plan_stages(folder: Path, max_train_steps: int) -> list[Stage]:
+def plan_stages(folder: Path, max_train_steps: int, num_steps: int) -> list[Stage]:
     """The scripts to run, in order, with all that they write under `folder`."""
     embeddings, latents, lora = folder / "embeddings.parquet", folder / "latents", folder / "lora"
     pictures = folder / "pictures"
@@ -61,7 +61,7 @@ def plan_stages(folder: Path, max_train_steps: int) -> list[Stage]:
         *("--resume_from_checkpoint", "latest"),
     )
     draw = ("inference.py", *model, "--prompts_file", PROMPTS_FILE, "--data_df_path", str(embeddings))
-    draw = (*draw, "--batch_size", "4", "--seed", "0")
+    draw = (*draw, "--num_steps", str(num_steps), "--batch_size", "4", "--seed", "0")
     return [
         Stage(
             "compute_embeddings.py",
@@ -100,7 +100,11 @@ def plan_stages(folder: Path, max_train_steps: int) -> list[Stage]:
 
 def run_python(words: Sequence[str]) -> int:
     """Runs a script of the project, its output going where ours goes; returns its exit code."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # or its lines would come after its progress bars
+    environment = {
+        "OMP_WAIT_POLICY": "PASSIVE",  # beside other work, threads that wait busily cost a CPU ten times the time
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",  # or its lines would come after its progress bars
+    }
     return subprocess.run([sys.executable, *words], cwd=PROJECT_FOLDER, env=environment, check=False).returncode
 
 
@@ -147,9 +151,9 @@ def table(rows: Sequence[Row], total_s: float) -> str:
     return "\n".join(line.rstrip() for line in (lines[0], rule, *lines[1:-2], rule, *lines[-2:]))
 
 
-def run_demo(folder: Path, max_train_steps: int) -> int:
+def run_demo(folder: Path, max_train_steps: int, num_steps: int) -> int:
     """All of it; returns the exit code of the first script that fails, or 0."""
-    stages = plan_stages(folder, max_train_steps)
+    stages = plan_stages(folder, max_train_steps, num_steps)
     rows = []
     start = time.perf_counter()
     for number, stage in enumerate(stages, start=1):
@@ -186,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", default="outputs/demo", help="Where everything goes. Default: %(default)s.")
     parser.add_argument("--max_train_steps", type=int, default=STEPS, help="Training steps. Default: %(default)s.")
+    parser.add_argument("--num_steps", type=int, default=DRAWING_STEPS, help="Drawing steps. Default: %(default)s.")
     flags = parser.parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a Windows console may lack a dash
@@ -193,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder.is_relative_to(PROJECT_FOLDER):
         folder = folder.relative_to(PROJECT_FOLDER)  # the scripts run in the project folder: shorter to read
     try:
-        return run_demo(folder, flags.max_train_steps)
+        return run_demo(folder, flags.max_train_steps, flags.num_steps)
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return 130

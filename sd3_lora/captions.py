@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3_lora.command_line import UserError, read_text_lines
 from sd3_lora.images import METADATA_NAMES, hash_file, list_images
 from sd3_lora.records import InstanceImage
+
+from tqdm import tqdm
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 

@@ -13,11 +13,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.command_line import UserError
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-
-from sd3_lora.command_line import UserError
 
 _TENSORS, _STATE = "state.safetensors", "state.json"
 

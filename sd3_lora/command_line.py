@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -89,6 +91,11 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
     except torch.OutOfMemoryError as error:
         what = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
         print(f"error: {what}: try {smaller}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except (OSError, SafetensorError) as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from sd3_lora.command_line import UserError
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import crop_boxes, mirrored
 from sd3_lora.latent_cache import LatentCache
 from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding, TrainingBatch
+
+import torch
 
 _RESIDENT_BYTES = 1024**3  # a DreamBooth set is some tens of MiB; past this, rows are read when they are needed
 

@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from sd3_lora.command_line import UserError
+from sd3_lora.records import PromptEmbedding, Provenance
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-from sd3_lora.command_line import UserError
-from sd3_lora.records import PromptEmbedding, Provenance
 
 _METADATA_KEY = b"sd3_lora"
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sd3_lora.command_line import UserError
+
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
-
-from sd3_lora.command_line import UserError
 
 RASTER_EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",

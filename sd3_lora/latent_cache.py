@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.command_line import UserError
+from sd3_lora.records import InstanceImage, LatentPosterior, Provenance
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
-from sd3_lora.command_line import UserError
-from sd3_lora.records import InstanceImage, LatentPosterior, Provenance
 
 _METADATA_KEY = "sd3_lora"
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.command_line import UserError
+
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -20,8 +22,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-
-from sd3_lora.command_line import UserError
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Both streams' attention projections, as in diffusers' train_dreambooth_lora_sd3.py.
@@ -135,12 +135,14 @@ def save_lora(
     }
     path = folder / LORA_FILE
     temporary = folder / f".{LORA_FILE}.{os.getpid()}"
-    save_file(tensors, temporary, metadata)
-    written = load_file(temporary)
-    if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
-        temporary.unlink()
-        raise OSError(f"{path}: the disk returned other bytes than were written")
-    os.replace(temporary, path)
+    try:
+        save_file(tensors, temporary, metadata)
+        written = load_file(temporary)
+        if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
+            raise OSError(f"{path}: the disk returned other bytes than were written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from sd3_lora.command_line import UserError, write_text_atomically
+
+import torch
 
 READ_EVERY = 10  # steps; what is not finite is found at the latest so many steps later
 MAX_SKIPPED_IN_A_ROW = 20

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.command_line import UserError
+from sd3_lora.records import Provenance
+
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,9 +25,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-
-from sd3_lora.command_line import UserError
-from sd3_lora.records import Provenance
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 MINIATURE = PROJECT_FOLDER / "miniature"
@@ -194,7 +194,7 @@ class ModelFiles:
             configs.update(f"{component}/{name}\n".encode())
             configs.update(_canonical_json(self._read_json(f"{component}/{name}")))
             if self._local is not None:
-                for path in self.weight_files(component):
+                for path in self._content_files(component):
                     weights.update(_sample_bytes(path))
         return Provenance(
             format_version=FORMAT_VERSION,
@@ -206,6 +206,13 @@ class ModelFiles:
             size=size,
             versions=library_versions(),
         )
+
+    def _content_files(self, component: str) -> list[Path]:
+        """What decides a component's answers beside its configuration: weights, or a tokenizer's vocabulary."""
+        if not component.startswith("tokenizer"):
+            return self.weight_files(component)
+        files = (self.folder / component).iterdir()
+        return sorted(f for f in files if f.name != "tokenizer_config.json" and f.suffix in (".json", ".txt", ".model"))
 
     def latent_channels_and_scale(self) -> tuple[int, int]:
         """The VAE's latent channels, and pixels per latent."""

@@ -13,6 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from sd3_lora.command_line import UserError
+from sd3_lora.devices import DTYPES
+from sd3_lora.memory import GIB, StageReport, memory_stage
+from sd3_lora.model_files import ModelFiles
+
+import psutil
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
@@ -26,11 +32,6 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
-
-from sd3_lora.command_line import UserError
-from sd3_lora.devices import DTYPES
-from sd3_lora.memory import GIB, StageReport, memory_stage
-from sd3_lora.model_files import ModelFiles
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
@@ -89,16 +90,18 @@ def choose_text_encoder_plan(
     if stream and precision in ("int8", "nf4"):
         raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
     plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
-    if stream or device.type != "cuda":
+    if stream:
         return plan
     needed = t5_device_bytes(files, precision) + _MARGIN_GIB * GIB
-    free = torch.cuda.mem_get_info(device)[0]
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     if needed <= free:
         return plan
     shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
     if precision == "int8":
-        say(f"{shortage}: streaming it in fp16, one block at a time (--t5_stream)")
-        return replace(plan, t5_precision="fp16", t5_stream=True)
+        exact: T5Precision = "fp16" if on_gpu else "fp32"
+        say(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
+        return replace(plan, t5_precision=exact, t5_stream=True)
     if precision in ("fp16", "fp32"):  # the same numbers; also what goes on with a file that was streamed before
         say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
         return replace(plan, t5_stream=True)

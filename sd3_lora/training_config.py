@@ -227,6 +227,8 @@ class RunConfig:
             "checkpointing_steps",
             "checkpoints_total_limit",
         )
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} must be at least 0 and less than 2**63")
         known = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         unknown = [name for name in self.trackers if name not in known]
         if unknown:

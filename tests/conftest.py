@@ -26,6 +26,19 @@ TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
 PROMPT = "a photo of sks robot"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """What the imports made is never garbage; to collect it anew after every stage took most of the tests' time."""
+    import gc
+
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    from diffusers import StableDiffusion3Pipeline  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @dataclass(frozen=True)
 class Result:
     """What a script's `main` returned and printed."""

@@ -9,14 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sd3_lora import devices, model_files, text_encoders
+
 import pytest
 import torch
 from conftest import PROMPT, Result
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
-
-from sd3_lora import devices, model_files, text_encoders
 
 EMBED, CACHE = "compute_embeddings", "precompute_latents"
 BOTH = pytest.mark.parametrize("name", [EMBED, CACHE])

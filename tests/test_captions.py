@@ -6,11 +6,11 @@ import json
 import unicodedata
 from pathlib import Path
 
-import pytest
-
 from sd3_lora.captions import instance_images, read_captions
 from sd3_lora.command_line import UserError
 from sd3_lora.images import hash_file
+
+import pytest
 
 PROMPT = "a photo of sks dog"
 

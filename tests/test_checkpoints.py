@@ -6,11 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from sd3_lora.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -23,6 +18,11 @@ from sd3_lora.checkpoints import (
     write_state,
 )
 from sd3_lora.command_line import UserError
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def make_checkpoint(output_dir: Path, step: int, state: dict[str, Any] | None = None) -> Path:
@@ -151,9 +151,7 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 def test_a_killed_write_is_no_checkpoint_and_is_removed(tmp_path: Path) -> None:
-    unfinished = tmp_path / ".checkpoint-6.12345"
-    unfinished.mkdir()
-    write_state(unfinished, {"step": 6})
+    write_state(UnfinishedCheckpoint(tmp_path, 6).__enter__(), {"step": 6})  # and never left
     made = make_checkpoint(tmp_path, 5)
     assert checkpoint_folders(tmp_path) == [made]
     remove_old_checkpoints(tmp_path, None)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pytest
-import torch
 
 from sd3_lora.command_line import (
     UserError,
@@ -20,6 +18,9 @@ from sd3_lora.command_line import (
     write_text_atomically,
 )
 from sd3_lora.memory import StageReport
+
+import pytest
+import torch
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(_: object) -> None:
         raise UserError("no such thing: type that")
 
+    def fills_the_disk(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
@@ -77,6 +81,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2.00 GiB: try --batch_size 1\n"
     assert exit_code(fails, None) == 2
     assert capsys.readouterr().err == "error: no such thing: type that\n"
+    assert exit_code(fills_the_disk, None) == 2
+    assert capsys.readouterr().err == "error: the disk is full: free some space and type the same command again\n"
     assert exit_code(interrupted, None) == 130
     assert "type" not in capsys.readouterr().out
     with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback

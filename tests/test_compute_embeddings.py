@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from conftest import PROMPT, Prepared, Result, save_pictures, save_tiny_sd3
-
 import compute_embeddings
 from sd3_lora import text_encoders
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.text_encoders import encode_prompts
+
+import pytest
+import torch
+from conftest import PROMPT, Prepared, Result, save_pictures, save_tiny_sd3
 
 Rows = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

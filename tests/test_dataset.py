@@ -6,12 +6,6 @@ import importlib
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
-import pytest
-import torch
-from conftest import Prepared, save_pictures
-from safetensors.torch import load_file
-
 import sd3_lora.dataset
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError
@@ -20,6 +14,12 @@ from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
 from sd3_lora.latent_cache import LatentCache
 from sd3_lora.records import InstanceImage
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import Prepared, save_pictures
+from safetensors.torch import load_file
 
 SIZES = [(96, 64), (64, 64), (64, 90), (70, 64)]
 CAPTIONS = ["a red robot", "a blue robot", "a robot in the snow", "sks robot, sleeping"]
@@ -50,9 +50,9 @@ def open_cache(folder: Path) -> LatentCache:
     """A cache that takes whatever provenance its files have."""
     import json
 
-    from safetensors import safe_open
-
     from sd3_lora.records import Provenance
+
+    from safetensors import safe_open
 
     with safe_open(next(folder.glob("*.safetensors")), "pt") as handle:
         provenance = json.loads(handle.metadata()["sd3_lora"])["provenance"]

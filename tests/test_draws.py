@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+from sd3_lora.checkpoints import pack, unpack
+from sd3_lora.draws import DataOrder, GlobalDraws
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from sd3_lora.checkpoints import pack, unpack
-from sd3_lora.draws import DataOrder, GlobalDraws
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (2, 3), (4, 2)])

@@ -8,6 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.command_line import UserError
+from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.records import PromptEmbedding, Provenance
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,10 +20,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from sd3_lora.command_line import UserError
-from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
-from sd3_lora.records import PromptEmbedding, Provenance
 
 S, D, P = 5, 6, 4
 PROVENANCE = Provenance(1, "some/model", "abcdef0123", "c" * 64, None, "int8", 77, {"torch": "2"})

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from sd3_lora.flow import FlowConfig, NoiseTable, flow_matching_loss, interpolate, load_noise_table
+from sd3_lora.flow import sample_table_indices as sample_indices
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-
-from sd3_lora.flow import FlowConfig, NoiseTable, flow_matching_loss, interpolate, load_noise_table
-from sd3_lora.flow import sample_table_indices as sample_indices
 
 SCHEMES = ("logit_normal", "sigma_sqrt", "mode", "cosmap", "none")
 SHAPE = (64, 16, 4, 4)

@@ -10,13 +10,6 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image, ImageCms
-
 from sd3_lora.command_line import UserError
 from sd3_lora.images import (
     BrokenImage,
@@ -28,6 +21,13 @@ from sd3_lora.images import (
     mirrored,
     open_rgb,
 )
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 SIDES = st.integers(1, 90)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sd3_lora.pictures import plan_pictures
+
 import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared
 from PIL import Image
-
-from sd3_lora.pictures import plan_pictures
 
 
 @pytest.fixture(scope="module")

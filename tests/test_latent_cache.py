@@ -6,11 +6,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-
 from sd3_lora import latent_cache
 from sd3_lora.command_line import UserError
 from sd3_lora.latent_cache import (
@@ -22,6 +17,11 @@ from sd3_lora.latent_cache import (
     sample_posterior,
 )
 from sd3_lora.records import InstanceImage, LatentPosterior, Provenance
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 PROVENANCE = Provenance(1, "some/model", None, "c" * 64, "w" * 64, "fp32", 64, {"torch": "2"})
 IMAGE = InstanceImage("a" * 64, Path("folder/dog.jpg"), "a photo of sks dog")

@@ -8,14 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from conftest import PROMPT, Prepared
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from test_train import Script, train
-
 import sd3_lora.lora
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import (
@@ -29,6 +21,14 @@ from sd3_lora.lora import (
     save_lora,
     target_modules,
 )
+
+import pytest
+import torch
+from conftest import PROMPT, Prepared
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from test_train import Script, train
 
 RECORD = {"base_model": "tiny", "trigger": PROMPT, "instance_prompts": [PROMPT, "ein Röbötér"], "seed": 0}
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-
 from sd3_lora.command_line import UserError
 from sd3_lora.loss_log import MAX_SKIPPED_IN_A_ROW, READ_EVERY, LossLog, PendingStep
+
+import pytest
+import torch
 
 INF, NAN = math.inf, math.nan
 

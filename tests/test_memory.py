@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from sd3_lora.memory import GIB, StageReport, host_bytes, memory_stage
+
 import pytest
 import torch
-
-from sd3_lora.memory import GIB, StageReport, host_bytes, memory_stage
 
 CPU = torch.device("cpu")
 

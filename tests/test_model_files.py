@@ -10,18 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sd3_lora import model_files
+from sd3_lora.command_line import UserError
+from sd3_lora.model_files import MINIATURE, TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.records import Provenance
+from sd3_lora.text_encoders import TextEncoderPlan, load_clip
+
 import pytest
 import torch
 from conftest import save_tiny_sd3
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from transformers import CLIPTextModelWithProjection
-
-from sd3_lora import model_files
-from sd3_lora.command_line import UserError
-from sd3_lora.model_files import MINIATURE, TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
-from sd3_lora.records import Provenance
-from sd3_lora.text_encoders import TextEncoderPlan, load_clip
 
 HUB_ID = "stabilityai/stable-diffusion-3-medium-diffusers"
 COMMIT = "ea42f8cef0f178587cf766dc8129abd379c90671"
@@ -59,7 +59,12 @@ def test_a_folder_is_used_in_place(tiny_sd3: Path) -> None:
 def test_without_a_model_the_miniature_is_meant() -> None:
     files = ModelFiles(ModelConfig())
     assert (files.name, files.folder) == ("miniature", MINIATURE)
-    assert ModelConfig().flags() == {"pretrained_model_name_or_path": None, "revision": None, "variant": None}
+    assert set(ModelConfig().flags().values()) == {None}
+
+
+def test_the_flags_name_the_same_model_again() -> None:
+    config = ModelConfig("some/model", revision="main", variant="fp16", cache_dir="elsewhere")
+    assert ModelConfig(**config.flags()) == config
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
@@ -171,14 +176,16 @@ def test_a_record_belongs_to_its_components_alone(tiny_sd3: Path, model: Path) -
     assert files_of(model).provenance(TEXT_COMPONENTS, "fp32", 77) == before
 
 
-def test_only_what_matters_in_a_configuration_counts(model: Path) -> None:
-    before = files_of(model).provenance(["vae"], "fp32", 64)
-    path = model / "vae" / "config.json"
+@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+def test_only_what_matters_in_a_configuration_counts(model: Path, component: str) -> None:
+    before = files_of(model).provenance([component], "fp32", 64)
+    path = model / component / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(dict(reversed(config.items())) | {"_diffusers_version": "0.0", "_name_or_path": "x"}))
-    assert files_of(model).provenance(["vae"], "fp32", 64) == before
+    saved_anew = {"_diffusers_version": "0.0", "transformers_version": "0.0", "_name_or_path": "x", "dtype": "float16"}
+    path.write_text(json.dumps(dict(reversed(config.items())) | saved_anew | {"torch_dtype": "float16"}))
+    assert files_of(model).provenance([component], "fp32", 64) == before
     path.write_text(json.dumps(config | {"shift_factor": 0.1159}))
-    after = files_of(model).provenance(["vae"], "fp32", 64)
+    after = files_of(model).provenance([component], "fp32", 64)
     assert after.weights_hash == before.weights_hash
     assert after.config_hash != before.config_hash
     assert after.difference(before, "resolution") == f"other weights than {model} has now"
@@ -288,15 +295,21 @@ def test_only_what_is_used_is_fetched(hub: Hub) -> None:
     fetched = sorted(name for name in hub.fetched if name.startswith("text_encoder"))
     assert fetched == ["text_encoder/config.json", "text_encoder/model.safetensors"]
     assert {name.split("/")[0] for name in hub.fetched} == {"model_index.json", "tokenizer", "text_encoder"}
-    # After the first answer by commit: a branch may move while a run goes on.
-    assert hub.asked == {(HUB_ID, None, None), (HUB_ID, COMMIT, None)}
 
 
 def test_only_the_variant_s_weights_are_fetched(hub: Hub) -> None:
     files_of(HUB_ID, variant="fp16", revision="main", cache_dir="elsewhere").component("text_encoder")
     weights = [name for name in hub.fetched if name.endswith(".safetensors")]
     assert weights == ["text_encoder/model.fp16.safetensors"]
-    assert hub.asked == {(HUB_ID, "main", "elsewhere"), (HUB_ID, COMMIT, "elsewhere")}
+
+
+def test_a_branch_that_moves_during_a_run_mixes_no_commits(hub: Hub) -> None:
+    files = files_of(HUB_ID, revision="main", cache_dir="elsewhere")
+    assert hub.asked == {(HUB_ID, "main", "elsewhere")}
+    for use in (lambda: files.component("text_encoder"), lambda: files.read_config("vae"), lambda: files.folder):
+        hub.asked.clear()
+        use()
+        assert hub.asked == {(HUB_ID, COMMIT, "elsewhere")}
 
 
 def test_a_hub_model_is_known_by_its_commit_without_its_weights(hub: Hub, two_variants: Path) -> None:
@@ -372,3 +385,12 @@ def test_an_unknown_id_without_the_hub() -> None:
 def test_a_name_that_no_hub_model_can_have(name: str) -> None:
     with pytest.raises(UserError, match="is neither a folder here nor a model that you can see on the hub: check the"):
         files_of(name)
+
+
+def test_another_vocabulary_is_another_model(model: Path) -> None:
+    before = ModelFiles(ModelConfig(str(model))).provenance(TEXT_COMPONENTS, "fp32", 77)
+    path = model / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"dog</w>"', '"dgo</w>"'), encoding="utf-8")
+    after = ModelFiles(ModelConfig(str(model))).provenance(TEXT_COMPONENTS, "fp32", 77)
+    assert after.config_hash == before.config_hash
+    assert not after.same_model(before)

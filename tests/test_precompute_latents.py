@@ -8,6 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import precompute_latents
+from sd3_lora import latent_cache
+from sd3_lora.images import crop_boxes, crop_pixels, hash_file, open_rgb
+from sd3_lora.latent_cache import LatentCache, normalize_latents
+from sd3_lora.model_files import ModelConfig, ModelFiles
+
 import numpy as np
 import pytest
 import torch
@@ -16,12 +22,6 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
-
-import precompute_latents
-from sd3_lora import latent_cache
-from sd3_lora.images import crop_boxes, crop_pixels, hash_file, open_rgb
-from sd3_lora.latent_cache import LatentCache, normalize_latents
-from sd3_lora.model_files import ModelConfig, ModelFiles
 
 WIDE, SQUARE, TALL = "00.png", "01.png", "02.png"  # 96×64, 64×64, 64×90 pixels
 Cached = dict[str, dict[str, torch.Tensor]]  # by picture, by variant.mean and variant.std

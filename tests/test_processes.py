@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sd3_lora.checkpoints import read_state
+from sd3_lora.lora import LORA_FILE
+
 import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared
 from safetensors.torch import load_file
 from test_train import Run, Script, private_copy, train
-
-from sd3_lora.checkpoints import read_state
-from sd3_lora.lora import LORA_FILE
 
 # No dropout: its masks are each rank's own. float32 AdamW: 8 bits round what differs in the last.
 NUMBERS = ["--max_train_steps", 12, "--checkpointing_steps", 7, "--learning_rate", 0.002]

@@ -10,18 +10,18 @@ import json
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
-import pytest
-import torch
-from conftest import PROJECT, PROMPT, TRAINING_SCRIPT, Prepared, save_pictures
-from safetensors.torch import load_file
-
 from sd3_lora.devices import choose_training_dtype
 from sd3_lora.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.flow import FlowConfig, flow_matching_loss, load_noise_table
 from sd3_lora.model_card import licence_of
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.text_encoders import TextEncoderPlan, load_t5
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import PROJECT, PROMPT, TRAINING_SCRIPT, Prepared, save_pictures
+from safetensors.torch import load_file
 
 LORA = "pytorch_lora_weights.safetensors"
 

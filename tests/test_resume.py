@@ -13,14 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sd3_lora.checkpoints import read_state
+from sd3_lora.lora import LORA_FILE
+
 import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared
 from safetensors.torch import load_file
 from test_train import Flags, Run, Script, patch_loss, private_copy, same_lora, train, training_script, use_float16
-
-from sd3_lora.checkpoints import read_state
-from sd3_lora.lora import LORA_FILE
 
 
 class Interrupted(BaseException):

@@ -5,14 +5,8 @@ from __future__ import annotations
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-
-import pytest
-import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from conftest import PROMPT
-from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from sd3_lora import text_encoders
 from sd3_lora.command_line import UserError
@@ -31,6 +25,14 @@ from sd3_lora.text_encoders import (
     to_float16,
     tokenize,
 )
+
+import psutil
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from conftest import PROMPT
+from diffusers import StableDiffusion3Pipeline
+from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = "sks robot " * 80
@@ -306,6 +308,15 @@ def test_a_streamed_file_goes_on_streamed_where_the_whole_does_not_fit(
     assert chosen == TextEncoderPlan(precision, True, 77, CUDA)  # type: ignore[arg-type]
     assert len(said) == 1
     assert "streaming it, one block at a time" in said[0]
+
+
+def test_on_a_cpu_the_free_host_memory_decides(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5-XXL in fp32 takes 18 GiB: more than most machines without a GPU have free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.5 * GIB)))
+    for asked in (None, "fp32", "int8"):
+        chosen, said = choose(files, CPU, asked, False)
+        assert chosen == TextEncoderPlan("fp32", True, 77, CPU)
+        assert "one block at a time" in said[0]
 
 
 def test_nf4_that_does_not_fit_is_an_error(files: ModelFiles, free_gib: Any) -> None:

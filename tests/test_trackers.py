@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.trackers import start_trackers
+
 import pytest
 from conftest import Prepared
 from test_train import Script, train
-
-from sd3_lora.trackers import start_trackers
 
 Installed = Callable[..., None]
 

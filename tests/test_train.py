@@ -5,8 +5,6 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width.
 
 from __future__ import annotations
 
-import functools
-import gc
 import importlib
 import json
 import math
@@ -15,12 +13,20 @@ import re
 import shlex
 import shutil
 import subprocess
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from sd3_lora.checkpoints import read_state
+from sd3_lora.devices import ChosenDtype
+from sd3_lora.embedding_store import EmbeddingStore, write_embeddings
+from sd3_lora.images import hash_file
+from sd3_lora.lora import LORA_FILE
+from sd3_lora.records import PromptEmbedding
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,21 +40,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
 
-from sd3_lora.checkpoints import read_state
-from sd3_lora.devices import ChosenDtype
-from sd3_lora.embedding_store import EmbeddingStore, write_embeddings
-from sd3_lora.images import hash_file
-from sd3_lora.lora import LORA_FILE
-from sd3_lora.records import PromptEmbedding
-
 Script = Callable[..., Result]
-
-
-@functools.cache
-def freeze_what_is_imported() -> None:
-    """The libraries' million objects: walking them again at the end of every stage costs more than all the steps."""
-    gc.collect()
-    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -101,10 +93,8 @@ def same_lora(left: Path, right: Path) -> bool:
 
 def train(script: Script, stage_one: Prepared | Flags, folder: Path, *words: object, code: int = 0) -> Run:
     """Runs training on a CPU with some flags, 3 steps unless told; checks its exit code."""
-    module = training_script()
-    freeze_what_is_imported()
     shared = ["--device", "cpu", "--max_train_steps", 3, "--output_dir", folder]
-    result = script(module.__name__, *stage_one.flags, *shared, *words)
+    result = script(TRAINING_SCRIPT, *stage_one.flags, *shared, *words)
     assert result.code == code, result.out + result.err
     return Run(folder, result.out, result.err)
 
@@ -511,6 +501,24 @@ def test_an_infinite_gradient_under_the_scaler_skips_its_step(
         assert (line["gradient_norm"] is None) == line["skipped"]
     scales = [read_state(run.folder / f"checkpoint-{step}")["scaler"]["scale"] for step in range(1, 8)]
     assert scales[3:5] == [scales[2] / 2, scales[2] / 4]
+
+
+def test_the_schedule_waits_for_a_skipped_step(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As accelerate's scheduler does; torch would warn of a schedule that is ahead of its optimizer."""
+    use_float16(monkeypatch)
+    patch_loss(monkeypatch, lambda step, loss: Exploding.apply(loss) if step <= 2 else loss)
+    words = ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 100, "--max_train_steps", 5]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines = train(script, prepared, tmp_path, *words).losses
+    taken = 0
+    for line in lines:
+        assert line["learning_rate"] == pytest.approx(1e-6 * taken)
+        taken += not line["skipped"]
+    assert [line["skipped"] for line in lines[:2]] == [True, True]
+    assert taken > 0
 
 
 def test_twenty_skipped_steps_in_a_row_stop_the_run(

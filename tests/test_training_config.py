@@ -11,12 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from conftest import TRAINING_SCRIPT, Prepared
-from diffusers.optimization import get_scheduler
-from test_train import Run, Script, private_copy, same_lora, train
-
 from sd3_lora.devices import DeviceConfig
 from sd3_lora.flow import FlowConfig
 from sd3_lora.lora import LORA_FILE
@@ -29,6 +23,12 @@ from sd3_lora.training_config import (
     OptimizerConfig,
     RunConfig,
 )
+
+import pytest
+import torch
+from conftest import TRAINING_SCRIPT, Prepared
+from diffusers.optimization import get_scheduler
+from test_train import Run, Script, private_copy, same_lora, train
 
 GROUPS = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
 
