@@ -132,8 +132,8 @@ def micro_step(
     vae_config: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of one micro-batch (a scalar), and the sigmas `(B, 1, 1, 1)` that it was taken at.
+) -> torch.Tensor:
+    """The loss of one micro-batch, a float32 scalar.
 
     Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
     """
@@ -155,7 +155,7 @@ def micro_step(
             return_dict=False,
         )[0]
     loss_weights = batch.loss_weights.to(device)
-    return flow_matching_loss(velocity, latents, noise, sigmas, loss_weights, flow), sigmas
+    return flow_matching_loss(velocity, latents, noise, sigmas, loss_weights, flow)
 
 
 def optimizer_step(training: Training, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
@@ -313,7 +313,7 @@ def train(
                 batch = data.batch(chosen, draws.uniform())
                 # The ranks exchange gradients once a window.
                 with accelerator.no_sync(model) if index < window - 1 else nullcontext():
-                    loss, _ = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
+                    loss = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
                     training.scaler.scale(loss / window).backward()
                 losses.append(loss.detach())
                 seen += [data.images[i].path.name for i in chosen]

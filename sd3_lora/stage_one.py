@@ -14,6 +14,7 @@ from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command
 from sd3_lora.dataset import choose_variants, images_of_store, require_prompts
 from sd3_lora.embedding_store import EmbeddingStore
+from sd3_lora.images import BrokenImage, open_rgb
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.model_files import PROJECT_FOLDER, TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage
@@ -56,6 +57,7 @@ class StageOne:
                 "center_crop": data.center_crop,
                 "num_crops": data.num_crops,
                 "random_flip": data.random_flip,
+                "skip_broken": data.skip_broken,
                 "output_path": data.latents_path,
             }
         shared = {
@@ -130,6 +132,8 @@ class StageOne:
         known = store.prompts_with_role("instance")
         prompt = prompt or (known[0] if len(known) == 1 else None)
         images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive)
+        if self.data.skip_broken:
+            images = tuple(image for image in images if cache.variants(image.image_id) or not _is_broken(image))
         require_prompts(store, [image.prompt for image in images], remedy)
         return images
 
@@ -144,3 +148,13 @@ class StageOne:
             return choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+
+
+def _is_broken(image: InstanceImage) -> bool:
+    """Whether a picture without latents is one that does not decode; says so."""
+    try:
+        open_rgb(image.path)
+    except BrokenImage as error:
+        print(f"skipped: {error}")
+        return True
+    return False

@@ -75,6 +75,7 @@ class DataConfig:
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
     )
     recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Checked against the embeddings file; default: whatever it holds."}
     )

@@ -69,6 +69,7 @@ ELSEWHERE = {
     "data_df_path": "here",
     "latents_path": "here",
     "recursive": "here",
+    "skip_broken": "test_stage_one.py",
     "center_crop": "here",
     "num_crops": "here",
     "random_flip": "here",
