@@ -70,7 +70,7 @@ def measure(name: str, script: str, flags: Sequence[object], report: Path) -> di
     row["stages"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in stages]
     row["allocated_gib"] = round(max((stage["peak_device_gib"] for stage in stages), default=0.0), 2)
     row["host_gib"] = round(max((stage["peak_host_gib"] for stage in stages), default=0.0), 2)
-    row["said"] = [line for line in finished.stdout.splitlines() if " ms each" in line or "T5 in" in line]
+    row["said"] = [line for line in finished.stdout.splitlines() if " ms a step" in line or "T5 in" in line]
     return row
 
 

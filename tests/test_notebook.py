@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from conftest import PROJECT, Result
 from huggingface_hub.errors import GatedRepoError
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from peft.import_utils import is_torchao_available
 from PIL import Image
 
 NOTEBOOK = PROJECT / "colab" / "sd3_dreambooth_lora_16gb.ipynb"
@@ -179,15 +180,17 @@ class FakePip:
 
 
 @pytest.fixture
-def old_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torchao 0.10.0, as Colab had it, for this process and those that it starts."""
+def old_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A torchao 0.10.0, as Colab had it."""
     (tmp_path / "torchao").mkdir()
     (tmp_path / "torchao" / "__init__.py").touch()
     metadata = tmp_path / "torchao-0.10.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    is_torchao_available.cache_clear()
+    yield
+    is_torchao_available.cache_clear()
 
 
 def complain(monkeypatch: pytest.MonkeyPatch, prepare: ModuleType, *complaints: str | None) -> None:
@@ -215,15 +218,22 @@ def test_a_failing_pip_is_told(prepare, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: pip could not")
 
 
+def test_what_peft_says_comes_from_a_process_of_its_own(prepare, monkeypatch):
+    monkeypatch.setattr(prepare, "ATTACH_A_LORA", "import sys; assert 'torch' not in sys.modules")
+    assert prepare.lora_complaint() is None
+    monkeypatch.setattr(prepare, "ATTACH_A_LORA", "print('x')\nraise ImportError('torchao is old')")
+    assert prepare.lora_complaint() == "ImportError: torchao is old"
+
+
 @pytest.mark.usefixtures("old_torchao")
 def test_an_old_torchao_stops_a_lora_and_is_upgraded_without_its_dependencies(prepare, monkeypatch, capsys):
-    complaint = prepare.lora_complaint()  # peft's own, in a process of its own
-    assert "incompatible version of torchao" in complaint
+    with pytest.raises(ImportError, match=r"incompatible version of torchao. Found version 0\.10\.0") as raised:
+        exec(prepare.ATTACH_A_LORA, {})
     pip = FakePip(monkeypatch, prepare)
-    complain(monkeypatch, prepare, complaint, None)
+    complain(monkeypatch, prepare, str(raised.value), None)
     assert prepare.mend_torchao() == 0
     assert pip.commands == [["install", "--upgrade", "--no-deps", "torchao"]]
-    assert "torchao 0.10.0 stops peft" in capsys.readouterr().out
+    assert "torchao 0.10.0 stops peft (Found an incompatible version" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("old_torchao")
