@@ -194,3 +194,11 @@ def prepared(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepar
     assert embeddings.main([*shared, *text, "--output_path", str(stage_one.embeddings)]) == 0
     assert latents.main([*shared, "--output_path", str(stage_one.latents)]) == 0
     return stage_one
+
+
+@pytest.fixture
+def private(prepared: Prepared, tmp_path: Path) -> Prepared:
+    """A copy of the finished stage one that a test may break."""
+    from training_runs import private_copy
+
+    return private_copy(prepared, tmp_path / "stage_one")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import sys
 import warnings
 from io import BytesIO
@@ -339,7 +338,6 @@ def test_a_picture_that_is_cut_short_is_broken(tmp_path: Path, file_format: str,
     with pytest.raises(BrokenImage, match=r"cut\.jpg does not decode \(.+\)") as caught:
         open_rgb(path)
     assert caught.value.path == path
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it may come from another process
 
 
 @pytest.mark.parametrize("content", [b"a photo of sks dog", b"P3 is a model", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\0" * 64])

@@ -28,7 +28,7 @@ from conftest import PROMPT, Prepared
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from test_train import Script, train
+from training_runs import Script, train
 
 RECORD = {"base_model": "tiny", "trigger": PROMPT, "instance_prompts": [PROMPT, "ein Röbötér"], "seed": 0}
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared
 from safetensors.torch import load_file
-from test_train import Run, Script, private_copy, train
+from training_runs import Run, Script, private_copy, train
 
 # No dropout: its masks are each rank's own. float32 AdamW: 8 bits round what differs in the last.
 NUMBERS = ["--max_train_steps", 12, "--checkpointing_steps", 7, "--learning_rate", 0.002]

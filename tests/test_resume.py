@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared
 from safetensors.torch import load_file
-from test_train import Flags, Run, Script, patch_loss, private_copy, same_lora, train, training_script, use_float16
+from training_runs import Flags, Run, Script, patch_loss, private_copy, same_lora, train, training_script, use_float16
 
 
 class Interrupted(BaseException):

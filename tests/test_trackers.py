@@ -11,7 +11,7 @@ from sd3_lora.trackers import start_trackers
 
 import pytest
 from conftest import Prepared
-from test_train import Script, train
+from training_runs import Script, train
 
 Installed = Callable[..., None]
 

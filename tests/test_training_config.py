@@ -28,7 +28,7 @@ import pytest
 import torch
 from conftest import TRAINING_SCRIPT, Prepared
 from diffusers.optimization import get_scheduler
-from test_train import Run, Script, private_copy, same_lora, train
+from training_runs import Run, Script, private_copy, same_lora, train
 
 GROUPS = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
 
