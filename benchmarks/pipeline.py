@@ -16,54 +16,36 @@ import json
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sd3_lora.memory import GIB, PeakSampler
+from sd3_lora.model_files import PROJECT_FOLDER
+
 import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
-GIB = 1024**3
 
-
-class DevicePeak:
-    """Polls what the driver says is in use, from outside the measured process."""
-
-    def __init__(self) -> None:
-        self.peak_gib = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _used_gib(self) -> float:
-        words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        return float(output.split()[0]) / 1024
-
-    def _run(self) -> None:
-        while not self._stop.wait(0.02):
-            self.peak_gib = max(self.peak_gib, self._used_gib())
-
-    def __enter__(self) -> DevicePeak:
-        if torch.version.cuda is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+def device_bytes() -> int:
+    """What the driver says is in use on the first GPU, by all processes; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return int(output.split()[0]) * 1024**2  # nvidia-smi counts MiB
 
 
 def measure(name: str, script: str, flags: Sequence[object], report: Path) -> dict[str, Any]:
     """Runs one script and returns what it took; its own report is read from `report`."""
     start = time.perf_counter()
-    with DevicePeak() as peak:
-        words = [sys.executable, str(PROJECT / script), *map(str, flags)]
+    with PeakSampler(device_bytes) as sampler:
+        words = [sys.executable, str(PROJECT_FOLDER / script), *map(str, flags)]
         finished = subprocess.run(words, capture_output=True, text=True, check=False)
     row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags))}
-    row |= {"elapsed_s": round(time.perf_counter() - start, 2), "device_gib": round(peak.peak_gib, 2)}
+    row |= {"elapsed_s": round(time.perf_counter() - start, 2), "device_gib": round(sampler.peak / GIB, 2)}
     if finished.returncode:
         return row | {"failed": finished.stderr.strip().splitlines()[-1:]}
     stages = json.loads(report.read_text(encoding="utf-8"))["stages"]

@@ -38,27 +38,9 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     },
 }
 CLIPS = {
-    "text_encoder": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "hidden_act": "quick_gelu",
-    },
-    "text_encoder_2": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20, "hidden_act": "gelu"},
+    "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_encoder_2": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20},
 }
-
-
-def clip_config(sizes: dict[str, Any], tokens: CLIPTextConfig) -> CLIPTextConfig:
-    """A CLIP text encoder of the published size, whose end token is the miniature tokenizer's."""
-    return CLIPTextConfig(
-        vocab_size=49408,
-        intermediate_size=4 * sizes["hidden_size"],
-        projection_dim=sizes["hidden_size"],
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-        **sizes,
-    )
 
 
 def save(size: str, folder: Path) -> None:
@@ -70,20 +52,15 @@ def save(size: str, folder: Path) -> None:
         transformer = SD3Transformer2DModel(**shapes | TRANSFORMERS[size]).half()
         transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
         del transformer
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-        ).half().save_pretrained(folder / "vae")
+        # The miniature's VAE and CLIPs are SD3's but for their sizes.
+        vae = AutoencoderKL.load_config(MINIATURE / "vae")
+        vae |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
+        AutoencoderKL.from_config(vae).half().save_pretrained(folder / "vae")
         for name, sizes in CLIPS.items():
-            config = clip_config(sizes, CLIPTextConfig.from_pretrained(MINIATURE / name))
+            width = sizes["hidden_size"]
+            config = CLIPTextConfig.from_pretrained(
+                MINIATURE / name, vocab_size=49408, intermediate_size=4 * width, projection_dim=width, **sizes
+            )
             CLIPTextModelWithProjection(config).half().save_pretrained(folder / name)
         t5 = T5Config(
             vocab_size=32128,

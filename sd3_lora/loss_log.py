@@ -76,7 +76,6 @@ class LossLog:
         self._pending: list[PendingStep] = []
         self.skipped_in_a_row = 0
         self.skipped = 0
-        self.last: LoggedStep | None = None
         self.recent = deque[float](maxlen=50)
 
     @property
@@ -116,7 +115,6 @@ class LossLog:
             kept = None if pending.skipped else norm
             lines.append(LoggedStep(pending.step, loss, kept, pending.learning_rate, pending.skipped))
         self._pending = []
-        self.last = lines[-1]
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:

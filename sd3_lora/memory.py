@@ -54,7 +54,7 @@ def memory_stage(
     report = StageReport(name)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    sampler = _HostSampler()
+    sampler = PeakSampler(host_bytes)
     start = time.perf_counter()
     try:
         with sampler:
@@ -63,7 +63,7 @@ def memory_stage(
                 torch.cuda.synchronize(device)
     finally:
         report.elapsed_s = time.perf_counter() - start
-        report.peak_host_gib = sampler.peak_bytes / GIB
+        report.peak_host_gib = sampler.peak / GIB
         if device.type == "cuda":
             report.peak_device_gib = torch.cuda.max_memory_allocated(device) / GIB
             report.peak_reserved_gib = torch.cuda.max_memory_reserved(device) / GIB
@@ -79,27 +79,35 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-class _HostSampler:
-    """Samples this process' memory in a thread while the block runs."""
+class PeakSampler:
+    """Reads a number again and again in a thread while the block runs, and keeps the largest.
 
-    def __init__(self) -> None:
-        self.peak_bytes = 0
+    Args:
+        read: what to sample, such as `host_bytes`.
+    """
+
+    def __init__(self, read: Callable[[], int]):
+        self.peak = 0
+        self._read = read
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
+    def _sample(self) -> None:
+        self.peak = max(self.peak, self._read())
+
     def _run(self) -> None:
         while not self._stop.wait(_SAMPLE_INTERVAL_S):
-            self.peak_bytes = max(self.peak_bytes, host_bytes())
+            self._sample()
 
-    def __enter__(self) -> _HostSampler:
-        self.peak_bytes = host_bytes()
+    def __enter__(self) -> PeakSampler:
+        self._sample()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, host_bytes())
+        self._sample()
 
 
 def host_bytes() -> int:

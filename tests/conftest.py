@@ -88,38 +88,13 @@ def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
         pos_embed_max_size=16,
         qk_norm="rms_norm",
     ).save_pretrained(folder / "transformer")
-    AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=4,
-        sample_size=64,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        force_upcast=True,
-    ).save_pretrained(folder / "vae")
+    # The miniature's VAE and CLIPs, but smaller still.
+    vae = AutoencoderKL.load_config(PROJECT / "miniature" / "vae")
+    vae |= {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 64}
+    AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
     for name, size in (("text_encoder", 8), ("text_encoder_2", 16)):
-        from transformers import CLIPTextConfig as Config
-
-        shipped = Config.from_pretrained(PROJECT / "miniature" / name)
-        config = CLIPTextConfig(
-            vocab_size=shipped.vocab_size,
-            hidden_size=size,
-            projection_dim=size,
-            intermediate_size=2 * size,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            hidden_act=shipped.hidden_act,
-            bos_token_id=shipped.bos_token_id,
-            eos_token_id=shipped.eos_token_id,
-            pad_token_id=shipped.pad_token_id,
-        )
+        sizes = {"hidden_size": size, "projection_dim": size, "intermediate_size": 2 * size, "num_hidden_layers": 2}
+        config = CLIPTextConfig.from_pretrained(PROJECT / "miniature" / name, **sizes, num_attention_heads=2)
         CLIPTextModelWithProjection(config).save_pretrained(folder / name)
     t5 = T5Config(
         vocab_size=T5Config.from_pretrained(PROJECT / "miniature" / "text_encoder_3").vocab_size,

@@ -151,6 +151,30 @@ def test_length_resolution_and_prompt_come_from_the_lora(
     assert (settings["prompt"], settings["max_sequence_length"], settings["height"]) == (PROMPT, 20, 64)
 
 
+def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    import inference
+
+    seen = {}
+    denoise, decode = inference.denoise, inference.decode_and_save
+
+    def denoise_spy(pipeline, *rest):
+        seen["transformer"] = pipeline.transformer.dtype
+        return denoise(pipeline, *rest)
+
+    def decode_spy(vae, *rest):
+        seen["vae"] = vae.dtype
+        return decode(vae, *rest)
+
+    monkeypatch.setattr(inference, "denoise", denoise_spy)
+    monkeypatch.setattr(inference, "decode_and_save", decode_spy)
+    flags = [*base_flags(prepared, tmp_path), "--prompt", "unknown"]
+    assert "T5 in fp32\n" in script("inference", *flags).out
+    assert seen == {"transformer": torch.float32, "vae": torch.float32}
+    half = ["--mixed_precision", "bf16", "--vae_precision", "bf16", "--t5_precision", "fp16", "--t5_stream"]
+    assert "T5 in fp16, one block at a time\n" in script("inference", *flags, *half).out
+    assert seen == {"transformer": torch.bfloat16, "vae": torch.bfloat16}
+
+
 def test_prompts_file_with_bom_and_crlf(script, prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\r\nein grüner Hund\r\n".encode())
     flags = [*base_flags(prepared, tmp_path / "out"), "--prompts_file", tmp_path / "prompts.txt", "--guidance", 1]

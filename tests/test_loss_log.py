@@ -32,7 +32,7 @@ def test_one_line_a_step(tmp_path: Path) -> None:
     assert not path.exists()  # nothing is read at each step
     lines = log.read()
     log.add(step(3))
-    log.read()
+    (last,) = log.read()
     expected = [
         {"step": 1, "loss": 0.25, "gradient_norm": 2.0, "learning_rate": 0.001, "skipped": False},
         {"step": 2, "loss": 0.75, "gradient_norm": 4.0, "learning_rate": 0.001, "skipped": False},
@@ -40,8 +40,7 @@ def test_one_line_a_step(tmp_path: Path) -> None:
     ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
     assert [(line.step, line.loss) for line in lines] == [(1, 0.25), (2, 0.75)]
-    assert log.last is not None
-    assert log.last.step == 3
+    assert last.step == 3
     assert log.recent_mean == pytest.approx(0.5)
     assert log.read() == []
     assert READ_EVERY == 10  # detection lags by no more
