@@ -1,0 +1,37 @@
+"""The README's tables are those that the committed results give."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+from conftest import PROJECT
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+import tables
+
+
+def test_each_table_of_the_readme_is_what_its_command_prints(capsys):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- python benchmarks/tables\.py (\S+) -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert len(found) == 1
+    for path, shown in found:
+        assert tables.main([str(PROJECT / path)]) == 0
+        assert capsys.readouterr().out == shown + "\n"
+
+
+def test_a_row_shows_time_and_peaks_and_the_last_line_where_they_come_from():
+    row = {"name": "a stage", "elapsed_s": 12.6, "device_gib": 3.456, "allocated_gib": 2.0, "host_gib": 0.5}
+    versions = {"torch": "1", "diffusers": "2", "bitsandbytes": "3", "peft": "4"}
+    result = {"machine": "M", "date": "D", "versions": versions, "model": "tiny", "resolution_px": 64, "rows": [row]}
+    lines = tables.pipeline_table(result).splitlines()
+    assert lines[2] == "| a stage | 13 | 3.46 | 2.00 | 0.50 |"
+    assert lines[-1] == "M, D, torch 1, diffusers 2, bitsandbytes 3; tiny at 64 px with random weights."
+
+
+def test_committed_results_say_where_they_were_made():
+    for path in (PROJECT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"date", "machine", "versions"} <= result.keys(), path.name
