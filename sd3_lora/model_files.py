@@ -184,8 +184,8 @@ class ModelFiles:
     def provenance(self, components: Iterable[str], precision: str, size: int) -> Provenance:
         """The record to store in, or to compare with, an artefact that `components` make.
 
-        The configurations are always at hand (some kilobytes); weights are hashed by samples, and only of a folder,
-        so that training never needs the text encoders' gigabytes.
+        The configurations are always at hand (some kilobytes); weights are hashed by samples, vocabularies whole, and
+        both only of a folder, so that training never needs the text encoders' gigabytes.
         """
         components = sorted(components)
         configs, weights = hashlib.sha256(), hashlib.sha256()
@@ -194,8 +194,9 @@ class ModelFiles:
             configs.update(f"{component}/{name}\n".encode())
             configs.update(_canonical_json(self._read_json(f"{component}/{name}")))
             if self._local is not None:
+                is_vocabulary = component.startswith("tokenizer")
                 for path in self._content_files(component):
-                    weights.update(_sample_bytes(path))
+                    weights.update(path.read_bytes() if is_vocabulary else _sample_bytes(path))
         return Provenance(
             format_version=FORMAT_VERSION,
             model=self.name,

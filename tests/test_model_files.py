@@ -390,7 +390,7 @@ def test_a_name_that_no_hub_model_can_have(name: str) -> None:
 def test_another_vocabulary_is_another_model(model: Path) -> None:
     before = ModelFiles(ModelConfig(str(model))).provenance(TEXT_COMPONENTS, "fp32", 77)
     path = model / "tokenizer" / "tokenizer.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"dog</w>"', '"dgo</w>"'), encoding="utf-8")
+    path.write_text(path.read_text(encoding="utf-8").replace('"photo</w>"', '"phtoo</w>"'), encoding="utf-8")
     after = ModelFiles(ModelConfig(str(model))).provenance(TEXT_COMPONENTS, "fp32", 77)
     assert after.config_hash == before.config_hash
     assert not after.same_model(before)
