@@ -150,7 +150,7 @@ def test_identical_pictures_are_one(embed: Callable[..., Result], pictures: Path
 
 def test_the_identifier_is_reported_with_its_warning(embed: Callable[..., Result]) -> None:
     good = embed("--class_prompt", "a photo of a robot").out
-    assert "identifier 'sks' → CLIP: s ks</w>; T5: ▁ s k s\n" in good
+    assert "identifier 'sks' → CLIP: sk s</w>; T5: ▁ s k s\n" in good
     assert "warning" not in good
     assert "warning: 'zwxqj' falls into 5 CLIP tokens" in embed(prompt="a photo of zwxqj robot").out
     assert "warning: 'x' is a common word" in embed("--class_prompt", "a photo of a dog", prompt="a photo of x dog").out

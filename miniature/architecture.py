@@ -1,6 +1,7 @@
-"""Makes the miniature SD3 beside this script: all components of the real pipeline, very small, with random weights.
+"""The miniature's architecture: all components of the real pipeline, very small, and how they are put into a folder.
 
-    python miniature/make_random.py
+    python miniature/architecture.py                     tokenizers, and networks with random weights
+    python miniature/architecture.py --components WORK   the networks that were trained in WORK
 
 Everything follows from the seed: the same libraries and seed write the same weights. Nothing is downloaded.
 """
@@ -33,6 +34,7 @@ from transformers import (
     T5EncoderModel,
     T5TokenizerFast,
 )
+from world import COLOURS, PATTERNS, POSITIONS, SIZES, captions, load_objects, sample_scenes
 
 # --- what the captions speak of -----------------------------------------------------------------------------------
 
@@ -42,26 +44,6 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-COLOURS = words("red orange yellow green blue purple pink brown black white grey turquoise")
-PATTERNS = words("plain striped checkered dotted")
-SIZES = words("small medium large")
-PLACES = ("on the left", "on the right", "at the top", "at the bottom", "in the middle")
-OBJECTS = words("""
-    robot dog cat horse cow pig sheep goat chicken duck goose owl eagle parrot penguin fish whale dolphin shark octopus
-    crab lobster snail butterfly bee ant spider ladybug beetle frog turtle lizard snake dragon dinosaur elephant lion
-    tiger leopard bear panda koala monkey gorilla rabbit mouse hamster squirrel fox wolf deer camel giraffe zebra
-    kangaroo hedgehog bat tree flower rose tulip sunflower cactus mushroom leaf apple pear orange lemon banana
-    watermelon grapes strawberry cherry peach pineapple coconut tomato carrot potato corn pepper cucumber bread cheese
-    egg pizza hamburger sandwich cookie cake candy chocolate teapot cup mug bottle glass spoon fork knife bowl plate
-    chair sofa bed table lamp candle clock watch key lock hammer axe saw wrench screwdriver scissors pencil pen brush
-    book envelope box gift balloon kite ball football basketball trophy medal guitar violin trumpet drum piano camera
-    television radio telephone computer keyboard laptop printer battery rocket satellite airplane helicopter car bus
-    truck train tractor bicycle motorcycle scooter boat ship anchor tent house castle bridge tower lighthouse church
-    factory umbrella hat crown cap shirt dress shoe boot sock glove scarf backpack handbag suitcase ring necklace heart
-    star moon sun cloud rainbow snowflake snowman lightning fire drop wave mountain volcano island globe compass magnet
-    telescope microscope skull ghost alien doll teddy toy vase basket bucket ladder wheel gear bell flag ticket
-    mirror door window
-""")
 SCENES = words("""
     beach forest desert jungle city street garden park kitchen bedroom library museum river lake ocean field meadow
     snow rain fog night sunset sunrise space moonlight grass sand rocks road stairs roof market stage studio workshop
@@ -97,30 +79,42 @@ TEMPLATES = (
     "an image of my {colour} {thing}, high quality, {style}",
     "a {thing} and a {other_thing} near the {scene}, low quality, bad {medium}",
 )
-CAPTION_COUNT = 20_000
+CAPTION_COUNT, SUBJECT_CAPTIONS = 20_000, 200
 
 # --- how large things are -----------------------------------------------------------------------------------------
 
-VOCABULARY_SIZE = 2_000  # at most: training stops early where nothing is left to merge
+CLIP_VOCABULARY, T5_VOCABULARY = 2_000, 1_300  # at most
 CLIP_TOKENS, T5_TOKENS = 77, 512
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+NETWORKS = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+PIPELINE_FOLDERS = ("transformer", "vae", "text", "tokenizer", "scheduler")
 JOINT_WIDTH = 256  # of T5, and of what the transformer attends to
 CLIP_WIDTHS = (64, 128)  # together less than the joint width, as in SD3, which fills the difference with zeros
 
 
 def make_captions() -> list[str]:
-    """The tokenizers' training text; the same list on each call, whatever the seed of the weights."""
+    """The tokenizers' training text: captions of the small world, and as many of a larger one."""
     choose = random.Random(0).choice
-    captions = [
+    objects = load_objects()
+    names = [thing.name for thing in objects]
+    generator = torch.Generator().manual_seed(0)
+    world = captions(sample_scenes(CAPTION_COUNT, range(len(objects)), generator, pairs=0.15), objects, generator)
+    larger = [
         choose(TEMPLATES).format(
             # Each object in turn, so that none is left out.
-            thing=OBJECTS[i % len(OBJECTS)],
-            other_thing=choose(OBJECTS),
-            colour=choose(COLOURS),
-            other_colour=choose(COLOURS),
+            thing=names[i % len(names)],
+            other_thing=choose(names),
+            colour=choose(list(COLOURS)),
+            other_colour=choose(list(COLOURS)),
             pattern=choose(PATTERNS),
-            size=choose(SIZES),
-            place=choose(PLACES),
+            size=choose(list(SIZES)),
+            place=choose(list(POSITIONS)),
             scene=choose(SCENES),
             material=choose(MATERIALS),
             look=choose(LOOKS),
@@ -130,7 +124,9 @@ def make_captions() -> list[str]:
         )
         for i in range(CAPTION_COUNT)
     ]
-    return [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in captions]
+    # Subjects' names are to be whole words, as in the large vocabularies: then "sks" is the rarest word of a prompt.
+    subjects = [f"a photo of a {thing.name}" for thing in objects if thing.held_out] * SUBJECT_CAPTIONS
+    return world + subjects + [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in larger]
 
 
 def byte_alphabet() -> list[str]:
@@ -151,7 +147,7 @@ def train_clip_vocabulary(captions: Sequence[str]) -> tuple[dict[str, int], list
     bpe.normalizer, bpe.pre_tokenizer = template.normalizer, template.pre_tokenizer
     alphabet = byte_alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY_SIZE - len(alphabet) - 2,  # all the word-end bytes come on top of what it counts, below
+        vocab_size=CLIP_VOCABULARY - len(alphabet) - 2,  # all the word-end bytes come on top of what it counts, below
         end_of_word_suffix="</w>",
         initial_alphabet=alphabet,
         show_progress=False,
@@ -177,7 +173,7 @@ def make_t5_tokenizer(captions: Sequence[str]) -> T5TokenizerFast:
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = T5TokenizerFast(extra_ids=0).backend_tokenizer.pre_tokenizer
     trainer = trainers.UnigramTrainer(
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=T5_VOCABULARY,
         special_tokens=["<pad>", "</s>", "<unk>"],
         unk_token="<unk>",
         initial_alphabet=[chr(code) for code in range(ord("!"), ord("~") + 1)],
@@ -270,41 +266,45 @@ def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
     )
 
 
-def make_pipeline(seed: int) -> StableDiffusion3Pipeline:
-    """All components, weights in float16. Each starts from the seed anew, so that changing one leaves the others."""
-    captions = make_captions()
-    tokenizer, tokenizer_2 = make_clip_tokenizers(captions)
-    tokenizer_3 = make_t5_tokenizer(captions)
+def make_models(tokenizers: Path, names: Sequence[str], seed: int) -> dict[str, torch.nn.Module]:
+    """Networks with random float32 weights. Each starts from the seed anew, so that changing one leaves the others.
+
+    Args:
+        tokenizers: the folder that holds them.
+        names: of the components.
+        seed: of the weights.
+    """
+    clip, clip_2 = (CLIPTokenizer.from_pretrained(tokenizers / name) for name in ("tokenizer", "tokenizer_2"))
+    t5 = T5TokenizerFast.from_pretrained(tokenizers / "tokenizer_3")
     makers: dict[str, Callable[[], torch.nn.Module]] = {
         "transformer": make_transformer,
         "vae": make_vae,
-        "text_encoder": lambda: make_clip(tokenizer, CLIP_WIDTHS[0], "quick_gelu"),
-        "text_encoder_2": lambda: make_clip(tokenizer_2, CLIP_WIDTHS[1], "gelu"),
-        "text_encoder_3": lambda: make_t5(tokenizer_3),
+        "text_encoder": lambda: make_clip(clip, CLIP_WIDTHS[0], "quick_gelu"),
+        "text_encoder_2": lambda: make_clip(clip_2, CLIP_WIDTHS[1], "gelu"),
+        "text_encoder_3": lambda: make_t5(t5),
     }
     networks = {}
-    for name, make in makers.items():
+    for name in names:
         torch.manual_seed(seed)
-        networks[name] = make().half().eval()
-    return StableDiffusion3Pipeline(
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        tokenizer_3=tokenizer_3,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        **networks,
-    )
+        networks[name] = makers[name]().eval()
+    return networks
 
 
-def replace_in_file(path: Path, old: str, new: str) -> None:
-    """Replaces a text that `path` holds exactly once.
+def write_tokenizers(folder: Path) -> None:
+    """Trains the three tokenizers and saves them."""
+    texts = make_captions()
+    clip, clip_2 = make_clip_tokenizers(texts)
+    for name, tokenizer in (("tokenizer", clip), ("tokenizer_2", clip_2), ("tokenizer_3", make_t5_tokenizer(texts))):
+        tokenizer.save_pretrained(folder / name)
 
-    Raises:
-        ValueError: it does not, so a library now writes the file differently.
-    """
-    text = path.read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        raise ValueError(f"{path.name} should hold {old} once")
-    path.write_text(text.replace(old, new), encoding="utf-8")
+
+def edit_json(path: Path, change: dict[str, object]) -> None:
+    """Sets some keys of a JSON file that has them; None takes a key out."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in change.keys() & values.keys():
+        values[key] = change[key]
+    kept = {key: value for key, value in values.items() if not (key in change and value is None)}
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_pipeline(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None:
@@ -313,10 +313,11 @@ def write_pipeline(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
         # transformers 5 writes its new name of the class; SD3's own index has this one, which all versions know.
-        replace_in_file(Path(partial, "model_index.json"), '"T5Tokenizer"', '"T5TokenizerFast"')
-        for config in Path(partial).glob("text_encoder*/config.json"):
+        edit_json(Path(partial, "model_index.json"), {"tokenizer_3": ["transformers", "T5TokenizerFast"]})
+        for config in Path(partial).glob("*/*config.json"):
             # Where no dtype is asked for, transformers 5 takes this one and diffusers float32: they have to agree.
-            replace_in_file(config, '"dtype": "float16"', '"dtype": "float32"')
+            where_from = dict.fromkeys(("_name_or_path", "is_local", "local_files_only"))
+            edit_json(config, {"dtype": "float32", **where_from})
         for new in Path(partial).iterdir():
             old = output_dir / new.name
             if old.is_dir():
@@ -324,20 +325,39 @@ def write_pipeline(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None
             new.replace(old)
 
 
+def assemble(folder: Path, networks: dict[str, torch.nn.Module]) -> StableDiffusion3Pipeline:
+    """The pipeline of these networks, in float16, and of the tokenizers in `folder`."""
+    clip, clip_2 = (CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    return StableDiffusion3Pipeline(
+        tokenizer=clip,
+        tokenizer_2=clip_2,
+        tokenizer_3=T5TokenizerFast.from_pretrained(folder / "tokenizer_3"),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **{name: network.half().eval() for name, network in networks.items()},
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Makes the miniature and reports its sizes."""
-    parser = argparse.ArgumentParser(description="Make the miniature SD3 with random weights.", allow_abbrev=False)
+    """Writes the miniature and reports its sizes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent, help="Where to write it.")
+    parser.add_argument("--components", type=Path, help="Folder of trained networks; without it they are random.")
     parser.add_argument("--seed", type=int, default=0, help="Of the random weights.")
     flags = parser.parse_args(argv)
-    pipeline = make_pipeline(flags.seed)
+    if flags.components is None:
+        write_tokenizers(flags.output_dir)
+        networks = make_models(flags.output_dir, tuple(NETWORKS), flags.seed)
+    else:
+        networks = {name: cls.from_pretrained(flags.components / name) for name, cls in NETWORKS.items()}
+    pipeline = assemble(flags.output_dir, networks)
     write_pipeline(pipeline, flags.output_dir)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module):
             print(f"{name:15} {component.num_parameters():>10,} parameters")
         elif name.startswith("tokenizer"):
             print(f"{name:15} {len(component):>10,} tokens")
-    written_mb = sum(path.stat().st_size for path in flags.output_dir.glob("*/*") if path.is_file()) / 1e6
+    folders = [path for path in flags.output_dir.iterdir() if path.name.split("_")[0] in PIPELINE_FOLDERS]
+    written_mb = sum(path.stat().st_size for folder in folders for path in folder.glob("*")) / 1e6
     print(f"{written_mb:.1f} MB (10**6 bytes) in {flags.output_dir}")
     return 0
 

@@ -1,0 +1,79 @@
+"""A pool of scenes to train on, their captions as token ids: made ahead, because Python is too slow at each step.
+
+    python miniature/pool.py --scenes 1500000 --output_path pool.safetensors
+
+Holds the scenes as `world.Scenes` has them, and for each caption its CLIP ids (both CLIPs share a vocabulary) and T5
+ids, int16, ended by EOS and filled with -1: `padded` puts each tokenizer's own padding there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer, T5TokenizerFast
+from world import MINIATURE, Scenes, captions, load_objects, sample_scenes
+
+CLIP_TOKENS, T5_TOKENS = 36, 46  # hardly any caption of a scene has more; those are cut, as in use
+PAIRS = 0.12
+_CHUNK = 50_000
+
+
+def tokenize(texts: Sequence[str], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP and T5 ids of captions, `(N, CLIP_TOKENS)` and `(N, T5_TOKENS)` int16, filled with -1."""
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    t5 = T5TokenizerFast.from_pretrained(folder / "tokenizer_3")
+    results = []
+    for tokenizer, width in ((clip, CLIP_TOKENS), (t5, T5_TOKENS)):
+        ids = np.full((len(texts), width), -1, dtype=np.int16)
+        for start in range(0, len(texts), _CHUNK):
+            chunk = list(texts[start : start + _CHUNK])
+            for row, tokens in enumerate(tokenizer(chunk, truncation=True, max_length=width).input_ids, start):
+                ids[row, : len(tokens)] = tokens
+        results.append(torch.from_numpy(ids))
+    return results[0], results[1]
+
+
+def padded(ids: torch.Tensor, length: int, pad_token_id: int) -> torch.Tensor:
+    """Token ids `(B, length)` int64 as a tokenizer gives them with padding="max_length"."""
+    ids = torch.nn.functional.pad(ids.long(), (0, length - ids.shape[1]), value=-1)
+    return torch.where(ids < 0, pad_token_id, ids)
+
+
+def load_pool(path: Path) -> tuple[Scenes, torch.Tensor, torch.Tensor]:
+    """The scenes, and the CLIP and T5 ids of their captions."""
+    tensors = load_file(path)
+    scenes = Scenes(**{field.name: tensors[f"scenes.{field.name}"] for field in fields(Scenes)})
+    return scenes, tensors["clip_ids"], tensors["t5_ids"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--scenes", type=int, default=1_500_000, help="How many.")
+    parser.add_argument("--seed", type=int, default=11)
+    parser.add_argument("--output_path", type=Path, required=True)
+    flags = parser.parse_args(argv)
+    objects = load_objects()
+    generator = torch.Generator().manual_seed(flags.seed)
+    seen = [index for index, thing in enumerate(objects) if not thing.held_out]
+    scenes = sample_scenes(flags.scenes, seen, generator, pairs=PAIRS)
+    clip_ids, t5_ids = tokenize(captions(scenes, objects, generator), MINIATURE)
+    tensors = {f"scenes.{field.name}": getattr(scenes, field.name).contiguous() for field in fields(scenes)}
+    temporary = flags.output_path.with_suffix(".unfinished")
+    save_file({**tensors, "clip_ids": clip_ids, "t5_ids": t5_ids}, temporary)
+    os.replace(temporary, flags.output_path)
+    longest = [int((ids >= 0).sum(1).max()) for ids in (clip_ids, t5_ids)]
+    print(f"{len(scenes)} scenes; the longest captions have {longest[0]} CLIP and {longest[1]} T5 tokens", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
