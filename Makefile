@@ -23,7 +23,7 @@ MINUTES ?= 20
 STOP_AFTER ?= inf
 RECIPE_PYTHON ?= $(BIN)/python
 RENDERS = $(WORK)/npm/package/assets
-miniature: $(WORK)/vae.json $(WORK)/judge.json $(WORK)/pool.safetensors
+miniature: $(WORK)/vae.json $(WORK)/judge.json $(WORK)/text.json
 	$(RECIPE_PYTHON) miniature/train_transformer.py --renders $(RENDERS) --work $(WORK) --minutes $(MINUTES) --stop_after $(STOP_AFTER)
 	cp $(WORK)/judge.* miniature/
 	$(RECIPE_PYTHON) miniature/architecture.py --components $(WORK)
@@ -32,8 +32,11 @@ $(RENDERS):
 	mkdir -p $(WORK)/npm
 	npm pack --silent --pack-destination $(WORK)/npm @lobehub/fluent-emoji-3d@1.1.0
 	tar xzf $(WORK)/npm/lobehub-fluent-emoji-3d-1.1.0.tgz -C $(WORK)/npm
-$(WORK)/pool.safetensors: | $(RENDERS)
+$(WORK)/pool.safetensors:
+	mkdir -p $(WORK)
 	$(RECIPE_PYTHON) miniature/pool.py --output_path $@
+$(WORK)/text.json: $(WORK)/pool.safetensors
+	$(RECIPE_PYTHON) miniature/train_text.py --work $(WORK)
 $(WORK)/vae.json: | $(RENDERS)
 	$(RECIPE_PYTHON) miniature/train_vae.py --renders $(RENDERS) --output_dir $(WORK)
 $(WORK)/judge.json: | $(RENDERS)

@@ -1,10 +1,11 @@
-"""Trains the transformer and the three text encoders together, from nothing, on latents of the small world.
+"""Trains the transformer, and with it the three text encoders, on latents of the small world.
 
     python miniature/pool.py --output_path WORK/pool.safetensors
+    python miniature/train_text.py --work WORK
     python miniature/train_vae.py --renders FOLDER_OF_WEBP --output_dir WORK
     python miniature/train_transformer.py --renders FOLDER_OF_WEBP --work WORK --minutes 12
 
-The loss is the project's own (`sd3_lora.flow`). For most of the time captions are padded to 36 + 46 tokens, and only
+The loss is that of `sd3_lora.flow` without weights. For most of the time captions are padded to 36 + 46 tokens, and only
 at the end to the 77 + 77 that SD3's pipeline always gives, which costs half as much again. Give `--stop_after` to train
 in pieces: run the same command again to go on.
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from architecture import make_models
+from architecture import NETWORKS, make_models
 from diffusers import AutoencoderKL
 from pool import CLIP_TOKENS, T5_TOKENS, load_pool, padded, tokenize
 from render import Renderer
@@ -347,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     models = make_models(MINIATURE, ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3"), seed=0)
     start_gently(models["transformer"])
+    for name in models.keys() & set(os.listdir(flags.work / "text") if (flags.work / "text").is_dir() else ()):
+        models[name] = NETWORKS[name].from_pretrained(flags.work / "text" / name, dtype=torch.float32)
+        print(f"{name} as train_text.py left it", flush=True)
     model = TextToVelocity(models).to(device).eval()  # eval: no dropout in T5
     if device.type == "cuda":
         for block in models["transformer"].transformer_blocks:

@@ -1,0 +1,159 @@
+"""How the miniature is trained: its optimizer, the model as a whole, and going on from a piece."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROJECT
+from diffusers import StableDiffusion3Pipeline
+
+sys.path.insert(0, str(PROJECT / "miniature"))
+
+from architecture import NETWORKS, make_models
+from pool import CLIP_TOKENS, T5_TOKENS, tokenize
+from train_text import ENCODERS, accuracy, encoder_ids, make_pupils
+from train_text import train as train_text
+from train_transformer import (
+    LONG,
+    SHORT,
+    Data,
+    Muon,
+    State,
+    TextToVelocity,
+    batch_loss,
+    draw,
+    export,
+    make_optimizers,
+    start_gently,
+)
+from world import MINIATURE, captions, load_objects, sample_scenes
+
+CPU = torch.device("cpu")
+TEXTS = ("a photo of a small robot on the left on a striped blue background", "a large fish")
+
+
+def test_muon_is_torch_s_own_for_many_matrices_at_once():
+    torch.manual_seed(0)
+    shapes = ((16, 16), (16, 16), (64, 16), (16, 64), (64, 16))
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizer = Muon(ours, 1e-2, weight_decay=0.01)
+    reference = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    before = [parameter.detach().clone() for parameter in ours]
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    for mine, other, old in zip(ours, theirs, before, strict=True):
+        moved = (mine - old).norm()
+        assert (mine - other).norm() < 0.04 * moved  # bfloat16, in another order
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    """Random latents with two captions and the empty one."""
+    clip_ids, t5_ids = tokenize([*TEXTS, ""], MINIATURE)
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    pads = NETWORKS["text_encoder"].from_pretrained(MINIATURE / "text_encoder").config.pad_token_id
+    return Data(latents.bfloat16(), clip_ids, t5_ids, (pads, 0, 0))
+
+
+def test_the_model_as_a_whole_is_the_pipeline_s(data):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(MINIATURE, torch_dtype=torch.float32)
+    model = TextToVelocity({name: getattr(pipeline, name) for name in NETWORKS if name != "vae"}).eval()
+    noisy = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
+    sigmas = torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        prompt_embeds, _, pooled, _ = pipeline.encode_prompt(
+            list(TEXTS), None, None, do_classifier_free_guidance=False, max_sequence_length=77
+        )
+        expected = pipeline.transformer(
+            noisy, prompt_embeds, pooled, timestep=1000 * sigmas, return_dict=False
+        )[0]  # fmt: skip
+        velocity = model(noisy, sigmas, *data.text(torch.tensor([0, 1]), LONG))
+        short = model(noisy, sigmas, *data.text(torch.tensor([0, 1]), SHORT))
+    assert torch.allclose(velocity, expected, atol=1e-5)
+    assert (short - expected).abs().max() > 1e-4  # fewer padding tokens are another prompt
+    assert SHORT == (CLIP_TOKENS, T5_TOKENS)
+
+
+def new_state() -> State:
+    """A small transformer's worth of layers of the real recipe, from seed 0."""
+    models = make_models(MINIATURE, tuple(name for name in NETWORKS if name != "vae"), seed=0)
+    start_gently(models["transformer"])
+    model = TextToVelocity(models).eval()
+    return State(model, make_optimizers(model, 1e-3))
+
+
+def take_step(state: State, data: Data, seed: int) -> float:
+    """One step on both samples; returns the loss before it."""
+    draws = draw(2, torch.Generator().manual_seed(seed), CPU)
+    loss = batch_loss(state.model, data, torch.tensor([0, 1]), draws, SHORT)
+    for optimizer in state.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.step += 1
+    state.update_ema()
+    return loss.item()
+
+
+def test_it_starts_by_predicting_nothing_goes_on_from_a_file_and_exports_its_running_mean(
+    data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Orthogonalizing in bfloat16 takes a CPU seconds.
+    monkeypatch.setattr("train_transformer.orthogonalize", lambda matrices: 1e-2 * matrices.sign())
+    state = new_state()
+    noise, _, uniforms = draw(2, torch.Generator().manual_seed(0), CPU)
+    assert uniforms.min() > 0.1  # neither caption is left empty
+    first = take_step(state, data, 0)
+    assert first == pytest.approx((noise - data.latents.float()).square().mean().item(), rel=1e-6)
+    state.save(tmp_path / "state.safetensors")
+
+    again = new_state()
+    again.load(tmp_path / "state.safetensors")
+    assert (again.step, len(again.optimizers)) == (1, 2)
+    assert take_step(again, data, 1) == take_step(state, data, 1)
+    for name, parameter in state.model.named_parameters():
+        assert torch.equal(parameter, dict(again.model.named_parameters())[name]), name
+        assert torch.equal(state.ema[name], again.ema[name]), name
+
+    export(state, tmp_path)
+    for name in ("transformer", "text_encoder_3"):
+        written = dict(NETWORKS[name].from_pretrained(tmp_path / name).named_parameters())
+        key = next(key for key in written if key.endswith("proj_out.weight") or key.endswith("wi_0.weight"))
+        assert torch.equal(written[key].half(), state.ema[f"models.{name}.{key}"].half())
+
+
+def test_a_text_encoder_learns_to_name_what_captions_say(monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(perf_counter=partial(next, count(0, 0.0625)))  # every look at it takes a sixteenth
+    monkeypatch.setattr("train_text.time", clock)
+    objects = load_objects()
+    generator = torch.Generator().manual_seed(0)
+    scenes = sample_scenes(128, range(4), generator)
+    ids = tokenize(captions(scenes, objects, generator), MINIATURE)
+    pupils = make_pupils(CPU)
+    assert tuple(pupils) == ENCODERS
+    smallest = {"text_encoder": pupils["text_encoder"]}
+    before = accuracy(smallest, scenes, ids)["text_encoder"]
+    assert train_text(smallest, scenes, ids, minutes=0.0625, batch_size=32) == 59
+    assert before < 0.1  # of 884 objects
+    assert accuracy(smallest, scenes, ids)["text_encoder"] > 0.2  # of the 4 that there are
+
+
+def test_each_text_encoder_gets_its_own_padding():
+    clip_ids, t5_ids = tokenize(["a fish"], MINIATURE)
+    pupils = make_pupils(CPU)
+    last = {name: int(encoder_ids(name, clip_ids, t5_ids, pupil)[0, -1]) for name, pupil in pupils.items()}
+    pads = {name: pupil.encoder.config.pad_token_id for name, pupil in pupils.items()}
+    assert last == pads
+    assert len(set(pads.values())) == 2  # CLIP-L's is its EOS
