@@ -1,0 +1,135 @@
+"""The benchmark's trainers: the project's own scripts and diffusers' script, told the same and run on a subject."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import shlex
+import subprocess
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.command_line import UserError
+from sd3_lora.lora import LORA_FILE
+
+from dreambooth_subjects import Subject
+from evaluate import SEQUENCE_LENGTH, VERSIONS
+from world import PICTURE_PX
+
+TRAINERS = {"before": "without a LoRA", "ours": "ours", "diffusers": "diffusers' script", "given": "the given LoRA"}
+PEER_SCRIPT = Path("examples/dreambooth/train_dreambooth_lora_sd3.py")
+
+
+def trainers(flags: argparse.Namespace) -> list[str]:
+    """Whose LoRAs are scored."""
+    if flags.lora:
+        return ["given"]
+    return ["ours", "diffusers"] if flags.peer else ["ours"]
+
+
+def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
+    """What both trainers are told, in the same words: our flags have diffusers' names."""
+    words = {
+        "pretrained_model_name_or_path": flags.model,
+        "instance_data_dir": subject.pictures,
+        "instance_prompt": subject.prompt,
+        "output_dir": subject.lora(trainer),
+        "resolution": PICTURE_PX,
+        "max_sequence_length": SEQUENCE_LENGTH,
+        "max_train_steps": flags.steps,
+        "learning_rate": f"{flags.learning_rate:g}",
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+        "rank": flags.rank,
+        "train_batch_size": flags.train_batch_size,
+        "seed": flags.seed,
+        "mixed_precision": flags.mixed_precision,
+        "checkpointing_steps": flags.steps + 1,
+    }
+    return [word for name, value in words.items() for word in (f"--{name}", str(value))]
+
+
+def our_words(flags: argparse.Namespace, subject: Subject) -> list[tuple[str, list[str]]]:
+    """The project's scripts with their flags, in order."""
+    embeddings, latents = subject.folder / "ours" / "embeddings.parquet", subject.folder / "ours" / "latents"
+    device = ["--device", flags.device]
+    data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.pictures)]
+    prompts = ["--instance_prompt", subject.prompt, "--class_prompt", subject.class_prompt]
+    # fp32, because diffusers' script encodes in the precision of its weights.
+    text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32", "--output_path", str(embeddings)]
+    resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
+    stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
+    train = [*shared_words(flags, subject, "ours"), *stored, *device, *resume, *shlex.split(flags.train_flags)]
+    return [
+        ("compute_embeddings", [*data, *prompts, *text, *device]),
+        ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
+        ("train_dreambooth_sd3_lora_miniature", train),
+    ]
+
+
+def peer_words(flags: argparse.Namespace, subject: Subject) -> list[str]:
+    """The command line of diffusers' script."""
+    words = [flags.peer_python, str(Path(flags.peer) / PEER_SCRIPT), *shared_words(flags, subject, "diffusers")]
+    return [*words, *shlex.split(flags.peer_flags)]
+
+
+def train(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
+    """Has a trainer make its LoRA of the five pictures."""
+    {"ours": train_ours, "diffusers": train_peer}[trainer](flags, subject)
+
+
+def train_ours(flags: argparse.Namespace, subject: Subject) -> None:
+    """Stages one and two in this process: to import the libraries for each would take longer than the work.
+
+    Raises:
+        UserError: one of the scripts refused.
+    """
+    log = subject.folder / "ours" / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for script, words in our_words(flags, subject):
+        with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
+            code = importlib.import_module(script).main(words)
+        if code:
+            raise UserError(f"{script}.py failed on {subject.name}:\n{last_lines(log)}")
+
+
+def train_peer(flags: argparse.Namespace, subject: Subject) -> None:
+    """The script of diffusers as it is, in its own Python.
+
+    Raises:
+        UserError: it failed, or there is no LoRA after it.
+    """
+    log = subject.folder / "diffusers" / "log.txt"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"} if flags.device == "cpu" else {}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
+    with log.open("a", encoding="utf-8") as stream:
+        words = peer_words(flags, subject)
+        finished = subprocess.run(words, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
+    lora = subject.lora("diffusers") / LORA_FILE
+    if finished.returncode or not lora.is_file():
+        lora.unlink(missing_ok=True)  # or the next run would take it for finished
+        raise UserError(f"diffusers' script failed on {subject.name}:\n{last_lines(log)}")
+
+
+def last_lines(log: Path) -> str:
+    """The end of what a trainer printed."""
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+
+
+def describe_peer(flags: argparse.Namespace) -> dict[str, Any]:
+    """Which script of diffusers ran, and with which versions."""
+    code = (
+        "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
+    )
+    output = subprocess.run([flags.peer_python, "-c", code, *VERSIONS], capture_output=True, text=True, check=True)
+    return {"script": file_hash(Path(flags.peer) / PEER_SCRIPT), "versions": json.loads(output.stdout)}
+
+
+def file_hash(path: Path) -> str:
+    """The start of a file's sha256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
