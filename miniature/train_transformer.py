@@ -267,8 +267,10 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
     generator = torch.Generator(device).manual_seed(1000 + state.step)
     checked = torch.Generator(device).manual_seed(0)
     count = min(CHECKED_SAMPLES, len(data.latents))
-    fixed = [(torch.arange(i, min(i + 512, count), device=device), None) for i in range(0, count, 512)]
-    fixed = [(rows, draw(len(rows), checked, device)) for rows, _ in fixed]
+    # In batches of the training's size, so that nothing is compiled for the check alone.
+    fixed = [
+        (rows, draw(len(rows), checked, device)) for rows in torch.arange(count, device=device).split(flags.batch_size)
+    ]
     total_s, began_s, start, told, saved = (
         60 * flags.minutes,
         state.elapsed_s,
@@ -315,13 +317,15 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
             )
 
 
-@torch.no_grad()
 def check(model: torch.nn.Module, data: Data, fixed: list, on_gpu: bool) -> float:
-    """The loss on the same samples and draws each time, at the short length."""
+    """The loss on the same samples and draws each time, at the short length.
+
+    With gradients recorded and dropped: without them every block would be compiled a second time.
+    """
     losses = []
     for rows, draws in fixed:
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            losses.append(batch_loss(model, data, rows, draws, SHORT) * len(rows))
+            losses.append(batch_loss(model, data, rows, draws, SHORT).detach() * len(rows))
     return (torch.stack(losses).sum() / sum(len(rows) for rows, _ in fixed)).item()
 
 
