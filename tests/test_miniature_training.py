@@ -17,6 +17,7 @@ sys.path.insert(0, str(PROJECT / "miniature"))
 
 from architecture import NETWORKS, make_models
 from pool import CLIP_TOKENS, T5_TOKENS, tokenize
+from render import Renderer
 from train_text import ENCODERS, accuracy, encoder_ids, make_pupils
 from train_text import train as train_text
 from train_transformer import (
@@ -32,6 +33,7 @@ from train_transformer import (
     make_optimizers,
     start_gently,
 )
+from train_vae import train as train_vae
 from world import MINIATURE, captions, load_objects, sample_scenes
 
 CPU = torch.device("cpu")
@@ -148,6 +150,28 @@ def test_a_text_encoder_learns_to_name_what_captions_say(monkeypatch: pytest.Mon
     assert train_text(smallest, scenes, ids, minutes=0.0625, batch_size=32) == 59
     assert before < 0.1  # of 884 objects
     assert accuracy(smallest, scenes, ids)["text_encoder"] > 0.2  # of the 4 that there are
+
+
+def test_the_vae_s_training_draws_its_channels_means_to_zero(monkeypatch: pytest.MonkeyPatch):
+    objects = load_objects()
+    held_out = [index for index, thing in enumerate(objects) if thing.held_out]
+    renderer = Renderer(objects, None, "cpu")
+    vae = NETWORKS["vae"].from_pretrained(MINIATURE / "vae", torch_dtype=torch.float32)
+    pictures = renderer(sample_scenes(4, held_out, torch.Generator().manual_seed(0)))
+
+    @torch.no_grad()
+    def channel_means() -> float:
+        return vae.encode(pictures).latent_dist.mode().mean((0, 2, 3)).square().mean().item()
+
+    before = channel_means()
+    clock = SimpleNamespace(perf_counter=partial(next, count(0, 0.0625)))
+    monkeypatch.setattr("train_vae.time", clock)
+    monkeypatch.setattr("train_vae.BATCH_SIZE", 2)
+    monkeypatch.setattr("train_vae.RENDERED_AT_ONCE", 3)
+    monkeypatch.setattr("train_vae.MEAN_WEIGHT", 100.0)
+    steps = train_vae(vae, renderer, held_out, minutes=0.00625, learning_rate=0.1, seed=0)
+    assert steps == 6  # a clock that starts again after the first
+    assert channel_means() < 0.7 * before
 
 
 def test_each_text_encoder_gets_its_own_padding():
