@@ -17,7 +17,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from render import Renderer
-from world import COLOURS, PATTERNS, POSITIONS, SIZES, Scenes, full_caption, load_objects
+from world import COLOURS, PATTERNS, POSITIONS, SIZES, Scenes, full_caption, load_objects, object_indices
 
 SUBJECTS = (
     "robot",
@@ -116,7 +116,7 @@ def drift_scenes(count: int) -> tuple[Scenes, list[str]]:
     """Scenes of objects that pretraining knew, each another as long as there are any, and their prompts."""
     things = load_objects()
     generator = stable_generator("drift")
-    known = torch.tensor([index for index, thing in enumerate(things) if not thing.held_out])
+    known = torch.tensor(object_indices(held_out=False))
     objects = known[torch.randperm(len(known), generator=generator)].repeat(-(-count // len(known)))[:count]
     scenes = spread_scenes(objects, range(len(COLOURS)), all_places(), generator)
     return scenes, [full_caption(things[scenes.object[index]].name, scenes, index) for index in range(count)]

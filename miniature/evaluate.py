@@ -26,7 +26,7 @@ from judge import HEADS, JUDGE_FILE, load_judge
 from PIL import Image
 from render import Renderer
 from train_vae import measure_psnr
-from world import MINIATURE, PICTURE_PX, Scenes, full_caption, load_objects, sample_scenes
+from world import MINIATURE, PICTURE_PX, Scenes, full_caption, load_objects, object_indices, sample_scenes
 
 GUIDANCE, NUM_STEPS, BATCH_SIZE = 4.0, 20, 32
 SEQUENCE_LENGTH = 77
@@ -74,7 +74,7 @@ def draw(
 def sample_prompts(count: int, seed: int) -> tuple[Scenes, list[str]]:
     """Scenes of one object that pretraining knew, each object in turn, and their full captions."""
     objects = load_objects()
-    seen = [index for index, thing in enumerate(objects) if not thing.held_out]
+    seen = object_indices(held_out=False)
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(count, seen, generator)
     shuffled = torch.tensor(seen)[torch.randperm(len(seen), generator=generator)]
@@ -90,9 +90,8 @@ def score(pictures: torch.Tensor, scenes: Scenes, device: torch.device) -> dict[
 
 def held_out_psnr(vae: AutoencoderKL, count: int, device: torch.device) -> float:
     """The VAE's PSNR in decibels on scenes of objects that it has never seen."""
-    objects = load_objects()
-    held_out = [index for index, thing in enumerate(objects) if thing.held_out]
-    return measure_psnr(vae, Renderer(objects, None, device), held_out, max(count, PSNR_SCENES), seed=2)
+    renderer = Renderer(load_objects(), None, device)
+    return measure_psnr(vae, renderer, object_indices(held_out=True), max(count, PSNR_SCENES), seed=2)
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

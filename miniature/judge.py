@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
-from world import COLOURS, PATTERNS, POSITIONS, SIZES, Scenes, load_objects
+from world import ANSWERS, Scenes, load_objects
 
 JUDGE_FILE = Path(__file__).resolve().parent / "judge.safetensors"
-HEADS = ("object", "colour", "pattern", "size", "position")
+HEADS = ("object", *ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Judge(nn.Module):
             stages += [_Block(inner, outer, 2 if inner > widths[0] else 1), _Block(outer, outer, 1)]
         self.stages = nn.Sequential(*stages)
         width = 2 * widths[-1]
-        options = (object_count, len(COLOURS), len(PATTERNS), len(SIZES), len(POSITIONS))
-        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in zip(HEADS, options, strict=True)})
+        options = {"object": object_count, **ANSWERS}
+        self.heads = nn.ModuleDict({name: nn.Linear(width, n) for name, n in options.items()})
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures `(N, 3, 128, 128)` in [-1, 1] → logits `(N, options)` for each question."""

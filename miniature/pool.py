@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, T5TokenizerFast
-from world import MINIATURE, Scenes, captions, load_objects, sample_scenes
+from world import MINIATURE, Scenes, captions, load_objects, object_indices, sample_scenes
 
-CLIP_TOKENS, T5_TOKENS = 36, 46  # hardly any caption of a scene has more; those are cut, as in use
+SHORT_CLIP_TOKENS, SHORT_T5_TOKENS = 36, 46  # hardly any caption of a scene has more; those are cut, as in use
 PAIRS = 0.12
 _CHUNK = 50_000
 
 
 def tokenize(texts: Sequence[str], folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLIP and T5 ids of captions, `(N, CLIP_TOKENS)` and `(N, T5_TOKENS)` int16, filled with -1."""
+    """CLIP and T5 ids of captions, `(N, SHORT_CLIP_TOKENS)` and `(N, SHORT_T5_TOKENS)` int16, filled with -1."""
     clip = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     t5 = T5TokenizerFast.from_pretrained(folder / "tokenizer_3")
     results = []
-    for tokenizer, width in ((clip, CLIP_TOKENS), (t5, T5_TOKENS)):
+    for tokenizer, width in ((clip, SHORT_CLIP_TOKENS), (t5, SHORT_T5_TOKENS)):
         ids = np.full((len(texts), width), -1, dtype=np.int16)
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     objects = load_objects()
     generator = torch.Generator().manual_seed(flags.seed)
-    seen = [index for index, thing in enumerate(objects) if not thing.held_out]
-    scenes = sample_scenes(flags.scenes, seen, generator, pairs=PAIRS)
+    scenes = sample_scenes(flags.scenes, object_indices(held_out=False), generator, pairs=PAIRS)
     clip_ids, t5_ids = tokenize(captions(scenes, objects, generator), MINIATURE)
     tensors = {f"scenes.{field.name}": getattr(scenes, field.name).contiguous() for field in fields(scenes)}
     temporary = flags.output_path.with_suffix(".unfinished")

@@ -1,11 +1,11 @@
-"""Teaches the three text encoders what captions say, before any picture: a minute that saves the transformer many.
+"""Teaches the three text encoders what captions say, before any picture.
 
     python miniature/pool.py --output_path WORK/pool.safetensors
     python miniature/train_text.py --work WORK
 
-SD3's encoders know language when SD3's training begins; ours would start from noise, and a transformer that cannot yet
-tell one caption from another learns to ignore them all. Each encoder by itself has to name object, colour, pattern,
-size and position by one linear layer on its pooled answer. What a caption leaves out it can only guess.
+SD3's encoders know language when SD3's training begins; ours would start from noise. Each encoder by itself has to name
+object, colour, pattern, size and position by one linear layer on its pooled answer. What a caption leaves out it can
+only guess.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from architecture import make_models
-from pool import CLIP_TOKENS, T5_TOKENS, load_pool, padded
+from pool import SHORT_CLIP_TOKENS, SHORT_T5_TOKENS, load_pool, padded
 from torch.nn import functional
-from world import COLOURS, MINIATURE, PATTERNS, POSITIONS, SIZES, Scenes, load_objects
+from world import ANSWERS, MINIATURE, Scenes, load_objects
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 BATCH_SIZE = 2048
@@ -56,8 +56,7 @@ class Pupil(torch.nn.Module):
 
 def make_pupils(device: torch.device) -> dict[str, Pupil]:
     """The three encoders with random weights, T5's dropout off."""
-    options = {"object": len(load_objects()), "colour": len(COLOURS), "pattern": len(PATTERNS)}
-    options |= {"size": len(SIZES), "position": len(POSITIONS)}
+    options = {"object": len(load_objects()), **ANSWERS}
     encoders = make_models(MINIATURE, ENCODERS, seed=0)
     widths = [getattr(e.config, "projection_dim", None) or e.config.d_model for e in encoders.values()]
     return {
@@ -69,7 +68,7 @@ def make_pupils(device: torch.device) -> dict[str, Pupil]:
 def encoder_ids(name: str, clip_ids: torch.Tensor, t5_ids: torch.Tensor, pupil: Pupil) -> torch.Tensor:
     """An encoder's token ids with its own padding."""
     is_t5 = name == "text_encoder_3"
-    ids, length = (t5_ids, T5_TOKENS) if is_t5 else (clip_ids, CLIP_TOKENS)
+    ids, length = (t5_ids, SHORT_T5_TOKENS) if is_t5 else (clip_ids, SHORT_CLIP_TOKENS)
     return padded(ids, length, pupil.encoder.config.pad_token_id)
 
 

@@ -25,10 +25,15 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sd3_lora.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.latent_cache import normalize_latents, sample_posterior
+
 import torch
 from architecture import NETWORKS, make_models
 from diffusers import AutoencoderKL
-from pool import CLIP_TOKENS, T5_TOKENS, load_pool, padded, tokenize
+from pool import SHORT_CLIP_TOKENS, SHORT_T5_TOKENS, load_pool, padded, tokenize
 from render import Renderer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,14 +41,16 @@ from torch.nn import functional
 from transformers import CLIPTokenizer, T5TokenizerFast
 from world import MINIATURE, load_objects
 
-SHORT, LONG = (CLIP_TOKENS, T5_TOKENS), (77, 77)
+SHORT, LONG = (SHORT_CLIP_TOKENS, SHORT_T5_TOKENS), (77, 77)
 LONG_SHARE = 0.2  # of the time, at the end, with padding as in use
 EMPTY_SHARE = 0.1  # of the captions, for guidance
 SIGMA_MEAN, SIGMA_STD = 0.8, 1.2  # of the logit of sigma: between SD3's training (0, 1) and its shift of 3 (ln 3, 1)
+UNWEIGHTED = FlowConfig(weighting_scheme="none")
 EMA = 0.9995
 WARMUP_STEPS = 400
 CHECKED_SAMPLES = 4096
 SAVE_EVERY_S = 150
+STATE_FILE = "state.safetensors"  # in --work, to go on from
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Data:
 
     Attributes:
         latents: normalized, `(N, 16, 16, 16)` bfloat16.
-        clip_ids: `(N + 1, CLIP_TOKENS)` int16, filled with -1; the last row is the empty prompt's.
+        clip_ids: `(N + 1, SHORT_CLIP_TOKENS)` int16, filled with -1; the last row is the empty prompt's.
         t5_ids: the same for T5.
         pads: the padding ids of CLIP-L, CLIP-G and T5.
     """
@@ -117,8 +124,8 @@ def load_data(work: Path, renders: Path, device: torch.device, most: int | None)
     for start in range(0, len(scenes), 1000):
         pictures = renderer(scenes[start : start + 1000]).to(dtype, memory_format=torch.channels_last)
         mean, log_variance = vae.encoder(pictures).float().chunk(2, 1)
-        raw = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        latents[start : start + 1000] = (raw - vae.config.shift_factor) * vae.config.scaling_factor
+        raw = sample_posterior(mean, (0.5 * log_variance).exp(), torch.randn_like(mean))
+        latents[start : start + 1000] = normalize_latents(raw, vae.config)
     empty = tokenize([""], MINIATURE)
     clip, clip_2 = (CLIPTokenizer.from_pretrained(MINIATURE / name) for name in ("tokenizer", "tokenizer_2"))
     t5 = T5TokenizerFast.from_pretrained(MINIATURE / "tokenizer_3")
@@ -190,11 +197,11 @@ def batch_loss(
     noise, normals, uniforms = draws
     latents = data.latents[rows].float()
     sigmas = torch.sigmoid(SIGMA_MEAN + SIGMA_STD * normals)
-    at = sigmas[:, None, None, None]
+    at = sigmas[:, None, None, None]  # (B, 1, 1, 1)
     empty_row = len(data.latents)
     text = data.text(torch.where(uniforms < EMPTY_SHARE, empty_row, rows), lengths)
-    velocity = model((1 - at) * latents + at * noise, sigmas, *text).float()
-    return functional.mse_loss(velocity, noise - latents)
+    velocity = model(interpolate(latents, noise, at), sigmas, *text)
+    return flow_matching_loss(velocity, latents, noise, at, torch.ones_like(sigmas), UNWEIGHTED)
 
 
 def draw(count: int, generator: torch.Generator, device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -271,13 +278,8 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
     fixed = [
         (rows, draw(len(rows), checked, device)) for rows in torch.arange(count, device=device).split(flags.batch_size)
     ]
-    total_s, began_s, start, told, saved = (
-        60 * flags.minutes,
-        state.elapsed_s,
-        time.perf_counter(),
-        0.0,
-        state.elapsed_s,
-    )
+    total_s, began_s, start = 60 * flags.minutes, state.elapsed_s, time.perf_counter()
+    told = saved = began_s
     running = torch.zeros((), device=device)
     while state.elapsed_s < min(total_s, 60 * flags.stop_after):
         done = state.elapsed_s / total_s
@@ -306,7 +308,7 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
         state.elapsed_s = began_s + time.perf_counter() - start
         if state.elapsed_s - saved > SAVE_EVERY_S:
             saved = state.elapsed_s
-            state.save(flags.work / flags.state)
+            state.save(flags.work / STATE_FILE)
             export(state, flags.work)
         if state.elapsed_s - told > 20:
             told = state.elapsed_s
@@ -341,7 +343,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=1024)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--scenes", type=int, help="Use only so many of the pool.")
-    parser.add_argument("--state", default="state.safetensors", help="Name of the file in --work to go on from.")
     flags = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -360,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for block in models["transformer"].transformer_blocks:
             block.compile(dynamic=False)
     state = State(model, make_optimizers(model, flags.learning_rate))
-    path = flags.work / flags.state
+    path = flags.work / STATE_FILE
     if path.is_file():
         state.load(path)
         print(f"going on from step {state.step}", flush=True)

@@ -19,7 +19,7 @@ import torch
 from architecture import make_vae
 from diffusers import AutoencoderKL
 from render import Renderer
-from world import load_objects, sample_scenes
+from world import load_objects, object_indices, sample_scenes
 
 BATCH_SIZE = 48
 KL_WEIGHT = 2e-5  # per latent value, beside a squared error per pixel value in [-1, 1]
@@ -128,8 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     objects = load_objects()
-    seen = [index for index, thing in enumerate(objects) if not thing.held_out]
-    held_out = [index for index, thing in enumerate(objects) if thing.held_out]
+    seen, held_out = object_indices(held_out=False), object_indices(held_out=True)
     renderer = Renderer(objects, flags.renders, device)
     vae = AutoencoderKL.from_pretrained(flags.start_from) if flags.start_from else make_vae()
     vae = vae.to(device, memory_format=torch.channels_last)

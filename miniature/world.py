@@ -39,6 +39,8 @@ POSITIONS: dict[str, tuple[int, int]] = {  # words → direction from the middle
     "at the bottom": (0, 1),
     "in the middle": (0, 0),
 }
+# How many answers each question about a scene has, beside the one for its object.
+ANSWERS = {"colour": len(COLOURS), "pattern": len(PATTERNS), "size": len(SIZES), "position": len(POSITIONS)}
 MEDIA = ("photo", "picture", "image")
 
 
@@ -72,6 +74,11 @@ def load_objects() -> tuple[WorldObject, ...]:
     """All objects, in the order of the judge's classes."""
     rows = json.loads((MINIATURE / "objects.json").read_text(encoding="utf-8"))
     return tuple(WorldObject(**row) for row in rows)
+
+
+def object_indices(held_out: bool) -> list[int]:
+    """The objects that pretraining leaves out, or those that it sees."""
+    return [index for index, thing in enumerate(load_objects()) if thing.held_out == held_out]
 
 
 @dataclass(frozen=True)

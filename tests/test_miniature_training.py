@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from functools import partial
 from itertools import count
@@ -12,11 +13,13 @@ import pytest
 import torch
 from conftest import PROJECT
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(PROJECT / "miniature"))
 
 from architecture import NETWORKS, make_models
-from pool import CLIP_TOKENS, T5_TOKENS, tokenize
+from pool import SHORT_CLIP_TOKENS, SHORT_T5_TOKENS, tokenize
+from pool import main as write_pool
 from render import Renderer
 from train_text import ENCODERS, accuracy, encoder_ids, make_pupils
 from train_text import train as train_text
@@ -33,6 +36,7 @@ from train_transformer import (
     make_optimizers,
     start_gently,
 )
+from train_transformer import main as train_transformer
 from train_vae import train as train_vae
 from world import MINIATURE, captions, load_objects, sample_scenes
 
@@ -84,7 +88,7 @@ def test_the_model_as_a_whole_is_the_pipeline_s(data):
         short = model(noisy, sigmas, *data.text(torch.tensor([0, 1]), SHORT))
     assert torch.allclose(velocity, expected, atol=1e-5)
     assert (short - expected).abs().max() > 1e-4  # fewer padding tokens are another prompt
-    assert SHORT == (CLIP_TOKENS, T5_TOKENS)
+    assert SHORT == (SHORT_CLIP_TOKENS, SHORT_T5_TOKENS)
 
 
 def new_state() -> State:
@@ -134,6 +138,36 @@ def test_it_starts_by_predicting_nothing_goes_on_from_a_file_and_exports_its_run
         written = dict(NETWORKS[name].from_pretrained(tmp_path / name).named_parameters())
         key = next(key for key in written if key.endswith("proj_out.weight") or key.endswith("wi_0.weight"))
         assert torch.equal(written[key].half(), state.ema[f"models.{name}.{key}"].half())
+
+
+def test_the_transformer_is_trained_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("train_transformer.orthogonalize", lambda matrices: 1e-2 * matrices.sign())
+    assert write_pool(["--scenes", "12", "--output_path", str(tmp_path / "pool.safetensors")]) == 0
+    shutil.copytree(MINIATURE / "vae", tmp_path / "vae")
+    shutil.copytree(MINIATURE / "text_encoder", tmp_path / "text" / "text_encoder")
+    # No renders: the pictures are backgrounds. Twelve ticks of the clock are all the training, six the first piece.
+    words = ["--renders", str(tmp_path), "--work", str(tmp_path), "--minutes", "0.0125"]
+    words += ["--scenes", "8", "--batch_size", "4", "--learning_rate", "1e-4"]
+
+    def run(*more: str) -> str:
+        clock = SimpleNamespace(perf_counter=partial(next, count(0, 0.0625)))
+        monkeypatch.setattr("train_transformer.time", clock)
+        assert train_transformer([*words, *more]) == 0
+        return capsys.readouterr().out
+
+    out = run("--stop_after", "0.00625")
+    assert "8 scenes drawn" in out
+    assert "text_encoder as train_text.py left it" in out
+    assert "text_encoder_2 as" not in out
+    assert "\n6 steps, 0 s; wrote" in out
+    first = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    out = run()
+    assert "going on from step 6" in out
+    assert "\n12 steps, 1 s; wrote" in out
+    second = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_text_encoder_learns_to_name_what_captions_say(monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from conftest import PROJECT
 
 sys.path.insert(0, str(PROJECT / "miniature"))
 
-from pool import CLIP_TOKENS, T5_TOKENS, load_pool, padded, tokenize
+from pool import SHORT_CLIP_TOKENS, SHORT_T5_TOKENS, load_pool, padded, tokenize
 from pool import main as write_pool
 from render import Renderer
 from transformers import CLIPTokenizer, T5TokenizerFast
@@ -119,7 +119,7 @@ def test_of_a_pair_the_first_is_on_the_left(renderer):
 def test_the_pool_s_ids_padded_are_what_the_tokenizers_give(tmp_path):
     texts = ["a photo of a small fish on the left on a striped blue background", ""]
     clip_ids, t5_ids = tokenize(texts, MINIATURE)
-    assert (clip_ids.shape, t5_ids.shape) == ((2, CLIP_TOKENS), (2, T5_TOKENS))
+    assert (clip_ids.shape, t5_ids.shape) == ((2, SHORT_CLIP_TOKENS), (2, SHORT_T5_TOKENS))
     for name, cls, ids in (
         ("tokenizer", CLIPTokenizer, clip_ids),
         ("tokenizer_2", CLIPTokenizer, clip_ids),
