@@ -12,7 +12,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,18 @@ def padded(ids: torch.Tensor, length: int, pad_token_id: int) -> torch.Tensor:
     return torch.where(ids < 0, pad_token_id, ids)
 
 
+def make_chunk(index: int, count: int, seed: int) -> dict[str, np.ndarray]:
+    """Scenes `index * _CHUNK` up to `count`, with their captions' ids, by the names that the file gives them."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(1_000_000 * seed + index)
+    size = min(_CHUNK, count - index * _CHUNK)
+    scenes = sample_scenes(size, object_indices(held_out=False), generator, pairs=PAIRS)
+    clip_ids, t5_ids = tokenize(captions(scenes, load_objects(), generator), MINIATURE)
+    tensors = {f"scenes.{field.name}": getattr(scenes, field.name).contiguous() for field in fields(scenes)}
+    tensors |= {"clip_ids": clip_ids, "t5_ids": t5_ids}
+    return {name: tensor.numpy() for name, tensor in tensors.items()}  # tensors would pass through /dev/shm
+
+
 def load_pool(path: Path) -> tuple[Scenes, torch.Tensor, torch.Tensor]:
     """The scenes, and the CLIP and T5 ids of their captions."""
     tensors = load_file(path)
@@ -61,16 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--output_path", type=Path, required=True)
     flags = parser.parse_args(argv)
-    objects = load_objects()
-    generator = torch.Generator().manual_seed(flags.seed)
-    scenes = sample_scenes(flags.scenes, object_indices(held_out=False), generator, pairs=PAIRS)
-    clip_ids, t5_ids = tokenize(captions(scenes, objects, generator), MINIATURE)
-    tensors = {f"scenes.{field.name}": getattr(scenes, field.name).contiguous() for field in fields(scenes)}
+    chunks = range(-(-flags.scenes // _CHUNK))
+    workers = min(len(chunks), os.cpu_count() or 1)
+    # A chunk depends on the seed and its number alone, not on how many processes there are.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        parts = list(executor.map(partial(make_chunk, count=flags.scenes, seed=flags.seed), chunks))
+    tensors = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
     temporary = flags.output_path.with_suffix(".unfinished")
-    save_file({**tensors, "clip_ids": clip_ids, "t5_ids": t5_ids}, temporary)
+    save_file(tensors, temporary)
     os.replace(temporary, flags.output_path)
-    longest = [int((ids >= 0).sum(1).max()) for ids in (clip_ids, t5_ids)]
-    print(f"{len(scenes)} scenes; the longest captions have {longest[0]} CLIP and {longest[1]} T5 tokens", flush=True)
+    longest = [int((tensors[name] >= 0).sum(1).max()) for name in ("clip_ids", "t5_ids")]
+    print(f"{flags.scenes} scenes; the longest captions have {longest[0]} CLIP and {longest[1]} T5 tokens", flush=True)
     return 0
 
 
