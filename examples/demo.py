@@ -175,13 +175,13 @@ def run_demo(folder: Path, max_train_steps: int, num_steps: int) -> int:
         *("--row", "Drawn with the LoRA", str(pictures / "with_lora")),
     ]
     print(flush=True)
-    title = f"Miniature SD3 (untrained so far), {max_train_steps} training steps"
+    title = f"Miniature SD3, {max_train_steps} training steps"
     code = run_python(["examples/contact_sheet.py", "--title", title, *sheet_rows, "--output_path", str(sheet)])
     if code:
         return code
     print(f"\n{table(rows, total_s)}\n")
     print(f"Look at {sheet}; the pictures themselves are in {pictures}, the LoRA in {folder / 'lora'}.")
-    print("The bundled miniature is untrained so far but for its VAE: the pictures show that all runs, not a robot.")
+    print("The miniature has learnt a small world that has no robot in it: all it knows of one is from the LoRA.")
     return 0
 
 

@@ -3,7 +3,8 @@
     python miniature/train_vae.py --renders FOLDER_OF_WEBP --minutes 4 --output_dir WORK
 
 Ends by folding each latent channel's spread into the weights next to it, so that SD3's own `scaling_factor` fits, and
-by writing the pictures' PSNR on scenes of objects that it has never seen. `--start_from` goes on with an earlier VAE.
+by writing the pictures' PSNR on scenes of objects that it has never seen. `--start_from` goes on with an earlier VAE,
+and `--decoder_only` then leaves its encoder, and so the latents that a transformer was trained on, as they are.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     device = renderer.device
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=on_gpu
-    )
+    parameters = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=on_gpu)
 
     def errors(pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
         mean, log_variance = vae.encoder(pictures).chunk(2, dim=1)
@@ -66,7 +66,7 @@ def train(
         loss = squared + L1_WEIGHT * absolute + KL_WEIGHT * kl + MEAN_WEIGHT * means
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
         if step == 1:
@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, default=1.2e-3, help="At its highest.")
     parser.add_argument("--output_dir", type=Path, required=True, help="Where the folder vae goes.")
     parser.add_argument("--start_from", type=Path, help="Folder of a VAE to go on with.")
+    parser.add_argument("--decoder_only", action="store_true", help="Train the decoder alone.")
     parser.add_argument("--test_scenes", type=int, default=1024, help="On which it is tested.")
     flags = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -132,8 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     renderer = Renderer(objects, flags.renders, device)
     vae = AutoencoderKL.from_pretrained(flags.start_from) if flags.start_from else make_vae()
     vae = vae.to(device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(not flags.decoder_only)
     steps = train(vae, renderer, seen, flags.minutes, flags.learning_rate, seed=1)
-    fold_latent_spread(vae, renderer, seen, seed=3)
+    if not flags.decoder_only:
+        fold_latent_spread(vae, renderer, seen, seed=3)
     vae = vae.half().float()  # it is tested as it is shipped
     report = {
         "steps": steps,

@@ -64,7 +64,7 @@ def test_the_demo_draws_and_ends_with_a_table_and_goes_on_when_run_again(in_proc
     assert rows["inference.py --lora"][-1].startswith("4 pictures in ")
     assert "in all" in out
     second_to_last, last = out.splitlines()[-2:]
-    assert "untrained so far" in last
+    assert "no robot in it" in last
     assert str(tmp_path / "demo" / "contact_sheet.png") in second_to_last
 
     folder = tmp_path / "demo"

@@ -138,7 +138,7 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
     assert "Traceback" not in text, text
     assert "kept torch" in text
     assert "you have access" in text
-    assert "untrained so far" in printed(cells["miniature"])
+    assert "no robot in it" in printed(cells["miniature"])
     assert "one block at a time" in printed(cells["embeddings"])
     assert all("no text encoder is loaded" in printed(cells[name]) for name in ("draw-before", "draw-after"))
     for name in ("miniature-pictures", "look"):
