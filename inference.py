@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sd3_lora.base_weights import load_transformer
 from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
 from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
@@ -27,7 +28,7 @@ from sd3_lora.pictures import PicturePlan, plan_pictures
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.image_processor import VaeImageProcessor
 from tqdm import tqdm
 
@@ -165,13 +166,11 @@ def load_denoiser(files: ModelFiles, dtype: torch.dtype, device: torch.device, l
     """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
-    transformer = SD3Transformer2DModel.from_pretrained(
-        files.component("transformer"), variant=files.config.variant, torch_dtype=dtype, use_safetensors=True
-    )
+    transformer = load_transformer(files, device, dtype)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
-        transformer=transformer.to(device),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(files.component("scheduler")),
         vae=None,
         text_encoder=None,

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.base_weights import load_transformer
 from sd3_lora.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -352,9 +353,7 @@ def load_training(
     """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
     files, lora, run = stage_one.files, flags.lora, flags.run
     device, processes = accelerator.device, accelerator.num_processes
-    transformer = SD3Transformer2DModel.from_pretrained(
-        files.component("transformer"), variant=files.config.variant, torch_dtype=dtype, use_safetensors=True
-    ).to(device)
+    transformer = load_transformer(files, device, dtype)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     if run.gradient_checkpointing:

@@ -6,23 +6,20 @@ P pooled width (the two CLIPs' projections side by side).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from sd3_lora.command_line import UserError
 from sd3_lora.devices import DTYPES
 from sd3_lora.memory import GIB, StageReport, memory_stage
 from sd3_lora.model_files import ModelFiles
+from sd3_lora.tensor_files import TensorFiles
 
 import psutil
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
@@ -113,16 +110,14 @@ def t5_device_bytes(files: ModelFiles, precision: str) -> int:
     per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
     total = 0.0
     files.component("text_encoder_3")  # downloaded now, if need be: without its files nothing would seem to fit
-    for path in files.weight_files("text_encoder_3"):
-        with safe_open(path, "pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                numel = math.prod(handle.get_slice(key).get_shape())
-                if key.endswith(".wo.weight"):
-                    total += 4 * numel  # kept in fp32 whatever the precision
-                elif "block" in key and "norm" not in key and "bias" not in key:
-                    total += per_weight * numel
-                else:
-                    total += max(per_weight, 2.0) * numel
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+        for key, shape in weights.shapes().items():
+            if key.endswith(".wo.weight"):
+                total += 4 * shape.numel()  # kept in fp32 whatever the precision
+            elif "block" in key and "norm" not in key and "bias" not in key:
+                total += per_weight * shape.numel()
+            else:
+                total += max(per_weight, 2.0) * shape.numel()
     return int(total)
 
 
@@ -284,34 +279,6 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
             block.to("meta")
         fill(encoder.final_layer_norm, "encoder.final_layer_norm")
         return torch.cat([encoder.final_layer_norm(batch.to(device)).cpu() for batch in hidden])
-
-
-class TensorFiles:
-    """Named tensors spread over safetensors files, read one at a time."""
-
-    def __init__(self, paths: Sequence[Path]):
-        self._stack = ExitStack()
-        self._handles: dict[str, Any] = {}
-        for path in paths:
-            handle = self._stack.enter_context(safe_open(path, "pt"))
-            self._handles.update(dict.fromkeys(handle.keys(), handle))
-
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor."""
-        return self._handles[name].get_tensor(name)
-
-    def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of a matrix, `(*indices.shape, width)`; only these are read."""
-        matrix = self._handles[name].get_slice(name)
-        wanted, inverse = indices.unique(return_inverse=True)
-        rows = torch.cat([matrix[i : i + 1] for i in wanted.tolist()])
-        return rows[inverse]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from sd3_lora.memory import GIB, StageReport
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.text_encoders import (
     BATCH_SIZE,
-    TensorFiles,
     TextEncoderPlan,
     choose_text_encoder_plan,
     encode_prompts,
@@ -188,29 +187,6 @@ def test_a_streamed_block_leaves_the_device_before_the_next_comes(
     finally:
         handle.remove()
     assert resident_blocks == [1] * len(blocks) * 2  # two batches through each of three blocks
-
-
-def test_only_the_embedding_rows_of_the_tokens_are_read(files: ModelFiles) -> None:
-    path = files.weight_files("text_encoder_3")
-    ids = torch.tensor([[5, 3, 5], [900, 0, 3]])
-    with TensorFiles(path) as weights:
-        matrix = weights.tensor("shared.weight")
-
-        class Slice:
-            rows: list[slice] = []  # noqa: RUF012
-
-            def __getitem__(self, index: slice) -> torch.Tensor:
-                self.rows.append(index)
-                return matrix[index]
-
-        class Handle:
-            def get_slice(self, _: str) -> Slice:
-                return Slice()
-
-        assert torch.equal(weights.rows("shared.weight", ids), matrix[ids])
-        weights._handles = {"shared.weight": Handle()}
-        assert torch.equal(weights.rows("shared.weight", ids), matrix[ids])
-    assert Slice.rows == [slice(i, i + 1) for i in (0, 3, 5, 900)]
 
 
 # Precisions
