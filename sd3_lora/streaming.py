@@ -195,13 +195,12 @@ class StreamedBlocks:
             self._load(following)
 
     def _following(self, index: int) -> int:
-        """The block that is needed after this one; wrong at worst for the time it takes."""
-        count = len(self._tensors)
-        if self._latest is not None and (index == self._latest - 1 or 0 < index == self._latest):
-            return index - 1 if index else 1  # backward, then forward again
-        if index < count - 1:
+        """The block to copy while this one computes; at worst it costs time."""
+        if self._latest is not None and index == self._latest - 1:  # backward
+            return max(index - 1, 0)  # forward follows, and finds 0 and 1 here
+        if index < len(self._tensors) - 1:
             return index + 1
-        return max(count - 2, 0) if torch.is_grad_enabled() else 0  # backward, or the next forward
+        return index if torch.is_grad_enabled() else 0  # backward follows, and finds the last two here; or a forward
 
     def _load(self, index: int) -> None:
         """Starts to copy block `index` into its buffer, whose block goes back to the host.

@@ -193,6 +193,23 @@ def test_a_sent_input_is_not_kept_on_the_device() -> None:
     sample.square().mean().backward()
 
 
+def test_a_fetched_input_is_freed_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[weakref.ref[torch.Tensor]] = []
+    bring = sd3_lora.checkpointing._BlockInputs._bring
+
+    def watch(self: Any, missing: list[int]) -> None:
+        bring(self, missing)
+        fetched.extend(weakref.ref(tensor.untyped_storage()) for tensor in self._fetched.values())
+        alive.append(sum(reference() is not None for reference in fetched))
+
+    alive: list[int] = []
+    monkeypatch.setattr(sd3_lora.checkpointing._BlockInputs, "_bring", watch)
+    transformer = make_transformer()
+    checkpoint_blocks(transformer, 6, offload_inputs=True)
+    train_steps(transformer, steps=1)
+    assert alive == [2, 4, 4, 4, 4]  # its own and those of the block before
+
+
 def test_the_graph_alone_holds_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[weakref.ref[torch.Tensor]] = []
     send = sd3_lora.checkpointing._InputOffload.send

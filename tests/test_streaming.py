@@ -32,7 +32,14 @@ def draw(transformer: SD3Transformer2DModel, passes: int = 3, device: torch.devi
 
 
 class PoisonedBlocks(StreamedBlocks):
-    """A buffer is NaN from the moment that its block may be overwritten; and the copy is late (`late_copies`)."""
+    """A buffer is NaN from the moment that its block may be overwritten; and the copy is late (`late_copies`).
+
+    A block that computed from the host's memory would be right on a CPU and an error on a GPU, so it is one here.
+    """
+
+    def _visit(self, index: int) -> None:
+        super()._visit(index)
+        assert all(lies_in(tensor, self._buffers[index % 2]) for tensor in self._tensors[index])
 
     def _load(self, index: int) -> None:
         super()._load(index)
