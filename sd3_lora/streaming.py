@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 
 # What torch's allocator gives a tensor of its own: kernels are chosen by alignment too, and are to be the same.
 _ALIGNMENT_BYTES = 512
+_PAGE_BYTES = 4096
 
 
 def stream_transformer(transformer: SD3Transformer2DModel, device: torch.device) -> StreamedBlocks:
@@ -61,7 +62,7 @@ class PinnedBlocks:
         weakref.finalize(self, _unpin, self._pinned, device).atexit = False
         for block in blocks:
             tensors = frozen_tensors(block)
-            buffer = torch.empty(layout(tensors)[-1], dtype=torch.uint8)
+            buffer = _whole_pages(layout(tensors)[-1])
             self._views.append(views(buffer, tensors))
             for tensor, view in zip(tensors, self._views[-1], strict=True):
                 view.copy_(tensor.detach())
@@ -85,9 +86,17 @@ class PinnedBlocks:
         return self._views[index]
 
 
+def _whole_pages(size: int) -> torch.Tensor:
+    """uint8 of `size`, which shares no page with anything else: no page can be pinned twice."""
+    room = torch.empty(size + 2 * _PAGE_BYTES, dtype=torch.uint8)
+    start = -room.data_ptr() % _PAGE_BYTES
+    return room[start : start + size]
+
+
 def _pin(buffer: torch.Tensor, total: int) -> None:
-    # Not pin_memory(): torch's host allocator rounds up to a power of two, a block of SD3-Medium from 169 to 268 MB.
-    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+    # Not pin_memory(): torch's host allocator rounds up to a power of two, SD3-Medium's block from 162 to 256 MiB.
+    size = -(-buffer.numel() // _PAGE_BYTES) * _PAGE_BYTES
+    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
     if error:
         raise UserError(
             f"the driver did not pin {total / GIB:.1f} GiB of host memory for the streamed transformer "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ def test_the_blocks_own_memory_is_given_back() -> None:
 
 
 def test_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each buffer is pinned whole and once, and unpinned when the source is gone, after all copies are through."""
+    """All pages of each buffer are pinned, once; and unpinned when the source is gone, after the copies are through."""
     calls: list[tuple[Any, ...]] = []
 
     class Cudart:
@@ -340,8 +340,12 @@ def test_pinning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", Cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append(("synchronize",)))
     source: Any = PinnedBlocks(list(make_transformer().transformer_blocks), GPU)
-    pinned = [("pin", buffer.data_ptr(), buffer.numel()) for buffer in source._buffers]
+    pinned = [("pin", buffer.data_ptr(), -(-buffer.numel() // 4096) * 4096) for buffer in source._buffers]
     assert calls == pinned
+    for buffer, (_, address, size) in zip(source._buffers, pinned, strict=True):
+        room = buffer.untyped_storage()
+        assert address % 4096 == 0
+        assert room.data_ptr() <= address < address + size <= room.data_ptr() + room.nbytes()
     del source
     assert calls == [*pinned, ("synchronize",), *(("unpin", address) for _, address, _ in pinned)]
 
@@ -364,10 +368,19 @@ def peak_mib(work: Callable[[], object]) -> float:
     return torch.cuda.max_memory_allocated() / 1024**2
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Without it attention's backward may add up in another order each time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @needs_gpu
+@pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("offload", [False, True], ids=["kept inputs", "offloaded inputs"])
 @pytest.mark.parametrize("count", [4, 5, 6])
 def test_a_gpu_trains_the_same(count: int, offload: bool) -> None:
@@ -380,6 +393,25 @@ def test_a_gpu_trains_the_same(count: int, offload: bool) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("make", [make_transformer, lambda: make_nf4(GPU, torch.float16)], ids=["plain", "nf4"])
+def test_what_is_on_the_gpu_from_the_start(make: Callable[[], SD3Transformer2DModel]) -> None:
+    """All but the blocks' frozen tensors; and the parameters are still those that an optimizer was given."""
+    transformer = make()
+    parameters = list(transformer.parameters())
+    stream_transformer(transformer, GPU)
+    visiting = {id(t) for block in transformer.transformer_blocks for t in frozen_tensors(block)}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        assert tensor.is_cuda == (id(tensor) not in visiting)
+        if hasattr(tensor, "quant_state"):
+            assert tensor.quant_state.absmax.is_cuda
+    assert all(map(is_same, transformer.parameters(), parameters))
+
+
+def is_same(first: object, second: object) -> bool:
+    return first is second
+
+
+@needs_gpu
 def test_a_gpu_draws_the_same() -> None:
     plain = draw(make_transformer().to(GPU), 5, GPU)
     transformer = make_transformer()
@@ -388,6 +420,7 @@ def test_a_gpu_draws_the_same() -> None:
 
 
 @needs_gpu
+@pytest.mark.usefixtures("deterministic")
 def test_a_gpu_streams_nf4() -> None:
     plain = train_steps(make_nf4(GPU, torch.float16).to(GPU), GPU, dtype=torch.float16)
     transformer = make_nf4(GPU, torch.float16)
