@@ -1,0 +1,157 @@
+"""Which activations of the transformer's blocks are kept, computed anew, or moved to the host between forward and
+backward (Chen et al., arXiv 1604.06174).
+
+Shapes: B batch, S text tokens, L image tokens, C channels of the transformer.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from sd3_lora.command_line import UserError
+from sd3_lora.copy_stream import Copy, CopyStream
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_inputs: bool = False) -> None:
+    """Keeps only the inputs of the first `count` blocks for backward, which computes the rest anew.
+
+    Losses and gradients stay what they were, bit for bit: dropout draws the same mask again.
+
+    The first blocks, because backward begins with the last. With n blocks, activations A and an input I a block,
+    the end of forward holds (n - count) A + count I whichever they are. If they are the first, that is the peak, as the
+    kept activations are gone when the first A is computed anew. If they were the last, such an A would come on top.
+
+    `count` = n - 1 has the peak of `count` = n, A + (n - 1) I, for one forward of a block less: backward needs the
+    last block's activations at once.
+
+    Args:
+        transformer: the model; its blocks may be streamed.
+        count: of blocks to compute anew; 0 keeps all activations.
+        offload_inputs: whether the inputs too leave the device until backward, through pinned memory; the last
+            checkpointed block's input stays, as it would be needed first.
+
+    Raises:
+        UserError: the transformer has fewer blocks.
+    """
+    blocks = list(transformer.transformer_blocks)
+    if not 0 <= count <= len(blocks):
+        raise UserError(f"{count} blocks cannot be checkpointed: this transformer has {len(blocks)}")
+    if count == 0:
+        transformer.disable_gradient_checkpointing()
+        return
+    chosen = {block: index for index, block in enumerate(blocks[:count])}
+    offload = _InputOffload(count - 1) if offload_inputs else None
+
+    def run(block: torch.nn.Module, *inputs: Any) -> Any:
+        index = chosen.get(block)
+        if index is None:
+            return block(*inputs)
+        if offload is None:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
+        # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
+        with offload.hooks(index):
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
+
+    transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+class _InputOffload:
+    """Moves the inputs of checkpointed blocks to the host in forward, and back in backward.
+
+    Args:
+        last: the index of the last checkpointed block, whose inputs stay on the device.
+    """
+
+    def __init__(self, last: int):
+        self._last = last
+        self._copies: CopyStream | None = None
+        self._leaving: list[tuple[Copy, torch.Tensor]] = []
+        self._before: Callable[[], _BlockInputs | None] = lambda: None
+
+    def hooks(self, index: int) -> saved_tensors_hooks:
+        """What block `index` is to be run under."""
+        self._let_go()
+        inputs = _BlockInputs(self, self._before, index == self._last)
+        # Weak, here and from block to block: the graph alone holds them, so they go when it goes.
+        self._before = weakref.ref(inputs)
+        return saved_tensors_hooks(inputs.pack, inputs.unpack)
+
+    def copies(self, device: torch.device) -> CopyStream:
+        """The stream, made when the device is known."""
+        if self._copies is None:
+            self._copies = CopyStream(device)
+        return self._copies
+
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Starts to copy `tensor` to the host; returns the copy."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copy = self.copies(tensor.device).start(lambda: host.copy_(tensor, non_blocking=True))
+        self._leaving.append((copy, tensor.detach()))
+        return host
+
+    def _let_go(self) -> None:
+        # The copies have had a whole block's computation to finish. Waiting for them on the device and then freeing
+        # the source is deterministic; record_stream would free it only once the host sees that the copy is done,
+        # and the host runs ahead.
+        for copy, tensor in self._leaving:
+            self.copies(tensor.device).wait(copy)
+        self._leaving.clear()
+
+
+class _BlockInputs:
+    """The inputs of one checkpointed block in one forward.
+
+    Args:
+        offload: that copies.
+        before: gives those of the block that ran before, which backward needs next.
+        stay: whether they stay on the device.
+    """
+
+    def __init__(self, offload: _InputOffload, before: Callable[[], _BlockInputs | None], stay: bool):
+        self._offload = offload
+        self._before = before
+        self._stay = stay
+        self._device = torch.device("cpu")
+        self._hosts: list[torch.Tensor] = []
+        self._fetched: dict[int, torch.Tensor] = {}
+        self._copy = Copy()
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | int:
+        """An index into the host's copies, or the tensor itself."""
+        # hidden_states (B, L, C) and encoder_hidden_states (B, S, C) are the block's own; temb (B, C) is shared by all.
+        if tensor.dim() < 3 or self._stay:
+            return tensor.detach()
+        self._device = tensor.device
+        self._hosts.append(self._offload.send(tensor))
+        return len(self._hosts) - 1
+
+    def unpack(self, packed: torch.Tensor | int) -> torch.Tensor:
+        """The tensor on the device; starts to fetch what the block before will need."""
+        if isinstance(packed, int):
+            if packed not in self._fetched:
+                self.fetch()
+            self._offload.copies(self._device).wait(self._copy)
+        tensor = self._fetched.pop(packed) if isinstance(packed, int) else packed
+        before = self._before()
+        if before is not None:
+            before.fetch()
+        return tensor
+
+    def fetch(self) -> None:
+        """Starts to copy back what is not on its way yet."""
+        missing = [index for index in range(len(self._hosts)) if index not in self._fetched]
+        if missing:
+            self._copy = self._offload.copies(self._device).start(lambda: self._bring(missing))
+
+    def _bring(self, missing: list[int]) -> None:
+        for index in missing:
+            host = self._hosts[index]
+            self._fetched[index] = torch.empty(host.shape, dtype=host.dtype, device=self._device)
+            self._fetched[index].copy_(host, non_blocking=True)

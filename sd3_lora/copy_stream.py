@@ -1,0 +1,57 @@
+"""Copies between host and device that run beside the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy that was started.
+
+    Attributes:
+        done: recorded behind it on its stream; None on a CPU, where it is done already.
+    """
+
+    done: torch.cuda.Event | None = None
+
+
+class CopyStream:
+    """Copies for one device, one after another, on a stream of their own.
+
+    Nothing here makes the host wait: what has to wait is queued behind an event. On a CPU a copy is done at once.
+
+    Args:
+        device: that computes; its computation is what the calling thread's current stream holds.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, copy: Callable[[], object]) -> Copy:
+        """Runs `copy` after everything that has been queued on the device so far, but beside what is queued later.
+
+        Memory that `copy` allocates on the device is of this stream's pool: freed, it can only go to a later copy,
+        which again starts after everything that was queued before. So it is never overwritten while in use, even if
+        it is given up before anyone has waited for the copy.
+
+        Args:
+            copy: calls `copy_(..., non_blocking=True)`; without a gradient.
+        """
+        with torch.no_grad():
+            if self._stream is None:
+                copy()
+                return Copy()
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                copy()
+                return Copy(self._stream.record_event())
+
+    def wait(self, copy: Copy) -> None:
+        """Makes what is queued on the device from now on wait for `copy`."""
+        if copy.done is not None:
+            torch.cuda.current_stream(self._device).wait_event(copy.done)
