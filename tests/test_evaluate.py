@@ -128,7 +128,17 @@ def first_of(renderer: Renderer, count: int) -> Callable[[Scenes], torch.Tensor]
 
 
 def test_the_shipped_vae_keeps_scenes_of_objects_that_it_never_saw(renderer, vae):
-    assert measure_psnr(vae, first_of(renderer, 32), HELD_OUT, 64, seed=2) >= 31
+    assert measure_psnr(vae, first_of(renderer, 32), HELD_OUT, 64, seed=2) >= 32
+
+
+def test_the_shipped_miniature_draws_what_is_asked_for():
+    scenes, prompts = evaluate.sample_prompts(64, seed=3)
+    pictures = evaluate.draw(evaluate.load_pipeline(MINIATURE, torch.device("cpu")), prompts, seed=3, num_steps=10)
+    scores = evaluate.score(pictures, scenes, torch.device("cpu"))
+    assert scores["object"] >= 0.85
+    assert scores["colour"] >= 0.98
+    assert scores["pattern"] >= 0.95
+    assert scores["position"] >= 0.95
 
 
 @torch.no_grad()
