@@ -37,6 +37,7 @@ from train_transformer import (
     start_gently,
 )
 from train_transformer import main as train_transformer
+from train_vae import main as train_vae_main
 from train_vae import train as train_vae
 from world import MINIATURE, captions, load_objects, sample_scenes
 
@@ -206,6 +207,19 @@ def test_the_vae_s_training_draws_its_channels_means_to_zero(monkeypatch: pytest
     steps = train_vae(vae, renderer, held_out, minutes=0.00625, learning_rate=0.1, seed=0)
     assert steps == 6  # a clock that starts again after the first
     assert channel_means() < 0.7 * before
+
+
+def test_the_decoder_alone_is_trained_and_the_latents_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = SimpleNamespace(perf_counter=partial(next, count(0, 0.0625)))
+    monkeypatch.setattr("train_vae.time", clock)
+    monkeypatch.setattr("train_vae.BATCH_SIZE", 2)
+    monkeypatch.setattr("train_vae.RENDERED_AT_ONCE", 1)
+    monkeypatch.setattr("train_vae.measure_psnr", lambda *_, **__: 0.0)
+    words = ["--renders", str(tmp_path), "--output_dir", str(tmp_path), "--minutes", "0.00625"]
+    assert train_vae_main([*words, "--start_from", str(MINIATURE / "vae"), "--decoder_only"]) == 0
+    before, after = (load_file(p / "vae" / "diffusion_pytorch_model.safetensors") for p in (MINIATURE, tmp_path))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
 
 
 def test_each_text_encoder_gets_its_own_padding():
