@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,3 +177,11 @@ def private(prepared: Prepared, tmp_path: Path) -> Prepared:
     from training_runs import private_copy
 
     return private_copy(prepared, tmp_path / "stage_one")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Without it attention's backward may add up in another order each time on a GPU."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

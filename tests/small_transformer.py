@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from sd3_lora.copy_stream import Copy, CopyStream
 from sd3_lora.lora import attach_lora, target_modules
 
+import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDTH = 32  # of the transformer and of the text
 
 

@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# dtype, precision, double quantization
+NF4 = [(torch.float32, "nf4", True), (torch.float16, "nf4", False), (torch.float16, "nf4", True)]
 # 20 × 20 weights are no multiple of a quantization block.
 SHAPES: dict[str, Any] = {
     "sample_size": 8, "num_layers": 3, "num_attention_heads": 1, "attention_head_dim": 20, "joint_attention_dim": 48,
@@ -437,6 +439,3 @@ def test_bytes_are_exact(which: str, request: pytest.FixtureRequest, monkeypatch
     if which == "miniature":
         assert found[0] == 4 * (13_826_112 + 64 * 64 * 256)
         assert found[5] < found[4] < 0.4 * found[1]
-
-
-NF4 = [(torch.float32, "nf4", True), (torch.float16, "nf4", False), (torch.float16, "nf4", True)]

@@ -15,9 +15,7 @@ from sd3_lora.copy_stream import CopyStream
 
 import pytest
 import torch
-from small_transformer import CPU, inputs, late_copies, make_transformer, train_steps
-
-GPU = torch.device("cuda")
+from small_transformer import CPU, GPU, inputs, late_copies, make_transformer, needs_gpu, train_steps
 
 
 @contextmanager
@@ -261,17 +259,6 @@ def test_backward_twice() -> None:
 
 
 # On a GPU
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Without it attention's backward may add up in another order each time."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @needs_gpu

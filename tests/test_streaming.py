@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ import torch
 from conftest import PROJECT
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
-from small_transformer import CPU, inputs, late_copies, make_transformer, train_steps
+from small_transformer import CPU, GPU, inputs, late_copies, make_transformer, needs_gpu, train_steps
 
-GPU = torch.device("cuda")
 BLOCKS = 6
 
 
@@ -366,17 +365,6 @@ def peak_mib(work: Callable[[], object]) -> float:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() / 1024**2
-
-
-@pytest.fixture
-def deterministic() -> Iterator[None]:
-    """Without it attention's backward may add up in another order each time."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @needs_gpu
