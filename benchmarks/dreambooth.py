@@ -1,8 +1,8 @@
 """DreamBooth on the miniature: how well a LoRA of five pictures draws its subject, and what it forgets.
 
-The subjects are objects that the miniature never saw. Of each, five rendered scenes are trained on, with the project's
-own scripts and, with --peer, with diffusers' own script, unchanged and on the same pictures. The miniature's judge,
-which has seen no generated picture, says what the samples show:
+The subjects are objects that the miniature never saw. Of each, five rendered scenes with captions are trained on, with
+the project's own scripts and, with --peer, with diffusers' own script, unchanged and on the same pictures. The
+miniature's judge, which has seen no generated picture, says what the samples show:
 
 - subject: the share of samples that show the subject, on backgrounds and with sizes and places unlike the five scenes';
 - prompt: the share of right background colours, patterns and places in the same samples;
@@ -42,6 +42,7 @@ from sd3_lora.model_files import ModelConfig, ModelFiles
 
 import torch
 from contact_sheet import draw_sheet, load_row
+from demo import GUIDANCE, LEARNING_RATE, LORA_BLOCKS, LORA_LAYERS, RANK, STEPS, TRAIN_BATCH_SIZE
 from diffusers import StableDiffusion3Pipeline
 from dreambooth_scores import TARGETS, count_right, shares, table
 from dreambooth_subjects import (
@@ -54,7 +55,7 @@ from dreambooth_subjects import (
     write_pictures,
 )
 from dreambooth_trainers import PEER_SCRIPT, TRAINERS, describe_peer, file_hash, train, trainers
-from evaluate import BATCH_SIZE, GUIDANCE, NUM_STEPS, SEQUENCE_LENGTH, circumstances, draw, load_pipeline
+from evaluate import BATCH_SIZE, NUM_STEPS, SEQUENCE_LENGTH, circumstances, draw, load_pipeline
 from judge import JUDGE_FILE, Judge, load_judge
 from PIL.PngImagePlugin import PngInfo
 from world import MINIATURE, PICTURE_PX, load_objects
@@ -161,9 +162,10 @@ def measure(flags: argparse.Namespace, names: Sequence[str]) -> None:
             given = find_lora(flags.lora[name]) if trainer == "given" else None
             if is_done(subject, trainer, given):
                 continue
-            write_pictures(name, subject.pictures)  # whole ones, even if the last run was stopped at one
+            # Whole ones, even if the last run was stopped at one.
+            write_pictures(name, subject.pictures, subject.captioned)
             start, lora, record = time.perf_counter(), given, {}
-            if trainer in ("ours", "diffusers"):
+            if trainer != "before" and not given:
                 lora = subject.lora(trainer) / LORA_FILE
                 if not lora.is_file():
                     train(flags, subject, trainer)
@@ -206,8 +208,8 @@ def draw_subject_sheet(flags: argparse.Namespace, subject: Subject) -> None:
 
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
     """What decides the scores, and so must be the same in all of an output folder."""
-    names = ("steps", "learning_rate", "rank", "train_batch_size", "seed", "mixed_precision", "train_flags")
-    names += ("peer_flags", "prompts", "drift_prompts", "guidance", "num_steps")
+    names = ("steps", "learning_rate", "rank", "lora_layers", "lora_blocks", "train_batch_size", "seed")
+    names += ("mixed_precision", "train_flags", "peer_flags", "prompts", "drift_prompts", "guidance", "num_steps")
     files = ModelFiles(ModelConfig(pretrained_model_name_or_path=str(flags.model)))
     parts = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
     identity = {"model": files.provenance(parts, "fp32", SEQUENCE_LENGTH).identity, "judge": file_hash(JUDGE_FILE)}
@@ -239,10 +241,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--subjects", nargs="+", help=f"Held-out objects. Default: {', '.join(SUBJECTS)}.")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="The miniature's folder.")
-    parser.add_argument("--steps", type=int, default=300, help="Of training.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--rank", type=int, default=8, help="Of the LoRA.")
-    parser.add_argument("--train_batch_size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--rank", type=int, default=RANK, help="Of the LoRA.")
+    parser.add_argument("--lora_layers", default=LORA_LAYERS, help="As of the training script. Default: %(default)s.")
+    parser.add_argument("--lora_blocks", default=LORA_BLOCKS, help="Likewise. Default: %(default)s.")
+    parser.add_argument("--train_batch_size", type=int, default=TRAIN_BATCH_SIZE)
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of training.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
@@ -314,7 +318,7 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.result:
         result = {
             **circumstances(choose_device(flags.device)),
-            "peer": describe_peer(flags) if "diffusers" in rows else None,
+            "peer": describe_peer(flags) if flags.peer else None,
             "settings": settings,
             "elapsed_s": round(time.perf_counter() - start, 1),
             "judge": judge,

@@ -40,7 +40,7 @@ def table(means: dict[str, dict[str, float | None]]) -> str:
     """The means of each trainer beside the targets, in markdown."""
 
     def line(name: str, values: dict[str, float | None], mark: str = "") -> str:
-        cells = ["–" if values.get(key) is None else f"{mark}{100 * values[key]:.1f} %" for key in columns]
+        cells = ["–" if values.get(key) is None else f"{mark}{100 * values[key]:.2f} %" for key in columns]
         return f"| {name} | {' | '.join(cells)} |"
 
     columns = ("subject", "prompt", *ASKED, "drift")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,14 +128,22 @@ def to_pil(pictures: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor().postprocess(pictures, output_type="pil")
 
 
-def write_pictures(name: str, folder: Path) -> None:
-    """Renders the five scenes of a subject."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_pictures(name: str, folder: Path, captioned: Path) -> None:
+    """Renders the five scenes of a subject: alone into a folder, and with their captions into another.
+
+    The captions are a `metadata.jsonl`, as `datasets` has it; diffusers' script takes every file of a plain folder for
+    a picture.
+    """
     scenes = training_scenes(name)
     renderer = Renderer([load_objects()[object_index(name)]], None, "cpu")  # its own only: loading all takes seconds
     drawn = renderer(dataclasses.replace(scenes, object=torch.zeros_like(scenes.object)))
-    for index, picture in enumerate(to_pil(drawn)):
-        picture.save(folder / f"{index}.png")
+    for place in (folder, captioned):
+        place.mkdir(parents=True, exist_ok=True)
+        for index, picture in enumerate(to_pil(drawn)):
+            picture.save(place / f"{index}.png")
+    captions = [full_caption(f"sks {name}", scenes, index) for index in range(PICTURES)]
+    rows = [json.dumps({"file_name": f"{index}.png", "text": text}) + "\n" for index, text in enumerate(captions)]
+    (captioned / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,11 @@ class Subject:
     @property
     def pictures(self) -> Path:
         return self.folder / "pictures"
+
+    @property
+    def captioned(self) -> Path:
+        """The same pictures with their captions."""
+        return self.folder / "captioned"
 
     def lora(self, trainer: str) -> Path:
         """The folder that a trainer fills."""

@@ -1,4 +1,8 @@
-"""The benchmark's trainers: the project's own scripts and diffusers' script, told the same and run on a subject."""
+"""The benchmark's trainers: the project's own scripts and diffusers' script, run on a subject.
+
+diffusers' script is run twice: told the same (the captions and layers too), and with one prompt for all pictures and
+the layers that it trains if not told otherwise. Steps, batch, rank, learning rate and seed are the same for all three.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,14 @@ from dreambooth_subjects import Subject
 from evaluate import SEQUENCE_LENGTH, VERSIONS
 from world import PICTURE_PX
 
-TRAINERS = {"before": "without a LoRA", "ours": "ours", "diffusers": "diffusers' script", "given": "the given LoRA"}
+TRAINERS = {
+    "before": "without a LoRA",
+    "ours": "ours",
+    "diffusers": "diffusers' script, told the same",
+    "diffusers_defaults": "diffusers' script, one prompt, its layers",
+    "given": "the given LoRA",
+}
+OURS, PEERS = "ours", ("diffusers", "diffusers_defaults")
 PEER_SCRIPT = Path("examples/dreambooth/train_dreambooth_lora_sd3.py")
 
 
@@ -28,14 +39,13 @@ def trainers(flags: argparse.Namespace) -> list[str]:
     """Whose LoRAs are scored."""
     if flags.lora:
         return ["given"]
-    return ["ours", "diffusers"] if flags.peer else ["ours"]
+    return [OURS, *PEERS] if flags.peer else [OURS]
 
 
 def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
-    """What both trainers are told, in the same words: our flags have diffusers' names."""
+    """What all trainers are told, in the same words: our flags have diffusers' names."""
     words = {
         "pretrained_model_name_or_path": flags.model,
-        "instance_data_dir": subject.pictures,
         "instance_prompt": subject.prompt,
         "output_dir": subject.lora(trainer),
         "resolution": PICTURE_PX,
@@ -50,6 +60,8 @@ def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> l
         "mixed_precision": flags.mixed_precision,
         "checkpointing_steps": flags.steps + 1,
     }
+    if trainer != "diffusers_defaults":
+        words |= {"lora_layers": flags.lora_layers, "lora_blocks": flags.lora_blocks}
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
 
 
@@ -57,29 +69,35 @@ def our_words(flags: argparse.Namespace, subject: Subject) -> list[tuple[str, li
     """The project's scripts with their flags, in order."""
     embeddings, latents = subject.folder / "ours" / "embeddings.parquet", subject.folder / "ours" / "latents"
     device = ["--device", flags.device]
-    data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.pictures)]
+    data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.captioned)]
     prompts = ["--instance_prompt", subject.prompt, "--class_prompt", subject.class_prompt]
     # fp32, because diffusers' script encodes in the precision of its weights.
     text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32", "--output_path", str(embeddings)]
     resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
     stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
-    train = [*shared_words(flags, subject, "ours"), *stored, *device, *resume, *shlex.split(flags.train_flags)]
+    train = [*shared_words(flags, subject, OURS), *data[2:], *stored, *device, *resume]
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
-        ("train_dreambooth_sd3_lora_miniature", train),
+        ("train_dreambooth_sd3_lora_miniature", [*train, *shlex.split(flags.train_flags)]),
     ]
 
 
-def peer_words(flags: argparse.Namespace, subject: Subject) -> list[str]:
+def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
     """The command line of diffusers' script."""
-    words = [flags.peer_python, str(Path(flags.peer) / PEER_SCRIPT), *shared_words(flags, subject, "diffusers")]
-    return [*words, *shlex.split(flags.peer_flags)]
+    data = ["--instance_data_dir", str(subject.pictures)]
+    if trainer == "diffusers":
+        data = ["--dataset_name", str(subject.captioned), "--image_column", "image", "--caption_column", "text"]
+    words = [flags.peer_python, str(Path(flags.peer) / PEER_SCRIPT), *shared_words(flags, subject, trainer)]
+    return [*words, *data, *shlex.split(flags.peer_flags)]
 
 
 def train(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
     """Has a trainer make its LoRA of the five pictures."""
-    {"ours": train_ours, "diffusers": train_peer}[trainer](flags, subject)
+    if trainer == OURS:
+        train_ours(flags, subject)
+    else:
+        train_peer(flags, subject, trainer)
 
 
 def train_ours(flags: argparse.Namespace, subject: Subject) -> None:
@@ -97,23 +115,23 @@ def train_ours(flags: argparse.Namespace, subject: Subject) -> None:
             raise UserError(f"{script}.py failed on {subject.name}:\n{last_lines(log)}")
 
 
-def train_peer(flags: argparse.Namespace, subject: Subject) -> None:
+def train_peer(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
     """The script of diffusers as it is, in its own Python.
 
     Raises:
         UserError: it failed, or there is no LoRA after it.
     """
-    log = subject.folder / "diffusers" / "log.txt"
+    log = subject.folder / trainer / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"} if flags.device == "cpu" else {}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **hidden}
     with log.open("a", encoding="utf-8") as stream:
-        words = peer_words(flags, subject)
+        words = peer_words(flags, subject, trainer)
         finished = subprocess.run(words, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False)
-    lora = subject.lora("diffusers") / LORA_FILE
+    lora = subject.lora(trainer) / LORA_FILE
     if finished.returncode or not lora.is_file():
         lora.unlink(missing_ok=True)  # or the next run would take it for finished
-        raise UserError(f"diffusers' script failed on {subject.name}:\n{last_lines(log)}")
+        raise UserError(f"{TRAINERS[trainer]}, failed on {subject.name}:\n{last_lines(log)}")
 
 
 def last_lines(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""Prints a result of `pipeline.py` as the Markdown table that the README shows.
+"""Prints a result of `pipeline.py` or `dreambooth.py` as the Markdown table that the documents show.
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
 """
@@ -11,6 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dreambooth_scores import table
 
 
 def pipeline_table(result: dict[str, Any]) -> str:
@@ -29,12 +34,26 @@ def pipeline_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def dreambooth_table(result: dict[str, Any]) -> str:
+    """The trainers' scores beside the targets, and a line that says of what and with which settings."""
+    settings, versions = result["settings"], result["versions"]
+    subjects = len({row["subject"] for row in result["rows"]})
+    said = (
+        f"{result['machine']}, {result['date']}, torch {versions['torch']}, diffusers {versions['diffusers']}; "
+        f"{subjects} subjects, {settings['prompts']} prompts each, {settings['steps']} steps of "
+        f"{settings['train_batch_size']}, rank {settings['rank']}, learning rate {settings['learning_rate']:g}, "
+        f"guidance {settings['guidance']:g}."
+    )
+    return f"{table(result['means'])}\n\n{said}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="JSON file that pipeline.py wrote.")
+    parser.add_argument("result", type=Path, help="JSON file that pipeline.py or dreambooth.py wrote.")
     flags = parser.parse_args(argv)
-    print(pipeline_table(json.loads(flags.result.read_text(encoding="utf-8"))))
+    result = json.loads(flags.result.read_text(encoding="utf-8"))
+    print(dreambooth_table(result) if "means" in result else pipeline_table(result))
     return 0
 
 

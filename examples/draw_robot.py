@@ -1,4 +1,4 @@
-"""Draws the example pictures of one subject: a robot on five backgrounds, at five sizes, places and angles.
+"""Draws the example pictures of one subject: a robot on five backgrounds, in five places.
 
     python examples/draw_robot.py --render 1f916.webp
 
@@ -13,15 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 SMOOTHING = 4  # shapes are drawn this many times larger and shrunk, so that their edges are smooth
-
-
-def gradient(size_px: tuple[int, int], top: str, bottom: str) -> Image.Image:
-    """`top` above, fading to `bottom` below."""
-    mask = Image.linear_gradient("L").resize(size_px, Image.Resampling.BILINEAR)
-    return Image.composite(Image.new("RGB", size_px, bottom), Image.new("RGB", size_px, top), mask)
 
 
 def plain(size_px: tuple[int, int], colour: str, _other: str) -> Image.Image:
@@ -90,17 +84,18 @@ class Scene:
     angle: float
 
 
+# The miniature's colours, and a lighter shade of each for the patterns.
 SCENES = (
-    Scene("01.png", (256, 256), plain, ("#ffd166", "#ffd166"), 208, (0.50, 0.50), 0),
-    Scene("02.jpg", (256, 320), stripes, ("#bfe3f5", "#8cc8ea"), 184, (0.46, 0.62), 9),
-    Scene("03.jpg", (320, 256), checks, ("#f7f3e8", "#a8d5ba"), 168, (0.66, 0.55), -12),
-    Scene("04.png", (256, 256), dots, ("#5b4b8a", "#7d6bb3"), 144, (0.36, 0.60), -6),
-    Scene("05.jpg", (256, 256), gradient, ("#2b6cb0", "#fbd5c0"), 176, (0.56, 0.44), 15),
+    Scene("01.png", (256, 256), plain, ("#fcdc4c", "#fcdc4c"), 208, (0.50, 0.50), 0),
+    Scene("02.jpg", (256, 256), stripes, ("#3064cc", "#7a9cde"), 184, (0.46, 0.62), 9),
+    Scene("03.jpg", (256, 256), checks, ("#3e9e46", "#83c189"), 168, (0.66, 0.55), -12),
+    Scene("04.png", (256, 256), dots, ("#7c46aa", "#ab89c9"), 144, (0.30, 0.50), -6),
+    Scene("05.jpg", (256, 256), plain, ("#f898c0", "#f898c0"), 192, (0.56, 0.40), 11),
 )
 
 
 def draw_scene(scene: Scene, render: Image.Image) -> Image.Image:
-    """The robot with a soft shadow on its background.
+    """The robot on its background.
 
     Args:
         scene: what to draw.
@@ -112,12 +107,6 @@ def draw_scene(scene: Scene, render: Image.Image) -> Image.Image:
     side = round(scene.robot_px * robot.width / render.width)
     robot = robot.resize((side, side), Image.Resampling.LANCZOS)
     left, top = (round(f * s - side / 2) for f, s in zip(scene.centre, scene.size_px, strict=True))
-
-    shade = Image.new("L", scene.size_px)
-    shade.paste(robot.getchannel("A").point(lambda alpha: alpha * 2 // 5), (left + side // 40, top + side // 20))
-    shadow = Image.new("RGBA", scene.size_px, "#1a1433")
-    shadow.putalpha(shade.filter(ImageFilter.GaussianBlur(side / 30)))
-    picture.alpha_composite(shadow)
 
     layer = Image.new("RGBA", scene.size_px)
     layer.paste(robot, (left, top))

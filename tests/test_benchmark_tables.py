@@ -1,4 +1,4 @@
-"""The README's tables are those that the committed results give."""
+"""The documents' tables are those that the committed results give."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import pytest
 from conftest import PROJECT
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
@@ -13,10 +14,11 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 import tables
 
 
-def test_each_table_of_the_readme_is_what_its_command_prints(capsys):
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"<!-- python benchmarks/tables\.py (\S+) -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
-    assert len(found) == 1
+@pytest.mark.parametrize(("document", "count"), [("README.md", 2), ("miniature/README.md", 1)])
+def test_each_table_of_a_document_is_what_its_command_prints(document, count, capsys):
+    text = (PROJECT / document).read_text(encoding="utf-8")
+    found = re.findall(r"<!-- python benchmarks/tables\.py (\S+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert len(found) == count
     for path, shown in found:
         assert tables.main([str(PROJECT / path)]) == 0
         assert capsys.readouterr().out == shown + "\n"

@@ -60,7 +60,7 @@ def test_the_demo_draws_and_ends_with_a_table_and_goes_on_when_run_again(in_proc
         assert 0.05 < float(host.removesuffix(" GiB")) < 16
         assert device == "–" or float(device.removesuffix(" GiB")) > 0  # on a CPU, or on a GPU
         assert str(tmp_path / "demo") in wrote
-    assert rows["precompute_latents.py"][-1].startswith("9 crops in ")
+    assert rows["precompute_latents.py"][-1].startswith("5 crops in ")
     assert rows["inference.py --lora"][-1].startswith("4 pictures in ")
     assert "in all" in out
     second_to_last, last = out.splitlines()[-2:]
@@ -80,7 +80,7 @@ def test_the_demo_draws_and_ends_with_a_table_and_goes_on_when_run_again(in_proc
     written = {path: path.stat().st_mtime_ns for paths in drawn.values() for path in paths}
     assert demo.main(flags) == 0
     out = capsys.readouterr().out
-    assert "6 prompts, 6 of them done before" in out
+    assert "11 prompts, 11 of them done before" in out
     assert "5 of 5 pictures cached before" in out
     assert "nothing to do" in out
     assert out.count("4 of them drawn before") == 2

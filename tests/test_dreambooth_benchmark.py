@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.captions import read_captions
 from sd3_lora.lora import LORA_FILE
 
 import pytest
@@ -91,7 +92,7 @@ def test_drift_asks_for_other_objects_that_pretraining_knew():
 
 def test_the_pictures_are_five_and_always_the_same(tmp_path):
     for folder in ("once", "again"):
-        dreambooth_subjects.write_pictures("teapot", tmp_path / folder)
+        dreambooth_subjects.write_pictures("teapot", tmp_path / folder, tmp_path / f"{folder}, captioned")
     paths = sorted((tmp_path / "once").iterdir())  # diffusers' script reads every file there as a picture
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     assert len({path.read_bytes() for path in paths}) == 5
@@ -100,6 +101,14 @@ def test_the_pictures_are_five_and_always_the_same(tmp_path):
         assert picture.size == (128, 128)
         scenes = dreambooth_subjects.training_scenes("teapot")
         top_left = picture.getpixel((0, 0))
+    captioned = tmp_path / "once, captioned"
+    assert all(path.read_bytes() == (captioned / path.name).read_bytes() for path in paths)
+    captions = read_captions(captioned, sorted(captioned.glob("*.png")))
+    assert len(captions) == 5
+    for index, text in enumerate(captions.values()):
+        size, position = list(SIZES)[scenes.size[index]], list(POSITIONS)[scenes.position[index]]
+        background = f"{PATTERNS[scenes.pattern[index]]} {list(COLOURS)[scenes.colour[index]]}"
+        assert text == f"a photo of a {size} sks teapot {position} on a {background} background"
     colour = list(COLOURS.values())[scenes.colour[0]]
     assert scenes.pattern[0] or max(abs(a - b) for a, b in zip(top_left, colour, strict=True)) < 12
 
@@ -139,27 +148,29 @@ def test_shares_are_pooled_and_drift_is_relative_to_the_model_without_a_lora():
 def test_the_table_has_the_targets_last():
     values = {"subject": 0.8125, "prompt": 0.95, "colour": 1.0, "pattern": 0.9, "position": 0.95, "drift": None}
     lines = dreambooth_scores.table({"before": values, "ours": {**values, "drift": 0.9667}}).splitlines()
-    assert lines[2] == "| without a LoRA | 81.2 % | 95.0 % | 100.0 % | 90.0 % | 95.0 % | – |"
-    assert lines[3].endswith("| 96.7 % |")
-    assert lines[4] == "| target | ≥ 80.0 % | ≥ 92.0 % | – | – | – | ≥ 90.0 % |"
+    assert lines[2] == "| without a LoRA | 81.25 % | 95.00 % | 100.00 % | 90.00 % | 95.00 % | – |"
+    assert lines[3].endswith("| 96.67 % |")
+    assert lines[4] == "| target | ≥ 80.00 % | ≥ 92.00 % | – | – | – | ≥ 90.00 % |"
 
 
 def flag_values(words: list[str]) -> dict[str, str]:
     return {word: value for word, value in itertools.pairwise(words) if word.startswith("--")}
 
 
-def test_both_trainers_are_told_the_same(tmp_path):
+def test_the_trainers_are_told_the_same(tmp_path):
     flags = dreambooth.make_parser().parse_args(
         [
             *("--steps", "123", "--learning_rate", "3e-4", "--rank", "6", "--train_batch_size", "3", "--seed", "5"),
+            *("--lora_layers", "attn.to_k", "--lora_blocks", "3"),
             *("--peer", str(tmp_path), "--peer_python", "py", "--output_dir", str(tmp_path)),
             *("--train_flags=--logit_mean 1", "--peer_flags=--precondition_outputs 0"),
         ]
     )
     subject = dreambooth.subject_of(flags, "alarm clock")
-    python, script, *words = dreambooth_trainers.peer_words(flags, subject)
+    python, script, *words = dreambooth_trainers.peer_words(flags, subject, "diffusers")
     assert (python, script) == ("py", str(tmp_path / "examples/dreambooth/train_dreambooth_lora_sd3.py"))
     peer, ours = flag_values(words), flag_values(dreambooth_trainers.our_words(flags, subject)[-1][1])
+    defaults = flag_values(dreambooth_trainers.peer_words(flags, subject, "diffusers_defaults"))
     expected = {
         "--max_train_steps": "123",
         "--learning_rate": "0.0003",
@@ -171,15 +182,36 @@ def test_both_trainers_are_told_the_same(tmp_path):
         "--lr_scheduler": "constant",
         "--mixed_precision": "no",
         "--instance_prompt": "a photo of sks alarm clock",
-        "--instance_data_dir": str(tmp_path / "alarm_clock" / "pictures"),
     }
     assert expected.items() <= peer.items()
     assert expected.items() <= ours.items()
-    assert peer["--output_dir"] != ours["--output_dir"]
+    assert expected.items() <= defaults.items()
+    assert len({words["--output_dir"] for words in (ours, peer, defaults)}) == 3
+
+    layers = {"--lora_layers": "attn.to_k", "--lora_blocks": "3"}
+    assert layers.items() <= peer.items()
+    assert layers.items() <= ours.items()
+    assert not layers.keys() & defaults.keys()
+    captioned = str(tmp_path / "alarm_clock" / "captioned")
+    assert peer["--dataset_name"] == ours["--instance_data_dir"] == captioned
+    assert peer["--caption_column"] == "text"
+    assert "--instance_data_dir" not in peer
+    assert defaults["--instance_data_dir"] == str(tmp_path / "alarm_clock" / "pictures")
     assert peer["--precondition_outputs"] == "0"
     assert "--precondition_outputs" not in ours
     assert ours["--logit_mean"] == "1"
     assert "--logit_mean" not in peer
+
+
+def test_a_short_lora_run_teaches_the_shipped_miniature_a_subject(tmp_path):
+    words = ["--subjects", "guitar", "--steps", "50", "--learning_rate", "1e-3", "--device", "cpu", "--sheets", "0"]
+    sizes = ["--prompts", "8", "--drift_prompts", "1", "--num_steps", "8"]
+    folders = ["--output_dir", str(tmp_path / "out"), "--result", str(tmp_path / "result.json")]
+    assert dreambooth.main([*words, *sizes, *folders]) == 0
+    means = read(tmp_path / "result.json")["means"]
+    assert means["before"]["subject"] == 0
+    assert means["ours"]["subject"] >= 0.5
+    assert means["ours"]["prompt"] >= 0.92
 
 
 class FakeJudge:
@@ -202,7 +234,8 @@ def bench(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     monkeypatch.setattr(dreambooth, "load_judge", lambda _: FakeJudge())
 
     def call(*words: object) -> int:
-        sizes = ["--steps", "2", "--rank", "2", "--prompts", "2", "--drift_prompts", "2", "--num_steps", "1"]
+        sizes = ["--steps", "2", "--rank", "2", "--lora_blocks", "0", "--prompts", "2", "--drift_prompts", "2"]
+        sizes += ["--num_steps", "1"]
         folders = [
             "--device",
             "cpu",
@@ -237,15 +270,16 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(bench, tmp_path, monkeyp
     assert {path: path.stat().st_mtime_ns for path in first} == first
     out = capsys.readouterr().out
     assert out.count("robot, ours: 1 of 2 show it") == 1
-    assert out.count("robot, diffusers' script: 1 of 2 show it") == 1
-    assert "| target | ≥ 80.0 %" in out
+    assert out.count("robot, diffusers' script, told the same: 1 of 2 show it") == 1
+    assert out.count("robot, diffusers' script, one prompt, its layers: 1 of 2 show it") == 1
+    assert "| target | ≥ 80.00 %" in out
     assert flag_values(read(robot / "diffusers" / "lora" / "argv.json"))["--max_train_steps"] == "2"
     assert (robot / "diffusers" / "lora" / "cuda.txt").read_text() == ""  # --device cpu hides the GPU from it
 
     result = read(tmp_path / "result.json")
     assert result["judge"] == {"object": 0.97}
     assert result["peer"]["versions"]["torch"] == result["versions"]["torch"]
-    assert [row["trainer"] for row in result["rows"]] == ["before", "ours", "diffusers"]
+    assert [row["trainer"] for row in result["rows"]] == ["before", "ours", "diffusers", "diffusers_defaults"]
     assert result["means"]["ours"]["subject"] == 0.5
     assert result["means"]["ours"]["prompt"] == 1.0
     assert result["means"]["before"]["drift"] is None
@@ -264,7 +298,7 @@ def test_a_run_from_end_to_end_goes_on_where_it_stopped(bench, tmp_path, monkeyp
 
     # Other settings do not mix with these.
     assert bench("--subjects", "robot", "--learning_rate", "1e-4") == 2
-    assert "holds scores with learning_rate 0.001, not 0.0001" in capsys.readouterr().err
+    assert "holds scores with learning_rate 0.0005, not 0.0001" in capsys.readouterr().err
 
 
 def test_a_lora_is_scored_without_training_and_again_when_it_changes(bench, prepared, script, tmp_path, monkeypatch):
@@ -326,7 +360,7 @@ def test_a_trainer_that_fails_is_quoted(bench, tmp_path, capsys):
     script.parent.mkdir(parents=True)
     script.write_text("raise SystemExit('no torchvision here')")
     assert bench("--subjects", "fox", "--peer", tmp_path / "clone") == 2
-    assert capsys.readouterr().err == "error: diffusers' script failed on fox:\nno torchvision here\n"
+    assert capsys.readouterr().err == "error: diffusers' script, told the same, failed on fox:\nno torchvision here\n"
     assert (tmp_path / "out" / "fox" / "ours" / "result.json").is_file()
     assert not (tmp_path / "out" / "fox" / "diffusers" / "result.json").exists()
     script.write_text(FAKE_PEER + "sys.exit('no memory left')")

@@ -25,7 +25,7 @@ from PIL import Image
 
 NOTEBOOK = PROJECT / "colab" / "sd3_dreambooth_lora_16gb.ipynb"
 SAID_THE_SECOND_TIME = {
-    "embeddings": "3 prompts, 3 of them done before",
+    "embeddings": "8 prompts, 8 of them done before",
     "latents": "5 of 5 pictures cached before",
     "train": "nothing to do",
     "draw-before": "2 pictures of 128×128, 2 of them drawn before",

@@ -10,7 +10,7 @@ import pytest
 from conftest import PROJECT, save_pictures
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
-SMALLER = {"1024": "64", "500": "3", "300": "3", SD3: "TINY"}
+SMALLER = {"1024": "64", "500": "3", "150": "3", SD3: "TINY"}
 
 
 def blocks(language: str) -> list[str]:
