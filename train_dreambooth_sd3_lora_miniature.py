@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.base_weights import load_transformer
+from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget, sentence
+from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -45,11 +47,13 @@ from sd3_lora.flow import (
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.memory import StageReport, memory_stage
+from sd3_lora.memory import GIB, StageReport, memory_stage
+from sd3_lora.memory_plan import StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
+from sd3_lora.streaming import stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (
     REFUSED_FLAGS,
@@ -226,6 +230,7 @@ def run_signature(
     stage_one: StageOne,
     data: TrainingData,
     store: EmbeddingStore,
+    plan: TrainingPlan,
     dtype: torch.dtype,
     seed: int,
     processes: int,
@@ -244,6 +249,7 @@ def run_signature(
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         "a global batch of": flags.run.train_batch_size * processes,
         "the precision": str(dtype).removeprefix("torch."),
+        "--base_precision": plan.base_precision or "16bit",
         "--seed": seed,
     }
 
@@ -302,7 +308,8 @@ def train(
     run, flow = flags.run, flags.flow
     vae_config = stage_one.files.read_config("vae")
     table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
-    model = accelerator.prepare_model(training.transformer)
+    # Everything is where the plan has it; a streamed block must not be moved.
+    model = accelerator.prepare_model(training.transformer, device_placement=False)
     model.train()
     window, draws = run.gradient_accumulation_steps, training.draws
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
@@ -348,16 +355,25 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 
 
 def load_training(
-    stage_one: StageOne, flags: TrainingFlags, dtype: torch.dtype, seed: int, pictures: int, accelerator: Accelerator
+    stage_one: StageOne,
+    flags: TrainingFlags,
+    plan: TrainingPlan,
+    dtype: torch.dtype,
+    seed: int,
+    pictures: int,
+    accelerator: Accelerator,
 ) -> tuple[Training, int]:
     """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
     files, lora, run = stage_one.files, flags.lora, flags.run
     device, processes = accelerator.device, accelerator.num_processes
-    transformer = load_transformer(files, device, dtype)
+    host_or_device = torch.device("cpu") if plan.streamed else device
+    latent_size = (stage_one.resolution // 8, stage_one.resolution // 8)
+    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
-    if run.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    if plan.streamed:
+        stream_transformer(transformer, device)
+    checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     steps = run.steps(pictures, processes)
     pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, parameters, pictures_per_step, steps)
@@ -374,6 +390,44 @@ def load_training(
     count = sum(parameter.numel() for parameter in parameters)
     accelerator.print(f"LoRA: {count / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}")
     return training, steps
+
+
+def make_plan(
+    flags: TrainingFlags,
+    files: ModelFiles,
+    resolution: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+    budget: DeviceBudget | None,
+    processes: int,
+) -> TrainingPlan:
+    """What is kept where: whatever fits the budget, or all on the device where there is none."""
+    run, lora = flags.run, flags.lora
+    if budget is None:
+        return plain_plan(
+            files.read_config("transformer")["num_layers"], run.base_precision, run.gradient_checkpointing
+        )
+    shape = StepShape(
+        run.train_batch_size,
+        resolution,
+        text_tokens,
+        lora.layers,
+        lora.blocks,
+        lora.rank,
+        lora.lora_dropout,
+        dtype,
+        flags.optimizer.use_8bit_adam,
+    )
+    return plan_training(files, shape, budget, run.base_precision, run.gradient_checkpointing, processes == 1)
+
+
+def text_tokens_of(data: DataConfig, clip_tokens: int = 77) -> int:
+    """The tokens of a prompt, before anything else of the data is looked at: as asked for, as embedded, or 77 + 77."""
+    length = data.max_sequence_length
+    if length is None and Path(data.data_df_path).is_file():
+        with EmbeddingStore(Path(data.data_df_path)) as store:
+            length = store.provenance.size
+    return clip_tokens + (length or 77)
 
 
 def choose_seed(run: RunConfig, checkpoint: Path | None, accelerator: Accelerator) -> int:
@@ -415,13 +469,19 @@ def make_outputs(
 
 
 def finish(
-    outputs: Outputs, training: Training, flags: TrainingFlags, reports: list[StageReport], log: LossLog, path: Path
+    outputs: Outputs,
+    training: Training,
+    flags: TrainingFlags,
+    reports: list[StageReport],
+    log: LossLog,
+    path: Path,
+    memory: dict[str, Any],
 ) -> None:
     """Writes what lies beside the LoRA, and says what to do with it."""
     prompts, seed = outputs.record["instance_prompts"], outputs.record["seed"]
     facts = {"steps": training.step, "rank": flags.lora.rank, "learning rate": flags.optimizer.learning_rate}
     write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
-    results = {"wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
+    results = {**memory, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
     save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
     prompt = f"{outputs.record['trigger']} in a forest"
     print("next: " + command("inference.py", **flags.model.flags(), lora=outputs.folder, prompt=prompt))
@@ -429,7 +489,7 @@ def finish(
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
+    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig, BudgetConfig)
     flags = TrainingFlags(*parse_flags(groups, argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS))
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
@@ -446,15 +506,24 @@ def run(argv: Sequence[str] | None) -> None:
     checkpoint = resume_point(flags.run, output_dir)
     files = ModelFiles(flags.model)
     resolution = files.resolution(flags.data.resolution)
+    budget = open_budget(flags.budget, device)
+    tokens = text_tokens_of(flags.data)
+    plan = make_plan(flags, files, resolution, tokens, chosen.dtype, budget, accelerator.num_processes)
+    if budget:
+        say(f"plan: {plan.sentence()}\npredicted peak: {sentence(plan.parts)}")
+    if flags.budget.plan:
+        return
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data, store = open_data(stage_one, output_dir, accelerator)
     seed = choose_seed(flags.run, checkpoint, accelerator)
     say(f"{len(data)} pictures at {resolution} px, seed {seed}")
 
+    if budget:
+        budget.cap()
     reports: list[StageReport] = []
     with memory_stage("load transformer", device, reports, say):
-        training, steps = load_training(stage_one, flags, chosen.dtype, seed, len(data), accelerator)
-    signature = run_signature(flags, stage_one, data, store, chosen.dtype, seed, accelerator.num_processes)
+        training, steps = load_training(stage_one, flags, plan, chosen.dtype, seed, len(data), accelerator)
+    signature = run_signature(flags, stage_one, data, store, plan, chosen.dtype, seed, accelerator.num_processes)
     outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, training, accelerator)
@@ -477,9 +546,12 @@ def run(argv: Sequence[str] | None) -> None:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
+        measured = budget.used_bytes(reports) if budget else 0
+        if measured:
+            say(f"peak on the device: {plan.peak_bytes / GIB:.2f} GiB predicted, {measured / GIB:.2f} measured")
         say(f"wrote {path}, read back and compared")
         say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
-        finish(outputs, training, flags, reports, log, path)
+        finish(outputs, training, flags, reports, log, path, {"plan": asdict(plan), "measured_bytes": measured})
     accelerator.end_training()
 
 

@@ -43,40 +43,46 @@ CLIPS = {
 }
 
 
-def save(size: str, folder: Path) -> None:
-    """Saves all components in float16, as the published files are."""
+COMPONENTS = ("transformer", "vae", "text")
+
+
+def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> None:
+    """Saves the components in float16, as the published files are; those not asked for are the miniature's."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     shapes = {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        transformer = SD3Transformer2DModel(**shapes | TRANSFORMERS[size]).half()
-        transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
-        del transformer
-        # The miniature's VAE and CLIPs are SD3's but for their sizes.
-        vae = AutoencoderKL.load_config(MINIATURE / "vae")
-        vae |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
-        AutoencoderKL.from_config(vae).half().save_pretrained(folder / "vae")
-        for name, sizes in CLIPS.items():
+        if "transformer" in components:
+            transformer = SD3Transformer2DModel(**shapes | TRANSFORMERS[size]).half()
+            transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
+            del transformer
+        if "vae" in components:  # the miniature's VAE and CLIPs are SD3's but for their sizes
+            vae = AutoencoderKL.load_config(MINIATURE / "vae")
+            vae |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
+            AutoencoderKL.from_config(vae).half().save_pretrained(folder / "vae")
+        for name, sizes in CLIPS.items() if "text" in components else ():
             width = sizes["hidden_size"]
             config = CLIPTextConfig.from_pretrained(
                 MINIATURE / name, vocab_size=49408, intermediate_size=4 * width, projection_dim=width, **sizes
             )
             CLIPTextModelWithProjection(config).half().save_pretrained(folder / name)
-        t5 = T5Config(
-            vocab_size=32128,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False,
-        )
-        T5EncoderModel(t5).half().save_pretrained(folder / "text_encoder_3", max_shard_size="5GB")
+        if "text" in components:
+            t5 = T5Config(
+                vocab_size=32128,
+                d_model=4096,
+                d_kv=64,
+                d_ff=10240,
+                num_layers=24,
+                num_heads=64,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=False,
+            )
+            T5EncoderModel(t5).half().save_pretrained(folder / "text_encoder_3", max_shard_size="5GB")
     torch.set_default_dtype(torch.float32)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(MINIATURE / name, folder / name, dirs_exist_ok=True)
+    for name in ("transformer", "vae", *CLIPS, "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+        if not (folder / name).is_dir():
+            shutil.copytree(MINIATURE / name, folder / name)
     shutil.copy(MINIATURE / "model_index.json", folder)
 
 
@@ -85,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", choices=TRANSFORMERS)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=COMPONENTS)
     arguments = parser.parse_args(argv)
-    save(arguments.size, arguments.folder)
+    save(arguments.size, arguments.folder, arguments.components)
     return 0
 
 

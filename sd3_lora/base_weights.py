@@ -6,6 +6,7 @@ through several GiB; and its quantizer refuses a CPU. Here nothing is made that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +28,15 @@ _BLOCK, _GROUP = 64, 256
 # digits (9.135 % of their size on the miniature, with and without).
 DOUBLE_QUANTIZATION = True
 _BLOCKS = "transformer_blocks"
+_POSITIONS = "pos_embed.pos_embed"
 
 
 def load_transformer(
-    files: ModelFiles, device: torch.device, dtype: torch.dtype, precision: BasePrecision | None = None
+    files: ModelFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: BasePrecision | None = None,
+    latent_size: tuple[int, int] | None = None,
 ) -> SD3Transformer2DModel:
     """The transformer, frozen and in eval mode.
 
@@ -42,6 +48,8 @@ def load_transformer(
         dtype: of the weights and, of 4-bit ones, of what they compute in.
         precision: nf4 for the blocks' linear layers in 4 bits; None for all in `dtype`, bit for bit as
             `SD3Transformer2DModel.from_pretrained` loads them.
+        latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
+            positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -57,11 +65,16 @@ def load_transformer(
     with TensorFiles(files.weight_files("transformer")) as weights:
         expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
         _require_same_shapes(folder, expected, weights.shapes())
+        kept = _kept_positions(config, latent_size)
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
         for name in expected:
             # A copy even where nothing is converted: a mapped file may be replaced while it is in use.
-            value = weights.tensor(name).to(device, dtype, copy=True)
+            value = weights.tensor(name)
+            if name == _POSITIONS and kept:
+                value = _middle(value, kept)
+                transformer.pos_embed.pos_embed_max_size = kept
+            value = value.to(device, dtype, copy=True)
             _set_tensor(transformer, name, value)
             del value  # before the next is read
     for name in not_in_files:
@@ -69,7 +82,12 @@ def load_transformer(
     return transformer.eval()
 
 
-def base_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None = None) -> int:
+def base_bytes(
+    files: ModelFiles,
+    dtype: torch.dtype,
+    precision: BasePrecision | None = None,
+    latent_size: tuple[int, int] | None = None,
+) -> int:
     """What `load_transformer`'s result takes on the device, from the shapes in the files' headers.
 
     Each tensor's own bytes; CUDA's allocator rounds each up to a multiple of 512. Buffers that no file holds, of which
@@ -78,11 +96,33 @@ def base_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision |
     files.component("transformer")  # downloaded now, if need be: without its files nothing would seem to be needed
     with TensorFiles(files.weight_files("transformer")) as weights:
         shapes = weights.shapes()
+    kept = _kept_positions(files.read_config("transformer"), latent_size)
+    if kept:
+        shapes[_POSITIONS] = torch.Size([1, kept**2, shapes[_POSITIONS][-1]])
     is_4bit = {name: precision == "nf4" and _is_linear_weight(name, shape) for name, shape in shapes.items()}
     return sum(
         _bytes_in_4_bits(shape.numel()) if is_4bit[name] else shape.numel() * dtype.itemsize
         for name, shape in shapes.items()
     )
+
+
+def _kept_positions(config: Mapping[str, Any], latent_size: tuple[int, int] | None) -> int | None:
+    """The side of the middle of the positional embedding that is enough; None for all of it."""
+    whole = config.get("pos_embed_max_size")
+    if latent_size is None or not whole:
+        return None
+    side = max(latent_size) // int(config["patch_size"])
+    # The model starts a crop at half of what is left over, rounded down: from the middle as from the whole, if the two
+    # differ by an even number.
+    return min(whole, side + (whole - side) % 2)
+
+
+def _middle(positions: torch.Tensor, side: int) -> torch.Tensor:
+    """The middle `(1, side * side, C)` of `(1, whole * whole, C)`."""
+    whole = math.isqrt(positions.shape[1])
+    start = (whole - side) // 2
+    square = positions.view(1, whole, whole, -1)[:, start : start + side, start : start + side]
+    return square.reshape(1, side * side, -1)
 
 
 def _make_empty(config: Mapping[str, Any]) -> tuple[SD3Transformer2DModel, set[str]]:

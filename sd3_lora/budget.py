@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sd3_lora.command_line import UserError
-from sd3_lora.memory import GIB
+from sd3_lora.memory import GIB, StageReport
 
 import torch
 
 # Of a process that no GPU can be asked about; an H100's is this large, a T4's about half.
 ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
-# Kernels are loaded as they are first used, and the driver keeps them beside the context that was measured at the start.
+# Kernels are loaded as they are first used, and stay beside the context that was measured at the start.
 LATER_KERNELS_BYTES = int(0.10 * GIB)
 
 
@@ -57,14 +57,15 @@ class DeviceBudget:
     def cap(self) -> None:
         """Has torch's allocator refuse what would go over the budget."""
         if self.device.type == "cuda":
-            whole = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), self.device)
+            index = _index(self.device)
+            whole = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
 
-    def used_bytes(self) -> int:
-        """The most that this process has taken so far: CUDA's own and the most that the allocator held; 0 on a CPU."""
+    def used_bytes(self, reports: Sequence[StageReport]) -> int:
+        """The most that was taken in some stages: CUDA's own and what the allocator held; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
-        return self.context_bytes + torch.cuda.max_memory_reserved(self.device)
+        return self.context_bytes + int(GIB * max((report.peak_reserved_gib for report in reports), default=0.0))
 
 
 def open_budget(config: BudgetConfig, device: torch.device) -> DeviceBudget | None:
@@ -110,14 +111,14 @@ _CONTEXTS: dict[int, int] = {}
 
 def _context_bytes(device: torch.device) -> int:
     """What CUDA takes beside the tensors, measured once: the driver's figure less what others and tensors take."""
-    index = device.index or 0
+    index = _index(device)
     if index not in _CONTEXTS:
-        before = _driver_used(index)
+        before = driver_bytes(index)
         was_there = torch.cuda.is_initialized() and torch.cuda.memory_reserved(device) > 0
         square = torch.zeros(64, 64, device=device, dtype=torch.float16)
         square @ square
         torch.cuda.synchronize(device)
-        after = _driver_used(index)
+        after = driver_bytes(index)
         if before is None or after is None or was_there:
             measured = ASSUMED_CONTEXT_BYTES
         else:
@@ -127,11 +128,16 @@ def _context_bytes(device: torch.device) -> int:
     return _CONTEXTS[index]
 
 
+def _index(device: torch.device) -> int:
+    """Which GPU: accelerate's device says no more than "cuda", and means the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 class _Memory(ctypes.Structure):
     _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
 
 
-def _driver_used(index: int) -> int | None:
+def driver_bytes(index: int) -> int | None:
     """What the driver says is in use on a GPU, by all programs; None where it cannot be asked.
 
     NVML, because torch's own question would make the context that is to be measured.

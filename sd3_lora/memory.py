@@ -84,10 +84,12 @@ class PeakSampler:
 
     Args:
         read: what to sample, such as `host_bytes`.
+        interval_s: between two samples.
     """
 
-    def __init__(self, read: Callable[[], int]):
+    def __init__(self, read: Callable[[], int], interval_s: float = _SAMPLE_INTERVAL_S):
         self.peak = 0
+        self._interval_s = interval_s
         self._read = read
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -96,7 +98,7 @@ class PeakSampler:
         self.peak = max(self.peak, self._read())
 
     def _run(self) -> None:
-        while not self._stop.wait(_SAMPLE_INTERVAL_S):
+        while not self._stop.wait(self._interval_s):
             self._sample()
 
     def __enter__(self) -> PeakSampler:

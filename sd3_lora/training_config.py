@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from sd3_lora.budget import BudgetConfig
 from sd3_lora.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.devices import DeviceConfig
 from sd3_lora.flow import FlowConfig
@@ -204,7 +205,15 @@ class RunConfig:
         metadata={"help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU, fp32 on a CPU."},
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
+        default=False,
+        metadata={"help": "Compute all blocks anew in the backward pass. Default: as few as fit the GPU, if any."},
+    )
+    base_precision: Literal["16bit", "nf4", "auto"] = field(
+        default="16bit",
+        metadata={
+            "help": "Of the frozen transformer. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
+            "quarter of it and changes the numbers; auto takes nf4 where 16bit does not fit on the device."
+        },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
@@ -261,6 +270,7 @@ class TrainingFlags:
     flow: FlowConfig
     model: ModelConfig
     device: DeviceConfig
+    budget: BudgetConfig
 
     def groups(self) -> list[object]:
         """The groups, to save them."""

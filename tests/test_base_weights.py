@@ -439,3 +439,14 @@ def test_bytes_are_exact(which: str, request: pytest.FixtureRequest, monkeypatch
     if which == "miniature":
         assert found[0] == 4 * (13_826_112 + 64 * 64 * 256)
         assert found[5] < found[4] < 0.4 * found[1]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 6), (6, 8), (2, 6), (30, 4), (32, 32)])
+def test_the_middle_of_the_positional_embedding_is_enough(model, size):
+    whole = load_transformer(files_of(model), CPU, torch.float32)
+    middle = load_transformer(files_of(model), CPU, torch.float32, latent_size=size)
+    latents = torch.randn(1, 16, *size, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(middle.pos_embed(latents), whole.pos_embed(latents))
+    kept = middle.pos_embed.pos_embed.shape[1]
+    assert max(size) ** 2 // 4 <= kept <= (max(size) // 2 + 1) ** 2
+    assert base_bytes(files_of(model), torch.float32, latent_size=size) == loaded_bytes(middle)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sd3_lora import checkpointing
+from sd3_lora.budget import BudgetConfig
 from sd3_lora.devices import DeviceConfig
 from sd3_lora.flow import FlowConfig
 from sd3_lora.lora import LORA_FILE
@@ -30,7 +32,7 @@ from conftest import TRAINING_SCRIPT, Prepared
 from diffusers.optimization import get_scheduler
 from training_runs import Run, Script, private_copy, same_lora, train
 
-GROUPS = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig)
+GROUPS = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig, BudgetConfig)
 
 # Flags that change the numbers: their words, and what must then differ from a run without. `losses` are those after
 # the first step too; `lora` alone where the losses cannot show it within a few steps.
@@ -53,6 +55,7 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("train_batch_size", [2], "losses"),
     ("gradient_accumulation_steps", [2], "losses"),
     ("mixed_precision", ["bf16"], "losses"),
+    ("base_precision", ["nf4"], "losses"),
     ("weighting_scheme", ["sigma_sqrt"], "losses"),
     ("weighting_scheme", ["mode"], "losses"),
     ("weighting_scheme", ["cosmap"], "losses"),
@@ -95,6 +98,8 @@ ELSEWHERE = {
     "checkpointing_steps": "test_resume.py",
     "checkpoints_total_limit": "test_resume.py",
     "resume_from_checkpoint": "test_resume.py",
+    "vram_budget_gib": "test_memory_plan.py",
+    "plan": "test_memory_plan.py",
     "report_to": "test_trackers.py",
     "logging_dir": "test_trackers.py",
 }
@@ -366,16 +371,14 @@ def test_gradient_checkpointing(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits, with dropout too; and each block is really recomputed."""
-    import torch.utils.checkpoint
-
     calls: list[str] = []
-    original = torch.utils.checkpoint.checkpoint
+    original = checkpointing.checkpoint
 
     def checkpoint(function: Callable[..., Any], *words: Any, **more: Any) -> Any:
         calls.append(type(function).__name__)
         return original(function, *words, **more)
 
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", checkpoint)
+    monkeypatch.setattr(checkpointing, "checkpoint", checkpoint)
     words = ["--lora_dropout", 0.2, "--learning_rate", 0.01]
     plain = train(script, prepared, tmp_path / "plain", *words)
     assert calls == []

@@ -1,0 +1,298 @@
+"""The memory plan: what it predicts is what runs, it grows with the budget, and every plan trains to the same bits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from sd3_lora import memory_plan
+from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, open_budget, sentence
+from sd3_lora.checkpointing import checkpoint_blocks
+from sd3_lora.command_line import UserError
+from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
+from sd3_lora.memory import GIB
+from sd3_lora.memory_plan import (
+    DenoisingShape,
+    StepShape,
+    TrainingPlan,
+    list_plans,
+    plan_denoising,
+    plan_training,
+    simulate_step,
+)
+from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
+
+import pytest
+import torch
+from conftest import PROJECT, TRAINING_SCRIPT, save_pictures
+from diffusers import SD3Transformer2DModel
+from training_runs import Flags, Script, same_lora, train
+
+CPU = torch.device("cpu")
+SHAPE = StepShape(2, 64, 97, None, None, 4, 0.0, torch.float16, False)
+DUAL = {"num_layers": 7, "dual_attention_layers": (0, 1, 2), "pos_embed_max_size": 32}
+
+
+def config_of(**changes: object) -> dict:
+    config = json.loads((MINIATURE / "transformer" / "config.json").read_text())
+    return {name: value for name, value in {**config, **changes}.items() if not name.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def files() -> ModelFiles:
+    return ModelFiles(ModelConfig(str(MINIATURE)))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the fixed allowances, which are larger than the miniature."""
+    monkeypatch.setattr(memory_plan, "UNUSED_BYTES", 0)
+
+
+def budget_of(size: int) -> DeviceBudget:
+    return DeviceBudget(size, ASSUMED_CONTEXT_BYTES, CPU)
+
+
+# The simulation
+
+
+def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
+    """Of all blocks, each checkpointed as it is in training."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config)
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            tensor.data = tensor.data.to(shape.dtype)
+        targets = target_modules(transformer, shape.layers, shape.blocks)
+        attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
+    transformer.train()
+    checkpoint_blocks(transformer, count)
+    for module in (transformer, *transformer.transformer_blocks):
+        stand_in_for_gpu(module, shape.dtype)
+    with AllocationCounter() as counter:
+        memory_plan._forward(transformer, config, shape).backward()
+    return counter.peak
+
+
+@pytest.mark.parametrize("count", [0, 3, 6, 7])
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, blocks=(2, 4), layers=("ff_context.net.2",), rank=32)])
+def test_one_block_of_each_kind_stands_for_all(count: int, shape: StepShape) -> None:
+    config = config_of(**DUAL)
+    step = simulate_step(config, shape, None)
+    assert sum(step.peak(count, False)) == pytest.approx(simulated_peak(config, shape, count), rel=0.06)
+
+
+def test_before_the_first_lora_nothing_is_kept() -> None:
+    step = simulate_step(config_of(), replace(SHAPE, blocks=(3,)), None)
+    assert step.kept[:3] == step.inputs[:3] == (0, 0, 0)
+    assert min(step.kept[3:]) > 0
+
+
+def test_twice_the_batch_keeps_twice_as_much() -> None:
+    one, two = (simulate_step(config_of(), replace(SHAPE, batch_size=size), None) for size in (2, 4))
+    assert two.kept[2] == pytest.approx(2 * one.kept[2], rel=0.02)
+    assert two.inputs[2] == 2 * one.inputs[2]
+    assert two.lora == one.lora
+
+
+def test_the_counter_knows_what_is_freed() -> None:
+    with AllocationCounter() as counter, torch.device("meta"):
+        kept = torch.empty(1000)  # 4000 bytes are 8 × 512
+        gone = torch.empty(600, dtype=torch.float16)
+        view = gone[10:]
+        assert counter.now == 4096 + 1536
+        del gone, view
+        another = kept + 1
+        assert (counter.now, counter.peak) == (8192, 8192)
+        del kept, another
+    assert counter.now == 0
+
+
+# The plan
+
+
+@pytest.mark.parametrize("asked", ["16bit", "nf4", "auto"])
+@pytest.mark.usefixtures("small")
+def test_more_budget_is_never_a_slower_plan(files: ModelFiles, asked: memory_plan.AskedPrecision) -> None:
+    plans = list_plans(files, SHAPE, budget_of(1 << 40), asked, False, True)
+    peaks = sorted(plan.peak_bytes for plan in plans)
+    places = []
+    for size in range(peaks[0], peaks[-1] + 1, (peaks[-1] - peaks[0]) // 40):
+        chosen = plan_training(files, SHAPE, budget_of(size), asked)
+        assert chosen.peak_bytes <= size
+        places.append(plans.index(chosen))
+    assert places == sorted(places, reverse=True)
+    assert len(set(places)) > 5
+
+
+@pytest.mark.usefixtures("small")
+def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> None:
+    plans = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
+    assert [plan.checkpointed for plan in plans] == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert [plan.streamed for plan in plans] == [False] * 6 + [True] * 2
+    assert [plan.offload_inputs for plan in plans] == [False] * 7 + [True]
+    assert all(plan.base_precision is None for plan in plans)
+    everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
+    assert [plan.checkpointed for plan in everywhere] == [6, 6, 6]
+    assert not any(plan.streamed for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, can_stream=False))
+
+
+def test_auto_takes_4_bits_rather_than_stream(files: ModelFiles) -> None:
+    plans = list_plans(files, SHAPE, budget_of(1 << 40), "auto", False, True)
+    kinds = list(dict.fromkeys((plan.streamed, plan.base_precision) for plan in plans))
+    assert kinds == [(False, None), (False, "nf4"), (True, None), (True, "nf4")]
+
+
+def test_where_nothing_fits_the_sentence_names_what_would(files: ModelFiles) -> None:
+    with pytest.raises(UserError) as error:
+        plan_training(files, SHAPE, budget_of(GIB // 2))
+    asked = re.search(r"--vram_budget_gib ([\d.]+)", str(error.value))
+    assert asked, error.value
+    assert plan_training(files, SHAPE, budget_of(int(float(asked[1]) * GIB)))
+    with pytest.raises(
+        UserError, match=r"denoise a picture, which takes at least [\d.]+ GiB here: type --vram_budget_gib"
+    ):
+        plan_denoising(files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(GIB // 2))
+
+
+@pytest.mark.usefixtures("small")
+def test_4_bits_are_offered_where_they_would_do(files: ModelFiles) -> None:
+    exact = min(plan.peak_bytes for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, True))
+    packed = min(plan.peak_bytes for plan in list_plans(files, SHAPE, budget_of(1), "nf4", False, True))
+    assert packed < exact
+    with pytest.raises(UserError, match="add --base_precision nf4"):
+        plan_training(files, SHAPE, budget_of(packed))
+
+
+@pytest.mark.usefixtures("small")
+def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
+    shape = DenoisingShape(2, (16, 16), 154, torch.float32, 0)
+    resident = plan_denoising(files, shape, budget_of(1 << 40))
+    assert not resident.streamed
+    streamed = plan_denoising(files, shape, budget_of(resident.peak_bytes - 1))
+    assert streamed.streamed
+    assert streamed.peak_bytes < resident.peak_bytes
+    assert plan_denoising(files, shape, None).parts == {}
+    assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
+
+
+# The budget
+
+
+def test_a_budget_on_a_cpu_is_planned_as_on_a_gpu() -> None:
+    assert open_budget(BudgetConfig(), CPU) is None
+    budget = open_budget(BudgetConfig(8.0), CPU)
+    assert budget is not None
+    assert budget.tensor_bytes == 8 * GIB - ASSUMED_CONTEXT_BYTES
+    assert budget.used_bytes([]) == 0
+    with pytest.raises(UserError, match=r"--vram_budget_gib 0.5: CUDA itself takes 0.75 GiB: ask for more"):
+        open_budget(BudgetConfig(0.5), CPU)
+    with pytest.raises(ValueError, match="must be positive"):
+        BudgetConfig(-1.0)
+    assert sentence({"weights": GIB, "nothing": 0, "rest": GIB // 2}) == "weights 1.00 + rest 0.50 = 1.50 GiB"
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Flags:
+    """Of the miniature: three pictures at 64 px, T5 length 20."""
+    import compute_embeddings
+    import precompute_latents
+
+    folder = tmp_path_factory.mktemp("miniature")
+    pictures = folder / "pictures"
+    save_pictures(pictures, [(64, 64)] * 3)
+    model = ["--pretrained_model_name_or_path", str(MINIATURE), "--instance_data_dir", str(pictures), "--device", "cpu"]
+    text = ["--instance_prompt", "a photo of sks fish", "--max_sequence_length", "20"]
+    assert compute_embeddings.main([*model, *text, "--output_path", str(folder / "e.parquet")]) == 0
+    assert precompute_latents.main([*model, "--resolution", "64", "--output_path", str(folder / "latents")]) == 0
+    words = [*model[:4], "--instance_prompt", "a photo of sks fish", "--data_df_path", folder / "e.parquet"]
+    words += ["--latents_path", folder / "latents", "--resolution", 64, "--report_to", "none", "--seed", 0]
+    return Flags([*words, "--learning_rate", 0.01, "--lora_dropout", 0.2])
+
+
+def script_plans(files: ModelFiles, asked: memory_plan.AskedPrecision = "16bit") -> list[TrainingPlan]:
+    shape = StepShape(1, 64, 97, None, None, 4, 0.2, torch.float32, False)
+    return list_plans(files, shape, budget_of(1 << 40), asked, False, True)
+
+
+def gib(size: int) -> str:
+    return repr((size + 1) / GIB)
+
+
+@pytest.mark.usefixtures("small")
+def test_every_plan_trains_to_the_same_bits(
+    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path
+) -> None:
+    plain = train(script, stage_one, tmp_path / "plain")
+    assert "plan:" not in plain.out
+    plans = script_plans(files)
+    for index in (0, 3, 6, 7):
+        folder = tmp_path / str(index)
+        run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].peak_bytes))
+        assert f"plan: {plans[index].sentence()}" in run.out
+        assert run.losses == plain.losses
+        assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
+        noted = json.loads((folder / "run.json").read_text())["plan"]
+        assert noted["parts"] == plans[index].parts
+        assert (noted["checkpointed"], noted["streamed"]) == (plans[index].checkpointed, plans[index].streamed)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
+    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path
+) -> None:
+    streamed, packed = script_plans(files)[-1], script_plans(files, "nf4")[-1]
+    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
+    halves = [stage_one, tmp_path / "halves"]
+    train(script, *halves, "--max_train_steps", 2, "--vram_budget_gib", gib(streamed.peak_bytes))
+    run = train(script, *halves, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
+    assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
+    refused = train(
+        script, *halves, "--max_train_steps", 5, "--resume_from_checkpoint", "latest", "--base_precision", "nf4", code=2
+    )
+    assert "--base_precision 16bit, not nf4" in refused.err
+
+    words = ["--base_precision", "nf4", "--max_train_steps", 2]
+    plain = train(script, stage_one, tmp_path / "nf4", *words)
+    assert plain.losses != whole.losses[:2]
+    run = train(script, stage_one, tmp_path / "streamed nf4", *words, "--vram_budget_gib", gib(packed.peak_bytes))
+    assert run.losses == plain.losses
+
+
+def test_plan_prints_and_writes_nothing(
+    script: Script, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_dreambooth_sd3_lora_miniature as training
+
+    for name in ("load_transformer", "open_data"):
+        monkeypatch.setattr(training, name, None)
+    monkeypatch.chdir(tmp_path)
+    words = ["--pretrained_model_name_or_path", MINIATURE, "--output_dir", "lora", "--device", "cpu"]
+    result = script(TRAINING_SCRIPT, *words, "--plan", "--vram_budget_gib", "2")
+    assert result.code == 0, result.err
+    assert "plan: base unchanged, on the device; 0 of 6 blocks computed anew in backward\n" in result.out
+    assert re.search(r"predicted peak: CUDA 0.75 \+ weights .* = 0\.\d\d GiB\n", result.out)
+    assert list(tmp_path.iterdir()) == []
+
+
+# What was measured
+
+
+def measured() -> Iterator[dict]:
+    for path in (PROJECT / "benchmarks" / "results").glob("memory-*.json"):
+        yield from (row for row in json.loads(path.read_text())["rows"] if row.get("measured_gib"))
+
+
+def test_the_predictions_were_within_8_percent_of_what_was_measured() -> None:
+    rows = list(measured())
+    wrong = [row for row in rows if abs(row["predicted_gib"] / row["measured_gib"] - 1) > 0.08]
+    assert not wrong
+    kinds = {(row["model"], row["resolution"], row["batch"], row["rank"]) for row in rows}
+    assert len(kinds) >= 16
+    assert len({model for model, *_ in kinds}) == 3
