@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3_lora.base_weights import load_transformer
+from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget, sentence
 from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
 from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
@@ -26,6 +27,7 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+from sd3_lora.vae_tiles import choose_tile
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -148,6 +150,7 @@ def embed(
     config: InferenceConfig,
     length: int,
     device: torch.device,
+    budget: DeviceBudget | None,
     reports: list[StageReport],
 ) -> Embeddings:
     """Every prompt's `(S, D)` and `(P,)` float16 embeddings, read or computed."""
@@ -156,7 +159,7 @@ def embed(
     if not missing:
         print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
         return known
-    plan = choose_text_encoder_plan(files, device, length, config.t5_precision, config.t5_stream)
+    plan = choose_text_encoder_plan(files, device, budget, length, config.t5_precision, config.t5_stream)
     print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
     return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]
@@ -245,21 +248,31 @@ def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFil
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    config, model, device_config = parse_flags(
-        (InferenceConfig, ModelConfig, DeviceConfig), argv, "inference.py", __doc__.splitlines()[0]
+    configs = parse_flags(
+        (InferenceConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "inference.py", __doc__.splitlines()[0]
     )
+    config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("inference.py")
     device = choose_device(device_config.device)
+    budget = open_budget(budget_config, device)
+    if budget and not budget_config.plan:
+        budget.cap()
     files = ModelFiles(model)
     loras = find_loras(config, model.is_miniature)
     prompts = find_prompts(config, loras, model.is_miniature)
     outdir = Path(config.outdir)
-    require_writable_folder(outdir)
+    if not budget_config.plan:
+        require_writable_folder(outdir)
     height, width = (size_px(getattr(config, flag), flag, loras, files) for flag in ("height", "width"))
     trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
     length = config.max_sequence_length or trained_length or 77
     chosen = choose_training_dtype(config.mixed_precision, device)
+    tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
+    if budget:
+        print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
+    if budget_config.plan:
+        return
     settings = {
         "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
         "lora": [lora.identity() for lora in loras],
@@ -279,7 +292,7 @@ def run(argv: Sequence[str] | None) -> None:
     reports: list[StageReport] = []
     if to_draw:
         wanted = list(dict.fromkeys([*(plan.prompt for plan in to_draw), config.negative_prompt]))
-        embeddings = embed(wanted, files, config, length, device, reports)
+        embeddings = embed(wanted, files, config, length, device, budget, reports)
 
         with memory_stage(f"denoise ({chosen.name})", device, reports):
             channels, vae_scale = files.latent_channels_and_scale()
@@ -295,10 +308,11 @@ def run(argv: Sequence[str] | None) -> None:
                 torch_dtype=DTYPES[config.vae_precision],
                 use_safetensors=True,
             ).to(device)
+            tile.apply(vae)
             decode_and_save(vae, to_draw, latents)
             del vae
 
-    save_run(outdir / "run.json", (config, model, device_config), reports, wrote=f"{len(to_draw)} pictures in {outdir}")
+    save_run(outdir / "run.json", configs, reports, wrote=f"{len(to_draw)} pictures in {outdir}")
     print(f"wrote {len(to_draw)} pictures to {outdir}")
 
 
