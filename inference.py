@@ -268,11 +268,6 @@ def run(argv: Sequence[str] | None) -> None:
     trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
     length = config.max_sequence_length or trained_length or 77
     chosen = choose_training_dtype(config.mixed_precision, device)
-    tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
-    if budget:
-        print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
-    if budget_config.plan:
-        return
     settings = {
         "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
         "lora": [lora.identity() for lora in loras],
@@ -289,6 +284,12 @@ def run(argv: Sequence[str] | None) -> None:
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [plan for plan in plans if not plan.is_drawn()]
     print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
+    if to_draw or budget_config.plan:
+        tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
+        if budget:
+            print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
+    if budget_config.plan:
+        return
     reports: list[StageReport] = []
     if to_draw:
         wanted = list(dict.fromkeys([*(plan.prompt for plan in to_draw), config.negative_prompt]))

@@ -272,21 +272,22 @@ def run(argv: Sequence[str] | None) -> None:
         print(f"left out: {path}")
 
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
-    batch_size = config.batch_size(resolution)
-    may_shrink = config.vae_batch_size is None
-    tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
-    predicted = tile.predicted_parts(budget) if budget else {}
-    if budget:
-        print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
-    if budget_config.plan:
-        return
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
-    cache.remove_unfinished()
+    if not budget_config.plan:
+        cache.remove_unfinished()
     discarded = outdated(images, cache) if config.overwrite else set()
     missing = incomplete(images, config, resolution, cache, discarded)
     print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
     reports: list[StageReport] = []
-    count = 0
+    count, predicted = 0, {}
+    if missing or budget_config.plan:
+        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
+        tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        if budget:
+            predicted = tile.predicted_parts(budget)
+            print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
+    if budget_config.plan:
+        return
     if missing:
         missing = check_all_decode(missing, config)
     for path in discarded:  # not before all that is to replace them is known to decode
