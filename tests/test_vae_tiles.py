@@ -216,9 +216,13 @@ def cache(script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path) -> Call
     return call
 
 
-def test_latents_within_a_budget(cache: Callable[..., Result], tiny_budget: Any, tmp_path: Path) -> None:
+def test_latents_within_a_budget(
+    cache: Callable[..., Result], tiny_budget: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert cache().code == 0
     assert json.loads((tmp_path / "latents" / "run.json").read_text())["predicted_bytes"] == 0
+    capped: list[float] = []
+    monkeypatch.setattr(DeviceBudget, "cap", lambda self: capped.append(self.total_bytes / GIB))
     fits = cache("--vram_budget_gib", tiny_budget("encode", None), folder="whole")
     assert fits.code == 0
     assert "VAE in fp32, 1 picture at a time, whole: CUDA 0.75 + VAE 0.00 + working memory 0.02 = 0.77 GiB" in fits.out
@@ -229,6 +233,7 @@ def test_latents_within_a_budget(cache: Callable[..., Result], tiny_budget: Any,
     assert saved["predicted_bytes"] == pytest.approx(tiny_budget("encode", 192) * GIB, abs=2000)
     assert saved["measured_bytes"] == 0
     assert saved["flags"]["vram_budget_gib"] == tiny_budget("encode", 192)
+    assert capped == pytest.approx([tiny_budget("encode", None), tiny_budget("encode", 192)])
     for path in (tmp_path / "latents").glob("*.safetensors"):
         expected, whole, tiles = (load_file(tmp_path / name / path.name) for name in ("latents", "whole", "tiled"))
         for key in expected:
@@ -259,9 +264,10 @@ def test_a_plan_loads_and_writes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load(*_: Any, **__: Any) -> Any:
-        raise AssertionError("the VAE is loaded")
+        raise AssertionError("the VAE is loaded, or the allocator capped")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", load)
+    monkeypatch.setattr(DeviceBudget, "cap", load)
     result = cache("--plan")
     assert result.code == 0
     assert result.out.endswith("16 pictures at a time, whole: CUDA 0.75 + VAE 0.00 + working memory 0.26 = 1.01 GiB\n")
@@ -275,7 +281,11 @@ def test_a_plan_loads_and_writes_nothing(
 
 
 def test_a_picture_is_decoded_within_a_budget(
-    script: Callable[..., Result], prepared: Prepared, tiny_budget: Any, tmp_path: Path
+    script: Callable[..., Result],
+    prepared: Prepared,
+    tiny_budget: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def draw(name: str, *words: object) -> tuple[Result, np.ndarray]:
         flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
@@ -285,9 +295,12 @@ def test_a_picture_is_decoded_within_a_budget(
         (path,) = (tmp_path / name).glob("*/img_00.png")
         return result, np.asarray(Image.open(path)).astype(int)
 
+    capped: list[float] = []
+    monkeypatch.setattr(DeviceBudget, "cap", lambda self: capped.append(self.total_bytes / GIB))
     _, expected = draw("free")
     _, whole = draw("whole", "--vram_budget_gib", tiny_budget("decode", None))
     result, tiled = draw("tiled", "--vram_budget_gib", tiny_budget("decode", 128))
     assert "in tiles of 128 px" in result.out
+    assert capped == pytest.approx([tiny_budget("decode", None), tiny_budget("decode", 128)])
     assert (whole == expected).all()
     assert 0 < np.abs(tiled - expected).mean() < 30
