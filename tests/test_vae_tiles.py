@@ -271,13 +271,17 @@ def test_a_plan_loads_and_writes_nothing(
     result = cache("--plan")
     assert result.code == 0
     assert result.out.endswith("16 pictures at a time, whole: CUDA 0.75 + VAE 0.00 + working memory 0.26 = 1.01 GiB\n")
-    result = cache("--plan", "--vram_budget_gib", tiny_budget("encode", 128))
+    unfinished = tmp_path / "begun" / f".{'0' * 64}.123.unfinished"
+    unfinished.parent.mkdir()
+    unfinished.write_bytes(b"half")
+    result = cache("--plan", "--vram_budget_gib", tiny_budget("encode", 128), folder="begun")
     assert "1 picture at a time, in tiles of 128 px: " in result.out
+    assert list(unfinished.parent.iterdir()) == [unfinished]  # perhaps of a run that goes on meanwhile
     flags = ["--pretrained_model_name_or_path", prepared.model, "--outdir", tmp_path / "drawn", "--prompt", PROMPT]
     result = script("inference", *flags, "--height", 256, "--width", 256, "--plan")
     assert result.code == 0
     assert "VAE in fp32, 1 picture at a time, whole: CUDA 0.75" in result.out
-    assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "begun"}
 
 
 def test_a_picture_is_decoded_within_a_budget(
@@ -304,3 +308,15 @@ def test_a_picture_is_decoded_within_a_budget(
     assert capped == pytest.approx([tiny_budget("decode", None), tiny_budget("decode", 128)])
     assert (whole == expected).all()
     assert 0 < np.abs(tiled - expected).mean() < 30
+
+
+def test_a_new_prompt_is_encoded_within_the_same_budget(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path
+) -> None:
+    flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
+    flags += ["--outdir", tmp_path / "drawn", "--num_steps", 1, "--max_sequence_length", 20, "--prompt", "unknown"]
+    result = script("inference", *flags, "--device", "cpu", "--vram_budget_gib", 0.9)  # enough to decode 64 px
+    assert result.code == 2
+    assert result.err == (
+        "error: T5 in fp32, one block at a time needs at least 1.01 GiB: type --vram_budget_gib 1.01\n"
+    )
