@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import (
     UserError,
@@ -133,18 +134,26 @@ def encode_missing(
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    config, model, device_config = parse_flags(
-        (EmbeddingConfig, ModelConfig, DeviceConfig), argv, "compute_embeddings.py", __doc__.splitlines()[0]
+    configs = parse_flags(
+        (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
+        argv,
+        "compute_embeddings.py",
+        __doc__.splitlines()[0],
     )
+    config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("compute_embeddings.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     device = choose_device(device_config.device)
+    budget = open_budget(budget_config, device)
+    if budget and not budget_config.plan:
+        budget.cap()
     files = ModelFiles(model)
 
     images, left_out = instance_images(folder, instance_prompt, config.recursive)
-    require_writable_folder(output_path.absolute().parent)
+    if not budget_config.plan:
+        require_writable_folder(output_path.absolute().parent)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
     roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
     identifier = report_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
@@ -154,8 +163,13 @@ def run(argv: Sequence[str] | None) -> None:
     existing = read_existing(output_path, config.overwrite)
     kept = existing.precision if existing else None
     plan = choose_text_encoder_plan(
-        files, device, config.max_sequence_length, config.t5_precision, config.t5_stream, kept
+        files, device, budget, config.max_sequence_length, config.t5_precision, config.t5_stream, kept
     )
+    predicted = plan.predicted_parts(files, budget) if budget else {}
+    if budget:
+        print(f"T5 in {describe_t5(plan)}: {sentence(predicted)}")
+    if budget_config.plan:
+        return
     provenance = files.provenance(TEXT_COMPONENTS, plan.t5_precision, config.max_sequence_length)
     difference = existing.difference(provenance, "max_sequence_length") if existing else None
     if difference:
@@ -182,7 +196,17 @@ def run(argv: Sequence[str] | None) -> None:
     count = write_embeddings(output_path, provenance, with_uses(rows(), roles, image_ids))
     parts.remove()
     size_mib = output_path.stat().st_size / 1024**2
-    save_run(output_path.with_suffix(".json"), (config, model, device_config), reports, wrote=str(output_path))
+    measured = budget.used_bytes(reports) if budget else 0
+    if missing and budget:
+        print(compared(sum(predicted.values()), measured))
+    save_run(
+        output_path.with_suffix(".json"),
+        configs,
+        reports,
+        wrote=str(output_path),
+        predicted_bytes=sum(predicted.values()),
+        measured_bytes=measured,
+    )
     print(f"wrote {output_path}: {count} prompts, {size_mib:.1f} MiB")
     print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3_lora.base_weights import load_transformer
+from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
 from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
 from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
@@ -23,9 +24,12 @@ from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
 from sd3_lora.memory import StageReport, memory_stage
+from sd3_lora.memory_plan import CLIP_TOKENS, DenoisingPlan, DenoisingShape, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
+from sd3_lora.streaming import stream_transformer
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+from sd3_lora.vae_tiles import choose_tile
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -73,6 +77,13 @@ class InferenceConfig:
     t5_stream: bool = field(default=False, metadata={"help": "Keep one T5 block at a time on the device."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    base_precision: Literal["16bit", "nf4", "auto"] = field(
+        default="16bit",
+        metadata={
+            "help": "Of the transformer's weights. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
+            "quarter of it and changes the picture; auto takes nf4 where 16bit does not fit on the device."
+        },
     )
     vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
 
@@ -148,6 +159,7 @@ def embed(
     config: InferenceConfig,
     length: int,
     device: torch.device,
+    budget: DeviceBudget | None,
     reports: list[StageReport],
 ) -> Embeddings:
     """Every prompt's `(S, D)` and `(P,)` float16 embeddings, read or computed."""
@@ -156,17 +168,41 @@ def embed(
     if not missing:
         print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
         return known
-    plan = choose_text_encoder_plan(files, device, length, config.t5_precision, config.t5_stream)
+    plan = choose_text_encoder_plan(files, device, budget, length, config.t5_precision, config.t5_stream)
     print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
     return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]
 
 
-def load_denoiser(files: ModelFiles, dtype: torch.dtype, device: torch.device, loras: Sequence[Lora]) -> Any:
+def plan_of(
+    files: ModelFiles,
+    config: InferenceConfig,
+    loras: Sequence[Lora],
+    latent_size: tuple[int, int],
+    text_tokens: int,
+    dtype: torch.dtype,
+    budget: DeviceBudget | None,
+) -> DenoisingPlan:
+    """Where the transformer's weights are kept."""
+    rows = config.batch_size * (2 if config.guidance > 1 else 1)
+    lora_bytes = sum(lora.path.stat().st_size for lora in loras)
+    shape = DenoisingShape(rows, latent_size, text_tokens, dtype, lora_bytes)
+    return plan_denoising(files, shape, budget, config.base_precision)
+
+
+def load_denoiser(
+    files: ModelFiles,
+    plan: DenoisingPlan,
+    latent_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    loras: Sequence[Lora],
+) -> Any:
     """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
-    transformer = load_transformer(files, device, dtype)
+    host_or_device = torch.device("cpu") if plan.streamed else device
+    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -185,6 +221,8 @@ def load_denoiser(files: ModelFiles, dtype: torch.dtype, device: torch.device, l
         transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
+    if plan.streamed:
+        stream_transformer(transformer, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -245,21 +283,29 @@ def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFil
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    config, model, device_config = parse_flags(
-        (InferenceConfig, ModelConfig, DeviceConfig), argv, "inference.py", __doc__.splitlines()[0]
+    configs = parse_flags(
+        (InferenceConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "inference.py", __doc__.splitlines()[0]
     )
+    config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("inference.py")
     device = choose_device(device_config.device)
+    budget = open_budget(budget_config, device)
+    if budget and not budget_config.plan:
+        budget.cap()
     files = ModelFiles(model)
     loras = find_loras(config, model.is_miniature)
     prompts = find_prompts(config, loras, model.is_miniature)
     outdir = Path(config.outdir)
-    require_writable_folder(outdir)
+    if not budget_config.plan:
+        require_writable_folder(outdir)
     height, width = (size_px(getattr(config, flag), flag, loras, files) for flag in ("height", "width"))
     trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
     length = config.max_sequence_length or trained_length or 77
     chosen = choose_training_dtype(config.mixed_precision, device)
+    channels, vae_scale = files.latent_channels_and_scale()
+    latent_size = (height // vae_scale, width // vae_scale)
+    plan = plan_of(files, config, loras, latent_size, CLIP_TOKENS + length, chosen.dtype, budget)
     settings = {
         "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
         "lora": [lora.identity() for lora in loras],
@@ -270,22 +316,27 @@ def run(argv: Sequence[str] | None) -> None:
         "width": width,
         "seed": config.seed,
         "max_sequence_length": length,
-        "precision": chosen.name,
+        "precision": chosen.name + (f", base {plan.base_precision}" if plan.base_precision else ""),
         "vae_precision": config.vae_precision,
     }
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [plan for plan in plans if not plan.is_drawn()]
     print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
+    if to_draw or budget_config.plan:
+        tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
+        if budget:
+            print(f"transformer in {chosen.name}, {plan.sentence()}: {sentence(plan.parts)}")
+            print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
+    if budget_config.plan:
+        return
     reports: list[StageReport] = []
     if to_draw:
         wanted = list(dict.fromkeys([*(plan.prompt for plan in to_draw), config.negative_prompt]))
-        embeddings = embed(wanted, files, config, length, device, reports)
+        embeddings = embed(wanted, files, config, length, device, budget, reports)
 
         with memory_stage(f"denoise ({chosen.name})", device, reports):
-            channels, vae_scale = files.latent_channels_and_scale()
-            pipeline = load_denoiser(files, chosen.dtype, device, loras)
-            shape = (channels, height // vae_scale, width // vae_scale)
-            latents = denoise(pipeline, to_draw, embeddings, config, shape)
+            pipeline = load_denoiser(files, plan, latent_size, chosen.dtype, device, loras)
+            latents = denoise(pipeline, to_draw, embeddings, config, (channels, *latent_size))
             del pipeline
 
         with memory_stage(f"decode ({config.vae_precision})", device, reports):
@@ -295,10 +346,16 @@ def run(argv: Sequence[str] | None) -> None:
                 torch_dtype=DTYPES[config.vae_precision],
                 use_safetensors=True,
             ).to(device)
+            tile.apply(vae)
             decode_and_save(vae, to_draw, latents)
             del vae
 
-    save_run(outdir / "run.json", (config, model, device_config), reports, wrote=f"{len(to_draw)} pictures in {outdir}")
+    memory: dict[str, Any] = {}
+    if budget and to_draw:  # of the last two stages: what encoding took, it has told
+        predicted = max(plan.peak_bytes, sum(tile.predicted_parts(budget).values()))
+        memory = {"predicted_bytes": predicted, "measured_bytes": budget.used_bytes(reports[-2:])}
+        print(compared(predicted, memory["measured_bytes"]))
+    save_run(outdir / "run.json", configs, reports, **memory, wrote=f"{len(to_draw)} pictures in {outdir}")
     print(f"wrote {len(to_draw)} pictures to {outdir}")
 
 

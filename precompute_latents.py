@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
@@ -25,6 +26,7 @@ from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior
+from sd3_lora.vae_tiles import VaeTile, choose_tile
 
 import torch
 from diffusers import AutoencoderKL
@@ -66,7 +68,8 @@ class LatentConfig:
         metadata={"help": "Of the VAE and of the stored posteriors. Default: that of an existing cache, else fp32."},
     )
     vae_batch_size: int | None = field(
-        default=None, metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels."}
+        default=None,
+        metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels, and fit."},
     )
     output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
@@ -76,7 +79,7 @@ class LatentConfig:
             raise ValueError("--num_crops and --vae_batch_size must be at least 1")
 
     def batch_size(self, resolution: int) -> int:
-        """Crops in one forward: by default what takes the memory of one 1024 px crop, and at most 16."""
+        """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""
         return self.vae_batch_size or max(1, min(16, (1024 // resolution) ** 2))
 
     @property
@@ -103,7 +106,7 @@ def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: 
 
 
 def prefetch(
-    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache
+    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache, batch_size: int
 ) -> Iterator[list[Crop]]:
     """Each picture's missing crops, decoded a few pictures ahead in threads (Pillow releases the lock)."""
 
@@ -111,7 +114,7 @@ def prefetch(
         return decode(image, config, resolution, cache.variants(image.image_id))
 
     with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        ahead = 2 * config.batch_size(resolution)
+        ahead = 2 * batch_size
         futures = deque(pool.submit(one, image) for image in images[:ahead])
         for index in range(len(images)):
             crops = futures.popleft().result()
@@ -176,6 +179,7 @@ def encode_missing(
     resolution: int,
     cache: LatentCache,
     device: torch.device,
+    tile: VaeTile,
 ) -> int:
     """Encodes what the cache lacks, picture by picture, each file written whole; returns how many crops."""
     vae = AutoencoderKL.from_pretrained(
@@ -184,7 +188,8 @@ def encode_missing(
         torch_dtype=DTYPES[cache.wanted.precision],
         use_safetensors=True,
     ).to(device)
-    count, batch_size = 0, config.batch_size(resolution)
+    tile.apply(vae)
+    count, batch_size = 0, tile.batch_size
 
     def encode_group(group: list[list[Crop]]) -> None:
         crops = [crop for picture in group for crop in picture]
@@ -196,8 +201,8 @@ def encode_missing(
             cache.add(image, size, [p for p in posteriors if p.image_id == image.image_id])
 
     group: list[list[Crop]] = []
-    pictures = tqdm(prefetch(images, config, resolution, cache), total=len(images), desc="pictures", leave=False)
-    for picture in pictures:
+    pictures = prefetch(images, config, resolution, cache, batch_size)
+    for picture in tqdm(pictures, total=len(images), desc="pictures", leave=False):
         group.append(picture)
         count += len(picture)
         if sum(map(len, group)) >= batch_size:
@@ -245,39 +250,63 @@ def incomplete(
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    config, model, device_config = parse_flags(
-        (LatentConfig, ModelConfig, DeviceConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
+    configs = parse_flags(
+        (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
     )
+    config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("precompute_latents.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     device = choose_device(device_config.device)
+    budget = open_budget(budget_config, device)
+    if budget and not budget_config.plan:
+        budget.cap()
     files = ModelFiles(model)
     resolution = files.resolution(config.resolution)
     images, left_out = instance_images(folder, instance_prompt or "", config.recursive)
-    require_writable_folder(output_path)
+    if not budget_config.plan:
+        require_writable_folder(output_path)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
     for path in left_out:
         print(f"left out: {path}")
 
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
-    cache.remove_unfinished()
+    if not budget_config.plan:
+        cache.remove_unfinished()
     discarded = outdated(images, cache) if config.overwrite else set()
     missing = incomplete(images, config, resolution, cache, discarded)
     print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
     reports: list[StageReport] = []
-    count = 0
+    count, predicted = 0, {}
+    if missing or budget_config.plan:
+        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
+        tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        if budget:
+            predicted = tile.predicted_parts(budget)
+            print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
+    if budget_config.plan:
+        return
     if missing:
         missing = check_all_decode(missing, config)
     for path in discarded:  # not before all that is to replace them is known to decode
         path.unlink()
     if missing:
         with memory_stage("encode pictures", device, reports):
-            count = encode_missing(files, missing, config, resolution, cache, device)
+            count = encode_missing(files, missing, config, resolution, cache, device, tile)
 
-    save_run(output_path / "run.json", (config, model, device_config), reports, wrote=f"{count} crops in {output_path}")
+    measured = budget.used_bytes(reports) if budget else 0
+    if missing and budget:
+        print(compared(sum(predicted.values()), measured))
+    save_run(
+        output_path / "run.json",
+        configs,
+        reports,
+        wrote=f"{count} crops in {output_path}",
+        predicted_bytes=sum(predicted.values()),
+        measured_bytes=measured,
+    )
     print(f"wrote {count} crops of {len(missing)} pictures to {output_path}")
     after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
     after["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
@@ -286,7 +315,9 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv, "--vae_batch_size 1, --vae_precision fp16 or a lower --resolution")
+    return exit_code(
+        run, argv, "--vae_batch_size 1, --vae_precision fp16, a lower --vram_budget_gib or a lower --resolution"
+    )
 
 
 if __name__ == "__main__":

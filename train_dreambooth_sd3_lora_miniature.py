@@ -48,7 +48,7 @@ from sd3_lora.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.memory import GIB, StageReport, memory_stage
-from sd3_lora.memory_plan import StepShape, TrainingPlan, plain_plan, plan_training
+from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import TrainingBatch
@@ -421,13 +421,13 @@ def make_plan(
     return plan_training(files, shape, budget, run.base_precision, run.gradient_checkpointing, processes == 1)
 
 
-def text_tokens_of(data: DataConfig, clip_tokens: int = 77) -> int:
+def text_tokens_of(data: DataConfig) -> int:
     """The tokens of a prompt, before anything else of the data is looked at: as asked for, as embedded, or 77 + 77."""
     length = data.max_sequence_length
     if length is None and Path(data.data_df_path).is_file():
         with EmbeddingStore(Path(data.data_df_path)) as store:
             length = store.provenance.size
-    return clip_tokens + (length or 77)
+    return CLIP_TOKENS + (length or 77)
 
 
 def choose_seed(run: RunConfig, checkpoint: Path | None, accelerator: Accelerator) -> int:

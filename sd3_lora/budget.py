@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sd3_lora.command_line import UserError
@@ -61,11 +62,16 @@ class DeviceBudget:
             whole = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
 
-    def used_bytes(self, reports: Sequence[StageReport]) -> int:
-        """The most that was taken in some stages: CUDA's own and what the allocator held; 0 on a CPU."""
+    def used_bytes(self, stages: Iterable[StageReport] = ()) -> int:
+        """The most that this process took: CUDA's own and the most that the allocator held; 0 on a CPU.
+
+        Args:
+            stages: those that are over, since each of them has the allocator count its peak anew.
+        """
         if self.device.type != "cuda":
             return 0
-        return self.context_bytes + int(GIB * max((report.peak_reserved_gib for report in reports), default=0.0))
+        peaks = [int(stage.peak_reserved_gib * GIB) for stage in stages]
+        return self.context_bytes + max(torch.cuda.max_memory_reserved(self.device), *peaks, 0)
 
 
 def open_budget(config: BudgetConfig, device: torch.device) -> DeviceBudget | None:
@@ -100,6 +106,23 @@ def sentence(parts: Mapping[str, int]) -> str:
     """Predicted parts and their sum: "weights 3.91 + activations 0.60 = 4.51 GiB"."""
     shown = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     return f"{shown} = {sum(parts.values()) / GIB:.2f} GiB"
+
+
+def compared(predicted_bytes: int, measured_bytes: int) -> str:
+    """A prediction beside what came of it; 0 bytes measured means that there is no GPU to measure."""
+    measured = f"measured {measured_bytes / GIB:.2f}" if measured_bytes else "not measured: no GPU"
+    return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
+
+
+def too_small(what: str, needed_bytes: int) -> UserError:
+    """The refusal of a budget that nothing fits, with the smallest that would do.
+
+    Args:
+        what: needs it, in the singular: "encoding a picture".
+        needed_bytes: at the least, CUDA's own included.
+    """
+    gib = math.ceil((needed_bytes + 1) * 100 / GIB) / 100  # rounded up: what is typed must suffice
+    return UserError(f"{what} needs at least {gib:.2f} GiB: type --vram_budget_gib {gib:.2f}")
 
 
 def _largest() -> int:

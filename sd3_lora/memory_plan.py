@@ -30,6 +30,7 @@ from sd3_lora.tensor_files import TensorFiles
 import torch
 from diffusers import SD3Transformer2DModel
 
+CLIP_TOKENS = 77  # of SD3's CLIPs; T5's tokens follow them
 AskedPrecision = Literal["16bit", "nf4", "auto"]
 _PRECISIONS: dict[AskedPrecision, list[BasePrecision | None]] = {
     "16bit": [None],

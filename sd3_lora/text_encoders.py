@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from sd3_lora.budget import DeviceBudget, too_small
 from sd3_lora.command_line import UserError
 from sd3_lora.devices import DTYPES
 from sd3_lora.memory import GIB, StageReport, memory_stage
@@ -18,7 +19,7 @@ from sd3_lora.tensor_files import TensorFiles
 
 import psutil
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from tqdm import tqdm
 from transformers import (
@@ -32,7 +33,8 @@ from transformers import (
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
-_MARGIN_GIB = 0.5  # activations and fragmentation beside the weights
+# Fragmentation, cuBLAS' workspace, and what the conversion of one weight takes for a moment.
+_MARGIN_BYTES = GIB // 4
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -42,7 +44,7 @@ class TextEncoderPlan:
 
     Attributes:
         t5_precision: of T5's weights; fp16 keeps the `wo` projections in fp32, where its activations overflow fp16.
-        t5_stream: whether T5's blocks visit the device one at a time.
+        t5_stream: whether T5's blocks visit the device one at a time; the layers of the CLIPs then do so too.
         max_sequence_length: T5 tokens, 1 to 512.
         device: where they run.
     """
@@ -57,10 +59,19 @@ class TextEncoderPlan:
         """The CLIPs run in fp16 on a GPU, unless T5 is to be exact; a CPU has no fast fp16."""
         return torch.float32 if self.t5_precision == "fp32" or self.device.type == "cpu" else torch.float16
 
+    def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
+        """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
+        return {
+            "CUDA": budget.context_bytes,
+            "text encoder": encoder_bytes(files, self),
+            "working memory": working_bytes(files, self),
+        }
+
 
 def choose_text_encoder_plan(
     files: ModelFiles,
     device: torch.device,
+    budget: DeviceBudget | None,
     max_sequence_length: int,
     asked: T5Precision | None,
     stream: bool,
@@ -72,6 +83,7 @@ def choose_text_encoder_plan(
     Args:
         files: the model.
         device: where to run.
+        budget: what may be used of the device; None, on a CPU alone, for the memory that is available.
         max_sequence_length: T5 tokens.
         asked: `--t5_precision`, None for the default: the `kept` one, else int8 on a GPU and fp32 on a CPU.
         stream: `--t5_stream`.
@@ -79,7 +91,8 @@ def choose_text_encoder_plan(
         say: told why the plan differs from the default.
 
     Raises:
-        UserError: a quantized T5 cannot be streamed; a length that T5 was not trained for.
+        UserError: a quantized T5 cannot be streamed; a length that T5 was not trained for; a budget that not even
+            streaming fits.
     """
     if not 1 <= max_sequence_length <= 512:
         raise UserError(f"--max_sequence_length {max_sequence_length} is not between 1 and 512: type 77 or 256")
@@ -87,38 +100,91 @@ def choose_text_encoder_plan(
     if stream and precision in ("int8", "nf4"):
         raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
     plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
-    if stream:
-        return plan
-    needed = t5_device_bytes(files, precision) + _MARGIN_GIB * GIB
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if needed <= free:
-        return plan
-    shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
-    if precision == "int8":
-        exact: T5Precision = "fp16" if on_gpu else "fp32"
-        say(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
-        return replace(plan, t5_precision=exact, t5_stream=True)
-    if precision in ("fp16", "fp32"):  # the same numbers; also what goes on with a file that was streamed before
-        say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
-        return replace(plan, t5_stream=True)
-    raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
+    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    if not stream:
+        needed = encoder_bytes(files, plan) + working_bytes(files, plan)
+        if needed <= free:
+            return plan
+        shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are left for it"
+        if precision == "nf4":
+            raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
+        if precision == "int8":
+            exact: T5Precision = "fp16" if device.type == "cuda" else "fp32"
+            say(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
+            plan = replace(plan, t5_precision=exact, t5_stream=True)
+        else:  # the same numbers; also what goes on with a file that was streamed before
+            say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
+            plan = replace(plan, t5_stream=True)
+    if budget:
+        parts = plan.predicted_parts(files, budget)
+        if sum(parts.values()) > budget.total_bytes:
+            raise too_small(f"T5 in {describe_t5(plan)}", sum(parts.values()))
+    return plan
+
+
+def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """The most weights that are on the device at once, from the shapes in the files' headers.
+
+    Of encoders that are resident, the largest encoder; of streamed ones, T5's largest block or a CLIP's largest matrix.
+    """
+    largest = (
+        t5_streamed_bytes(files, plan.t5_precision) if plan.t5_stream else t5_device_bytes(files, plan.t5_precision)
+    )
+    for component in ("text_encoder", "text_encoder_2"):
+        files.component(component)
+        with TensorFiles(files.weight_files(component)) as weights:
+            sizes = [plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()]
+        largest = max(largest, max(sizes) if plan.t5_stream else sum(sizes))
+    return largest
+
+
+def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """What a batch takes beside the weights: `BATCH_SIZE` prompts of T tokens in T5; the CLIPs are smaller in all.
+
+    Of the attention, three matrices of scores `(B, heads, T, T)` (scores, their softmax, the position bias); of the
+    feed-forward layer, eight of `(B, T, d_ff)` (two projections, their product, a float32 copy of it before `wo`, and
+    the terms of the GELU); the two are not there at the same time. Four hidden states `(B, T, D)` are, and a margin.
+    """
+    config = files.read_config("text_encoder_3")
+    size = 4 if plan.t5_precision == "fp32" else 2
+    tokens = BATCH_SIZE * plan.max_sequence_length
+    attention = 3 * size * tokens * config["num_heads"] * plan.max_sequence_length
+    feed_forward = 8 * size * tokens * config["d_ff"]
+    return max(attention, feed_forward) + 4 * 4 * tokens * config["d_model"] + _MARGIN_BYTES
 
 
 def t5_device_bytes(files: ModelFiles, precision: str) -> int:
     """What T5's weights take on the device, from the shapes in its files' headers."""
+    return sum(_t5_tensor_bytes(files, precision).values())
+
+
+def t5_streamed_bytes(files: ModelFiles, precision: str) -> int:
+    """What T5's largest block takes on the device, and its largest weight a second time, while that is converted."""
+    blocks: dict[str, int] = {}
+    largest = 0
+    for key, size in _t5_tensor_bytes(files, precision).items():
+        if key.startswith("encoder.block."):
+            index = key.split(".")[2]
+            blocks[index] = blocks.get(index, 0) + size
+            largest = max(largest, size)
+    return max(blocks.values()) + largest
+
+
+def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
+    """By name, what each of T5's weights takes on the device."""
     per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
-    total = 0.0
     files.component("text_encoder_3")  # downloaded now, if need be: without its files nothing would seem to fit
+    sizes = {}
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
         for key, shape in weights.shapes().items():
             if key.endswith(".wo.weight"):
-                total += 4 * shape.numel()  # kept in fp32 whatever the precision
+                each = 4.0  # kept in fp32 whatever the precision
             elif "block" in key and "norm" not in key and "bias" not in key:
-                total += per_weight * shape.numel()
+                each = per_weight
             else:
-                total += max(per_weight, 2.0) * shape.numel()
-    return int(total)
+                each = max(per_weight, 2.0)
+            sizes[key] = int(each * shape.numel())
+    return sizes
 
 
 @torch.no_grad()
@@ -142,7 +208,7 @@ def encode_prompts(
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
             tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
-            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens)
+            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens, plan.device)
             clip_hidden.append(to_float16(outputs[0], prompts, name))
             pooled.append(to_float16(outputs[1], prompts, name))
             del encoder, outputs
@@ -204,19 +270,26 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
 
 
 def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
-    """One CLIP text encoder, on the plan's device."""
-    return CLIPTextModelWithProjection.from_pretrained(
+    """One CLIP text encoder: on the plan's device, or, where T5 is streamed, one layer at a time on it."""
+    encoder = CLIPTextModelWithProjection.from_pretrained(
         files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
-    ).to(plan.device)
+    )
+    if plan.t5_stream:
+        return cpu_offload(encoder, execution_device=plan.device)
+    return encoder.to(plan.device)
 
 
 def encode_clip(
-    encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int
+    encoder: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    length: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The penultimate hidden states `(N, 77, d)` and the pooled projections `(N, p)` on the CPU."""
     hidden, pooled = [], []
     for ids in batches(tokenize(tokenizer, prompts, length)):
-        output = encoder(ids.to(encoder.device), output_hidden_states=True)
+        output = encoder(ids.to(device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2].cpu())
         pooled.append(output.text_embeds.cpu())
     return torch.cat(hidden), torch.cat(pooled)

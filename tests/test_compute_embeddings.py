@@ -10,10 +10,12 @@ from typing import Any
 
 import compute_embeddings
 from sd3_lora import text_encoders
+from sd3_lora.budget import DeviceBudget
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
+from sd3_lora.memory import GIB
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
-from sd3_lora.text_encoders import encode_prompts
+from sd3_lora.text_encoders import TextEncoderPlan, encode_prompts, encoder_bytes, working_bytes
 
 import pytest
 import torch
@@ -378,3 +380,67 @@ def test_another_format_is_refused(embed: Callable[..., Result], monkeypatch: py
     provenance = ModelFiles.provenance
     monkeypatch.setattr(ModelFiles, "provenance", lambda *args: replace(provenance(*args), format_version=2))
     assert refused(embed(), "was made with file format 1, not 2: add --overwrite")
+
+
+# Within a budget
+
+
+@pytest.fixture
+def streamed_gib(tiny_sd3: Path) -> float:
+    """What just fits the encoders one block at a time: CUDA's 0.75 GiB, a margin of 0.25, and little else."""
+    plan = TextEncoderPlan("fp32", True, 20, torch.device("cpu"))
+    files = ModelFiles(ModelConfig(str(tiny_sd3)))
+    return 0.75 + (encoder_bytes(files, plan) + working_bytes(files, plan) + 1000) / GIB
+
+
+def test_a_budget_too_small_for_t5_streams_all_encoders_to_the_same_numbers(
+    embed: Callable[..., Result], out: Path, tmp_path: Path, streamed_gib: float
+) -> None:
+    assert embed("--t5_precision", "fp32").code == 0
+    assert json.loads(out.with_suffix(".json").read_text())["predicted_bytes"] == 0
+    expected = read_rows(out)
+    assert embed("--overwrite", "--vram_budget_gib", 2).code == 0
+    out.rename(tmp_path / "resident.parquet")
+    assert bit_equal(read_rows(tmp_path / "resident.parquet"), expected)
+    result = embed("--vram_budget_gib", streamed_gib)
+    assert result.code == 0
+    assert (
+        "T5 in fp32, one block at a time: CUDA 0.75 + text encoder 0.00 + working memory 0.25 = 1.00 GiB" in result.out
+    )
+    assert "peak: predicted 1.00 GiB, not measured: no GPU" in result.out
+    saved = json.loads(out.with_suffix(".json").read_text())
+    assert saved["predicted_bytes"] == pytest.approx(streamed_gib * GIB, abs=2000)
+    assert saved["measured_bytes"] == 0
+    assert saved["flags"]["vram_budget_gib"] == streamed_gib
+    assert bit_equal(read_rows(out), expected)
+
+
+def test_a_budget_that_nothing_fits_is_one_sentence(embed: Callable[..., Result], out: Path) -> None:
+    result = embed("--vram_budget_gib", 0.9)
+    assert refused(result, "one block at a time needs at least 1.01 GiB: type --vram_budget_gib 1.01")
+    assert not out.exists()
+
+
+def test_a_plan_loads_and_writes_nothing(
+    embed: Callable[..., Result], tmp_path: Path, streamed_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> Any:
+        raise AssertionError("an encoder is loaded")
+
+    for name in ("load_clip", "load_t5", "encode_t5_streamed"):
+        monkeypatch.setattr(text_encoders, name, load)
+    monkeypatch.setattr(DeviceBudget, "cap", load)
+    result = embed("--plan", "--output_path", tmp_path / "folder" / "out.parquet")
+    assert result.code == 0
+    assert result.out.splitlines()[-1].startswith("T5 in fp32: CUDA 0.75 + text encoder 0.0")
+    assert "one block at a time: CUDA 0.75" in embed("--plan", "--vram_budget_gib", streamed_gib).out
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures"}
+
+
+def test_the_allocator_is_capped_before_anything_is_loaded(
+    embed: Callable[..., Result], encoded: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capped: list[tuple[int, int]] = []
+    monkeypatch.setattr(DeviceBudget, "cap", lambda self: capped.append((self.total_bytes, len(encoded))))
+    assert embed("--vram_budget_gib", 2).code == 0
+    assert capped == [(2 * GIB, 0)]

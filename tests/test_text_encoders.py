@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from sd3_lora import text_encoders
+from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget
 from sd3_lora.command_line import UserError
 from sd3_lora.memory import GIB, StageReport
 from sd3_lora.model_files import ModelConfig, ModelFiles
@@ -16,13 +18,18 @@ from sd3_lora.text_encoders import (
     BATCH_SIZE,
     TextEncoderPlan,
     choose_text_encoder_plan,
+    encode_clip,
     encode_prompts,
     encode_t5_streamed,
+    encoder_bytes,
+    load_clip,
     load_t5,
     report_identifier,
     t5_device_bytes,
+    t5_streamed_bytes,
     to_float16,
     tokenize,
+    working_bytes,
 )
 
 import psutil
@@ -189,6 +196,44 @@ def test_a_streamed_block_leaves_the_device_before_the_next_comes(
     assert resident_blocks == [1] * len(blocks) * 2  # two batches through each of three blocks
 
 
+@torch.no_grad()
+def test_a_streamed_clip_is_off_the_device_between_its_layers_and_equals_the_resident_one_bit_for_bit(
+    files: ModelFiles,
+) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(files.component("tokenizer_2"))
+    whole = load_clip(files, "text_encoder_2", plan())
+    streamed = load_clip(files, "text_encoder_2", plan(stream=True))
+    assert {p.device.type for p in whole.parameters()} == {"cpu"}
+    assert {p.device.type for p in streamed.parameters()} == {"meta"}
+    expected = encode_clip(whole, tokenizer, PROMPTS, 77, CPU)
+    resident_layers: list[int] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: resident_layers.append(sum(p.device.type != "meta" for p in streamed.parameters()))
+    )
+    try:
+        found = encode_clip(streamed, tokenizer, PROMPTS, 77, CPU)
+    finally:
+        handle.remove()
+    assert max(resident_layers) <= 2  # a weight and its bias
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[0].abs().sum() > 0
+
+
+def test_the_whole_streamed_stage_equals_the_resident_one_bit_for_bit(files: ModelFiles) -> None:
+    expected = encode_prompts(files, PROMPTS, plan(), [])
+    found = encode_prompts(files, PROMPTS, plan(stream=True), [])
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_the_bytes_of_a_streamed_block_are_known_beforehand(files: ModelFiles, precision: str) -> None:
+    block = load_t5(files, plan(precision)).encoder.block[0]  # the largest: it has the position bias
+    sizes = [p.numel() * p.element_size() for p in block.parameters()]
+    assert t5_streamed_bytes(files, precision) == sum(sizes) + max(sizes)
+
+
 # Precisions
 
 
@@ -235,84 +280,174 @@ def test_a_number_beyond_float16_names_its_prompt() -> None:
 # The plan
 
 
-@pytest.fixture
-def free_gib(monkeypatch: pytest.MonkeyPatch, files: ModelFiles) -> Any:
-    """`free_gib(x)`: the GPU has x GiB free beyond the 0.5 that are kept for activations."""
-
-    def set_free(beyond_margin: float) -> None:
-        free = int((0.5 + beyond_margin) * GIB)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * GIB))
-
-    return set_free
+CONTEXT = GIB // 2
+AMPLE = DeviceBudget(80 * GIB, CONTEXT, CUDA)
 
 
-def choose(files: ModelFiles, device: torch.device, *args: Any, length: int = 77) -> tuple[TextEncoderPlan, list[str]]:
+def budget_of(files: ModelFiles, precision: str, stream: bool, beyond: int = 0, device: torch.device = CUDA) -> Any:
+    """What a plan needs of a device, and `beyond` bytes more."""
+    wanted = TextEncoderPlan(precision, stream, 77, device)  # type: ignore[arg-type]
+    return DeviceBudget(CONTEXT + encoder_bytes(files, wanted) + working_bytes(files, wanted) + beyond, CONTEXT, device)
+
+
+def choose(
+    files: ModelFiles, device: torch.device, budget: DeviceBudget | None, *args: Any, length: int = 77
+) -> tuple[TextEncoderPlan, list[str]]:
     said: list[str] = []
-    return choose_text_encoder_plan(files, device, length, *args, say=said.append), said
+    return choose_text_encoder_plan(files, device, budget, length, *args, say=said.append), said
 
 
-def test_the_default_precision(files: ModelFiles, free_gib: Any) -> None:
-    free_gib(1)
-    assert choose(files, CPU, None, False) == (TextEncoderPlan("fp32", False, 77, CPU), [])
-    assert choose(files, CUDA, None, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
-    assert choose(files, CUDA, None, True) == (TextEncoderPlan("fp16", True, 77, CUDA), [])
-    assert choose(files, CUDA, None, False, "nf4") == (TextEncoderPlan("nf4", False, 77, CUDA), [])
-    assert choose(files, CUDA, "fp32", False, "nf4") == (TextEncoderPlan("fp32", False, 77, CUDA), [])
-    assert choose(files, CPU, None, True, "fp32") == (TextEncoderPlan("fp32", True, 77, CPU), [])
+def test_the_default_precision(files: ModelFiles) -> None:
+    assert choose(files, CPU, None, None, False) == (TextEncoderPlan("fp32", False, 77, CPU), [])
+    assert choose(files, CUDA, AMPLE, None, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
+    assert choose(files, CUDA, AMPLE, None, True) == (TextEncoderPlan("fp16", True, 77, CUDA), [])
+    assert choose(files, CUDA, AMPLE, None, False, "nf4") == (TextEncoderPlan("nf4", False, 77, CUDA), [])
+    assert choose(files, CUDA, AMPLE, "fp32", False, "nf4") == (TextEncoderPlan("fp32", False, 77, CUDA), [])
+    assert choose(files, CPU, None, None, True, "fp32") == (TextEncoderPlan("fp32", True, 77, CPU), [])
+
+
+@pytest.fixture
+def big_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
+    """SD3's own sizes, in the headers alone: T5-XXL's 24 blocks, and CLIP-G's 32 layers."""
+    shapes = {
+        "text_encoder": {"text_model.embeddings.token_embedding.weight": (49408, 768)},
+        "text_encoder_2": {
+            "text_model.embeddings.token_embedding.weight": (49408, 1280),
+            "text_projection.weight": (1280, 1280),
+            **{f"text_model.encoder.layers.{i}.self_attn.{w}.weight": (1280, 1280) for i in range(32) for w in "qkvo"},
+            **{f"text_model.encoder.layers.{i}.mlp.{w}.weight": (5120, 1280) for i in range(32) for w in ("a", "b")},
+        },
+        "text_encoder_3": {
+            "shared.weight": (32128, 4096),
+            **{f"encoder.block.{i}.layer.0.SelfAttention.{w}.weight": (4096, 4096) for i in range(24) for w in "qkvo"},
+            **{
+                f"encoder.block.{i}.layer.1.DenseReluDense.{w}.weight": (10240, 4096)
+                for i in range(24)
+                for w in ("wi_0", "wi_1", "wo")
+            },
+        },
+    }
+
+    class Headers:
+        def __init__(self, component: str):
+            self.component = component
+
+        def __enter__(self) -> Headers:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def shapes(self) -> dict[str, torch.Size]:
+            return {name: torch.Size(shape) for name, shape in shapes[self.component].items()}
+
+    monkeypatch.setattr(ModelFiles, "weight_files", lambda self, component: component)
+    monkeypatch.setattr(ModelFiles, "component", lambda self, component: None)
+    monkeypatch.setattr(
+        ModelFiles, "read_config", lambda self, component: {"num_heads": 64, "d_ff": 10240, "d_model": 4096}
+    )
+    monkeypatch.setattr(text_encoders, "TensorFiles", Headers)
+    return files
+
+
+def test_sd3_s_own_encoders_in_gib(big_files: ModelFiles) -> None:
+    def parts(precision: str, stream: bool, length: int = 77) -> list[float]:
+        chosen = TextEncoderPlan(precision, stream, length, CUDA)  # type: ignore[arg-type]
+        return [round(size / GIB, 2) for size in chosen.predicted_parts(big_files, AMPLE).values()]
+
+    # T5 in int8: 24 blocks of 4 matrices of 4096² and 2 of 4096 × 10240 in a byte, `wo` and `shared` in 4 and 2.
+    assert parts("int8", False) == [0.5, 7.37, 0.38]
+    assert parts("nf4", False) == [0.5, 5.89, 0.38]
+    assert parts("fp16", False) == [0.5, 10.75, 0.38]
+    assert parts("fp16", True) == [0.5, 0.59, 0.38]
+    assert parts("fp32", True) == [0.5, 0.88, 0.48]
+    # Of 512 tokens the scores are the larger part: 3 × 8 × 64 × 512² in fp16.
+    assert parts("fp16", True, 512) == [0.5, 0.59, 1.25]
+
+
+def test_more_memory_never_means_a_larger_step_down(big_files: ModelFiles) -> None:
+    """Streamed, then resident, and refused before both."""
+    seen = []
+    for quarter in range(3, 80):
+        budget = DeviceBudget(quarter * GIB // 4, CONTEXT, CUDA)
+        try:
+            chosen, _ = choose(big_files, CUDA, budget, None, False)
+        except UserError:
+            seen.append("refused")
+            continue
+        assert sum(chosen.predicted_parts(big_files, budget).values()) <= budget.total_bytes
+        seen.append("streamed" if chosen.t5_stream else "resident")
+    assert list(dict.fromkeys(seen)) == ["refused", "streamed", "resident"]
+    assert seen == sorted(seen, key=["refused", "streamed", "resident"].index)
 
 
 @pytest.mark.parametrize("asked", [None, "int8"])
-def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(
-    files: ModelFiles, free_gib: Any, asked: str | None
-) -> None:
-    free_gib(0.999 * t5_device_bytes(files, "int8") / GIB)
-    chosen, said = choose(files, CUDA, asked, False)
+def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(big_files: ModelFiles, asked: str | None) -> None:
+    chosen, said = choose(big_files, CUDA, budget_of(big_files, "int8", False, -1), asked, False)
     assert chosen == TextEncoderPlan("fp16", True, 77, CUDA)
     assert said == [
-        "T5 in int8 takes 0.5 GiB and 0.5 GiB are free: streaming it in fp16, one block at a time (--t5_stream)"
+        "T5 in int8 takes 7.8 GiB and 7.8 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
     ]
-    free_gib(1.001 * t5_device_bytes(files, "int8") / GIB)
-    assert choose(files, CUDA, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
+    enough = budget_of(big_files, "int8", False)
+    assert choose(big_files, CUDA, enough, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_a_streamed_file_goes_on_streamed_where_the_whole_does_not_fit(
-    files: ModelFiles, free_gib: Any, precision: str
-) -> None:
-    free_gib(0)
-    chosen, said = choose(files, CUDA, None, False, precision)  # as on the second run of a small GPU
+def test_a_streamed_file_goes_on_streamed_where_the_whole_does_not_fit(big_files: ModelFiles, precision: str) -> None:
+    # As on the second run of a small GPU.
+    chosen, said = choose(big_files, CUDA, budget_of(big_files, precision, False, -1), None, False, precision)
     assert chosen == TextEncoderPlan(precision, True, 77, CUDA)  # type: ignore[arg-type]
     assert len(said) == 1
     assert "streaming it, one block at a time" in said[0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_not_even_streaming_fits_is_told_the_smallest_budget_that_would(
+    big_files: ModelFiles, stream: bool
+) -> None:
+    short = budget_of(big_files, "fp16", True, -1)
+    with pytest.raises(UserError) as caught:
+        choose(big_files, CUDA, short, "fp16", stream)
+    assert str(caught.value) == ("T5 in fp16, one block at a time needs at least 1.48 GiB: type --vram_budget_gib 1.48")
+    typed = open_budget(BudgetConfig(1.48), CPU)
+    assert typed
+    enough = DeviceBudget(typed.total_bytes, CONTEXT, CUDA)
+    assert choose(big_files, CUDA, enough, "fp16", stream)[0] == TextEncoderPlan("fp16", True, 77, CUDA)
+
+
+def test_a_budget_decides_on_a_cpu_too(files: ModelFiles) -> None:
+    budget = budget_of(files, "fp32", False, device=CPU)
+    assert choose(files, CPU, budget, None, False)[0] == TextEncoderPlan("fp32", False, 77, CPU)
+    less = replace(budget, total_bytes=budget.total_bytes - 1)
+    assert choose(files, CPU, less, None, False)[0] == TextEncoderPlan("fp32", True, 77, CPU)
+
+
 def test_on_a_cpu_the_free_host_memory_decides(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """T5-XXL in fp32 takes 18 GiB: more than most machines without a GPU have free."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.5 * GIB)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(0.25 * GIB)))
     for asked in (None, "fp32", "int8"):
-        chosen, said = choose(files, CPU, asked, False)
+        chosen, said = choose(files, CPU, None, asked, False)
         assert chosen == TextEncoderPlan("fp32", True, 77, CPU)
         assert "one block at a time" in said[0]
 
 
-def test_nf4_that_does_not_fit_is_an_error(files: ModelFiles, free_gib: Any) -> None:
-    free_gib(0)
-    with pytest.raises(UserError, match=r"T5 in nf4 takes .* are free: type --t5_precision fp16 --t5_stream"):
-        choose(files, CUDA, "nf4", False)
+def test_nf4_that_does_not_fit_is_an_error(big_files: ModelFiles) -> None:
+    with pytest.raises(UserError, match=r"T5 in nf4 takes .* left for it: type --t5_precision fp16 --t5_stream"):
+        choose(big_files, CUDA, budget_of(big_files, "nf4", False, -1), "nf4", False)
 
 
-def test_t5_is_downloaded_before_its_size_is_compared(
-    files: ModelFiles, free_gib: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_encoders_are_downloaded_before_their_size_is_compared(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    budget = budget_of(files, "int8", False, -1)
     downloaded: list[str] = []
     component, weight_files = ModelFiles.component, ModelFiles.weight_files
     monkeypatch.setattr(ModelFiles, "component", lambda self, name: downloaded.append(name) or component(self, name))
     monkeypatch.setattr(
         ModelFiles, "weight_files", lambda self, name: weight_files(self, name) if name in downloaded else []
     )
-    free_gib(0)
-    chosen, said = choose(files, CUDA, None, False)
-    assert downloaded == ["text_encoder_3"]
+    chosen, said = choose(files, CUDA, budget, None, False)
+    assert set(downloaded) == {"text_encoder", "text_encoder_2", "text_encoder_3"}
     assert chosen.t5_stream
     assert said
 
@@ -320,14 +455,14 @@ def test_t5_is_downloaded_before_its_size_is_compared(
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 def test_a_quantized_t5_cannot_be_streamed(files: ModelFiles, precision: str) -> None:
     with pytest.raises(UserError, match=f"not {precision}: add --t5_precision fp16"):
-        choose(files, CPU, precision, True)
+        choose(files, CPU, None, precision, True)
 
 
 @pytest.mark.parametrize("length", [0, 513, -1])
 def test_a_length_that_t5_cannot_take(files: ModelFiles, length: int) -> None:
     with pytest.raises(UserError, match=f"--max_sequence_length {length} is not between 1 and 512: type 77"):
-        choose(files, CPU, None, False, length=length)
-    assert [choose(files, CPU, None, False, length=n)[0].max_sequence_length for n in (1, 512)] == [1, 512]
+        choose(files, CPU, None, None, False, length=length)
+    assert [choose(files, CPU, None, None, False, length=n)[0].max_sequence_length for n in (1, 512)] == [1, 512]
 
 
 def test_the_clips_are_fp16_on_a_gpu_unless_t5_is_exact() -> None:
