@@ -418,7 +418,9 @@ def make_plan(
         dtype,
         flags.optimizer.use_8bit_adam,
     )
-    return plan_training(files, shape, budget, run.base_precision, run.gradient_checkpointing, processes == 1)
+    plan = [plan_training(files, shape, budget, run.base_precision, run.gradient_checkpointing, processes == 1)]
+    broadcast_object_list(plan)  # by the first rank's GPU: all are to compute with the same numbers
+    return plan[0]
 
 
 def text_tokens_of(data: DataConfig) -> int:
@@ -503,7 +505,6 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 
-    checkpoint = resume_point(flags.run, output_dir)
     files = ModelFiles(flags.model)
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
@@ -513,6 +514,7 @@ def run(argv: Sequence[str] | None) -> None:
         say(f"plan: {plan.sentence()}\npredicted peak: {sentence(plan.parts)}")
     if flags.budget.plan:
         return
+    checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data, store = open_data(stage_one, output_dir, accelerator)
     seed = choose_seed(flags.run, checkpoint, accelerator)

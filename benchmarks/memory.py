@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,10 +35,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.budget import driver_bytes
+from sd3_lora.devices import choose_device
 from sd3_lora.embedding_store import write_embeddings
 from sd3_lora.images import crop_boxes
 from sd3_lora.latent_cache import LatentCache
-from sd3_lora.memory import GIB, PeakSampler
+from sd3_lora.memory import GIB, PeakSampler, free_memory
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
 
@@ -135,6 +137,8 @@ def model_folder(models: Path, name: str) -> Path:
     """The model, made now if it is not there."""
     folder = models / name
     if not (folder / "model_index.json").is_file():
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
         random_sd3.save(name, folder, ["transformer", "vae"])
         for resolution in SIZES_PX:
             fabricate_stage_one(folder, resolution)
@@ -184,8 +188,32 @@ def noise_picture(models: Path, resolution: int) -> Path:
     return folder
 
 
+def hollow_model(models: Path, name: str) -> Path:
+    """A model whose transformer's file has its header, and holes for weights: enough for --plan."""
+    folder = models / f"hollow-{name}"
+    if not (folder / "model_index.json").is_file():
+        random_sd3.save(name, folder, [])
+        with torch.device("meta"):
+            transformer = random_sd3.make_transformer(name)
+        shutil.rmtree(folder / "transformer")
+        transformer.save_config(folder / "transformer")
+        header: dict[str, Any] = {}
+        size = 0
+        for key, tensor in transformer.state_dict().items():
+            end = size + 2 * tensor.numel()
+            header[key] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [size, end]}
+            size = end
+        text = json.dumps(header).encode()
+        with (folder / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + size)
+    return folder
+
+
 def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
     """Runs the script once; what it said of its memory and time."""
+    if "--plan" in case.flags:
+        return plan_case(case, hollow_model(models, case.model), device)
     model = model_folder(models, case.model)
     embeddings, latents = fabricate_stage_one(model, case.resolution)
     output = models / f"output-{os.getpid()}"
@@ -202,6 +230,7 @@ def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
         words += ["--output_dir", output, "--max_train_steps", case.steps, "--use_8bit_adam", "--report_to", "none"]
     words += ["--device", device, *case.flags]
     out, err = io.StringIO(), io.StringIO()
+    free_memory(choose_device(device))  # what the last row left in the allocator's cache would be counted
     before, start = driver_before(), time.perf_counter()
     with (
         PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.2) as sampler,
@@ -214,10 +243,6 @@ def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
     row["plan"] = (re.findall(r"^plan: (.*)$", said, re.MULTILINE) or [None])[0]
     if code:
         return row | {"failed": err.getvalue().strip().splitlines()[-1]}
-    predicted = re.findall(r"^predicted peak: .* = ([\d.]+) GiB$", said, re.MULTILINE)
-    row["predicted_gib"] = float(predicted[0]) if predicted else None
-    if not (output / "run.json").is_file():  # --plan
-        return row
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     if "plan" in record:
         row["parts_gib"] = {name: round(size / GIB, 3) for name, size in record["plan"]["parts"].items()}
@@ -233,6 +258,20 @@ def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
     row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
     return row
+
+
+def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
+    """What --plan says."""
+    words = [*words_of(model), "--resolution", case.resolution, "--train_batch_size", case.batch, "--device", device]
+    words += ["--rank", case.rank, "--use_8bit_adam", "--mixed_precision", "bf16", *case.flags]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = importlib.import_module(case.script.removesuffix(".py")).main([str(word) for word in words])
+    row: dict[str, Any] = asdict(case)
+    if code:
+        return row | {"failed": err.getvalue().strip().splitlines()[-1]}
+    row["plan"] = re.findall(r"^plan: (.*)$", out.getvalue(), re.MULTILINE)[0]
+    return row | {"predicted_gib": float(re.findall(r" = ([\d.]+) GiB$", out.getvalue(), re.MULTILINE)[0])}
 
 
 _BEFORE: list[int] = []

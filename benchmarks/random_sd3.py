@@ -46,14 +46,19 @@ CLIPS = {
 COMPONENTS = ("transformer", "vae", "text")
 
 
+def make_transformer(size: str) -> SD3Transformer2DModel:
+    """Of random weights, on the default device."""
+    shapes = {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
+    return SD3Transformer2DModel(**shapes | TRANSFORMERS[size])
+
+
 def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> None:
     """Saves the components in float16, as the published files are; those not asked for are the miniature's."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
-    shapes = {"sample_size": 128, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 192}
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         if "transformer" in components:
-            transformer = SD3Transformer2DModel(**shapes | TRANSFORMERS[size]).half()
+            transformer = make_transformer(size).half()
             transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
             del transformer
         if "vae" in components:  # the miniature's VAE and CLIPs are SD3's but for their sizes

@@ -1,4 +1,4 @@
-"""Prints a result of `pipeline.py` or `dreambooth.py` as the Markdown table that the documents show.
+"""Prints a result as the Markdown table that the documents show.
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,78 @@ def dreambooth_table(result: dict[str, Any]) -> str:
     return f"{table(result['means'])}\n\n{said}"
 
 
+def printer(name: str) -> Callable[[dict[str, Any]], str]:
+    """By the file's name, which begins with what made it."""
+    tables = {"pipeline": pipeline_table, "dreambooth": dreambooth_table, "memory": memory_table, "plans": plans_table}
+    return tables[re.split(r"[-.]", name)[0]]
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """Each row that was measured: what ran, and its peak, predicted and measured."""
+    lines = [
+        "| | resolution | pictures, rank | predicted GiB | measured | host GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    seen = set()
+    for row in result["rows"]:
+        what = _what(row)
+        key = (what, row["model"], row["resolution"], row["batch"], row["rank"])
+        if "measured_gib" not in row or key in seen:
+            continue
+        seen.add(key)
+        numbers = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {row['host_gib']:.2f}"
+        shape = f"{row['batch']}, {row['rank']}" if row.get("plan") else "–"
+        lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "diffusers", "bitsandbytes"))
+    return "\n".join([*lines, "", f"{result['machine']}, {result['date']}, {versions}; random weights."])
+
+
+def _what(row: dict[str, Any]) -> str:
+    """A row's work in a few words."""
+    if row.get("script") == "precompute_latents.py":
+        return "VAE encodes a picture in tiles"
+    if row.get("script") == "inference.py":
+        return f"{row['name'].replace('draw', 'a whole picture')}"
+    base, _, blocks = row["plan"].partition("; ")
+    base = base.removeprefix("base ").replace(", on the device", "").replace("unchanged", "16-bit")
+    base = base.replace("16-bit, streamed from host memory block by block", "16-bit streamed")
+    return f"{base.replace('in 4 bits (nf4)', 'nf4')}, {blocks.split(' computed')[0]} anew"
+
+
+def plans_table(result: dict[str, Any]) -> str:
+    """For each budget and model what is predicted at each resolution: the peak, and how it is reached."""
+    rows = {(row["name"], row["model"], row["resolution"]): row for row in result["rows"]}
+    names = list(dict.fromkeys(name for name, _, _ in rows if "auto" not in name))
+    models = list(dict.fromkeys(model for _, model, _ in rows))
+    sizes = sorted({size for _, _, size in rows})
+    lines = [
+        f"| GPU memory | model | {' | '.join(f'{size} px' for size in sizes)} |",
+        "| ---: | --- |" + " --- |" * len(sizes),
+    ]
+    for name in names:
+        for model in models:
+            cells = [_cell(rows[name, model, size], rows[f"{name}, auto", model, size]) for size in sizes]
+            lines.append(f"| {name if model == models[0] else ''} | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(exact: dict[str, Any], auto: dict[str, Any]) -> str:
+    """R: all on the device, a share of the blocks computed anew; S: streamed; 4: in 4 bits."""
+    if "plan" not in exact:
+        return f"4S {auto['predicted_gib']:.1f}" if "plan" in auto else "–"
+    if "streamed" in exact["plan"]:
+        return f"S {exact['predicted_gib']:.1f}"
+    anew, count = re.findall(r"(\d+) of (\d+) blocks", exact["plan"])[0]
+    return f"{exact['predicted_gib']:.1f}" + (f", {anew}/{count} anew" if anew != "0" else "")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="JSON file that pipeline.py or dreambooth.py wrote.")
+    parser.add_argument("result", type=Path, help="A JSON file of results/.")
     flags = parser.parse_args(argv)
     result = json.loads(flags.result.read_text(encoding="utf-8"))
-    print(dreambooth_table(result) if "means" in result else pipeline_table(result))
+    print(printer(flags.result.name)(result))
     return 0
 
 

@@ -24,7 +24,7 @@ SUBJECT, PROMPT, PROMPTS_FILE = "examples/robot", "a photo of sks robot", "examp
 DRAWING_STEPS, GUIDANCE = 20, 3.0
 # What draws a new object best and forgets the least of the others (benchmarks/dreambooth.py trains with the same). In
 # the miniature an object's name becomes its looks in the first blocks' feed-forward layers of the text stream.
-STEPS, TRAIN_BATCH_SIZE, LEARNING_RATE, RANK = 100, 2, 5e-4, 4
+STEPS, TRAIN_BATCH_SIZE, LEARNING_RATE, RANK = 150, 2, 5e-4, 8
 LORA_LAYERS, LORA_BLOCKS = "ff_context.net.0.proj,ff_context.net.2", "0,1"
 
 
