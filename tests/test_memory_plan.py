@@ -83,7 +83,7 @@ def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
 def test_one_block_of_each_kind_stands_for_all(count: int, shape: StepShape) -> None:
     config = config_of(**DUAL)
     step = simulate_step(config, shape, None)
-    assert sum(step.peak(count, False)) == pytest.approx(simulated_peak(config, shape, count), rel=0.06)
+    assert sum(step.peak(count, False)) == pytest.approx(simulated_peak(config, shape, count), rel=0.035)
 
 
 def test_before_the_first_lora_nothing_is_kept() -> None:
@@ -94,7 +94,7 @@ def test_before_the_first_lora_nothing_is_kept() -> None:
 
 def test_twice_the_batch_keeps_twice_as_much() -> None:
     one, two = (simulate_step(config_of(), replace(SHAPE, batch_size=size), None) for size in (2, 4))
-    assert two.kept[2] == pytest.approx(2 * one.kept[2], rel=0.02)
+    assert two.kept[2] == pytest.approx(2 * one.kept[2], rel=0.035)
     assert two.inputs[2] == 2 * one.inputs[2]
     assert two.lora == one.lora
 
