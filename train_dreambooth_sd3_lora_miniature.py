@@ -485,7 +485,9 @@ def finish(
     write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
     results = {**memory, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
     save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
-    prompt = f"{outputs.record['trigger']} in a forest"
+    prompt = outputs.record["trigger"]
+    if len(prompts) == 1:  # a caption says already where its picture was taken
+        prompt += " in a forest"
     print("next: " + command("inference.py", **flags.model.flags(), lora=outputs.folder, prompt=prompt))
 
 
