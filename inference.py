@@ -24,7 +24,7 @@ from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
 from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.memory_plan import CLIP_TOKENS, DenoisingPlan, DenoisingShape, plan_denoising
+from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, DenoisingShape, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
 from sd3_lora.streaming import stream_transformer
@@ -182,7 +182,7 @@ def plan_of(
     text_tokens: int,
     dtype: torch.dtype,
     budget: DeviceBudget | None,
-) -> DenoisingPlan:
+) -> BasePlan:
     """Where the transformer's weights are kept."""
     rows = config.batch_size * (2 if config.guidance > 1 else 1)
     lora_bytes = sum(lora.path.stat().st_size for lora in loras)
@@ -192,7 +192,7 @@ def plan_of(
 
 def load_denoiser(
     files: ModelFiles,
-    plan: DenoisingPlan,
+    plan: BasePlan,
     latent_size: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.base_weights import load_transformer
-from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget, sentence
+from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.checkpoints import (
     UnfinishedCheckpoint,
@@ -47,7 +47,7 @@ from sd3_lora.flow import (
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.memory import GIB, StageReport, memory_stage
+from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
@@ -367,8 +367,8 @@ def load_training(
     files, lora, run = stage_one.files, flags.lora, flags.run
     device, processes = accelerator.device, accelerator.num_processes
     host_or_device = torch.device("cpu") if plan.streamed else device
-    latent_size = (stage_one.resolution // 8, stage_one.resolution // 8)
-    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size)
+    latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
+    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side))
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     if plan.streamed:
@@ -409,7 +409,7 @@ def make_plan(
         )
     shape = StepShape(
         run.train_batch_size,
-        resolution,
+        resolution // files.latent_channels_and_scale()[1],
         text_tokens,
         lora.layers,
         lora.blocks,
@@ -551,8 +551,8 @@ def run(argv: Sequence[str] | None) -> None:
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
         measured = budget.used_bytes(reports) if budget else 0
-        if measured:
-            say(f"peak on the device: {plan.peak_bytes / GIB:.2f} GiB predicted, {measured / GIB:.2f} measured")
+        if budget:
+            say(compared(plan.peak_bytes, measured))
         say(f"wrote {path}, read back and compared")
         say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
         finish(outputs, training, flags, reports, log, path, {"plan": asdict(plan), "measured_bytes": measured})

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib
-import importlib.metadata
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import struct
@@ -32,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.budget import driver_bytes
@@ -45,12 +43,12 @@ from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
 
 import random_sd3
 import torch
+from evaluate import VERSIONS, circumstances
 from PIL import Image
 
 PROMPT, PICTURES = "a photo of sks dog", 4
 SIZES_PX = (512, 768, 1024)
 CARDS_GIB = (2, 3, 4, 6, 8, 12, 15)
-VERSIONS = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,6 @@ def fabricate_stage_one(model: Path, resolution: int) -> tuple[Path, Path]:
     return embeddings, latents
 
 
-def words_of(model: Path) -> list[object]:
-    """The flag that all scripts share."""
-    return ["--pretrained_model_name_or_path", model]
-
-
 def noise_picture(models: Path, resolution: int) -> Path:
     """A folder with one picture."""
     folder = models / f"noise-{resolution}"
@@ -210,39 +203,60 @@ def hollow_model(models: Path, name: str) -> Path:
     return folder
 
 
-def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
-    """Runs the script once; what it said of its memory and time."""
+def call(case: Case, model: Path, words: Sequence[object], device: str) -> tuple[str, str | None]:
+    """Runs the script; what it said, and its last line where it was refused."""
+    words = ["--pretrained_model_name_or_path", model, "--device", device, *words, *case.flags]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = importlib.import_module(case.script.removesuffix(".py")).main([str(word) for word in words])
+    return out.getvalue(), err.getvalue().strip().splitlines()[-1] if code else None
+
+
+def training_words(case: Case) -> list[object]:
+    """The training script's flags that decide its memory."""
+    words: list[object] = ["--resolution", case.resolution, "--train_batch_size", case.batch, "--rank", case.rank]
+    return [*words, "--use_8bit_adam"]
+
+
+def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
+    """What --plan says of 16-bit training."""
+    said, refused = call(case, model, [*training_words(case), "--mixed_precision", "bf16"], device)
+    if refused:
+        return {**asdict(case), "failed": refused}
+    (plan,) = re.findall(r"^plan: (.*)$", said, re.MULTILINE)
+    (peak,) = re.findall(r"^predicted peak: .* = ([\d.]+) GiB$", said, re.MULTILINE)
+    return {**asdict(case), "plan": plan, "predicted_gib": float(peak)}
+
+
+def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[str, Any]:
+    """Runs the script once; what it said of its memory and time.
+
+    `driver_before` bytes were in use when this process began.
+    """
     if "--plan" in case.flags:
         return plan_case(case, hollow_model(models, case.model), device)
     model = model_folder(models, case.model)
     embeddings, latents = fabricate_stage_one(model, case.resolution)
     output = models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
+    words: list[object]
     if case.script == "inference.py":
-        words = [*words_of(model), "--data_df_path", embeddings, "--prompt", PROMPT, "--outdir", output]
+        words = ["--data_df_path", embeddings, "--prompt", PROMPT, "--outdir", output]
         words += ["--height", case.resolution, "--width", case.resolution]
     elif case.script == "precompute_latents.py":
-        words = [*words_of(model), "--instance_data_dir", noise_picture(models, case.resolution)]
-        words += ["--instance_prompt", PROMPT, "--resolution", case.resolution, "--output_path", output]
+        words = ["--instance_data_dir", noise_picture(models, case.resolution), "--instance_prompt", PROMPT]
+        words += ["--resolution", case.resolution, "--output_path", output]
     else:
-        words = [*words_of(model), "--data_df_path", embeddings, "--latents_path", latents]
-        words += ["--resolution", case.resolution, "--train_batch_size", case.batch, "--rank", case.rank, "--seed", 0]
-        words += ["--output_dir", output, "--max_train_steps", case.steps, "--use_8bit_adam", "--report_to", "none"]
-    words += ["--device", device, *case.flags]
-    out, err = io.StringIO(), io.StringIO()
+        words = [*training_words(case), "--data_df_path", embeddings, "--latents_path", latents, "--seed", 0]
+        words += ["--output_dir", output, "--max_train_steps", case.steps, "--report_to", "none"]
     free_memory(choose_device(device))  # what the last row left in the allocator's cache would be counted
-    before, start = driver_before(), time.perf_counter()
-    with (
-        PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.2) as sampler,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        code = importlib.import_module(case.script.removesuffix(".py")).main([str(word) for word in words])
+    start = time.perf_counter()
+    with PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.2) as sampler:
+        said, refused = call(case, model, words, device)
     row: dict[str, Any] = {**asdict(case), "elapsed_s": round(time.perf_counter() - start, 1)}
-    said = out.getvalue()
     row["plan"] = (re.findall(r"^plan: (.*)$", said, re.MULTILINE) or [None])[0]
-    if code:
-        return row | {"failed": err.getvalue().strip().splitlines()[-1]}
+    if refused:
+        return row | {"failed": refused}
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     if "plan" in record:
         row["parts_gib"] = {name: round(size / GIB, 3) for name, size in record["plan"]["parts"].items()}
@@ -251,37 +265,13 @@ def run_case(case: Case, models: Path, device: str) -> dict[str, Any]:
         row["said"] = [line for line in said.splitlines() if " = " in line or "peak" in line]
         row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
     row["measured_gib"] = round(record["measured_bytes"] / GIB, 3)
-    row["driver_gib"] = round((sampler.peak - before) / GIB, 3)
+    row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]
     row["allocated_gib"] = {stage["name"]: round(stage["peak_device_gib"], 3) for stage in stages}
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
     row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
     return row
-
-
-def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
-    """What --plan says."""
-    words = [*words_of(model), "--resolution", case.resolution, "--train_batch_size", case.batch, "--device", device]
-    words += ["--rank", case.rank, "--use_8bit_adam", "--mixed_precision", "bf16", *case.flags]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = importlib.import_module(case.script.removesuffix(".py")).main([str(word) for word in words])
-    row: dict[str, Any] = asdict(case)
-    if code:
-        return row | {"failed": err.getvalue().strip().splitlines()[-1]}
-    row["plan"] = re.findall(r"^plan: (.*)$", out.getvalue(), re.MULTILINE)[0]
-    return row | {"predicted_gib": float(re.findall(r" = ([\d.]+) GiB$", out.getvalue(), re.MULTILINE)[0])}
-
-
-_BEFORE: list[int] = []
-
-
-def driver_before() -> int:
-    """What was in use when this process began."""
-    if not _BEFORE:
-        _BEFORE.append(driver_bytes(0) or 0)
-    return _BEFORE[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,19 +286,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     first, count = map(int, arguments.part.split("/"))
     start, rows = time.perf_counter(), []
-    driver_before()
+    driver_before = driver_bytes(0) or 0
     cases = [case for name in arguments.sets for case in SETS[name]()]
     for case in cases[first::count]:
         if time.perf_counter() - start > arguments.stop_after:
             break
-        rows.append(run_case(case, arguments.models, arguments.device))
+        rows.append(run_case(case, arguments.models, arguments.device, driver_before))
         shown = ("name", "model", "resolution", "batch", "rank", "plan", "predicted_gib", "measured_gib", "driver_gib")
         print({key: rows[-1].get(key) for key in (*shown, "ms_a_step", "failed", "elapsed_s")}, flush=True)
         if arguments.result:
             result = {
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-                "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+                **circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")),
                 "rows": rows,
             }
             arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -10,10 +10,7 @@ else uses the GPU); `allocated` and `host` are the scripts' own figures.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -21,12 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.devices import choose_device
 from sd3_lora.memory import GIB, PeakSampler
 from sd3_lora.model_files import PROJECT_FOLDER
 
 import torch
+from evaluate import VERSIONS, circumstances
 
 
 def device_bytes() -> int:
@@ -116,11 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     measured = rows(arguments)
-    versions = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "accelerate")
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {name: importlib.metadata.version(name) for name in versions},
+        **circumstances(choose_device("auto"), (*VERSIONS, "bitsandbytes")),
         "model": Path(arguments.model).name,
         "resolution_px": arguments.resolution,
         "rows": measured,

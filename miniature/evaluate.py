@@ -94,13 +94,13 @@ def held_out_psnr(vae: AutoencoderKL, count: int, device: torch.device) -> float
     return measure_psnr(vae, renderer, object_indices(held_out=True), max(count, PSNR_SCENES), seed=2)
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
-    """What a result is to be read with: the date, the GPU's or the processor's name, and the versions."""
+def circumstances(device: torch.device, packages: Sequence[str] = VERSIONS) -> dict[str, Any]:
+    """What a result is to be read with: the date, the GPU's or the processor's name, and the packages' versions."""
     processor = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else processor,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sd3_lora.command_line import UserError
+from sd3_lora.memory import round_up
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.tensor_files import TensorFiles
 
@@ -104,6 +105,20 @@ def base_bytes(
         _bytes_in_4_bits(shape.numel()) if is_4bit[name] else shape.numel() * dtype.itemsize
         for name, shape in shapes.items()
     )
+
+
+def streamed_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None = None) -> list[int]:
+    """What of each block `stream_transformer` copies, in bytes: of 4-bit weights not their scales, which stay."""
+    with TensorFiles(files.weight_files("transformer")) as weights:
+        shapes = weights.shapes()
+    sizes: dict[int, int] = {}
+    for name, shape in shapes.items():
+        if name.startswith(f"{_BLOCKS}."):
+            is_4bit = precision == "nf4" and _is_linear_weight(name, shape)
+            size = _values_in_4_bits(shape.numel()) if is_4bit else shape.numel() * dtype.itemsize
+            index = int(name.split(".")[1])
+            sizes[index] = sizes.get(index, 0) + round_up(size)
+    return [sizes[index] for index in sorted(sizes)]
 
 
 def _kept_positions(config: Mapping[str, Any], latent_size: tuple[int, int] | None) -> int | None:
@@ -216,9 +231,13 @@ def _is_linear_weight(name: str, shape: torch.Size) -> bool:
     return name.startswith(f"{_BLOCKS}.") and len(shape) == 2
 
 
+def _values_in_4_bits(numel: int) -> int:
+    return -(-numel // 2)
+
+
 def _bytes_in_4_bits(numel: int) -> int:
     """One weight's 4-bit values, its blocks' scales, and the tables that each layer has of its own."""
-    values, scales = -(-numel // 2), -(-numel // _BLOCK)
+    values, scales = _values_in_4_bits(numel), -(-numel // _BLOCK)
     table = 16 * 4
     if not DOUBLE_QUANTIZATION:
         return values + 4 * scales + table

@@ -121,8 +121,13 @@ def too_small(what: str, needed_bytes: int) -> UserError:
         what: needs it, in the singular: "encoding a picture".
         needed_bytes: at the least, CUDA's own included.
     """
-    gib = math.ceil((needed_bytes + 1) * 100 / GIB) / 100  # rounded up: what is typed must suffice
-    return UserError(f"{what} needs at least {gib:.2f} GiB: type --vram_budget_gib {gib:.2f}")
+    gib = enough_gib(needed_bytes)
+    return UserError(f"{what} needs at least {gib} GiB: type --vram_budget_gib {gib}")
+
+
+def enough_gib(needed_bytes: int) -> str:
+    """GiB rounded up, because what is typed must suffice: "1.01"."""
+    return f"{math.ceil((needed_bytes + 1) * 100 / GIB) / 100:.2f}"
 
 
 def _largest() -> int:

@@ -15,6 +15,12 @@ import torch
 
 GIB = 1024**3
 _SAMPLE_INTERVAL_S = 0.02
+_ALIGNMENT_BYTES = 512  # CUDA's allocator rounds every tensor up to it
+
+
+def round_up(size: int) -> int:
+    """The bytes that CUDA's allocator gives for `size`."""
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 @dataclass

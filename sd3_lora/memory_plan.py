@@ -12,20 +12,19 @@ too. Weights in 4 bits change the numbers, and have to be asked for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from sd3_lora.base_weights import BasePrecision, base_bytes
-from sd3_lora.budget import DeviceBudget
+from sd3_lora.base_weights import BasePrecision, base_bytes, streamed_bytes
+from sd3_lora.budget import DeviceBudget, enough_gib
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, target_modules
-from sd3_lora.memory import GIB
+from sd3_lora.memory import GIB, round_up
 from sd3_lora.model_files import ModelFiles
-from sd3_lora.simulation import AllocationCounter, round_up, stand_in_for_gpu
-from sd3_lora.tensor_files import TensorFiles
+from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -54,7 +53,7 @@ class StepShape:
 
     Attributes:
         batch_size: pictures in a micro-batch.
-        resolution: of the crops, in pixels.
+        latent_side: of the crops, in latent pixels.
         text_tokens: of a prompt, the CLIPs' 77 included.
         layers: that get a LoRA, as `target_modules` takes them.
         blocks: likewise.
@@ -65,7 +64,7 @@ class StepShape:
     """
 
     batch_size: int
-    resolution: int
+    latent_side: int
     text_tokens: int
     layers: Sequence[str] | None
     blocks: Sequence[int] | None
@@ -73,6 +72,25 @@ class StepShape:
     dropout: float
     dtype: torch.dtype
     use_8bit_adam: bool
+
+
+@dataclass(frozen=True)
+class DenoisingShape:
+    """What decides the memory of a forward.
+
+    Attributes:
+        batch_size: rows in it: two a picture under guidance.
+        latent_size: height and width, in latent pixels.
+        text_tokens: of a prompt, the CLIPs' 77 included.
+        dtype: of the base and of what it computes in.
+        lora_bytes: of the LoRAs' weights.
+    """
+
+    batch_size: int
+    latent_size: tuple[int, int]
+    text_tokens: int
+    dtype: torch.dtype
+    lora_bytes: int
 
 
 @dataclass(frozen=True)
@@ -113,23 +131,17 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """What is kept where.
+class BasePlan:
+    """Where the base is kept, and the peak that this has; all that there is to plan for drawing.
 
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        checkpointed: how many of the first blocks are computed anew in backward.
-        blocks: how many there are.
         streamed: whether the blocks' frozen weights stay on the host and visit the device.
-        offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
         parts: the predicted peak in bytes, by part.
     """
 
     base_precision: BasePrecision | None
-    checkpointed: int
-    blocks: int
     streamed: bool
-    offload_inputs: bool
     parts: dict[str, int]
 
     @property
@@ -139,15 +151,37 @@ class TrainingPlan:
 
     def sentence(self) -> str:
         """What is kept where, in words."""
+        base = "in 4 bits (nf4)" if self.base_precision else "unchanged"
+        return f"base {base}, {'streamed from host memory block by block' if self.streamed else 'on the device'}"
+
+
+@dataclass(frozen=True)
+class TrainingPlan(BasePlan):
+    """What training keeps where.
+
+    Attributes:
+        checkpointed: how many of the first blocks are computed anew in backward.
+        blocks: how many there are.
+        offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
+    """
+
+    checkpointed: int
+    blocks: int
+    offload_inputs: bool
+
+    def sentence(self) -> str:
+        """What is kept where, in words."""
         inputs = ", their inputs sent to the host" if self.offload_inputs else ""
-        where = _where(self.base_precision, self.streamed)
-        return f"{where}; {self.checkpointed} of {self.blocks} blocks computed anew in backward{inputs}"
+        return f"{super().sentence()}; {self.checkpointed} of {self.blocks} blocks computed anew in backward{inputs}"
+
+
+_Plan = TypeVar("_Plan", bound=BasePlan)
 
 
 def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, blocks if all_checkpointed else 0, blocks, False, False, {})
+    return TrainingPlan(precision, False, {}, blocks if all_checkpointed else 0, blocks, False)
 
 
 def plan_training(
@@ -172,48 +206,38 @@ def plan_training(
         UserError: nothing fits; says the smallest budget that would do, and whether nf4 would.
     """
     candidates = list_plans(files, shape, budget, asked, all_checkpointed, can_stream)
-    for plan in candidates:
-        if plan.peak_bytes <= budget.total_bytes:
-            return plan
-    smallest = min(plan.peak_bytes for plan in candidates)
-    remedy = f"type --vram_budget_gib {_gib_up(smallest)}"
+    chosen = _first_that_fits(candidates, budget)
+    if chosen:
+        return chosen
+    smallest = enough_gib(min(plan.peak_bytes for plan in candidates))
+    remedy = f"type --vram_budget_gib {smallest}"
     if asked == "16bit":
-        packed = min(plan.peak_bytes for plan in list_plans(files, shape, budget, "nf4", all_checkpointed, can_stream))
-        if packed <= budget.total_bytes:
+        packed = list_plans(files, shape, budget, "nf4", all_checkpointed, can_stream)
+        if _first_that_fits(packed, budget):
             remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
     raise UserError(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little, training takes at least "
-        f"{_gib_up(smallest)} GiB here: {remedy}, or lower --resolution or --train_batch_size"
+        f"{smallest} GiB here: {remedy}, or lower --resolution or --train_batch_size"
     )
 
 
-@dataclass(frozen=True)
-class DenoisingPlan:
-    """What is kept where while pictures are denoised.
-
-    Attributes:
-        base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        streamed: whether the blocks' weights stay on the host and visit the device.
-        parts: the predicted peak in bytes, by part.
-    """
-
-    base_precision: BasePrecision | None
-    streamed: bool
-    parts: dict[str, int]
-
-    @property
-    def peak_bytes(self) -> int:
-        """The predicted peak."""
-        return sum(self.parts.values())
-
-    def sentence(self) -> str:
-        """What is kept where, in words."""
-        return _where(self.base_precision, self.streamed)
+def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | None:
+    return next((plan for plan in plans if plan.peak_bytes <= budget.total_bytes), None)
 
 
-def _where(precision: BasePrecision | None, streamed: bool) -> str:
-    base = "in 4 bits (nf4)" if precision else "unchanged"
-    return f"base {base}, {'streamed from host memory block by block' if streamed else 'on the device'}"
+def _weights(
+    files: ModelFiles,
+    dtype: torch.dtype,
+    precision: BasePrecision | None,
+    latent_size: tuple[int, int],
+    streamed: bool,
+) -> int:
+    """What the base takes on the device; of streamed blocks two buffers of the largest."""
+    whole = base_bytes(files, dtype, precision, latent_size)
+    if not streamed:
+        return whole
+    blocks = streamed_bytes(files, dtype, precision)
+    return whole - sum(blocks) + 2 * max(blocks)
 
 
 def plan_denoising(
@@ -221,7 +245,7 @@ def plan_denoising(
     shape: DenoisingShape,
     budget: DeviceBudget | None,
     asked: AskedPrecision = "16bit",
-) -> DenoisingPlan:
+) -> BasePlan:
     """The fastest plan that fits; everything on the device where there is no budget.
 
     Args:
@@ -234,49 +258,45 @@ def plan_denoising(
         UserError: nothing fits; says the smallest budget that would do.
     """
     if budget is None:
-        return DenoisingPlan("nf4" if asked == "nf4" else None, False, {})
-    resident: list[DenoisingPlan] = []
-    streamed: list[DenoisingPlan] = []
+        return BasePlan("nf4" if asked == "nf4" else None, False, {})
+    resident: list[BasePlan] = []
+    streamed: list[BasePlan] = []
     for precision in _PRECISIONS[asked]:
         working = simulate_denoising(files.read_config("transformer"), shape, precision)
-        weights = base_bytes(files, shape.dtype, precision, shape.latent_size)
-        blocks = block_bytes(files, shape.dtype, precision)
         for is_streamed, found in ((False, resident), (True, streamed)):
             parts = {
                 "CUDA": budget.context_bytes,
-                "weights": weights + (2 * max(blocks) - sum(blocks) if is_streamed else 0),
+                "weights": _weights(files, shape.dtype, precision, shape.latent_size, is_streamed),
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
             parts["unused between them"] = _unused(parts, is_streamed)
-            found.append(DenoisingPlan(precision, is_streamed, parts))
-    for plan in (*resident, *streamed):
-        if plan.peak_bytes <= budget.total_bytes:
-            return plan
-    smallest = _gib_up(min(plan.peak_bytes for plan in (*resident, *streamed)))
+            found.append(BasePlan(precision, is_streamed, parts))
+    chosen = _first_that_fits([*resident, *streamed], budget)
+    if chosen:
+        return chosen
+    smallest = enough_gib(min(plan.peak_bytes for plan in (*resident, *streamed)))
     raise UserError(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
         f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size"
     )
 
 
-@dataclass(frozen=True)
-class DenoisingShape:
-    """What decides the memory of a forward.
+def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DModel:
+    """A frozen transformer without weights, on the meta device."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config)
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        tensor.data = tensor.data.to(dtype)
+    return transformer.requires_grad_(False)
 
-    Attributes:
-        batch_size: rows in it: two a picture under guidance.
-        latent_size: height and width, in latent pixels.
-        text_tokens: of a prompt, the CLIPs' 77 included.
-        dtype: of the base and of what it computes in.
-        lora_bytes: of the LoRAs' weights.
-    """
 
-    batch_size: int
-    latent_size: tuple[int, int]
-    text_tokens: int
-    dtype: torch.dtype
-    lora_bytes: int
+def _packed_weights(
+    transformer: SD3Transformer2DModel, precision: BasePrecision | None
+) -> Callable[[torch.Tensor], bool]:
+    """Tells which weights are held in 4 bits: the blocks' own matrices."""
+    frozen = {id(p) for p in transformer.transformer_blocks.parameters() if not p.requires_grad and p.dim() == 2}
+    return lambda weight: precision == "nf4" and id(weight) in frozen
 
 
 def simulate_denoising(config: dict[str, Any], shape: DenoisingShape, precision: BasePrecision | None) -> int:
@@ -285,9 +305,7 @@ def simulate_denoising(config: dict[str, Any], shape: DenoisingShape, precision:
     count = min(3, config["num_layers"])
     small = {**config, "num_layers": count, "dual_attention_layers": tuple(i for i in range(count) if i in dual)}
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(small)
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data.to(shape.dtype)
+        transformer = make_hollow(small, shape.dtype)
         size, (height, width) = shape.batch_size, shape.latent_size
         words = {
             "hidden_states": torch.empty(size, config["in_channels"], height, width, dtype=shape.dtype),
@@ -297,8 +315,7 @@ def simulate_denoising(config: dict[str, Any], shape: DenoisingShape, precision:
             ),
             "pooled_projections": torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
         }
-    packed = {id(p) for p in transformer.transformer_blocks.parameters() if p.dim() == 2}
-    stand_in_for_gpu(transformer, torch.float32, lambda weight: precision == "nf4" and id(weight) in packed)
+    stand_in_for_gpu(transformer, torch.float32, _packed_weights(transformer, precision))
     counter = AllocationCounter()
     with torch.no_grad(), counter:
         transformer(**words, return_dict=False)
@@ -321,13 +338,13 @@ def list_plans(
         step = simulate_step(files.read_config("transformer"), shape, precision)
         count = len(step.kept)
         most = count if all_checkpointed else count - 1
-        weights = base_bytes(files, shape.dtype, precision, (shape.resolution // 8, shape.resolution // 8))
+        weights = partial(_weights, files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
         plan = partial(_predict, step, shape, budget, precision)
-        resident += [plan(weights, k) for k in range(most if all_checkpointed else 0, most + 1)]
+        on_device = weights(streamed=False)
+        resident += [plan(on_device, k) for k in range(most if all_checkpointed else 0, most + 1)]
         if can_stream:
-            blocks = block_bytes(files, shape.dtype, precision)
-            weights += 2 * max(blocks) - sum(blocks)
-            streamed += [plan(weights, most, True, offload) for offload in (False, True)]
+            visiting = weights(streamed=True)
+            streamed += [plan(visiting, most, True, offload) for offload in (False, True)]
     return resident + streamed
 
 
@@ -353,25 +370,11 @@ def _predict(
         "working memory": working + WORKSPACE_BYTES,
     }
     parts["unused between them"] = _unused(parts, streamed)
-    return TrainingPlan(precision, checkpointed, len(step.kept), streamed, offload_inputs, parts)
+    return TrainingPlan(precision, streamed, parts, checkpointed, len(step.kept), offload_inputs)
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:
     return (2 if streamed else 1) * UNUSED_BYTES + int(UNUSED_SHARE * sum(parts.values()))
-
-
-def block_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None) -> list[int]:
-    """The frozen weights of each block, in bytes."""
-    files.component("transformer")
-    sizes: dict[int, int] = {}
-    with TensorFiles(files.weight_files("transformer")) as weights:
-        for name, shape in weights.shapes().items():
-            if name.startswith("transformer_blocks."):
-                packed = precision == "nf4" and len(shape) == 2
-                size = shape.numel() * 33 // 64 if packed else shape.numel() * dtype.itemsize  # 0.516 bytes a weight
-                index = int(name.split(".")[1])
-                sizes[index] = sizes.get(index, 0) + round_up(size)
-    return [sizes[index] for index in sorted(sizes)]
 
 
 class _Kind(NamedTuple):
@@ -397,9 +400,7 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
     small = {**config, "num_layers": len(kinds)}
     small["dual_attention_layers"] = tuple(i for i, kind in enumerate(kinds) if kind.is_dual)
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(small)
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            tensor.data = tensor.data.to(shape.dtype)
+        transformer = make_hollow(small, shape.dtype)
         blocks = [i for i, kind in enumerate(kinds) if kind.is_trained]
         targets = target_modules(transformer, shape.layers, blocks)
         attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
@@ -408,11 +409,7 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
         kind: sum(p.numel() for p in block.parameters() if p.requires_grad)
         for kind, block in zip(kinds, transformer.transformer_blocks, strict=True)
     }
-    frozen = {id(p) for p in transformer.transformer_blocks.parameters() if not p.requires_grad and p.dim() == 2}
-
-    def packed(weight: torch.Tensor) -> bool:
-        return precision == "nf4" and id(weight) in frozen
-
+    packed = _packed_weights(transformer, precision)
     stand_in_for_gpu(transformer, shape.dtype, packed)
     counter = AllocationCounter()
     at: list[int] = []  # before each block and after the last, when what nobody keeps of the block before is gone
@@ -427,7 +424,7 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
     for mark in marks:
         mark.remove()
     kept = dict(zip(kinds, (after - before for before, after in itertools.pairwise(at)), strict=True))
-    tokens = (shape.resolution // _pixels_a_token(config)) ** 2 + shape.text_tokens
+    tokens = (shape.latent_side // config["patch_size"]) ** 2 + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
     one_input = shape.batch_size * tokens * width * shape.dtype.itemsize
     outside = max(0, after_forward - sum(kept.values()))
@@ -452,13 +449,9 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
     return memory(keys, max(0, counter.peak - after_forward), max(0, beside))
 
 
-def _pixels_a_token(config: dict[str, Any]) -> int:
-    return 8 * int(config["patch_size"])
-
-
 def _forward(transformer: SD3Transformer2DModel, config: dict[str, Any], shape: StepShape) -> torch.Tensor:
     """The loss of a micro-batch, as `micro_step` has it."""
-    side, size = shape.resolution // 8, shape.batch_size
+    side, size = shape.latent_side, shape.batch_size
     with torch.device("meta"):
         latents = torch.empty(size, config["in_channels"], side, side)
         noise = torch.empty_like(latents)
@@ -474,8 +467,3 @@ def _forward(transformer: SD3Transformer2DModel, config: dict[str, Any], shape: 
     )[0]
     loss: torch.Tensor = ((velocity.float() - (noise - latents)) ** 2).flatten(1).mean(1).mean()
     return loss
-
-
-def _gib_up(size: int) -> str:
-    """GiB with one decimal, rounded up."""
-    return f"{-(-size * 10 // GIB) / 10:g}"

@@ -11,12 +11,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from sd3_lora.memory import round_up
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-_ALIGNMENT_BYTES = 512  # CUDA's allocator rounds every tensor up to it
 # Autocast's lists for CUDA (torch/amp/autocast_mode's documentation), as far as SD3's modules use them.
 _IN_LOW_PRECISION = {
     torch.nn.functional.linear,
@@ -40,11 +41,6 @@ _IN_FLOAT32 = {
     torch.Tensor.sum,
     torch.exp,
 }
-
-
-def round_up(size: int) -> int:
-    """The bytes that CUDA's allocator gives for `size`."""
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 class AllocationCounter(TorchDispatchMode):

@@ -13,14 +13,12 @@ from typing import Any
 
 from sd3_lora.command_line import UserError
 from sd3_lora.copy_stream import Copy, CopyStream
-from sd3_lora.memory import GIB
+from sd3_lora.memory import GIB, round_up
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch.autograd.graph import increment_version
 
-# What torch's allocator gives a tensor of its own: kernels are chosen by alignment too, and are to be the same.
-_ALIGNMENT_BYTES = 512
 _PAGE_BYTES = 4096
 
 
@@ -117,11 +115,14 @@ def frozen_tensors(block: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """The offset of each tensor in a buffer that holds them all, and at the end the buffer's size, in bytes."""
+    """The offset of each tensor in a buffer that holds them all, and at the end the buffer's size, in bytes.
+
+    Where torch's allocator would begin a tensor: kernels are chosen by alignment too, and are to be the same.
+    """
     offsets = [0]
     for tensor in tensors:
         end = offsets[-1] + tensor.numel() * tensor.element_size()
-        offsets.append(-(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES)
+        offsets.append(round_up(end))
     return offsets
 
 

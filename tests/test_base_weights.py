@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora import base_weights
-from sd3_lora.base_weights import base_bytes, load_transformer
+from sd3_lora.base_weights import base_bytes, load_transformer, streamed_bytes
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, save_lora, target_modules
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.streaming import PinnedBlocks
 from sd3_lora.tensor_files import TensorFiles
 
 import bitsandbytes
@@ -450,3 +451,10 @@ def test_the_middle_of_the_positional_embedding_is_enough(model, size):
     kept = middle.pos_embed.pos_embed.shape[1]
     assert max(size) ** 2 // 4 <= kept <= (max(size) // 2 + 1) ** 2
     assert base_bytes(files_of(model), torch.float32, latent_size=size) == loaded_bytes(middle)
+
+
+@pytest.mark.parametrize("precision", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_streamed_of_each_block_is_exact(model, dtype, precision):
+    blocks = load_transformer(files_of(model), CPU, dtype, precision).transformer_blocks
+    assert streamed_bytes(files_of(model), dtype, precision) == PinnedBlocks(list(blocks), CPU).sizes
