@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sd3_lora.base_weights import load_transformer
 from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
@@ -51,8 +51,10 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
+from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
 from sd3_lora.streaming import stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (
@@ -66,9 +68,8 @@ from sd3_lora.training_config import (
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import SD3Transformer2DModel
-from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
@@ -79,7 +80,7 @@ class Training:
     """All that changes from step to step, and is in a checkpoint."""
 
     transformer: SD3Transformer2DModel
-    parameters: list[torch.nn.Parameter]
+    flat: torch.nn.Parameter
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     scaler: torch.amp.GradScaler
@@ -128,8 +129,31 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def micro_step(
-    model: torch.nn.Module,
+class StepInputs(NamedTuple):
+    """What a micro-step computes from, on the device.
+
+    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
+
+    Attributes:
+        latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
+        noise: likewise.
+        sigmas: `(B, 1, 1, 1)` float32.
+        timesteps: `(B,)` float32.
+        prompt_embeds: `(B, S, D)` in the transformer's dtype.
+        pooled_prompt_embeds: `(B, P)` likewise.
+        loss_weights: `(B,)` float32.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    loss_weights: torch.Tensor
+
+
+def draw_inputs(
     batch: TrainingBatch,
     draws: GlobalDraws,
     table: NoiseTable,
@@ -137,75 +161,38 @@ def micro_step(
     vae_config: dict[str, Any],
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor:
-    """The loss of one micro-batch, a float32 scalar.
-
-    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
-    """
+) -> StepInputs:
+    """Draws the posterior's sample, the noise and its level on the host; nothing here waits for the device."""
     posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
     indices = sample_table_indices(draws.global_batch_size, table, flow, draws.generator)[draws.mine]  # (B,)
-    sigmas = table.sigmas[indices].view(-1, 1, 1, 1).to(device)  # (B, 1, 1, 1)
-
     raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
-    latents = normalize_latents(raw_latents, vae_config).to(device)  # (B, 16, H/8, W/8)
-    noise = noise.to(device)
-    noisy_latents = interpolate(latents, noise, sigmas)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    on_host = StepInputs(
+        normalize_latents(raw_latents, vae_config),
+        noise,
+        table.sigmas[indices].view(-1, 1, 1, 1),
+        table.timesteps[indices],
+        batch.prompt_embeds.to(dtype),
+        batch.pooled_prompt_embeds.to(dtype),
+        batch.loss_weights,
+    )
+    if device.type != "cuda":
+        return on_host
+    return StepInputs(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host))
+
+
+def micro_step(model: torch.nn.Module, inputs: StepInputs, flow: FlowConfig, dtype: torch.dtype) -> torch.Tensor:
+    """The loss of one micro-batch, a float32 scalar."""
+    noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
+    autocast = torch.autocast(inputs.latents.device.type, dtype) if dtype != torch.float32 else nullcontext()
     with autocast:
         velocity = model(
             hidden_states=noisy_latents.to(dtype),
-            timestep=table.timesteps[indices].to(device),  # (B,)
-            encoder_hidden_states=batch.prompt_embeds.to(device, dtype),  # (B, S, D)
-            pooled_projections=batch.pooled_prompt_embeds.to(device, dtype),  # (B, P)
+            timestep=inputs.timesteps,
+            encoder_hidden_states=inputs.prompt_embeds,
+            pooled_projections=inputs.pooled_prompt_embeds,
             return_dict=False,
         )[0]
-    loss_weights = batch.loss_weights.to(device)
-    return flow_matching_loss(velocity, latents, noise, sigmas, loss_weights, flow)
-
-
-def optimizer_step(training: Training, max_grad_norm: float) -> tuple[torch.Tensor, bool]:
-    """Clips and applies the gradients; returns their norm before clipping, and whether the scaler skipped the step."""
-    training.scaler.unscale_(training.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(training.parameters, max_grad_norm)
-    scale = training.scaler.get_scale()
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
-    training.optimizer.zero_grad(set_to_none=True)
-    return norm, training.scaler.get_scale() < scale
-
-
-def make_optimizer(
-    config: OptimizerConfig, parameters: list[torch.nn.Parameter], pictures_per_step: int, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW, in 8 bits if asked, and its schedule."""
-    rate = config.learning_rate * (pictures_per_step if config.scale_lr else 1)
-    options: dict[str, Any] = {
-        "lr": rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.use_8bit_adam:
-        import bitsandbytes  # its import costs seconds, and only this needs it
-
-        optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
-    try:
-        schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            step_rules=config.lr_step_rules,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=steps,
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-        )
-    except (ValueError, IndexError) as error:
-        if config.lr_scheduler != "piecewise_constant":  # polynomial ends at 1e-7
-            raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {rate:g}") from error
-        raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
-    return optimizer, schedule
+    return flow_matching_loss(velocity, inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow)
 
 
 def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
@@ -231,6 +218,7 @@ def run_signature(
     data: TrainingData,
     store: EmbeddingStore,
     plan: TrainingPlan,
+    execution: StepExecution,
     dtype: torch.dtype,
     seed: int,
     processes: int,
@@ -250,6 +238,7 @@ def run_signature(
         "a global batch of": flags.run.train_batch_size * processes,
         "the precision": str(dtype).removeprefix("torch."),
         "--base_precision": plan.base_precision or "16bit",
+        "--compile": execution.kernels,
         "--seed": seed,
     }
 
@@ -300,46 +289,74 @@ def train(
     flags: TrainingFlags,
     steps: int,
     dtype: torch.dtype,
+    execution: StepExecution,
     log: LossLog,
     outputs: Outputs,
     accelerator: Accelerator,
 ) -> None:
-    """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`."""
-    run, flow = flags.run, flags.flow
+    """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`.
+
+    The host runs ahead of the device: it draws the next micro-batch while the device computes, and learns one step
+    late whether the scaler skipped a step.
+    """
+    run, flow, draws = flags.run, flags.flow, training.draws
     vae_config = stage_one.files.read_config("vae")
     table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
-    # Everything is where the plan has it; a streamed block must not be moved.
-    model = accelerator.prepare_model(training.transformer, device_placement=False)
-    model.train()
-    window, draws = run.gradient_accumulation_steps, training.draws
+    model, flat, window = training.transformer.train(), training.flat, run.gradient_accumulation_steps
+
+    def draw() -> tuple[StepInputs, list[str]]:
+        chosen = training.order.take(draws.global_batch_size)[draws.mine]
+        batch = data.batch(chosen, draws.uniform())
+        names = [data.images[i].path.name for i in chosen]
+        return draw_inputs(batch, draws, table, flow, vae_config, dtype, accelerator.device), names
+
+    def compute(*inputs: torch.Tensor) -> torch.Tensor:
+        loss = micro_step(model, StepInputs(*inputs), flow, dtype)
+        training.scaler.scale(loss / window).backward()
+        return loss.detach()
+
+    step = RecordedStep(compute, flat.grad, execution.asked, accelerator.print) if execution.recorded else compute
+    queued: PendingStep | None = None
+
+    def settle() -> None:
+        """Takes note of the step that was queued last."""
+        if queued is not None:
+            if not queued.skipped:
+                training.lr_scheduler.step()
+            log.add(queued)
+
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     with tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process) as bar:
+        drawn = draw()
         while training.step < steps:
+            training.step += 1
+            at_end = training.step == steps
+            at_checkpoint = training.step % run.checkpointing_steps == 0 and not at_end
             losses, seen = [], []
             for index in range(window):
-                chosen = training.order.take(draws.global_batch_size)[draws.mine]
-                batch = data.batch(chosen, draws.uniform())
-                # The ranks exchange gradients once a window.
-                with accelerator.no_sync(model) if index < window - 1 else nullcontext():
-                    loss = micro_step(model, batch, draws, table, flow, vae_config, dtype, accelerator.device)
-                    training.scaler.scale(loss / window).backward()
-                losses.append(loss.detach())
-                seen += [data.images[i].path.name for i in chosen]
+                inputs, names = drawn
+                losses.append(step(*inputs))
+                seen += names
+                # Not past a checkpoint, which is to say where the draws stand.
+                if index < window - 1 or not (at_checkpoint or at_end):
+                    drawn = draw()
+            settle()
+            if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
+                flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
             learning_rate = training.lr_scheduler.get_last_lr()[0]
-            norm, skipped = optimizer_step(training, flags.optimizer.max_grad_norm)
-            if not skipped:
-                training.lr_scheduler.step()
-            training.step += 1
+            norm, skipped = optimizer_step(flat, training.optimizer, training.scaler, flags.optimizer.max_grad_norm)
             pictures = ", ".join(dict.fromkeys(seen))
-            log.add(PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures))
+            queued = PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures)
             bar.update()
-            at_checkpoint = training.step % run.checkpointing_steps == 0 and training.step < steps
-            if training.step % READ_EVERY == 0 or at_checkpoint or training.step == steps:
+            if training.step % READ_EVERY == 0 or at_checkpoint or at_end:
+                settle()
+                queued = None
                 for line in log.read():
                     accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
             if at_checkpoint:
                 outputs.save_checkpoint(training, accelerator)
+                drawn = draw()
 
 
 def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:
@@ -349,8 +366,6 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
         cpu=device.type == "cpu",
         log_with=start_trackers(run.trackers) or None,
         project_dir=output_dir / run.logging_dir,
-        # The frozen model's buffers never change.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
@@ -374,21 +389,23 @@ def load_training(
     if plan.streamed:
         stream_transformer(transformer, device)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
+    flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)
     pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
-    optimizer, lr_scheduler = make_optimizer(flags.optimizer, parameters, pictures_per_step, steps)
+    optimizer, lr_scheduler = make_optimizer(flags.optimizer, flat, pictures_per_step, steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     training = Training(
         transformer,
-        parameters,
+        flat,
         optimizer,
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
         DataOrder(pictures, seed),
     )
-    count = sum(parameter.numel() for parameter in parameters)
-    accelerator.print(f"LoRA: {count / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}")
+    accelerator.print(
+        f"LoRA: {flat.numel() / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}"
+    )
     return training, steps
 
 
@@ -432,11 +449,11 @@ def text_tokens_of(data: DataConfig) -> int:
     return CLIP_TOKENS + (length or 77)
 
 
-def choose_seed(run: RunConfig, checkpoint: Path | None, accelerator: Accelerator) -> int:
+def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerator) -> int:
     """The seed as given (0 is one too), as noted in the checkpoint, or drawn; the same on every rank."""
     drawn = [run.seed]
     if run.seed is None:
-        drawn = [read_state(checkpoint)["signature"]["--seed"] if checkpoint else random.randrange(2**31)]
+        drawn = [earlier.get("--seed", random.randrange(2**31))]
         broadcast_object_list(drawn)
     return int(drawn[0])
 
@@ -519,7 +536,8 @@ def run(argv: Sequence[str] | None) -> None:
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data, store = open_data(stage_one, output_dir, accelerator)
-    seed = choose_seed(flags.run, checkpoint, accelerator)
+    earlier = read_state(checkpoint)["signature"] if checkpoint else {}
+    seed = choose_seed(flags.run, earlier, accelerator)
     say(f"{len(data)} pictures at {resolution} px, seed {seed}")
 
     if budget:
@@ -527,7 +545,16 @@ def run(argv: Sequence[str] | None) -> None:
     reports: list[StageReport] = []
     with memory_stage("load transformer", device, reports, say):
         training, steps = load_training(stage_one, flags, plan, chosen.dtype, seed, len(data), accelerator)
-    signature = run_signature(flags, stage_one, data, store, plan, chosen.dtype, seed, accelerator.num_processes)
+    micro_steps = steps * flags.run.gradient_accumulation_steps
+    execution = choose_execution(
+        flags.run.compile, plan, device, flags.lora.lora_dropout, micro_steps, earlier.get("--compile")
+    )
+    if execution.compiled:
+        compile_blocks(training.transformer, execution.asked)
+    say(f"each micro-step: {execution.sentence()}")
+    signature = run_signature(
+        flags, stage_one, data, store, plan, execution, chosen.dtype, seed, accelerator.num_processes
+    )
     outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, training, accelerator)
@@ -545,7 +572,7 @@ def run(argv: Sequence[str] | None) -> None:
 
     first_step = training.step
     with memory_stage("train", device, reports, say) as stage:
-        train(training, data, stage_one, flags, steps, chosen.dtype, log, outputs, accelerator)
+        train(training, data, stage_one, flags, steps, chosen.dtype, execution, log, outputs, accelerator)
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)

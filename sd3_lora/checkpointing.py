@@ -48,16 +48,18 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
         return
     chosen = {block: index for index, block in enumerate(blocks[:count])}
     offload = _InputOffload(count - 1) if offload_inputs else None
+    # The generators' states are wanted again only where something is drawn, and cannot be had in a CUDA graph.
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in transformer.modules())
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
         index = chosen.get(block)
         if index is None:
             return block(*inputs)
         if offload is None:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(index):
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=True)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 

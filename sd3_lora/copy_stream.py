@@ -55,3 +55,30 @@ class CopyStream:
         """Makes what is queued on the device from now on wait for `copy`."""
         if copy.done is not None:
             torch.cuda.current_stream(self._device).wait_event(copy.done)
+
+
+@dataclass(frozen=True)
+class DeviceFlag:
+    """A yes or no that the device will have said soon.
+
+    Attributes:
+        host: a bool scalar in pinned memory, once `arrived` has happened.
+        arrived: None where it is there already.
+    """
+
+    host: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, value: torch.Tensor) -> DeviceFlag:
+        """Begins to bring a bool scalar to the host, without waiting for it."""
+        if value.device.type != "cuda":
+            return cls(value, None)
+        host = torch.empty((), dtype=torch.bool, pin_memory=True)
+        host.copy_(value, non_blocking=True)
+        return cls(host, torch.cuda.current_stream(value.device).record_event())
+
+    def __bool__(self) -> bool:
+        if self.arrived is not None:
+            self.arrived.synchronize()  # for what was queued up to here, not for what was queued since
+        return bool(self.host)

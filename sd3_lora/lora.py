@@ -20,6 +20,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +93,10 @@ def attach_lora(
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # peft would cast the layer's input to the LoRA's float32, which autocast casts back: the same bits.
+            module.cast_input_dtype_enabled = False
     return parameters
 
 

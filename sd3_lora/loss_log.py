@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sd3_lora.command_line import UserError, write_text_atomically
+from sd3_lora.copy_stream import DeviceFlag
 
 import torch
 
@@ -48,7 +49,7 @@ class PendingStep:
         loss: scalar tensor, this rank's mean.
         gradient_norm: scalar tensor, after the ranks' gradients were averaged.
         learning_rate: of the step.
-        skipped: whether the scaler skipped it.
+        skipped: whether the scaler skipped it; asked for no sooner than `LossLog.add`.
         pictures: file names that the step saw, for a diagnosis.
     """
 
@@ -56,7 +57,7 @@ class PendingStep:
     loss: torch.Tensor
     gradient_norm: torch.Tensor
     learning_rate: float
-    skipped: bool
+    skipped: DeviceFlag | bool
     pictures: str
 
 
@@ -90,8 +91,9 @@ class LossLog:
             UserError: the scaler has skipped too many steps in a row.
         """
         self._pending.append(step)
-        self.skipped += step.skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+        skipped = bool(step.skipped)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.read()
             raise UserError(
@@ -112,8 +114,9 @@ class LossLog:
         lines = []
         for pending, loss, norm in zip(self._pending, losses, norms, strict=True):
             self._require_finite(pending, loss, norm)
-            kept = None if pending.skipped else norm
-            lines.append(LoggedStep(pending.step, loss, kept, pending.learning_rate, pending.skipped))
+            skipped = bool(pending.skipped)
+            kept = None if skipped else norm
+            lines.append(LoggedStep(pending.step, loss, kept, pending.learning_rate, skipped))
         self._pending = []
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:

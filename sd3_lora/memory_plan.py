@@ -5,8 +5,8 @@ the activations that are kept for backward and the working memory beside them. T
 (`simulation.py`) on a model with one block of each kind, and put together from there.
 
 Of the measures that leave every number what it is, the fastest that fits is taken: compute k of the n blocks anew, as
-few as will do; then let the blocks' weights visit the device (`streaming.py`); then send the blocks' inputs to the host
-too. Weights in 4 bits change the numbers, and have to be asked for.
+few as will do; then send the blocks' inputs to the host; then let the blocks' weights visit the device
+(`streaming.py`), and their inputs leave it as well where that does not do. Weights in 4 bits change the numbers, and have to be asked for.
 """
 
 from __future__ import annotations
@@ -342,6 +342,7 @@ def list_plans(
         plan = partial(_predict, step, shape, budget, precision)
         on_device = weights(streamed=False)
         resident += [plan(on_device, k) for k in range(most if all_checkpointed else 0, most + 1)]
+        resident.append(plan(on_device, most, offload_inputs=True))
         if can_stream:
             visiting = weights(streamed=True)
             streamed += [plan(visiting, most, True, offload) for offload in (False, True)]

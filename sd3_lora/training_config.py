@@ -215,6 +215,14 @@ class RunConfig:
             "quarter of it and changes the numbers; auto takes nf4 where 16bit does not fit on the device."
         },
     )
+    compile: Literal["auto", "off", "blocks", "graph"] = field(
+        default="auto",
+        metadata={
+            "help": "graph replays each micro-step as one CUDA graph, with the same numbers; blocks compiles the "
+            "transformer's blocks as well, half a minute once, with other roundings; off does neither; auto does what "
+            "the run can have and repays."
+        },
+    )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
     checkpoints_total_limit: int | None = field(default=None, metadata={"help": "How many checkpoints to keep."})

@@ -35,13 +35,19 @@ def training(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def seen(training, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """What each micro-step of a run saw."""
+    drawn: list[object] = []
     calls: list[dict[str, object]] = []
-    step = training.micro_step
+    draw, step = training.draw_inputs, training.micro_step
 
-    def spy(model, batch, *rest):
-        calls.append({"model": model, "batch": batch})
-        return step(model, batch, *rest)
+    def draw_spy(batch, *rest):
+        drawn.append(batch)
+        return draw(batch, *rest)
 
+    def spy(model, *rest):
+        calls.append({"model": model, "batch": drawn.pop(0)})
+        return step(model, *rest)
+
+    monkeypatch.setattr(training, "draw_inputs", draw_spy)
     monkeypatch.setattr(training, "micro_step", spy)
     return calls
 

@@ -76,8 +76,8 @@ script.main(sys.argv[1:])
 def test_a_killed_run_ends_with_the_same_bits(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8-bit Adam with truly 8-bit state (rank 128 by 32 = 4,096 elements), dropout and accumulation."""
-    words = ["--rank", 128, "--use_8bit_adam", "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2]
+    """8-bit Adam with truly 8-bit state (4,096 elements and more), dropout and accumulation."""
+    words = ["--rank", 16, "--use_8bit_adam", "--lora_dropout", 0.3, "--gradient_accumulation_steps", 2]
     words += ["--max_train_steps", 12, "--checkpointing_steps", 5, "--learning_rate", 0.01]
     whole = train(script, prepared, tmp_path / "whole", *words)
 
@@ -105,16 +105,9 @@ def test_a_killed_run_ends_with_the_same_bits(
     saved = load_file(folder / "checkpoint-12" / "state.safetensors")
     eight_bit = [name for name, tensor in saved.items() if name.endswith(("/state1", "/state2"))]
     assert all(saved[name].dtype == torch.uint8 and saved[name].numel() >= 4096 for name in eight_bit)
-    assert len(eight_bit) == 2 * 30  # every one of them
+    assert len(eight_bit) == 2  # of the whole LoRA, as one tensor
     before = load_file(folder / "checkpoint-5" / "state.safetensors")
-    assert not any(
-        torch.equal(saved[name], before[name]) for name in eight_bit if "state1" in name and not idle(saved, name)
-    )
-
-
-def idle(saved: dict[str, torch.Tensor], name: str) -> bool:
-    """Whether the moments are those of a parameter without a gradient: all the quantization's zero."""
-    return len(saved[name].unique()) == 1
+    assert not any(torch.equal(saved[name], before[name]) for name in eight_bit)
 
 
 @pytest.mark.parametrize("interrupted_at", [9, 11])

@@ -1,0 +1,159 @@
+"""What --compile comes to, and that a recorded or compiled step is the step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sd3_lora.command_line import UserError
+from sd3_lora.memory_plan import TrainingPlan
+from sd3_lora.optimizer import flatten_parameters
+from sd3_lora.step_execution import COMPILE_FROM_MICRO_STEPS, RecordedStep, choose_execution, compile_blocks
+
+import pytest
+import torch
+from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
+
+RESIDENT = TrainingPlan(None, False, {}, 0, 24, False)
+STREAMED, NF4 = replace(RESIDENT, streamed=True), replace(RESIDENT, base_precision="nf4")
+MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
+
+
+@pytest.fixture(autouse=True)
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3_lora.step_execution._has_triton", lambda: True)
+
+
+def chosen(asked, plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None) -> tuple[bool, bool]:
+    execution = choose_execution(asked, plan, device, dropout, micro_steps, before)
+    return execution.compiled, execution.recorded
+
+
+def test_auto_records_what_a_graph_can_hold() -> None:
+    assert chosen("auto") == (False, True)
+    assert chosen("auto", plan=NF4) == (False, True)
+    assert chosen("auto", plan=STREAMED) == (False, False)
+    assert chosen("auto", plan=replace(RESIDENT, offload_inputs=True)) == (False, False)
+    assert chosen("auto", dropout=0.1) == (False, False)
+    assert chosen("auto", device=CPU) == (False, False)
+
+
+def test_auto_compiles_where_the_steps_repay_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen("auto", micro_steps=MANY) == (True, True)
+    assert chosen("auto", micro_steps=MANY, dropout=0.1) == (True, False)
+    for plan in (STREAMED, NF4):
+        assert not chosen("auto", plan=plan, micro_steps=MANY)[0]
+    assert chosen("auto", micro_steps=MANY, device=CPU) == (False, False)
+    monkeypatch.setattr("sd3_lora.step_execution._has_triton", lambda: False)
+    assert chosen("auto", micro_steps=MANY) == (False, True)
+
+
+def test_auto_keeps_a_resumed_runs_numbers() -> None:
+    compiled = choose_execution("auto", RESIDENT, GPU, 0, MANY).kernels
+    plain = choose_execution("auto", RESIDENT, GPU, 0, FEW).kernels
+    assert plain == choose_execution("off", RESIDENT, GPU, 0, MANY).kernels  # a graph's kernels are the plain ones
+    assert compiled == choose_execution("blocks", RESIDENT, GPU, 0, FEW).kernels
+    assert chosen("auto", micro_steps=FEW, before=compiled) == (True, True)
+    assert chosen("auto", micro_steps=MANY, before=plain) == (False, True)
+
+
+def test_what_is_asked_for_is_done_or_refused() -> None:
+    assert chosen("off", micro_steps=MANY) == (False, False)
+    assert chosen("graph", micro_steps=MANY) == (False, True)
+    assert chosen("blocks") == (True, True)
+    assert chosen("blocks", device=CPU) == (True, False)
+    for words, reason in (
+        ({"device": CPU}, "--compile graph: it needs a GPU: leave it out"),
+        ({"plan": STREAMED}, "--compile graph: what visits the device is copied by the host"),
+        ({"dropout": 0.1}, "--compile graph: dropout is drawn by the host"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            chosen("graph", **words)
+    for plan in (STREAMED, NF4):
+        with pytest.raises(UserError, match=r"--compile blocks: .*: leave it out"):
+            chosen("blocks", plan=plan)
+
+
+def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, with autograd's graph cut as the compiler cuts it; no C++ compiler is needed for that."""
+    plain, compiled = make_transformer(), make_transformer()
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend="aot_eager"))
+    compile_blocks(compiled, asked=True)
+    assert all(block._compiled_call_impl is not None for block in compiled.transformer_blocks)
+    outputs = []
+    for transformer in (plain, compiled):
+        output = transformer(**inputs(0, CPU), return_dict=False)[0]
+        output.square().mean().backward()
+        outputs.append(output)
+    assert torch.allclose(*outputs, atol=1e-5)
+    for mine, theirs in zip(plain.parameters(), compiled.parameters(), strict=True):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None and theirs.grad is not None:
+            assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+
+
+class NoGraph:
+    """Stands for CUDA where a step cannot be recorded."""
+
+    def __init__(self, *_: object, **__: object):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    flat = flatten_parameters([parameter])
+    assert flat.grad is not None
+    flat.grad.fill_(5.0)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        loss = (parameter * x).sum()
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(torch.cuda, "Stream", NoGraph)
+    said: list[str] = []
+    step = RecordedStep(compute, flat.grad, asked=False, say=said.append)
+    assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
+    assert flat.grad.tolist() == [8.0] * 3
+    reason = "operation not permitted when stream is capturing"
+    assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
+    with pytest.raises(RuntimeError, match=reason):
+        RecordedStep(compute, flat.grad, asked=True)(torch.ones(3))
+
+
+@needs_gpu
+@pytest.mark.parametrize("checkpointed", [0, 5])
+def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int) -> None:
+    from sd3_lora.checkpointing import checkpoint_blocks
+
+    results = []
+    for recorded in (False, True):
+        transformer = make_transformer(dtype=torch.float16).to(GPU)
+        trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        flat = flatten_parameters(trained)
+        checkpoint_blocks(transformer, checkpointed)
+        scaler = torch.amp.GradScaler("cuda")
+
+        def compute(*words: torch.Tensor, transformer=transformer, scaler=scaler) -> torch.Tensor:
+            names = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
+            with torch.autocast("cuda", torch.float16):
+                output = transformer(**dict(zip(names, words, strict=True)), return_dict=False)[0]
+            loss = output.float().square().mean()
+            scaler.scale(loss).backward()
+            return loss.detach()
+
+        assert flat.grad is not None
+        step = RecordedStep(compute, flat.grad, asked=True) if recorded else compute
+        optimizer = torch.optim.AdamW([flat], lr=0.01, fused=True)
+        losses = []
+        for number in (0, 1, 3, 4):  # 2 has another number of tokens
+            losses.append(step(*inputs(number, GPU, torch.float16).values()))
+            if number % 2:  # windows of two
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=False)
+        results.append((torch.stack(losses), flat.detach().clone()))
+    assert all(map(torch.equal, *results))
