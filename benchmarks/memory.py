@@ -6,7 +6,7 @@ less what was in use before this process: nothing else may use the GPU. `step_ms
 first.
 
     python benchmarks/memory.py accuracy --models /tmp/models --result FILE
-    python benchmarks/memory.py text ladder saving --models /tmp/models --result FILE
+    python benchmarks/memory.py text ladder saving --models /tmp/models --result "results/{set}-h100.json"
 
 The models are made in `--models` where they are not there (`random_sd3.py`). A row that fails is noted with its error.
 """
@@ -294,15 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", default="0/1", help="Every N-th row, from the K-th: K/N, for several GPUs.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--result", type=Path, help="JSON file to write.")
+    parser.add_argument("--result", type=Path, help="JSON file to write; {set} in its name gives each set one.")
     arguments = parser.parse_args(argv)
     first, count = map(int, arguments.part.split("/"))
-    start, rows = time.perf_counter(), []
+    start = time.perf_counter()
+    results: dict[Path | None, list[dict[str, Any]]] = {}
     arguments.models.mkdir(parents=True, exist_ok=True)
     driver_before = driver_bytes(0) or 0
     open_budget(BudgetConfig(), choose_device(arguments.device))  # CUDA's own memory, measured while it is alone
-    cases = [case for name in arguments.sets for case in SETS[name]()]
-    for case in cases[first::count]:
+    cases = [(name, case) for name in arguments.sets for case in SETS[name]()]
+    for name, case in cases[first::count]:
         if time.perf_counter() - start > arguments.stop_after:
             print(f"stopped before {case.name} of {case.model}", flush=True)
             break
@@ -311,17 +312,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # the other rows are worth having
             traceback.print_exc()
             row = {**asdict(case), "failed": f"{type(error).__name__}: {error}"}
-        rows.append(row)
+        path = arguments.result and Path(str(arguments.result).replace("{set}", name))
+        rows = results.setdefault(path, [])
+        rows.append({"set": name, **row})
         shown = ("name", "model", "resolution", "batch", "rank", "plan", "predicted_gib", "measured_gib", "driver_gib")
         shown += ("host_gib", "step_ms", "failed", "elapsed_s")
         print({key: row[key] for key in shown if row.get(key) is not None}, flush=True)
-        if arguments.result:
-            result = {
-                **circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")),
-                "rows": rows,
-            }
-            arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(any(not row.get("failed", "error: ").startswith("error: ") for row in rows))
+        if path:
+            result = {**circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")), "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failures = [row["failed"] for rows in results.values() for row in rows if "failed" in row]
+    return int(any(not failure.startswith("error: ") for failure in failures))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Case:
         smallest: whether a refused budget is to be replaced by the smallest that would do, as the refusal names it.
         with_lora: whether the last row's LoRA is to be drawn with.
         exactness: against the row before it: exact, rounding or lossy.
+        trick: the flag or script that makes the difference to the row before it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Case:
     smallest: bool = False
     with_lora: bool = False
     exactness: str | None = None
+    trick: str = ""
 
 
 def budget(gib: float, *more: str) -> tuple[str, ...]:
@@ -115,25 +117,28 @@ def card_run_cases() -> Iterator[Case]:
 def ladder_cases() -> Iterator[Case]:
     """From everything in float32 at once to the least, one trick a row."""
 
-    def row(name: str, exactness: str, *flags: str, **words: object) -> Case:
-        return Case(name, "sd3-medium", flags=flags, steps=8, exactness=exactness, **words)
+    def row(name: str, trick: str, exactness: str, *flags: str, **words: object) -> Case:
+        return Case(name, "sd3-medium", flags=flags, steps=8, trick=trick, exactness=exactness, **words)
 
-    fp32 = ("--mixed_precision", "no")
+    fp32, fp16 = ("--mixed_precision", "no"), ("--mixed_precision", "fp16")
     text = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    yield replace(row("warm-up", "exact"), steps=2)
-    yield row("everything at once, float32", "exact", *fp32, use_8bit_adam=False, beside=(*text, "vae"))
-    yield row("prompt embeddings cached", "exact", *fp32, use_8bit_adam=False, beside=("vae",))
-    yield row("latents cached", "exact", *fp32, use_8bit_adam=False)
-    yield row("base in fp16", "rounding", "--mixed_precision", "fp16", use_8bit_adam=False)
-    fp16 = ("--mixed_precision", "fp16")
-    yield row("8-bit Adam", "lossy", *fp16)
-    yield row("all blocks computed anew", "exact", *fp16, *ALL_BLOCKS)
-    yield row("base in nf4", "lossy", *fp16, *ALL_BLOCKS, *NF4)
-    yield row("in its place: fp16 base streamed", "exact", *fp16, *budget(2.2))
-    yield row("block inputs on the host", "exact", *fp16, *budget(1.0), smallest=True)
-    yield row("nf4 base streamed", "lossy", *fp16, *budget(1.0, *NF4), smallest=True)
-    yield row("512 px, fp16 base streamed", "lossy", *fp16, *budget(1.0), smallest=True, resolution=512)
-    yield row("512 px, nf4 base streamed", "lossy", *fp16, *budget(1.0, *NF4), smallest=True, resolution=512)
+    adam = {"use_8bit_adam": False}
+    nf4, budgeted = "--base_precision nf4", "--vram_budget_gib"
+    yield replace(row("warm-up", "", "exact"), steps=2)
+    yield row("everything at once, in float32", "", "exact", *fp32, **adam, beside=(*text, "vae"))
+    yield row("prompt embeddings cached", "compute_embeddings.py", "exact", *fp32, **adam, beside=("vae",))
+    yield row("latents cached", "precompute_latents.py", "exact", *fp32, **adam)
+    yield row("base in fp16", "--mixed_precision fp16", "rounding", *fp16, **adam)
+    yield row("Adam's state in 8 bits", "--use_8bit_adam", "lossy", *fp16)
+    yield row("all blocks computed anew", ALL_BLOCKS[0], "exact", *fp16, *ALL_BLOCKS)
+    yield row("base in 4 bits", nf4, "lossy", *fp16, *ALL_BLOCKS, *NF4)
+    yield row("instead: fp16 base streamed", f"{budgeted} 2.2", "exact", *fp16, *budget(2.2))
+    smallest = {"smallest": True}
+    yield row("block inputs on the host", budgeted, "exact", *fp16, *budget(1.0), **smallest)
+    yield row("4-bit base streamed", f"{nf4} {budgeted}", "lossy", *fp16, *budget(1.0, *NF4), **smallest)
+    small = {"smallest": True, "resolution": 512}
+    yield row("512 px, fp16 base streamed", "--resolution 512", "lossy", *fp16, *budget(1.0), **small)
+    yield row("512 px, 4-bit base streamed", f"{nf4} --resolution 512", "lossy", *fp16, *budget(1.0, *NF4), **small)
 
 
 def text_cases() -> Iterator[Case]:
