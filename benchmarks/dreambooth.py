@@ -10,6 +10,7 @@ miniature's judge, which has seen no generated picture, says what the samples sh
 
     python benchmarks/dreambooth.py --result FILE
     python benchmarks/dreambooth.py --peer DIFFUSERS_CLONE --peer_python PEER_VENV/bin/python --result FILE
+    python benchmarks/dreambooth.py --nf4 --mixed_precision fp16 --result FILE
     python benchmarks/dreambooth.py --lora robot=sd3-dreambooth-lora
 
 The same command again goes on where it stopped.
@@ -250,6 +251,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of training.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
+    parser.add_argument(
+        "--nf4", action="store_true", help="Train a second LoRA on the base in 4 bits; both are drawn on the exact one."
+    )
     parser.add_argument("--peer", type=Path, help="A clone of diffusers, to train with its script too.")
     parser.add_argument("--peer_python", default=sys.executable, help="A Python with that script's requirements.")
     parser.add_argument("--peer_flags", default="", help="More for diffusers' script, likewise.")

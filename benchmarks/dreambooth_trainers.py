@@ -27,11 +27,12 @@ from world import PICTURE_PX
 TRAINERS = {
     "before": "without a LoRA",
     "ours": "ours",
+    "ours_nf4": "ours, trained on an nf4 base",
     "diffusers": "diffusers' script, told the same",
     "diffusers_defaults": "diffusers' script, one prompt, its layers",
     "given": "the given LoRA",
 }
-OURS, PEERS = "ours", ("diffusers", "diffusers_defaults")
+OURS, OURS_NF4, PEERS = "ours", "ours_nf4", ("diffusers", "diffusers_defaults")
 PEER_SCRIPT = Path("examples/dreambooth/train_dreambooth_lora_sd3.py")
 
 
@@ -39,7 +40,7 @@ def trainers(flags: argparse.Namespace) -> list[str]:
     """Whose LoRAs are scored."""
     if flags.lora:
         return ["given"]
-    return [OURS, *PEERS] if flags.peer else [OURS]
+    return [OURS, *([OURS_NF4] if flags.nf4 else []), *(PEERS if flags.peer else [])]
 
 
 def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
@@ -65,8 +66,8 @@ def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> l
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
 
 
-def our_words(flags: argparse.Namespace, subject: Subject) -> list[tuple[str, list[str]]]:
-    """The project's scripts with their flags, in order."""
+def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) -> list[tuple[str, list[str]]]:
+    """The project's scripts with their flags, in order; both of our trainers train on the same files."""
     embeddings, latents = subject.folder / "ours" / "embeddings.parquet", subject.folder / "ours" / "latents"
     device = ["--device", flags.device]
     data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.captioned)]
@@ -75,7 +76,8 @@ def our_words(flags: argparse.Namespace, subject: Subject) -> list[tuple[str, li
     text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32", "--output_path", str(embeddings)]
     resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
     stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
-    train = [*shared_words(flags, subject, OURS), *data[2:], *stored, *device, *resume]
+    train = [*shared_words(flags, subject, trainer), *data[2:], *stored, *device, *resume]
+    train += ["--base_precision", "nf4"] if trainer == OURS_NF4 else []
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
@@ -94,21 +96,21 @@ def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> lis
 
 def train(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
     """Has a trainer make its LoRA of the five pictures."""
-    if trainer == OURS:
-        train_ours(flags, subject)
+    if trainer in (OURS, OURS_NF4):
+        train_ours(flags, subject, trainer)
     else:
         train_peer(flags, subject, trainer)
 
 
-def train_ours(flags: argparse.Namespace, subject: Subject) -> None:
+def train_ours(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
     """Stages one and two in this process: to import the libraries for each would take longer than the work.
 
     Raises:
         UserError: one of the scripts refused.
     """
-    log = subject.folder / "ours" / "log.txt"
+    log = subject.folder / trainer / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
-    for script, words in our_words(flags, subject):
+    for script, words in our_words(flags, subject, trainer):
         with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
             code = importlib.import_module(script).main(words)
         if code:

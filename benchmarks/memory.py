@@ -1,13 +1,14 @@
-"""Peaks of training under budgets, predicted and measured, on full-size models with random weights.
+"""Peaks of the scripts under budgets, predicted and measured, on full-size models with random weights.
 
-Each row is a run of the training script on fabricated stage-one files, in this process, so that the libraries are
-imported once. `predicted` and `measured` are the script's own figures; `driver` is the most that the driver said was in
-use meanwhile, less what was in use before this process: nothing else may use the GPU.
+Each row is a run of one of the scripts on fabricated files, in this process, so that the libraries are imported once.
+`predicted` and `measured` are the script's own figures; `driver` is the most that the driver said was in use meanwhile,
+less what was in use before this process: nothing else may use the GPU. `step_ms` is the median over the steps after the
+first.
 
     python benchmarks/memory.py accuracy --models /tmp/models --result FILE
-    python benchmarks/memory.py targets cards --models /tmp/models --result FILE
+    python benchmarks/memory.py text ladder saving --models /tmp/models --result "results/{set}-h100.json"
 
-The models are made in `--models` where they are not there (`random_sd3.py`).
+The models are made in `--models` where they are not there (`random_sd3.py`). A row that fails is noted with its error.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ import argparse
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import os
 import re
 import shutil
+import statistics
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.budget import driver_bytes
+from sd3_lora.budget import BudgetConfig, driver_bytes, open_budget
 from sd3_lora.devices import choose_device
 from sd3_lora.embedding_store import write_embeddings
 from sd3_lora.images import crop_boxes
@@ -44,102 +48,33 @@ from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
+from memory_cases import DRAW, EMBED, LATENTS, SETS, SIZES_PX, TRAIN, Case
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PROMPT, PICTURES = "a photo of sks dog", 4
-SIZES_PX = (512, 768, 1024)
-CARDS_GIB = (2, 3, 4, 6, 8, 12, 15)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run of the training script.
-
-    Attributes:
-        name: of the row.
-        model: of `random_sd3.TRANSFORMERS`.
-        resolution: in pixels.
-        batch: pictures in a micro-batch.
-        rank: of the LoRA.
-        flags: more of the script's.
-        steps: optimizer steps.
-        script: which of the four.
-    """
-
-    name: str
-    model: str
-    resolution: int = 1024
-    batch: int = 1
-    rank: int = 4
-    flags: tuple[str, ...] = ()
-    steps: int = 3
-    script: str = "train_dreambooth_sd3_lora_miniature.py"
-
-
-def accuracy_cases() -> Iterator[Case]:
-    """Three models, three resolutions, batches of 1 and 4, ranks 4 and 128; none, some and all blocks computed anew."""
-    grid = itertools.product((4, 1), (4, 128), SIZES_PX, random_sd3.TRANSFORMERS)
-    for number, (batch, rank, resolution, model) in enumerate(grid):
-        flags = (("--gradient_checkpointing",), ("--vram_budget_gib", "30"), ())[number % 3]
-        yield Case("accuracy", model, resolution, batch, rank, flags)
-
-
-def target_cases() -> Iterator[Case]:
-    """The least memory of each model and size, exact and in 4 bits; and the steps that are to be compared.
-
-    The budgets are a little above what the plan needs.
-    """
-
-    def budget(gib: float, *more: str) -> tuple[str, ...]:
-        return ("--vram_budget_gib", str(gib), *more)
-
-    nf4, all_blocks = ("--base_precision", "nf4"), ("--gradient_checkpointing",)
-    yield Case("warm-up", "sd3-medium", 512)
-    for resolution, gib in ((1024, 1.8), (512, 1.5)):
-        for _ in range(2):  # in turns: the machine is noisy
-            yield Case("resident, all blocks anew", "sd3-medium", resolution, flags=all_blocks, steps=12)
-            yield Case("streamed", "sd3-medium", resolution, flags=budget(gib), steps=12)
-    yield Case("16-bit base", "sd3-medium", flags=budget(5.2))
-    yield Case("nf4", "sd3-medium", flags=budget(3.0, *nf4), steps=12)
-    yield Case("nf4", "sd3-medium", 512, flags=budget(2.2, *nf4), steps=12)
-    yield Case("streamed", "sd3.5-medium", flags=budget(2.2))
-    yield Case("nf4", "sd3.5-medium", flags=budget(3.6, *nf4))
-    bf16 = ("--mixed_precision", "bf16")
-    yield Case("3 pictures, rank 128, bf16", "sd3.5-medium", batch=3, rank=128, flags=(*all_blocks, *bf16), steps=12)
-    yield Case("nf4", "sd3.5-large", flags=budget(7.5, *nf4))
-    yield Case("streamed", "sd3.5-large", flags=budget(3.4))
-
-
-def card_cases() -> Iterator[Case]:
-    """What fits cards as people own them: exact, and in 4 bits where the exact base would have to be streamed."""
-    for gib, model, resolution in itertools.product(CARDS_GIB, random_sd3.TRANSFORMERS, SIZES_PX):
-        yield Case(f"{gib} GiB", model, resolution, flags=("--vram_budget_gib", str(gib), "--plan"))
-        flags = ("--vram_budget_gib", str(gib), "--base_precision", "auto", "--plan")
-        yield Case(f"{gib} GiB, auto", model, resolution, flags=flags)
-
-
-def picture_cases() -> Iterator[Case]:
-    """The VAE in tiles, and whole pictures: exact, in 4 bits, streamed."""
-    for gib in (2.2, 6.0):
-        flags = ("--vram_budget_gib", str(gib))
-        yield Case(f"encode within {gib} GiB", "sd3-medium", flags=flags, script="precompute_latents.py")
-    for gib, more in ((5.3, ()), (3.2, ("--base_precision", "nf4")), (2.4, ())):
-        flags = ("--vram_budget_gib", str(gib), *more)
-        yield Case(f"draw within {gib} GiB", "sd3-medium", flags=flags, script="inference.py")
-
-
-SETS = {"accuracy": accuracy_cases, "targets": target_cases, "pictures": picture_cases, "cards": card_cases}
 
 
 def model_folder(models: Path, name: str) -> Path:
-    """The model, made now if it is not there."""
+    """The model, made now if it is not there; its text encoders are the miniature's."""
     folder = models / name
     if not (folder / "model_index.json").is_file():
-        if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
         random_sd3.save(name, folder, ["transformer", "vae"])
         for resolution in SIZES_PX:
             fabricate_stage_one(folder, resolution)
+    return folder
+
+
+def with_text_encoders(models: Path, name: str) -> Path:
+    """The same model with text encoders of full size, made now if they are not there."""
+    folder = models / f"{name}-with-text"
+    if not (folder / "model_index.json").is_file():
+        folder.mkdir(exist_ok=True)
+        for component in ("transformer", "vae"):
+            link = folder / component
+            link.unlink(missing_ok=True)
+            link.symlink_to((model_folder(models, name) / component).resolve(), target_is_directory=True)
+        random_sd3.save(name, folder, ["text"])
     return folder
 
 
@@ -208,14 +143,42 @@ def call(case: Case, model: Path, words: Sequence[object], device: str) -> tuple
     words = ["--pretrained_model_name_or_path", model, "--device", device, *words, *case.flags]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = importlib.import_module(case.script.removesuffix(".py")).main([str(word) for word in words])
+        code = script_of(case).main([str(word) for word in words])
     return out.getvalue(), err.getvalue().strip().splitlines()[-1] if code else None
+
+
+def script_of(case: Case) -> Any:
+    """The script's module."""
+    return importlib.import_module(case.script.removesuffix(".py"))
 
 
 def training_words(case: Case) -> list[object]:
     """The training script's flags that decide its memory."""
     words: list[object] = ["--resolution", case.resolution, "--train_batch_size", case.batch, "--rank", case.rank]
-    return [*words, "--use_8bit_adam"]
+    return [*words, *(["--use_8bit_adam"] if case.use_8bit_adam else [])]
+
+
+def words_of(case: Case, models: Path, model: Path, output: Path) -> list[object]:
+    """The script's flags: stage one's fabricated files or pictures in, `output` out."""
+    if case.script == EMBED:
+        words = ["--instance_data_dir", noise_picture(models, 512), "--instance_prompt", PROMPT]
+        more = [f"--validation_prompt={PROMPT}, picture {index}" for index in range(1, case.batch)]
+        return [*words, *more, "--output_path", output / "run.parquet"]
+    if case.script == LATENTS:
+        words = ["--instance_data_dir", noise_picture(models, case.resolution), "--instance_prompt", PROMPT]
+        return [*words, "--resolution", case.resolution, "--output_path", output]
+    embeddings, latents = fabricate_stage_one(model, case.resolution)
+    if case.script == DRAW:
+        lora = ["--lora", trained_folder(models)] if case.with_lora else []
+        size = ["--height", case.resolution, "--width", case.resolution]
+        return ["--data_df_path", embeddings, "--prompt", PROMPT, "--outdir", output, *size, *lora]
+    words = [*training_words(case), "--data_df_path", embeddings, "--latents_path", latents, "--seed", 0]
+    return [*words, "--output_dir", output, "--max_train_steps", case.steps, "--report_to", "none"]
+
+
+def trained_folder(models: Path) -> Path:
+    """Where this process' last LoRA is."""
+    return models / f"lora-{os.getpid()}"
 
 
 def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
@@ -228,6 +191,36 @@ def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
     return {**asdict(case), "plan": plan, "predicted_gib": float(peak)}
 
 
+@contextlib.contextmanager
+def weights_beside(components: Sequence[str], device: str) -> Iterator[None]:
+    """Float32 weights on the device, of the sizes of the components'."""
+    with torch.device("meta"):
+        shapes = [p.shape for name in components for p in random_sd3.make(name).parameters()]
+    held = [torch.zeros(shape, dtype=torch.float32, device=choose_device(device)) for shape in shapes]
+    yield
+    held.clear()
+
+
+@contextlib.contextmanager
+def step_times(case: Case) -> Iterator[list[float]]:
+    """When each optimizer step was over, in seconds; the device is waited for."""
+    times: list[float] = []
+    if case.script != TRAIN:
+        yield times
+        return
+    take_step = script_of(case).optimizer_step
+
+    def timed(*words: Any) -> Any:
+        result = take_step(*words)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+        return result
+
+    with mock.patch.object(script_of(case), "optimizer_step", timed):
+        yield times
+
+
 def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[str, Any]:
     """Runs the script once; what it said of its memory and time.
 
@@ -235,23 +228,22 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     """
     if "--plan" in case.flags:
         return plan_case(case, hollow_model(models, case.model), device)
-    model = model_folder(models, case.model)
-    embeddings, latents = fabricate_stage_one(model, case.resolution)
-    output = models / f"output-{os.getpid()}"
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
+    model = (with_text_encoders if case.script == EMBED else model_folder)(models, case.model)
+    output = trained_folder(models) if case.script == TRAIN else models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
-    words: list[object]
-    if case.script == "inference.py":
-        words = ["--data_df_path", embeddings, "--prompt", PROMPT, "--outdir", output]
-        words += ["--height", case.resolution, "--width", case.resolution]
-    elif case.script == "precompute_latents.py":
-        words = ["--instance_data_dir", noise_picture(models, case.resolution), "--instance_prompt", PROMPT]
-        words += ["--resolution", case.resolution, "--output_path", output]
-    else:
-        words = [*training_words(case), "--data_df_path", embeddings, "--latents_path", latents, "--seed", 0]
-        words += ["--output_dir", output, "--max_train_steps", case.steps, "--report_to", "none"]
+    if case.script == EMBED:
+        output.mkdir()
+    words = words_of(case, models, model, output)
     free_memory(choose_device(device))  # what the last row left in the allocator's cache would be counted
     start = time.perf_counter()
-    with PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.2) as sampler:
+    with contextlib.ExitStack() as held:
+        held.enter_context(weights_beside(case.beside, device))
+        if case.efficient_attention and torch.cuda.is_available():
+            held.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
+        times = held.enter_context(step_times(case))
+        sampler = held.enter_context(PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.1))
         said, refused = call(case, model, words, device)
     row: dict[str, Any] = {**asdict(case), "elapsed_s": round(time.perf_counter() - start, 1)}
     row["plan"] = (re.findall(r"^plan: (.*)$", said, re.MULTILINE) or [None])[0]
@@ -271,36 +263,66 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
     row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
+    if len(times) > 2:
+        row["step_ms"] = round(1000 * statistics.median(after - before for before, after in pairwise(times)), 1)
     return row
 
 
+def run_until_it_fits(case: Case, run: Callable[[Case], dict[str, Any]]) -> dict[str, Any]:
+    """Runs the case: where it may be made to fit (`largest`, `smallest`), what was refused before is in the row."""
+    refused: list[str] = []
+    sizes = sorted(SIZES_PX, reverse=True) if case.largest else [case.resolution]
+    for size in sizes:
+        row = run(replace(case, resolution=size))
+        if "too little" not in row.get("failed", ""):
+            break
+        refused.append(row["failed"])
+    found = re.search(r"at least ([\d.]+) GiB", row.get("failed", "")) if case.smallest else None
+    if found:
+        refused = [row["failed"]]
+        flags = list(case.flags)
+        flags[flags.index("--vram_budget_gib") + 1] = found[1]
+        row = run(replace(case, flags=tuple(flags)))
+    return row | ({"refused": refused} if refused else {})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the script; returns its exit code."""
+    """Runs the script; returns its exit code: 1 where a row failed, other than by a script's own refusal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--models", type=Path, required=True, help="Where the random models are, or are made.")
     parser.add_argument("--part", default="0/1", help="Every N-th row, from the K-th: K/N, for several GPUs.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--result", type=Path, help="JSON file to write.")
+    parser.add_argument("--result", type=Path, help="JSON file to write; {set} in its name gives each set one.")
     arguments = parser.parse_args(argv)
     first, count = map(int, arguments.part.split("/"))
-    start, rows = time.perf_counter(), []
+    start = time.perf_counter()
+    results: dict[Path | None, list[dict[str, Any]]] = {}
+    arguments.models.mkdir(parents=True, exist_ok=True)
     driver_before = driver_bytes(0) or 0
-    cases = [case for name in arguments.sets for case in SETS[name]()]
-    for case in cases[first::count]:
+    open_budget(BudgetConfig(), choose_device(arguments.device))  # CUDA's own memory, measured while it is alone
+    cases = [(name, case) for name in arguments.sets for case in SETS[name]()]
+    for name, case in cases[first::count]:
         if time.perf_counter() - start > arguments.stop_after:
+            print(f"stopped before {case.name} of {case.model}", flush=True)
             break
-        rows.append(run_case(case, arguments.models, arguments.device, driver_before))
+        try:
+            row = run_until_it_fits(case, lambda c: run_case(c, arguments.models, arguments.device, driver_before))
+        except Exception as error:  # the other rows are worth having
+            traceback.print_exc()
+            row = {**asdict(case), "failed": f"{type(error).__name__}: {error}"}
+        path = arguments.result and Path(str(arguments.result).replace("{set}", name))
+        rows = results.setdefault(path, [])
+        rows.append({"set": name, **row})
         shown = ("name", "model", "resolution", "batch", "rank", "plan", "predicted_gib", "measured_gib", "driver_gib")
-        print({key: rows[-1].get(key) for key in (*shown, "ms_a_step", "failed", "elapsed_s")}, flush=True)
-        if arguments.result:
-            result = {
-                **circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")),
-                "rows": rows,
-            }
-            arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0
+        shown += ("host_gib", "step_ms", "failed", "elapsed_s")
+        print({key: row[key] for key in shown if row.get(key) is not None}, flush=True)
+        if path:
+            result = {**circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")), "rows": rows}
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failures = [row["failed"] for rows in results.values() for row in rows if "failed" in row]
+    return int(any(not failure.startswith("error: ") for failure in failures))
 
 
 if __name__ == "__main__":

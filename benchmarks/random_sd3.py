@@ -41,9 +41,18 @@ CLIPS = {
     "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "text_encoder_2": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 20},
 }
-
+T5: dict[str, Any] = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+}
+VAE: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
 
 COMPONENTS = ("transformer", "vae", "text")
+TEXT = (*CLIPS, "text_encoder_3")
 
 
 def make_transformer(size: str) -> SD3Transformer2DModel:
@@ -52,8 +61,22 @@ def make_transformer(size: str) -> SD3Transformer2DModel:
     return SD3Transformer2DModel(**shapes | TRANSFORMERS[size])
 
 
+def make(component: str) -> torch.nn.Module:
+    """The VAE or a text encoder, of random weights on the default device in the default dtype."""
+    if component == "vae":  # the miniature's VAE and CLIPs are SD3's but for their sizes
+        return AutoencoderKL.from_config({**AutoencoderKL.load_config(MINIATURE / "vae"), **VAE})
+    if component == "text_encoder_3":
+        return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", tie_word_embeddings=False, **T5))
+    sizes, width = CLIPS[component], CLIPS[component]["hidden_size"]
+    shapes = {"vocab_size": 49408, "intermediate_size": 4 * width, "projection_dim": width, **sizes}
+    return CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(MINIATURE / component, **shapes))
+
+
 def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> None:
-    """Saves the components in float16, as the published files are; those not asked for are the miniature's."""
+    """Saves the components in float16, as the published files are; those not asked for are the miniature's.
+
+    What is in the folder already, and not asked for, is left.
+    """
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -61,31 +84,12 @@ def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> Non
             transformer = make_transformer(size).half()
             transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
             del transformer
-        if "vae" in components:  # the miniature's VAE and CLIPs are SD3's but for their sizes
-            vae = AutoencoderKL.load_config(MINIATURE / "vae")
-            vae |= {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
-            AutoencoderKL.from_config(vae).half().save_pretrained(folder / "vae")
-        for name, sizes in CLIPS.items() if "text" in components else ():
-            width = sizes["hidden_size"]
-            config = CLIPTextConfig.from_pretrained(
-                MINIATURE / name, vocab_size=49408, intermediate_size=4 * width, projection_dim=width, **sizes
-            )
-            CLIPTextModelWithProjection(config).half().save_pretrained(folder / name)
-        if "text" in components:
-            t5 = T5Config(
-                vocab_size=32128,
-                d_model=4096,
-                d_kv=64,
-                d_ff=10240,
-                num_layers=24,
-                num_heads=64,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
-            )
-            T5EncoderModel(t5).half().save_pretrained(folder / "text_encoder_3", max_shard_size="5GB")
+        small = (["vae"] if "vae" in components else []) + (list(TEXT) if "text" in components else [])
+        for name in small:
+            make(name).half().save_pretrained(folder / name, max_shard_size="5GB")
     torch.set_default_dtype(torch.float32)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    for name in ("transformer", "vae", *CLIPS, "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"):
+    for name in ("transformer", "vae", *TEXT, "tokenizer", "tokenizer_2", "tokenizer_3"):
         if not (folder / name).is_dir():
             shutil.copytree(MINIATURE / name, folder / name)
     shutil.copy(MINIATURE / "model_index.json", folder)

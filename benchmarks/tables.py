@@ -50,7 +50,17 @@ def dreambooth_table(result: dict[str, Any]) -> str:
 
 def printer(name: str) -> Callable[[dict[str, Any]], str]:
     """By the file's name, which begins with what made it."""
-    tables = {"pipeline": pipeline_table, "dreambooth": dreambooth_table, "memory": memory_table, "plans": plans_table}
+    tables = {
+        "pipeline": pipeline_table,
+        "dreambooth": dreambooth_table,
+        "memory": memory_table,
+        "plans": plans_table,
+        "text": text_table,
+        "ladder": ladder_table,
+        "cards_run": cards_table,
+        "saving": saving_table,
+        "picture": picture_table,
+    }
     return tables[re.split(r"[-.]", name)[0]]
 
 
@@ -70,8 +80,13 @@ def memory_table(result: dict[str, Any]) -> str:
         numbers = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {row['host_gib']:.2f}"
         shape = f"{row['batch']}, {row['rank']}" if row.get("plan") else "–"
         lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
+    return "\n".join([*lines, "", _measured_on(result)])
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    """The machine, the date and the versions."""
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("torch", "diffusers", "bitsandbytes"))
-    return "\n".join([*lines, "", f"{result['machine']}, {result['date']}, {versions}; random weights."])
+    return f"{result['machine']}, {result['date']}, {versions}; random weights."
 
 
 def _what(row: dict[str, Any]) -> str:
@@ -111,6 +126,106 @@ def _cell(exact: dict[str, Any], auto: dict[str, Any]) -> str:
         return f"S {exact['predicted_gib']:.1f}"
     anew, count = re.findall(r"(\d+) of (\d+) blocks", exact["plan"])[0]
     return f"{exact['predicted_gib']:.1f}" + (f", {anew}/{count} anew" if anew != "0" else "")
+
+
+def _measured_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ran, without the rows that only warmed the machine up."""
+    return [row for row in result["rows"] if row["name"] != "warm-up" and "failed" not in row]
+
+
+def text_table(result: dict[str, Any]) -> str:
+    """Stage one's text encoders, held whole and streamed: the seconds of each turn, and the peaks."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in _measured_rows(result):
+        groups.setdefault((row["name"], row["batch"]), []).append(row)
+    lines = [
+        "| fp16 | prompts | seconds | of them T5 | device GiB | host GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (name, prompts), rows in groups.items():
+        whole = " / ".join(f"{_encoding_s(row):.1f}" for row in rows)
+        t5 = " / ".join(f"{_encoding_s(row, 'T5'):.1f}" for row in rows)
+        capped = [row["flags"][row["flags"].index("--vram_budget_gib") + 1] for row in rows if _is_capped(row)]
+        what = f"{name} within {capped[0]} GiB" if capped else name
+        tokens = f"{prompts} of {_tokens(rows[0])} tokens"
+        peaks = f"{max(row['driver_gib'] for row in rows):.2f} | {max(row['host_gib'] for row in rows):.2f}"
+        lines.append(f"| {what} | {tokens} | {whole} | {t5} | {peaks} |")
+    resident, streamed = (
+        [_encoding_s(r, "T5") for r in groups.get((name, 1), [])] for name in ("resident", "streamed")
+    )
+    ratios = ", ".join(f"{b / a:.2f}" for a, b in zip(resident, streamed, strict=False))
+    said = f"One prompt through T5, loading included, takes {ratios} times as long streamed as resident."
+    return "\n".join([*lines, "", f"{said} {_measured_on(result)}"])
+
+
+def _encoding_s(row: dict[str, Any], encoder: str = "") -> float:
+    """The seconds of the stages, load included, of all encoders or of one."""
+    return sum(seconds for stage, seconds in row["stage_s"].items() if encoder in stage)
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    flag = "--max_sequence_length"
+    return row["flags"][row["flags"].index(flag) + 1] if flag in row["flags"] else "77"
+
+
+def _is_capped(row: dict[str, Any]) -> bool:
+    return "--vram_budget_gib" in row["flags"]
+
+
+def ladder_table(result: dict[str, Any]) -> str:
+    """One trick a row: the peaks of device and host, the step's time, and whether numbers change."""
+    lines = ["| | by | device GiB | host GiB | ms a step | numbers |", "| --- | --- | ---: | ---: | ---: | --- |"]
+    for row in _measured_rows(result):
+        trick = f"`{row['trick']}`" if row["trick"] else ""
+        numbers = f"{row['driver_gib']:.2f} | {row['host_gib']:.2f} | {row['step_ms']:.0f}"
+        lines.append(f"| {row['name']} | {trick} | {numbers} | {row['exactness']} |")
+    said = "SD3-Medium at 1024 px, one picture a step, rank 4; device: what the driver says, CUDA's own included."
+    return "\n".join([*lines, "", f"{said} {_measured_on(result)}"])
+
+
+def cards_table(result: dict[str, Any]) -> str:
+    """For each budget and model the largest size that trained, its peak, how, and its step's time."""
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    models = list(dict.fromkeys(row["model"] for row in result["rows"]))
+    found = {(row["name"], row["model"]): row for row in result["rows"]}
+    lines = [f"| GPU memory | {' | '.join(models)} |", "| --- |" + " --- |" * len(models)]
+    for name in sorted(names, key=lambda name: (int(name.split()[0]), name)):
+        cells = [_card_cell(found.get((name, model), {})) for model in models]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Fits, measured under a cap. {_measured_on(result)}"])
+
+
+def _card_cell(row: dict[str, Any]) -> str:
+    if "plan" not in row or "failed" in row:
+        return "–"
+    anew, count = re.findall(r"(\d+) of (\d+) blocks", row["plan"])[0]
+    how = "streamed" if "streamed" in row["plan"] else f"{anew}/{count} anew"
+    return f"{row['resolution']} px: {row['driver_gib']:.1f} GiB, {how}, {row['step_ms'] / 1000:.2f} s"
+
+
+def saving_table(result: dict[str, Any]) -> str:
+    """The peaks of training without and with checkpoints, and of drawing with its LoRA."""
+    lines = ["| | tensors GiB | predicted | measured |", "| --- | ---: | ---: | ---: |"]
+    for row in _measured_rows(result):
+        peaks = (max(row["allocated_gib"].values()), row["predicted_gib"], row["measured_gib"])
+        lines.append(f"| {row['name']} | {' | '.join(f'{peak:.2f}' for peak in peaks)} |")
+    return "\n".join([*lines, "", _measured_on(result)])
+
+
+def picture_table(result: dict[str, Any]) -> str:
+    """From process start to PNG, beside the stock pipeline."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in _measured_rows(result):
+        groups.setdefault(row["name"], []).append(row)
+    stock = [row["elapsed_s"] for row in next(iter(groups.values()))]
+    lines = ["| | seconds | of the first row's | device GiB |", "| --- | ---: | ---: | ---: |"]
+    for name, rows in groups.items():
+        seconds = [row["elapsed_s"] for row in rows]
+        ratios = " / ".join(f"{a / b:.2f}" for a, b in zip(seconds, stock, strict=False))
+        peak = max(row["device_gib"] for row in rows)
+        lines.append(f"| {name} | {' / '.join(f'{s:.1f}' for s in seconds)} | {ratios} | {peak:.2f} |")
+    said = f"SD3-Medium, {result['size']} px, {result['steps']} steps, guidance 7, fp16; a process each, in turns, text"
+    return "\n".join([*lines, "", f"{said} encoders included, files in the page cache. {_measured_on(result)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

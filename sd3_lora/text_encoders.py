@@ -15,12 +15,14 @@ from sd3_lora.command_line import UserError
 from sd3_lora.devices import DTYPES
 from sd3_lora.memory import GIB, StageReport, memory_stage
 from sd3_lora.model_files import ModelFiles
+from sd3_lora.read_ahead import read_ahead
+from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
+from sd3_lora.t5_halves import half_bytes, read_halves, set_dtypes
 from sd3_lora.tensor_files import TensorFiles
 
 import psutil
 import torch
-from accelerate import cpu_offload, init_empty_weights
-from accelerate.utils import set_module_tensor_to_device
+from accelerate import cpu_offload
 from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
@@ -33,8 +35,11 @@ from transformers import (
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
-# Fragmentation, cuBLAS' workspace, and what the conversion of one weight takes for a moment.
-_MARGIN_BYTES = GIB // 4
+# cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and what the allocator's pages leave unused.
+_MARGIN_BYTES = 80 * 1024**2
+# Beside encoders that are resident also what the conversion of one weight takes for a moment, and leaves unused: an
+# H100 held 0.44 GiB beside T5's weights in int8.
+_LOADING_BYTES = 7 * GIB // 20
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -44,15 +49,18 @@ class TextEncoderPlan:
 
     Attributes:
         t5_precision: of T5's weights; fp16 keeps the `wo` projections in fp32, where its activations overflow fp16.
-        t5_stream: whether T5's blocks visit the device one at a time; the layers of the CLIPs then do so too.
+        t5_stream: whether half a block of T5 is on the device at a time, and one layer of the CLIPs.
         max_sequence_length: T5 tokens, 1 to 512.
         device: where they run.
+        batch_size: prompts in one forward. Kernels round differently for another one (by 1e-6), so the answers are
+            those of resident encoders with the same; the last batch has always been smaller.
     """
 
     t5_precision: T5Precision
     t5_stream: bool
     max_sequence_length: int
     device: torch.device
+    batch_size: int = BATCH_SIZE
 
     @property
     def clip_dtype(self) -> torch.dtype:
@@ -79,6 +87,8 @@ def choose_text_encoder_plan(
     say: Callable[[str], None] = print,
 ) -> TextEncoderPlan:
     """The plan that was asked for, or the default, made to fit the device.
+
+    Streamed within a budget, as many prompts go through at a time as fit: 8, 4, 2 or 1.
 
     Args:
         files: the model.
@@ -115,21 +125,25 @@ def choose_text_encoder_plan(
         else:  # the same numbers; also what goes on with a file that was streamed before
             say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
             plan = replace(plan, t5_stream=True)
-    if budget:
-        parts = plan.predicted_parts(files, budget)
-        if sum(parts.values()) > budget.total_bytes:
-            raise too_small(f"T5 in {describe_t5(plan)}", sum(parts.values()))
+    if budget is None:
+        return plan
+    while sum(plan.predicted_parts(files, budget).values()) > budget.total_bytes:
+        if plan.batch_size == 1:
+            raise too_small(f"T5 in {describe_t5(plan)}", sum(plan.predicted_parts(files, budget).values()))
+        plan = replace(plan, batch_size=plan.batch_size // 2)
     return plan
 
 
 def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
     """The most weights that are on the device at once, from the shapes in the files' headers.
 
-    Of encoders that are resident, the largest encoder; of streamed ones, T5's largest block or a CLIP's largest matrix.
+    Of encoders that are resident, the largest encoder; of streamed ones, T5's largest half block or a CLIP's largest
+    matrix.
     """
-    largest = (
-        t5_streamed_bytes(files, plan.t5_precision) if plan.t5_stream else t5_device_bytes(files, plan.t5_precision)
-    )
+    if plan.t5_stream:
+        largest = half_bytes(_empty_t5(files, DTYPES[plan.t5_precision]).block)
+    else:
+        largest = t5_device_bytes(files, plan.t5_precision)
     for component in ("text_encoder", "text_encoder_2"):
         files.component(component)
         with TensorFiles(files.weight_files(component)) as weights:
@@ -139,35 +153,31 @@ def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 
 def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
-    """What a batch takes beside the weights: `BATCH_SIZE` prompts of T tokens in T5; the CLIPs are smaller in all.
+    """What a batch takes beside the weights: its way through one of T5's blocks, simulated; the CLIPs are smaller."""
+    dtype = torch.float32 if plan.t5_precision == "fp32" else torch.float16
+    encoder = _empty_t5(files, dtype)
+    width = files.read_config("text_encoder_3")["d_model"]
+    with torch.device("meta"):
+        hidden = torch.empty(plan.batch_size, plan.max_sequence_length, width)  # float32 after the first `wo`
+    block = encoder.block[0]
+    stand_in_for_gpu(block, torch.float32)
+    with torch.no_grad(), AllocationCounter() as counter:
+        block(hidden)
+    return hidden.nbytes + counter.peak + _MARGIN_BYTES + (0 if plan.t5_stream else _LOADING_BYTES)
 
-    Of the attention, three matrices of scores `(B, heads, T, T)` (scores, their softmax, the position bias); of the
-    feed-forward layer, eight of `(B, T, d_ff)` (two projections, their product, a float32 copy of it before `wo`, and
-    the terms of the GELU); the two are not there at the same time. Four hidden states `(B, T, D)` are, and a margin.
-    """
-    config = files.read_config("text_encoder_3")
-    size = 4 if plan.t5_precision == "fp32" else 2
-    tokens = BATCH_SIZE * plan.max_sequence_length
-    attention = 3 * size * tokens * config["num_heads"] * plan.max_sequence_length
-    feed_forward = 8 * size * tokens * config["d_ff"]
-    return max(attention, feed_forward) + 4 * 4 * tokens * config["d_model"] + _MARGIN_BYTES
+
+def _empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """T5's encoder without weights, in the dtypes that it is loaded in."""
+    files.component("text_encoder_3")  # downloaded now, if need be
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
+    set_dtypes(encoder.block, dtype)
+    return encoder
 
 
 def t5_device_bytes(files: ModelFiles, precision: str) -> int:
     """What T5's weights take on the device, from the shapes in its files' headers."""
     return sum(_t5_tensor_bytes(files, precision).values())
-
-
-def t5_streamed_bytes(files: ModelFiles, precision: str) -> int:
-    """What T5's largest block takes on the device, and its largest weight a second time, while that is converted."""
-    blocks: dict[str, int] = {}
-    largest = 0
-    for key, size in _t5_tensor_bytes(files, precision).items():
-        if key.startswith("encoder.block."):
-            index = key.split(".")[2]
-            blocks[index] = blocks.get(index, 0) + size
-            largest = max(largest, size)
-    return max(blocks.values()) + largest
 
 
 def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
@@ -208,7 +218,7 @@ def encode_prompts(
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
             tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
-            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens, plan.device)
+            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens, plan)
             clip_hidden.append(to_float16(outputs[0], prompts, name))
             pooled.append(to_float16(outputs[1], prompts, name))
             del encoder, outputs
@@ -220,7 +230,8 @@ def encode_prompts(
             t5_hidden = encode_t5_streamed(files, token_ids, plan)
         else:
             encoder = load_t5(files, plan)
-            t5_hidden = torch.cat([encoder(ids.to(plan.device))[0].cpu() for ids in batches(token_ids)])
+            pieces = batches(token_ids, plan.batch_size)
+            t5_hidden = torch.cat([encoder(ids.to(plan.device))[0].cpu() for ids in pieces])
             del encoder
         t5_hidden = to_float16(t5_hidden, prompts, "T5")
 
@@ -231,7 +242,10 @@ def encode_prompts(
 
 def describe_t5(plan: TextEncoderPlan) -> str:
     """The precision, and whether streamed, in words."""
-    return f"{plan.t5_precision}, one block at a time" if plan.t5_stream else plan.t5_precision
+    if not plan.t5_stream:
+        return plan.t5_precision
+    few = f", {plan.batch_size} prompt{'s'[: plan.batch_size - 1]} at a time" if plan.batch_size < BATCH_SIZE else ""
+    return f"{plan.t5_precision}, one block at a time{few}"
 
 
 def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> torch.Tensor:
@@ -251,9 +265,9 @@ def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> to
     return values.to(torch.float16)
 
 
-def batches(values: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`values` in pieces of `BATCH_SIZE` rows, with a progress bar where there are several."""
-    pieces = values.split(BATCH_SIZE)
+def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """`values` in pieces of `size` rows, with a progress bar where there are several."""
+    pieces = values.split(size)
     return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
 
 
@@ -284,12 +298,12 @@ def encode_clip(
     tokenizer: CLIPTokenizer,
     prompts: Sequence[str],
     length: int,
-    device: torch.device,
+    plan: TextEncoderPlan,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The penultimate hidden states `(N, 77, d)` and the pooled projections `(N, p)` on the CPU."""
     hidden, pooled = [], []
-    for ids in batches(tokenize(tokenizer, prompts, length)):
-        output = encoder(ids.to(device), output_hidden_states=True)
+    for ids in batches(tokenize(tokenizer, prompts, length), plan.batch_size):
+        output = encoder(ids.to(plan.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2].cpu())
         pooled.append(output.text_embeds.cpu())
     return torch.cat(hidden), torch.cat(pooled)
@@ -313,45 +327,42 @@ def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
 
 @torch.no_grad()
 def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> torch.Tensor:
-    """T5 with one block on the device at a time, read straight from the safetensors files.
+    """T5 with half a block on the device at a time, read straight from the safetensors files.
 
-    All prompts pass one block before the next is read, in the batches of the resident encoder, through
-    transformers' own block modules: the result is the resident encoder's, bit for bit.
+    All prompts pass one half while the next is read, in the batches of the resident encoder, through transformers' own
+    block modules: the result is the resident encoder's, bit for bit.
 
     Args:
         files: the model.
         token_ids: `(N, T)`.
-        plan: precision fp16 or fp32, and the device.
+        plan: precision fp16 or fp32, the batch size, and the device.
 
     Returns:
         Hidden states `(N, T, D)` on the CPU, in the dtype of the resident encoder's output.
     """
-    folder = files.component("text_encoder_3")
-    with init_empty_weights():
-        encoder = T5EncoderModel(T5Config.from_pretrained(folder)).eval().encoder
     dtype, device = DTYPES[plan.t5_precision], plan.device
-
+    encoder = _empty_t5(files, dtype)
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
-
-        def fill(module: torch.nn.Module, prefix: str) -> None:
-            for name, _ in list(module.named_parameters()):
-                # As transformers does when it loads T5 in fp16 (see T5PreTrainedModel._keep_in_fp32_modules).
-                kept = torch.float32 if name.endswith("wo.weight") else dtype
-                value = weights.tensor(f"{prefix}.{name}")
-                set_module_tensor_to_device(module, name, device, value=value, dtype=kept)
-
-        hidden = [weights.rows("shared.weight", ids).to(dtype) for ids in token_ids.split(BATCH_SIZE)]  # (B, T, D)
+        hidden = [weights.rows("shared.weight", ids).to(dtype) for ids in token_ids.split(plan.batch_size)]  # (B, T, D)
+        room = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
         position_bias = None  # (1, heads, T, T): made by the first block, shared by all
-        for index, block in enumerate(tqdm(encoder.block, desc="T5 blocks", leave=False)):
-            fill(block, f"encoder.block.{index}")
+        halves = read_ahead(read_halves(weights, encoder.block))
+        for half in tqdm(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
+            half.place(room)
             for i, batch in enumerate(hidden):
-                output = block(batch.to(device), attention_mask=None, position_bias=position_bias)
-                hidden[i] = output[0].cpu()
-                if i == 0 and position_bias is None:
-                    position_bias = output[1]
-            block.to("meta")
-        fill(encoder.final_layer_norm, "encoder.final_layer_norm")
-        return torch.cat([encoder.final_layer_norm(batch.to(device)).cpu() for batch in hidden])
+                states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)
+                position_bias = bias if position_bias is None else position_bias
+                if states.dtype == batch.dtype:
+                    batch.copy_(states)  # into memory that is there: to map pages anew takes longer than to copy
+                else:
+                    hidden[i] = states.cpu()
+                del states
+            half.leave()
+        name = "final_layer_norm"
+        value = weights.tensor(f"encoder.{name}.weight").to(device, dtype, copy=True)
+        norm = encoder.get_submodule(name)
+        norm.weight = torch.nn.Parameter(value, requires_grad=False)
+        return torch.cat([norm(batch.to(device)).cpu() for batch in hidden])
 
 
 @dataclass(frozen=True)

@@ -203,6 +203,19 @@ def test_the_trainers_are_told_the_same(tmp_path):
     assert "--logit_mean" not in peer
 
 
+def test_training_on_an_nf4_base_is_told_the_same_but_for_that(tmp_path):
+    flags = dreambooth.make_parser().parse_args(["--nf4", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
+    assert dreambooth_trainers.trainers(flags) == ["ours", "ours_nf4"]
+    subject = dreambooth.subject_of(flags, "fox")
+    *files, (_, ours) = dreambooth_trainers.our_words(flags, subject)
+    *same_files, (_, nf4) = dreambooth_trainers.our_words(flags, subject, "ours_nf4")
+    assert files == same_files
+    ours, nf4 = flag_values(ours), flag_values(nf4)
+    assert {name for name in nf4 if nf4[name] != ours.get(name)} == {"--output_dir", "--base_precision"}
+    assert nf4["--base_precision"] == "nf4"
+    assert nf4["--output_dir"] == str(subject.lora("ours_nf4"))
+
+
 def test_a_short_lora_run_teaches_the_shipped_miniature_a_subject(tmp_path):
     words = ["--subjects", "guitar", "--steps", "50", "--learning_rate", "1e-3", "--device", "cpu", "--sheets", "0"]
     sizes = ["--prompts", "8", "--drift_prompts", "1", "--num_steps", "8"]

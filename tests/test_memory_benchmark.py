@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,21 +14,37 @@ from conftest import PROJECT
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import memory
+import picture
 import random_sd3
+import tables
 
 TINY = {"num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128, "pos_embed_max_size": 64}
+SMALL_CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_T5 = {"vocab_size": 2048, "d_model": 4096, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4}
 
 
 @pytest.fixture
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs cases as the command does."""
-    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models in place of the full-size ones."""
+    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY, "sd3-medium": TINY})
+    clips = {
+        name: {**SMALL_CLIP, "projection_dim": width}
+        for name, width in (("text_encoder", 768), ("text_encoder_2", 1280))
+    }
+    monkeypatch.setattr(random_sd3, "CLIPS", clips)
+    monkeypatch.setattr(random_sd3, "T5", SMALL_T5)
+    monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
     monkeypatch.setattr(memory, "SIZES_PX", (64,))
 
-    def run(*cases: memory.Case, part: str = "0/1") -> list[dict]:
+
+@pytest.fixture
+def rows(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs cases as the command does."""
+
+    def run(*cases: memory.Case, part: str = "0/1", code: int = 0) -> list[dict]:
         monkeypatch.setitem(memory.SETS, "cards", lambda: iter(cases))
         words = ["cards", "--models", str(tmp_path / "models"), "--device", "cpu", "--part", part]
-        assert memory.main([*words, "--result", str(tmp_path / "result.json")]) == 0
+        assert memory.main([*words, "--result", str(tmp_path / "result.json")]) == code
         result = json.loads((tmp_path / "result.json").read_text())
         assert {"date", "machine", "versions"} <= result.keys()
         assert "bitsandbytes" in result["versions"]
@@ -66,3 +84,106 @@ def test_a_refused_run_is_a_row_with_its_sentence(rows) -> None:
     first, second = case("--vram_budget_gib", "3", "--plan"), case("--vram_budget_gib", "0.76", "--plan")
     (row,) = rows(first, second, part="1/2")
     assert row["flags"] == list(second.flags)
+
+
+# The sets as they are, on the tiny model
+
+
+def tiny(case: memory.Case) -> memory.Case:
+    """The same row of the tiny model; a budget becomes an ample one, or one that is too small if that is meant."""
+    words = list(case.flags)
+    if "--vram_budget_gib" in words:
+        words[words.index("--vram_budget_gib") + 1] = "0.76" if case.smallest else "3"
+    small = {"model": "tiny", "resolution": 64, "rank": 2}
+    return replace(case, flags=tuple(words), steps=min(case.steps, 3), **small)
+
+
+def table(tmp_path: Path, name: str) -> list[str]:
+    """What tables.py prints of the last result, called so."""
+    return tables.printer(name)(json.loads((tmp_path / "result.json").read_text())).splitlines()
+
+
+def test_the_ladder(rows, tmp_path: Path) -> None:
+    cases = [tiny(case) for case in memory.SETS["ladder"]() if case.exactness != "rounding"]
+    found = rows(*cases[:3], *cases[-4:-1])
+    assert not [row["failed"] for row in found if "failed" in row]
+    assert all(row["step_ms"] > 0 for row in found[1:])
+    assert found[1]["beside"] == ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
+    assert found[1]["host_gib"] > found[2]["host_gib"]
+    assert [bool(row.get("refused")) for row in found] == [False] * 3 + [True] * 3
+    assert "in 4 bits" in found[-2]["plan"]
+    lines = table(tmp_path, "ladder-h100.json")
+    assert len(lines) == 2 + 5 + 2  # the warm-up is not shown
+    assert lines[3].startswith("| prompt embeddings cached | `compute_embeddings.py` | 0.00 | 0.")
+    assert lines[3].endswith(" | exact |")
+
+
+def test_text_encoders(rows, tmp_path: Path) -> None:
+    cases = [tiny(case) for case in memory.SETS["text"]()]
+    few = [replace(case, batch=min(case.batch, 2)) for case in cases]
+    tight = [case for case in few if case.smallest]
+    resident, streamed, long = rows(few[1], tight[0], tight[-1])
+    assert resident["stage_s"].keys() != streamed["stage_s"].keys()
+    assert "one block at a time, 1 prompt at a time needs at least" in streamed["refused"][0]
+    assert resident["predicted_gib"] == 0  # no budget, no GPU: nothing was planned
+    assert 0.75 < streamed["predicted_gib"] < 0.9
+    assert long["said"][0].startswith("T5 in fp16, one block at a time")
+    lines = table(tmp_path, "text.json")
+    assert lines[2].startswith("| resident | 1 of 77 tokens | ")
+    assert lines[4].startswith("| streamed within 0.8")
+    assert "GiB | 2 of 256 tokens | " in lines[4]
+    assert "times as long streamed as resident" in lines[-1]
+
+
+def test_saving_no_more_than_training(rows, tmp_path: Path) -> None:
+    cases = [tiny(case) for case in memory.SETS["saving"]()]
+    _, training, checkpoints, picture = rows(*cases)
+    assert checkpoints["allocated_gib"].keys() == training["allocated_gib"].keys()
+    assert "denoise (fp32)" in picture["stage_s"]
+    assert table(tmp_path, "saving-h100.json")[2].startswith("| training | 0.00 | 0.8")
+
+
+def test_the_largest_size_that_fits_a_card(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SIZES_PX", (64, 512))
+    cases = list(memory.SETS["cards_run"]())
+    assert [case.model for case in cases] == ["tiny"] * 8 + ["sd3-medium"] * 8  # each model once a process
+    assert cases[-1].efficient_attention
+    small = replace(cases[0], batch=4, flags=("--vram_budget_gib", "0.92"))
+    refused = replace(cases[1], flags=("--vram_budget_gib", "0.8"))
+    t4 = replace(cases[7], flags=("--vram_budget_gib", "1.2"))
+    first, second, third = rows(small, refused, t4)
+    assert (first["resolution"], third["resolution"]) == (64, 512)
+    assert [len(row.get("refused", [])) for row in (first, second, third)] == [1, 2, 0]
+    lines = table(tmp_path, "cards_run-h100.json")
+    assert lines[2].startswith("| 2 GiB | 64 px: 0.0 GiB, ")
+    assert lines[3] == "| 3 GiB | – |"
+    assert lines[4].startswith("| 15 GiB, as a T4 | 512 px: 0.0 GiB, 0/4 anew, ")
+
+
+def test_a_row_that_breaks_is_noted_and_the_next_runs(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "weights_beside", lambda names, _: 1 / 0 if names else contextlib.nullcontext())
+    broken, good = rows(replace(case(), beside=("vae",)), case(), code=1)
+    assert broken["failed"] == "ZeroDivisionError: division by zero"
+    assert good["stage_s"]
+
+
+def test_pictures_in_processes_of_their_own(small: None, tmp_path: Path) -> None:
+    words = ["--models", tmp_path / "models", "--turns", 1, "--steps", 1, "--size", 64, "--device", "cpu"]
+    assert picture.main([*map(str, words), "--result", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    stock, exact, nf4 = result["rows"]
+    assert stock["name"] == picture.STOCK
+    assert "encode with T5 (fp32)" in exact["stage_s"]
+    assert all(row["elapsed_s"] > 1 for row in (stock, exact, nf4))
+    lines = table(tmp_path, "picture-h100.json")
+    assert lines[2].startswith(f"| {picture.STOCK} | {stock['elapsed_s']:.1f} | 1.00 | 0.00 |")
+
+
+def test_each_set_in_a_file_of_its_own(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cards", "saving"):
+        monkeypatch.setitem(memory.SETS, name, lambda name=name: iter([replace(case("--plan"), name=name)]))
+    words = ["cards", "saving", "--models", str(tmp_path / "models"), "--device", "cpu"]
+    assert memory.main([*words, "--result", str(tmp_path / "{set}-cpu.json")]) == 0
+    for name in ("cards", "saving"):
+        (row,) = json.loads((tmp_path / f"{name}-cpu.json").read_text())["rows"]
+        assert (row["set"], row["name"]) == (name, name)

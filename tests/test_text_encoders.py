@@ -12,8 +12,10 @@ from typing import Any
 from sd3_lora import text_encoders
 from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget
 from sd3_lora.command_line import UserError
-from sd3_lora.memory import GIB, StageReport
+from sd3_lora.devices import DTYPES
+from sd3_lora.memory import GIB, StageReport, round_up
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.t5_halves import half_bytes
 from sd3_lora.text_encoders import (
     BATCH_SIZE,
     TextEncoderPlan,
@@ -26,7 +28,6 @@ from sd3_lora.text_encoders import (
     load_t5,
     report_identifier,
     t5_device_bytes,
-    t5_streamed_bytes,
     to_float16,
     tokenize,
     working_bytes,
@@ -193,7 +194,19 @@ def test_a_streamed_block_leaves_the_device_before_the_next_comes(
         encode_t5_streamed(files, t5_ids(files), plan(stream=True))
     finally:
         handle.remove()
-    assert resident_blocks == [1] * len(blocks) * 2  # two batches through each of three blocks
+    assert resident_blocks == [1] * len(blocks) * 2 * 2  # two batches through both halves of each of three blocks
+    assert all(p.device.type == "meta" for block in blocks for p in block.parameters())
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_fewer_prompts_at_a_time_equal_a_resident_encoder_with_the_same(files: ModelFiles, size: int) -> None:
+    ids = t5_ids(files)
+    whole = load_t5(files, plan())
+    with torch.no_grad():
+        expected = torch.cat([whole(batch)[0] for batch in ids.split(size)])
+    assert torch.equal(encode_t5_streamed(files, ids, replace(plan(stream=True), batch_size=size)), expected)
+    few, many = (encode_prompts(files, PROMPTS, replace(plan(stream=True), batch_size=n), []) for n in (size, 8))
+    torch.testing.assert_close(few, many, rtol=0, atol=2e-3)  # one place of float16
 
 
 @torch.no_grad()
@@ -205,13 +218,13 @@ def test_a_streamed_clip_is_off_the_device_between_its_layers_and_equals_the_res
     streamed = load_clip(files, "text_encoder_2", plan(stream=True))
     assert {p.device.type for p in whole.parameters()} == {"cpu"}
     assert {p.device.type for p in streamed.parameters()} == {"meta"}
-    expected = encode_clip(whole, tokenizer, PROMPTS, 77, CPU)
+    expected = encode_clip(whole, tokenizer, PROMPTS, 77, plan())
     resident_layers: list[int] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: resident_layers.append(sum(p.device.type != "meta" for p in streamed.parameters()))
     )
     try:
-        found = encode_clip(streamed, tokenizer, PROMPTS, 77, CPU)
+        found = encode_clip(streamed, tokenizer, PROMPTS, 77, plan(stream=True))
     finally:
         handle.remove()
     assert max(resident_layers) <= 2  # a weight and its bias
@@ -228,10 +241,10 @@ def test_the_whole_streamed_stage_equals_the_resident_one_bit_for_bit(files: Mod
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_the_bytes_of_a_streamed_block_are_known_beforehand(files: ModelFiles, precision: str) -> None:
-    block = load_t5(files, plan(precision)).encoder.block[0]  # the largest: it has the position bias
-    sizes = [p.numel() * p.element_size() for p in block.parameters()]
-    assert t5_streamed_bytes(files, precision) == sum(sizes) + max(sizes)
+def test_the_bytes_of_a_streamed_half_block_are_known_beforehand(files: ModelFiles, precision: str) -> None:
+    layers = load_t5(files, plan(precision)).encoder.block[0].layer
+    sizes = [sum(round_up(p.numel() * p.element_size()) for p in layer.parameters()) for layer in layers]
+    assert half_bytes(text_encoders._empty_t5(files, DTYPES[precision]).block) == max(sizes)
 
 
 # Precisions
@@ -343,9 +356,8 @@ def big_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
 
     monkeypatch.setattr(ModelFiles, "weight_files", lambda self, component: component)
     monkeypatch.setattr(ModelFiles, "component", lambda self, component: None)
-    monkeypatch.setattr(
-        ModelFiles, "read_config", lambda self, component: {"num_heads": 64, "d_ff": 10240, "d_model": 4096}
-    )
+    t5 = {"num_heads": 64, "d_ff": 10240, "d_model": 4096, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+    monkeypatch.setattr(ModelFiles, "read_config", lambda self, component: dict(t5))
     monkeypatch.setattr(text_encoders, "TensorFiles", Headers)
     return files
 
@@ -356,13 +368,37 @@ def test_sd3_s_own_encoders_in_gib(big_files: ModelFiles) -> None:
         return [round(size / GIB, 2) for size in chosen.predicted_parts(big_files, AMPLE).values()]
 
     # T5 in int8: 24 blocks of 4 matrices of 4096² and 2 of 4096 × 10240 in a byte, `wo` and `shared` in 4 and 2.
-    assert parts("int8", False) == [0.5, 7.37, 0.38]
-    assert parts("nf4", False) == [0.5, 5.89, 0.38]
-    assert parts("fp16", False) == [0.5, 10.75, 0.38]
-    assert parts("fp16", True) == [0.5, 0.59, 0.38]
-    assert parts("fp32", True) == [0.5, 0.88, 0.48]
-    # Of 512 tokens the scores are the larger part: 3 × 8 × 64 × 512² in fp16.
-    assert parts("fp16", True, 512) == [0.5, 0.59, 1.25]
+    assert parts("int8", False) == [0.5, 7.37, 0.51]
+    assert parts("nf4", False) == [0.5, 5.89, 0.51]
+    assert parts("fp16", False) == [0.5, 10.75, 0.51]
+    # The feed-forward half: 2 matrices of 4096 × 10240 in fp16, `wo` in fp32.
+    assert parts("fp16", True) == [0.5, 0.31, 0.16]
+    assert parts("fp32", True) == [0.5, 0.47, 0.2]
+    assert parts("fp16", True, 512) == [0.5, 0.31, 0.66]
+
+
+@pytest.mark.parametrize(("length", "sizes"), [(77, [8, 4, 2, 1]), (256, [8, 4, 2, 1]), (512, [8, 4, 2, 1])])
+def test_streamed_within_a_budget_as_many_prompts_at_a_time_as_fit(
+    big_files: ModelFiles, length: int, sizes: list[int]
+) -> None:
+    seen = []
+    for hundredth in range(200, 85, -1):
+        budget = DeviceBudget(hundredth * GIB // 100, CONTEXT, CUDA)
+        try:
+            chosen, _ = choose(big_files, CUDA, budget, "fp16", True, length=length)
+        except UserError:
+            break
+        assert sum(chosen.predicted_parts(big_files, budget).values()) <= budget.total_bytes
+        seen.append(chosen.batch_size)
+    assert list(dict.fromkeys(seen)) == sizes
+    assert choose(big_files, CUDA, AMPLE, "fp16", True, length=length)[0].batch_size == BATCH_SIZE
+
+
+@pytest.mark.parametrize("length", [77, 256])
+def test_an_h100_s_context_leaves_room_for_t5_within_1_3_gib(big_files: ModelFiles, length: int) -> None:
+    budget = DeviceBudget(int(1.3 * GIB), int(0.85 * GIB), CUDA)
+    chosen, _ = choose(big_files, CUDA, budget, "fp16", True, length=length)
+    assert chosen.batch_size == {77: 4, 256: 1}[length]
 
 
 def test_more_memory_never_means_a_larger_step_down(big_files: ModelFiles) -> None:
@@ -386,7 +422,7 @@ def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(big_files: Model
     chosen, said = choose(big_files, CUDA, budget_of(big_files, "int8", False, -1), asked, False)
     assert chosen == TextEncoderPlan("fp16", True, 77, CUDA)
     assert said == [
-        "T5 in int8 takes 7.8 GiB and 7.8 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
+        "T5 in int8 takes 7.9 GiB and 7.9 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
     ]
     enough = budget_of(big_files, "int8", False)
     assert choose(big_files, CUDA, enough, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
@@ -405,14 +441,17 @@ def test_a_streamed_file_goes_on_streamed_where_the_whole_does_not_fit(big_files
 def test_what_not_even_streaming_fits_is_told_the_smallest_budget_that_would(
     big_files: ModelFiles, stream: bool
 ) -> None:
-    short = budget_of(big_files, "fp16", True, -1)
+    smallest = replace(TextEncoderPlan("fp16", True, 77, CUDA), batch_size=1)
+    needed = CONTEXT + encoder_bytes(big_files, smallest) + working_bytes(big_files, smallest)
     with pytest.raises(UserError) as caught:
-        choose(big_files, CUDA, short, "fp16", stream)
-    assert str(caught.value) == ("T5 in fp16, one block at a time needs at least 1.48 GiB: type --vram_budget_gib 1.48")
-    typed = open_budget(BudgetConfig(1.48), CPU)
+        choose(big_files, CUDA, DeviceBudget(needed - 1, CONTEXT, CUDA), "fp16", stream)
+    assert str(caught.value) == (
+        "T5 in fp16, one block at a time, 1 prompt at a time needs at least 0.91 GiB: type --vram_budget_gib 0.91"
+    )
+    typed = open_budget(BudgetConfig(0.91), CPU)
     assert typed
     enough = DeviceBudget(typed.total_bytes, CONTEXT, CUDA)
-    assert choose(big_files, CUDA, enough, "fp16", stream)[0] == TextEncoderPlan("fp16", True, 77, CUDA)
+    assert choose(big_files, CUDA, enough, "fp16", stream)[0] == smallest
 
 
 def test_a_budget_decides_on_a_cpu_too(files: ModelFiles) -> None:

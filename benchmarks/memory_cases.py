@@ -1,0 +1,192 @@
+"""The rows of the memory benchmark, by set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import random_sd3
+
+EMBED, LATENTS, TRAIN, DRAW = (
+    "compute_embeddings.py",
+    "precompute_latents.py",
+    "train_dreambooth_sd3_lora_miniature.py",
+    "inference.py",
+)
+SIZES_PX = (512, 768, 1024)
+CARDS_GIB = (2, 3, 4, 6, 8, 12, 15)
+MANY_PROMPTS = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of one of the four scripts.
+
+    Attributes:
+        name: of the row.
+        model: of `random_sd3.TRANSFORMERS`.
+        resolution: in pixels.
+        batch: pictures in a micro-batch; for `compute_embeddings.py`, prompts.
+        rank: of the LoRA.
+        flags: more of the script's.
+        steps: optimizer steps.
+        script: which of the four.
+        use_8bit_adam: or AdamW in 32 bits.
+        beside: components whose weights lie on the device in float32 meanwhile, as if they had been loaded too.
+        efficient_attention: whether no other kernel may be used: what a T4 has.
+        largest: whether the largest of `SIZES_PX` that is not refused is to run, whatever `resolution` says.
+        smallest: whether a refused budget is to be replaced by the smallest that would do, as the refusal names it.
+        with_lora: whether the last row's LoRA is to be drawn with.
+        exactness: against the row before it: exact, rounding or lossy.
+        trick: the flag or script that makes the difference to the row before it.
+    """
+
+    name: str
+    model: str
+    resolution: int = 1024
+    batch: int = 1
+    rank: int = 4
+    flags: tuple[str, ...] = ()
+    steps: int = 3
+    script: str = TRAIN
+    use_8bit_adam: bool = True
+    beside: tuple[str, ...] = ()
+    efficient_attention: bool = False
+    largest: bool = False
+    smallest: bool = False
+    with_lora: bool = False
+    exactness: str | None = None
+    trick: str = ""
+
+
+def budget(gib: float, *more: str) -> tuple[str, ...]:
+    """The flags that set a budget, and more."""
+    return ("--vram_budget_gib", str(gib), *more)
+
+
+NF4, ALL_BLOCKS = ("--base_precision", "nf4"), ("--gradient_checkpointing",)
+
+
+def accuracy_cases() -> Iterator[Case]:
+    """Three models, three resolutions, batches of 1 and 4, ranks 4 and 128; none, some and all blocks computed anew."""
+    grid = itertools.product((4, 1), (4, 128), SIZES_PX, random_sd3.TRANSFORMERS)
+    for number, (batch, rank, resolution, model) in enumerate(grid):
+        flags = (ALL_BLOCKS, budget(30), ())[number % 3]
+        yield Case("accuracy", model, resolution, batch, rank, flags)
+
+
+def target_cases() -> Iterator[Case]:
+    """The least memory of each model and size, exact and in 4 bits; and the steps that are to be compared.
+
+    The budgets are a little above what the plan needs.
+    """
+    yield Case("warm-up", "sd3-medium", 512)
+    for resolution, gib in ((1024, 1.8), (512, 1.5)):
+        for _ in range(2):  # in turns: the machine is noisy
+            yield Case("resident, all blocks anew", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
+            yield Case("streamed", "sd3-medium", resolution, flags=budget(gib), steps=12)
+    yield Case("16-bit base", "sd3-medium", flags=budget(5.2))
+    yield Case("nf4", "sd3-medium", flags=budget(3.0, *NF4), steps=12)
+    yield Case("nf4", "sd3-medium", 512, flags=budget(2.2, *NF4), steps=12)
+    yield Case("streamed", "sd3.5-medium", flags=budget(2.2))
+    yield Case("nf4", "sd3.5-medium", flags=budget(3.6, *NF4))
+    bf16 = ("--mixed_precision", "bf16")
+    yield Case("3 pictures, rank 128, bf16", "sd3.5-medium", batch=3, rank=128, flags=(*ALL_BLOCKS, *bf16), steps=12)
+    yield Case("nf4", "sd3.5-large", flags=budget(7.5, *NF4))
+    yield Case("streamed", "sd3.5-large", flags=budget(3.4))
+
+
+def card_cases() -> Iterator[Case]:
+    """What is predicted to fit cards as people own them: exact, and in 4 bits where that would have to be streamed."""
+    for gib, model, resolution in itertools.product(CARDS_GIB, random_sd3.TRANSFORMERS, SIZES_PX):
+        yield Case(f"{gib} GiB", model, resolution, flags=budget(gib, "--plan"))
+        flags = budget(gib, "--base_precision", "auto", "--plan")
+        yield Case(f"{gib} GiB, auto", model, resolution, flags=flags)
+
+
+def card_run_cases() -> Iterator[Case]:
+    """The largest size that fits each card and model, trained under the cap, 16-bit and exact; the last as on a T4."""
+    for model in random_sd3.TRANSFORMERS:
+        for gib in CARDS_GIB:
+            yield Case(f"{gib} GiB", model, flags=budget(gib), largest=True)
+        t4 = budget(CARDS_GIB[-1], "--mixed_precision", "fp16")
+        yield Case(f"{CARDS_GIB[-1]} GiB, as a T4", model, flags=t4, largest=True, efficient_attention=True)
+
+
+def ladder_cases() -> Iterator[Case]:
+    """From everything in float32 at once to the least, one trick a row."""
+
+    def row(name: str, trick: str, exactness: str, *flags: str, **words: object) -> Case:
+        return Case(name, "sd3-medium", flags=flags, steps=8, trick=trick, exactness=exactness, **words)
+
+    fp32, fp16 = ("--mixed_precision", "no"), ("--mixed_precision", "fp16")
+    text = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    adam = {"use_8bit_adam": False}
+    nf4, budgeted = "--base_precision nf4", "--vram_budget_gib"
+    yield replace(row("warm-up", "", "exact"), steps=2)
+    yield row("everything at once, in float32", "", "exact", *fp32, **adam, beside=(*text, "vae"))
+    yield row("prompt embeddings cached", "compute_embeddings.py", "exact", *fp32, **adam, beside=("vae",))
+    yield row("latents cached", "precompute_latents.py", "exact", *fp32, **adam)
+    yield row("base in fp16", "--mixed_precision fp16", "rounding", *fp16, **adam)
+    yield row("Adam's state in 8 bits", "--use_8bit_adam", "lossy", *fp16)
+    yield row("all blocks computed anew", ALL_BLOCKS[0], "exact", *fp16, *ALL_BLOCKS)
+    yield row("base in 4 bits", nf4, "lossy", *fp16, *ALL_BLOCKS, *NF4)
+    yield row("instead: fp16 base streamed", f"{budgeted} 2.2", "exact", *fp16, *budget(2.2))
+    smallest = {"smallest": True}
+    yield row("block inputs on the host", budgeted, "exact", *fp16, *budget(1.0), **smallest)
+    yield row("4-bit base streamed", f"{nf4} {budgeted}", "lossy", *fp16, *budget(1.0, *NF4), **smallest)
+    small = {"smallest": True, "resolution": 512}
+    yield row("512 px, fp16 base streamed", "--resolution 512", "lossy", *fp16, *budget(1.0), **small)
+    yield row("512 px, 4-bit base streamed", f"{nf4} --resolution 512", "lossy", *fp16, *budget(1.0, *NF4), **small)
+
+
+def text_cases() -> Iterator[Case]:
+    """The text encoders: held whole, and streamed under the hardest cap; one prompt, and many long ones.
+
+    Beside the prompts that are asked for the empty one is always encoded.
+    """
+
+    def row(name: str, *flags: str, prompts: int = 1, **words: object) -> Case:
+        flags = ("--t5_precision", "fp16", *flags)
+        return Case(name, "sd3-medium", flags=flags, script=EMBED, batch=prompts, **words)
+
+    tight = ("--t5_stream", *budget(1.3))
+    yield row("warm-up", "--t5_stream")
+    for _ in range(2):  # in turns: the machine is noisy
+        yield row("resident")
+        yield row("streamed", *tight, smallest=True)
+    long = ("--max_sequence_length", "256")
+    yield row("streamed", *tight, *long, prompts=MANY_PROMPTS, smallest=True)
+    yield row("streamed, 8 prompts at a time", "--t5_stream", *long, prompts=MANY_PROMPTS)
+    yield row("resident", *long, prompts=MANY_PROMPTS)
+
+
+def picture_cases() -> Iterator[Case]:
+    """The VAE in tiles, and whole pictures: exact, in 4 bits, streamed."""
+    for gib in (2.2, 6.0):
+        yield Case(f"encode within {gib} GiB", "sd3-medium", flags=budget(gib), script=LATENTS)
+    for gib, more in ((5.3, ()), (3.2, NF4), (2.4, ())):
+        yield Case(f"draw within {gib} GiB", "sd3-medium", flags=budget(gib, *more), script=DRAW)
+
+
+def saving_cases() -> Iterator[Case]:
+    """Training, with and without checkpoints, and a picture drawn with its LoRA, all under one budget."""
+    flags = budget(5.6, "--mixed_precision", "fp16")
+    yield Case("warm-up", "sd3-medium", flags=flags, steps=2)
+    yield Case("training", "sd3-medium", flags=flags, steps=6)
+    checkpoints = ("--checkpointing_steps", "2")
+    yield Case("training, a checkpoint every 2 steps", "sd3-medium", flags=(*flags, *checkpoints), steps=6)
+    yield Case("a validation picture", "sd3-medium", flags=flags, script=DRAW, with_lora=True)
+
+
+SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "accuracy": accuracy_cases,
+    "targets": target_cases,
+    "pictures": picture_cases,
+    "cards": card_cases,
+    "cards_run": card_run_cases,
+    "ladder": ladder_cases,
+    "text": text_cases,
+    "saving": saving_cases,
+}
