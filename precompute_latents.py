@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -129,7 +129,7 @@ def decode_ahead(
     cache: LatentCache,
     batch_size: int,
     broken: list[BrokenImage],
-) -> Iterator[Crop]:
+) -> Generator[Crop]:
     """The missing crops, decoded some pictures ahead in threads (Pillow releases the lock); names the broken ones."""
 
     def one(image: InstanceImage) -> list[Crop] | BrokenImage:
