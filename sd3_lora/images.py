@@ -244,7 +244,7 @@ def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> I
         image = _to_8_bits(image)
     image = _to_srgb(image)
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy takes a third of a decoding
     image = image.convert("RGBA")
     color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
