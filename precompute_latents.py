@@ -196,7 +196,8 @@ def encode(vae: AutoencoderKL, crops: Sequence[Crop]) -> EncodedBatch:
     else:
         pixels = to_pixels(rgb).contiguous()
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
-    means, stds = (part.to("cpu", non_blocking=True) for part in (posterior.mean, posterior.std))  # to pinned memory
+    # Into pinned memory, which `to` takes by itself; in one piece, or it would wait.
+    means, stds = (part.contiguous().to("cpu", non_blocking=True) for part in (posterior.mean, posterior.std))
     arrived = torch.cuda.current_stream().record_event() if vae.device.type == "cuda" else None
     return EncodedBatch(crops, means, stds, arrived)
 
