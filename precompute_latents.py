@@ -8,13 +8,13 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -22,11 +22,12 @@ from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, cpu_cores
+from sd3_lora.devices import DTYPES, DeviceConfig
 from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, LatentPosterior
 from sd3_lora.vae_tiles import VaeTile, choose_tile
 
@@ -128,6 +129,7 @@ def decode_ahead(
     resolution: int,
     cache: LatentCache,
     batch_size: int,
+    threads: int,
     broken: list[BrokenImage],
 ) -> Generator[Crop]:
     """The missing crops, decoded some pictures ahead in threads (Pillow releases the lock); names the broken ones."""
@@ -138,7 +140,6 @@ def decode_ahead(
         except BrokenImage as error:
             return error
 
-    threads = min(MOST_THREADS, cpu_cores())
     waiting, ahead = deque[Future](), threads + batch_size
     pool = ThreadPoolExecutor(threads)
     try:
@@ -148,7 +149,7 @@ def decode_ahead(
             decoded = waiting.popleft().result()
             if isinstance(decoded, BrokenImage):
                 broken.append(decoded)
-                tqdm.write(f"{'skipped' if config.skip_broken else 'broken'}: {decoded}")
+                tqdm.write(sentence_of(decoded, config))
             else:
                 yield from decoded
     finally:
@@ -235,6 +236,7 @@ def encode_missing(
     cache: LatentCache,
     device: torch.device,
     tile: VaeTile,
+    threads: int,
 ) -> tuple[int, list[BrokenImage]]:
     """Encodes what the cache lacks, each picture's file written whole.
 
@@ -243,8 +245,8 @@ def encode_missing(
     """
     vae = load_vae(files, cache.wanted.precision, device, tile)
     broken: list[BrokenImage] = []
-    crops = decode_ahead(images, config, resolution, cache, tile.batch_size, broken)
-    batches = iter(lambda: list(islice(crops, tile.batch_size)), [])
+    crops = decode_ahead(images, config, resolution, cache, tile.batch_size, threads, broken)
+    batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
     count, found, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
     with closing(crops), ThreadPoolExecutor(1) as writer:
         for batch in one_late(encode(vae, batch) for batch in batches):
@@ -296,6 +298,11 @@ def incomplete(
     return missing
 
 
+def sentence_of(error: BrokenImage, config: LatentConfig) -> str:
+    """What becomes of a broken picture."""
+    return f"{'skipped' if config.skip_broken else 'broken'}: {error}"
+
+
 def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentConfig) -> None:
     """Whether training can go on. The other pictures are cached by now: nothing is lost, and all broken ones are named.
 
@@ -309,7 +316,7 @@ def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentCo
         raise UserError(f"{broken[0]}{others}: remove it, or add --skip_broken to go on without it")
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     configs = parse_flags(
         (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
@@ -319,13 +326,13 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature("precompute_latents.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
-    device = choose_device(device_config.device)
+    device = processes.choose_device(device_config.device)
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)
     resolution = files.resolution(config.resolution)
-    images, left_out = instance_images(folder, instance_prompt or "", config.recursive)
+    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt or "", config.recursive))
     if not budget_config.plan:
         require_writable_folder(output_path)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
@@ -334,27 +341,42 @@ def run(argv: Sequence[str] | None) -> None:
 
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
-    if not budget_config.plan:
-        cache.remove_unfinished()
-    discarded = outdated(images, cache) if config.overwrite else set()
-    missing = incomplete(images, config, resolution, cache, discarded)
+
+    def look() -> tuple[list[InstanceImage], set[Path]]:
+        if not budget_config.plan:
+            cache.remove_unfinished()
+        discarded = outdated(images, cache) if config.overwrite else set()
+        return incomplete(images, config, resolution, cache, discarded), discarded
+
+    missing, discarded = processes.from_first(look)
     print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
     reports: list[StageReport] = []
     count, predicted = 0, {}
     if missing or budget_config.plan:
         batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
-        tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        own_tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        # All compute alike: what the smallest GPU holds.
+        tile = min(processes.gather(own_tile), key=lambda tile: tile.working_bytes)
         if budget:
             predicted = tile.predicted_parts(budget)
             print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
     if budget_config.plan:
         return
-    for path in discarded:  # not before what is to replace them is known to fit
-        path.unlink()
+    if processes.is_first:
+        for path in discarded:  # not before what is to replace them is known to fit
+            path.unlink()
+    processes.gather(None)  # nobody reads what is to be deleted
     broken: list[BrokenImage] = []
     if missing:
+        share, threads = processes.share(missing), min(MOST_THREADS, processes.cpu_cores)
         with memory_stage("encode pictures", device, reports):
-            count, broken = encode_missing(files, missing, config, resolution, cache, device, tile)
+            count, broken = encode_missing(files, share, config, resolution, cache, device, tile, threads)
+    counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
+    if not processes.is_first:
+        return
+    for error in itertools.chain(*broken_lists[1:]):  # which those processes could not say
+        print(sentence_of(error, config))
+    count, broken = sum(counts), list(itertools.chain(*broken_lists))
 
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
@@ -376,9 +398,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(
-        run, argv, "--vae_batch_size 1, --vae_precision fp16, a lower --vram_budget_gib or a lower --resolution"
-    )
+    smaller = "--vae_batch_size 1, --vae_precision fp16, a lower --vram_budget_gib or a lower --resolution"
+    return exit_code(in_processes(run), argv, smaller)
 
 
 if __name__ == "__main__":

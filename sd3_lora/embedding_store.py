@@ -209,7 +209,7 @@ class EmbeddingParts:
             except UserError:
                 usable = False
             if not usable:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another process may have been faster
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("part-*.parquet"))
@@ -222,12 +222,14 @@ class EmbeddingParts:
                 done.update(part.prompts)
         return done
 
-    def add(self, embeddings: Sequence[PromptEmbedding]) -> None:
-        """Stores one chunk."""
-        self.folder.mkdir(exist_ok=True)
+    def next_number(self) -> int:
+        """The first after the last: a discarded part leaves a gap, and counting would overwrite a finished one."""
         paths = self._paths()
-        # After the last: a discarded part leaves a gap, and counting would overwrite a finished one.
-        number = int(paths[-1].stem.removeprefix("part-")) + 1 if paths else 0
+        return int(paths[-1].stem.removeprefix("part-")) + 1 if paths else 0
+
+    def add(self, number: int, embeddings: Sequence[PromptEmbedding]) -> None:
+        """Stores one chunk under a number that no other has; they are read in the order of the numbers."""
+        self.folder.mkdir(exist_ok=True)
         write_embeddings(self.folder / f"part-{number:06d}.parquet", self.provenance, embeddings)
 
     def read_all(self) -> Iterator[PromptEmbedding]:

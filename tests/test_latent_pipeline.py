@@ -44,13 +44,13 @@ def run(script: Callable[..., Result], tiny_sd3: Path, many: Path, tmp_path: Pat
 
 @pytest.fixture
 def crops(many: Path, tiny_sd3: Path, tmp_path: Path) -> Callable[..., Any]:
-    """`decode_ahead` of them, in batches of so many."""
+    """`decode_ahead` of them, in batches and threads of so many."""
     images, _ = instance_images(many, "a prompt")
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     cache = LatentCache(tmp_path / "latents", files.provenance(["vae"], "fp32", 64), "white")
 
-    def call(batch_size: int, broken: list[BrokenImage] | None = None) -> Any:
-        return decode_ahead(images, CENTER, 64, cache, batch_size, [] if broken is None else broken)
+    def call(batch_size: int, threads: int, broken: list[BrokenImage] | None = None) -> Any:
+        return decode_ahead(images, CENTER, 64, cache, batch_size, threads, [] if broken is None else broken)
 
     return call
 
@@ -80,7 +80,7 @@ def test_every_picture_is_decoded_once(run: Callable[..., Result], monkeypatch: 
     assert sorted(opened) == [f"{index:02d}.png" for index in range(12)]
 
 
-def test_as_many_are_decoded_at_a_time_as_there_are_cores(
+def test_as_many_are_decoded_at_a_time_as_there_are_threads(
     crops: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = threading.Barrier(3)
@@ -90,8 +90,7 @@ def test_as_many_are_decoded_at_a_time_as_there_are_cores(
         return open_rgb(path, *args)
 
     monkeypatch.setattr(precompute_latents, "open_rgb", waits_for_two_others)
-    monkeypatch.setattr(precompute_latents, "cpu_cores", lambda: 3)
-    assert [crop.image.path.name for crop in crops(1)] == [f"{index:02d}.png" for index in range(12)]
+    assert [crop.image.path.name for crop in crops(1, 3)] == [f"{index:02d}.png" for index in range(12)]
 
 
 def test_no_more_than_a_batch_and_one_a_thread_are_decoded_ahead(
@@ -105,8 +104,7 @@ def test_no_more_than_a_batch_and_one_a_thread_are_decoded_ahead(
         return submit(self, *args)
 
     monkeypatch.setattr(precompute_latents.ThreadPoolExecutor, "submit", watched)
-    monkeypatch.setattr(precompute_latents, "cpu_cores", lambda: 2)
-    pictures = crops(3)
+    pictures = crops(3, 2)
     for taken in range(1, 13):
         next(pictures)
         assert len(asked) == min(12, taken + 2 + 3 - 1)
@@ -122,8 +120,7 @@ def test_giving_up_decodes_no_more(crops: Callable[..., Any], monkeypatch: pytes
         return open_rgb(path, *args)
 
     monkeypatch.setattr(precompute_latents, "open_rgb", waits)
-    monkeypatch.setattr(precompute_latents, "cpu_cores", lambda: 1)
-    pictures = crops(8)
+    pictures = crops(8, 1)
     next(pictures)
     threading.Timer(0.2, released.set).start()
     pictures.close()
@@ -173,7 +170,7 @@ def test_broken_pictures_are_counted_where_they_are_met(
     for name in ("03.png", "07.png"):
         (many / name).write_bytes(b"no picture at all")
     broken: list[BrokenImage] = []
-    assert len(list(crops(2, broken))) == 10
+    assert len(list(crops(2, 2, broken))) == 10
     assert [error.path.name for error in broken] == ["03.png", "07.png"]
     assert capsys.readouterr().out.count("broken: ") == 2
 
