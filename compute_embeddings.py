@@ -9,8 +9,8 @@ no later stage ever loads T5's 4.8 billion parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,12 +26,14 @@ from sd3_lora.command_line import (
     save_run,
 )
 from sd3_lora.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
-from sd3_lora.devices import DeviceConfig, choose_device
+from sd3_lora.devices import DeviceConfig
 from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.memory import StageReport
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.text_encoders import (
+    CLIP_BATCH_SIZE,
     TextEncoderPlan,
     choose_text_encoder_plan,
     describe_t5,
@@ -117,22 +119,43 @@ def read_existing(path: Path, overwrite: bool) -> Provenance | None:
         return store.provenance
 
 
+def chunk_size(prompts: int, processes: int) -> int:
+    """Prompts of a chunk: as many for each process, in whole batches, so that these are those of one process."""
+    each = max(1, -(-prompts // processes))
+    return min(PROMPTS_PER_CHUNK, -(-each // CLIP_BATCH_SIZE) * CLIP_BATCH_SIZE)
+
+
 def encode_missing(
     files: ModelFiles,
     plan: TextEncoderPlan,
     prompts: Sequence[str],
+    first_part: int,
     parts: EmbeddingParts,
     reports: list[StageReport],
+    processes: Processes,
 ) -> None:
-    """Encodes the prompts chunk by chunk; each chunk is on disk before the next begins."""
-    chunks = [prompts[i : i + PROMPTS_PER_CHUNK] for i in range(0, len(prompts), PROMPTS_PER_CHUNK)]
-    for chunk in tqdm(chunks, desc="chunks", unit="chunk", disable=len(chunks) < 2):
+    """Encodes this process' share chunk by chunk; each chunk is on disk before the next begins."""
+    size = chunk_size(len(prompts), processes.count)
+    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    own = processes.share(list(enumerate(chunks, start=first_part)))
+    for number, chunk in tqdm(own, desc="chunks", unit="chunk", disable=len(own) < 2):
         prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
         rows = zip(chunk, prompt_embeds, pooled, strict=True)
-        parts.add([PromptEmbedding(prompt, (), (), embeds, pool) for prompt, embeds, pool in rows])
+        parts.add(number, [PromptEmbedding(prompt, (), (), embeds, pool) for prompt, embeds, pool in rows])
 
 
-def run(argv: Sequence[str] | None) -> None:
+def find_missing(
+    prompts: Iterable[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
+) -> tuple[list[str], int]:
+    """The prompts that neither the output nor a part has, and the number of the next part."""
+    done = parts.prompts()
+    if existing:
+        with EmbeddingStore(output_path) as store:
+            done |= set(store.prompts)
+    return [prompt for prompt in prompts if prompt not in done], parts.next_number()
+
+
+def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     configs = parse_flags(
         (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
@@ -145,13 +168,13 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature("compute_embeddings.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
-    device = choose_device(device_config.device)
+    device = processes.choose_device(device_config.device)
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)
 
-    images, left_out = instance_images(folder, instance_prompt, config.recursive)
+    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt, config.recursive))
     if not budget_config.plan:
         require_writable_folder(output_path.absolute().parent)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
@@ -165,6 +188,7 @@ def run(argv: Sequence[str] | None) -> None:
     plan = choose_text_encoder_plan(
         files, device, budget, config.max_sequence_length, config.t5_precision, config.t5_stream, kept
     )
+    plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}
     if budget:
         print(f"T5 in {describe_t5(plan)}: {sentence(predicted)}")
@@ -178,14 +202,13 @@ def run(argv: Sequence[str] | None) -> None:
         )
 
     parts = EmbeddingParts(output_path, provenance)
-    done = parts.prompts()
-    if existing:
-        with EmbeddingStore(output_path) as store:
-            done |= set(store.prompts)
-    missing = [prompt for prompt in roles if prompt not in done]
+    missing, first_part = processes.from_first(lambda: find_missing(roles, output_path, existing, parts))
     print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
     reports: list[StageReport] = []
-    encode_missing(files, plan, missing, parts, reports)
+    encode_missing(files, plan, missing, first_part, parts, reports, processes)
+    processes.gather(None)  # all parts are written
+    if not processes.is_first:
+        return
 
     def rows():
         yield from parts.read_all()
@@ -213,7 +236,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(run, argv, "--t5_precision fp16 --t5_stream")
+    return exit_code(in_processes(run), argv, "--t5_precision fp16 --t5_stream")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,11 +22,12 @@ from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig, choose_device
-from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_pixels, open_rgb
+from sd3_lora.devices import DTYPES, DeviceConfig
+from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, LatentPosterior
 from sd3_lora.vae_tiles import VaeTile, choose_tile
 
@@ -32,7 +35,8 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-DECODING_THREADS = 2
+MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
+WRITES_AHEAD = 8  # pictures whose files wait to be written
 
 
 @dataclass(frozen=True)
@@ -90,86 +94,138 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop of one picture, decoded: `pixels` is `(3, H, W)` float32 in [-1, 1]."""
+    """One crop of one picture, decoded.
+
+    Attributes:
+        image: the picture.
+        picture_size: its width and height in pixels, upright.
+        box: where the crop lies.
+        rgb: `(R, R, 3)` uint8.
+        siblings: how many crops of the picture are to be encoded.
+    """
 
     image: InstanceImage
     picture_size: tuple[int, int]
     box: CropBox
-    pixels: torch.Tensor
+    rgb: torch.Tensor
+    siblings: int
 
 
 def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: Sequence[str]) -> list[Crop]:
-    """The picture's crops that the cache lacks."""
-    picture = open_rgb(image.path, config.alpha_background)
-    boxes = crop_boxes(*picture.size, resolution, config.crops, config.random_flip)
-    return [Crop(image, picture.size, box, crop_pixels(picture, box)) for box in boxes if box.name not in cached]
-
-
-def prefetch(
-    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache, batch_size: int
-) -> Iterator[list[Crop]]:
-    """Each picture's missing crops, decoded a few pictures ahead in threads (Pillow releases the lock)."""
-
-    def one(image: InstanceImage) -> list[Crop]:
-        return decode(image, config, resolution, cache.variants(image.image_id))
-
-    with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        ahead = 2 * batch_size
-        futures = deque(pool.submit(one, image) for image in images[:ahead])
-        for index in range(len(images)):
-            crops = futures.popleft().result()
-            if index + ahead < len(images):
-                futures.append(pool.submit(one, images[index + ahead]))
-            if crops:
-                yield crops
-
-
-def check_all_decode(images: Sequence[InstanceImage], config: LatentConfig) -> tuple[InstanceImage, ...]:
-    """Decodes every picture once before the VAE is loaded, so that a broken one costs seconds and no half cache.
+    """The picture's crops that the cache lacks.
 
     Raises:
-        UserError: a broken picture, without --skip_broken; or none left with it.
+        BrokenImage: it does not decode.
     """
+    picture = open_rgb(image.path, config.alpha_background)
+    boxes = crop_boxes(*picture.size, resolution, config.crops, config.random_flip)
+    boxes = tuple(box for box in boxes if box.name not in cached)
+    return [Crop(image, picture.size, box, crop_rgb(picture, box), len(boxes)) for box in boxes]
 
-    def one(image: InstanceImage) -> BrokenImage | None:
+
+def decode_ahead(
+    images: Sequence[InstanceImage],
+    config: LatentConfig,
+    resolution: int,
+    cache: LatentCache,
+    batch_size: int,
+    threads: int,
+    broken: list[BrokenImage],
+) -> Generator[Crop]:
+    """The missing crops, decoded some pictures ahead in threads (Pillow releases the lock); names the broken ones."""
+
+    def one(image: InstanceImage) -> list[Crop] | BrokenImage:
         try:
-            open_rgb(image.path, config.alpha_background)
+            return decode(image, config, resolution, cache.variants(image.image_id))
         except BrokenImage as error:
             return error
-        return None
 
-    with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        results = list(tqdm(pool.map(one, images), total=len(images), desc="checking", leave=False))
-    broken = [error for error in results if error]
-    if broken and not config.skip_broken:
-        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise UserError(f"{broken[0]}{others}: remove it, or add --skip_broken to go on without it")
-    for error in broken:
-        print(f"skipped: {error}")
-    whole = tuple(image for image, error in zip(images, results, strict=True) if not error)
-    if not whole:
-        raise UserError("no picture decodes: give another --instance_data_dir")
-    return whole
+    waiting, ahead = deque[Future](), threads + batch_size
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for index in tqdm(range(len(images)), desc="pictures", leave=False):
+            while len(waiting) < min(ahead, len(images) - index):
+                waiting.append(pool.submit(one, images[index + len(waiting)]))
+            decoded = waiting.popleft().result()
+            if isinstance(decoded, BrokenImage):
+                broken.append(decoded)
+                tqdm.write(sentence_of(decoded, config))
+            else:
+                yield from decoded
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The posteriors of some crops, on their way to the host.
+
+    Attributes:
+        crops: `B` of them.
+        means: `(B, 16, H/8, W/8)` on the CPU, valid once `arrived`.
+        stds: likewise.
+        arrived: recorded behind the copies; None on a CPU.
+    """
+
+    crops: Sequence[Crop]
+    means: torch.Tensor
+    stds: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    def posteriors(self) -> Iterator[tuple[Crop, LatentPosterior]]:
+        """Waits for the copies, and gives each crop its own.
+
+        Raises:
+            UserError: one is not finite, as an fp16 VAE may make it.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        for crop, mean, std in zip(self.crops, self.means, self.stds, strict=True):
+            if not (mean.isfinite().all() and std.isfinite().all()):
+                remedy = "remove it" if mean.dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
+                raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {mean.dtype}: {remedy}")
+        for crop, mean, std in zip(self.crops, self.means, self.stds, strict=True):
+            yield crop, LatentPosterior(crop.image.image_id, crop.box.name, mean, std)
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, crops: Sequence[Crop]) -> list[LatentPosterior]:
-    """The raw posteriors of some crops.
+def encode(vae: AutoencoderKL, crops: Sequence[Crop]) -> EncodedBatch:
+    """Starts the raw posteriors of some crops; on a GPU nothing here waits for it."""
+    rgb = torch.stack([crop.rgb for crop in crops])  # (B, H, W, 3)
+    if vae.device.type == "cuda":
+        pixels = to_pixels(rgb.pin_memory().to(vae.device, non_blocking=True))  # (B, 3, H, W), channels last in memory
+    else:
+        pixels = to_pixels(rgb).contiguous()
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    # Into pinned memory, which `to` takes by itself; in one piece, or it would wait.
+    means, stds = (part.contiguous().to("cpu", non_blocking=True) for part in (posterior.mean, posterior.std))
+    arrived = torch.cuda.current_stream().record_event() if vae.device.type == "cuda" else None
+    return EncodedBatch(crops, means, stds, arrived)
 
-    Raises:
-        UserError: one is not finite, as an fp16 VAE may make it.
-    """
-    pixels = torch.stack([crop.pixels for crop in crops])  # (B, 3, H, W)
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    means, stds = posterior.mean.cpu(), posterior.std.cpu()  # (B, 16, H/8, W/8)
-    for crop, mean, std in zip(crops, means, stds, strict=True):
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            remedy = "remove it" if vae.dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
-            raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {vae.dtype}: {remedy}")
-    return [
-        LatentPosterior(crop.image.image_id, crop.box.name, mean, std)
-        for crop, mean, std in zip(crops, means, stds, strict=True)
-    ]
+
+def one_late(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
+    """Each batch once the next has been started, so that the GPU works while the host waits and writes."""
+    previous = None
+    for batch in batches:
+        if previous is not None:
+            yield previous
+        previous = batch
+    if previous is not None:
+        yield previous
+
+
+def load_vae(files: ModelFiles, precision: str, device: torch.device, tile: VaeTile) -> AutoencoderKL:
+    """The VAE on its device, as the tile has it."""
+    vae = AutoencoderKL.from_pretrained(
+        files.component("vae"),
+        variant=files.config.variant,
+        torch_dtype=DTYPES[precision],
+        use_safetensors=True,
+    ).to(device)
+    if device.type == "cuda":  # the layout of tensor cores: else cuDNN turns every feature map there and back
+        vae.to(memory_format=torch.channels_last)
+    tile.apply(vae)
+    return vae
 
 
 def encode_missing(
@@ -180,37 +236,31 @@ def encode_missing(
     cache: LatentCache,
     device: torch.device,
     tile: VaeTile,
-) -> int:
-    """Encodes what the cache lacks, picture by picture, each file written whole; returns how many crops."""
-    vae = AutoencoderKL.from_pretrained(
-        files.component("vae"),
-        variant=files.config.variant,
-        torch_dtype=DTYPES[cache.wanted.precision],
-        use_safetensors=True,
-    ).to(device)
-    tile.apply(vae)
-    count, batch_size = 0, tile.batch_size
+    threads: int,
+) -> tuple[int, list[BrokenImage]]:
+    """Encodes what the cache lacks, each picture's file written whole.
 
-    def encode_group(group: list[list[Crop]]) -> None:
-        crops = [crop for picture in group for crop in picture]
-        posteriors = []
-        for start in range(0, len(crops), batch_size):
-            posteriors += encode(vae, crops[start : start + batch_size])
-        for picture in group:
-            image, size = picture[0].image, picture[0].picture_size
-            cache.add(image, size, [p for p in posteriors if p.image_id == image.image_id])
-
-    group: list[list[Crop]] = []
-    pictures = prefetch(images, config, resolution, cache, batch_size)
-    for picture in tqdm(pictures, total=len(images), desc="pictures", leave=False):
-        group.append(picture)
-        count += len(picture)
-        if sum(map(len, group)) >= batch_size:
-            encode_group(group)
-            group = []
-    if group:
-        encode_group(group)
-    return count
+    Returns:
+        How many crops, and the pictures that do not decode.
+    """
+    vae = load_vae(files, cache.wanted.precision, device, tile)
+    broken: list[BrokenImage] = []
+    crops = decode_ahead(images, config, resolution, cache, tile.batch_size, threads, broken)
+    batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
+    count, found, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
+    with closing(crops), ThreadPoolExecutor(1) as writer:
+        for batch in one_late(encode(vae, batch) for batch in batches):
+            for crop, posterior in batch.posteriors():
+                count += 1
+                found[posterior.image_id].append(posterior)
+                if len(found[posterior.image_id]) == crop.siblings:
+                    own = found.pop(posterior.image_id)
+                    writes.append(writer.submit(cache.add, crop.image, crop.picture_size, own))
+            while len(writes) > WRITES_AHEAD:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+    return count, broken
 
 
 def outdated(images: Sequence[InstanceImage], cache: LatentCache) -> set[Path]:
@@ -248,7 +298,25 @@ def incomplete(
     return missing
 
 
-def run(argv: Sequence[str] | None) -> None:
+def sentence_of(error: BrokenImage, config: LatentConfig) -> str:
+    """What becomes of a broken picture."""
+    return f"{'skipped' if config.skip_broken else 'broken'}: {error}"
+
+
+def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentConfig) -> None:
+    """Whether training can go on. The other pictures are cached by now: nothing is lost, and all broken ones are named.
+
+    Raises:
+        UserError: a broken picture, without --skip_broken; or no other.
+    """
+    if len(broken) == pictures:
+        raise UserError("no picture decodes: give another --instance_data_dir")
+    if broken and not config.skip_broken:
+        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise UserError(f"{broken[0]}{others}: remove it, or add --skip_broken to go on without it")
+
+
+def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     configs = parse_flags(
         (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
@@ -258,13 +326,13 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature("precompute_latents.py")
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
-    device = choose_device(device_config.device)
+    device = processes.choose_device(device_config.device)
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)
     resolution = files.resolution(config.resolution)
-    images, left_out = instance_images(folder, instance_prompt or "", config.recursive)
+    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt or "", config.recursive))
     if not budget_config.plan:
         require_writable_folder(output_path)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
@@ -273,28 +341,42 @@ def run(argv: Sequence[str] | None) -> None:
 
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
-    if not budget_config.plan:
-        cache.remove_unfinished()
-    discarded = outdated(images, cache) if config.overwrite else set()
-    missing = incomplete(images, config, resolution, cache, discarded)
+
+    def look() -> tuple[list[InstanceImage], set[Path]]:
+        if not budget_config.plan:
+            cache.remove_unfinished()
+        discarded = outdated(images, cache) if config.overwrite else set()
+        return incomplete(images, config, resolution, cache, discarded), discarded
+
+    missing, discarded = processes.from_first(look)
     print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
     reports: list[StageReport] = []
     count, predicted = 0, {}
     if missing or budget_config.plan:
         batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
-        tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        own_tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        # All compute alike: what the smallest GPU holds.
+        tile = min(processes.gather(own_tile), key=lambda tile: tile.working_bytes)
         if budget:
             predicted = tile.predicted_parts(budget)
             print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
     if budget_config.plan:
         return
+    if processes.is_first:
+        for path in discarded:  # not before what is to replace them is known to fit
+            path.unlink()
+    processes.gather(None)  # nobody reads what is to be deleted
+    broken: list[BrokenImage] = []
     if missing:
-        missing = check_all_decode(missing, config)
-    for path in discarded:  # not before all that is to replace them is known to decode
-        path.unlink()
-    if missing:
+        share, threads = processes.share(missing), min(MOST_THREADS, processes.cpu_cores)
         with memory_stage("encode pictures", device, reports):
-            count = encode_missing(files, missing, config, resolution, cache, device, tile)
+            count, broken = encode_missing(files, share, config, resolution, cache, device, tile, threads)
+    counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
+    if not processes.is_first:
+        return
+    for error in itertools.chain(*broken_lists[1:]):  # which those processes could not say
+        print(sentence_of(error, config))
+    count, broken = sum(counts), list(itertools.chain(*broken_lists))
 
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
@@ -307,7 +389,8 @@ def run(argv: Sequence[str] | None) -> None:
         predicted_bytes=sum(predicted.values()),
         measured_bytes=measured,
     )
-    print(f"wrote {count} crops of {len(missing)} pictures to {output_path}")
+    print(f"wrote {count} crops of {len(missing) - len(broken)} pictures to {output_path}")
+    require_whole(broken, len(images), config)
     after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
     after["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
     print("next: " + command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), **after))
@@ -315,9 +398,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    return exit_code(
-        run, argv, "--vae_batch_size 1, --vae_precision fp16, a lower --vram_budget_gib or a lower --resolution"
-    )
+    smaller = "--vae_batch_size 1, --vae_precision fp16, a lower --vram_budget_gib or a lower --resolution"
+    return exit_code(in_processes(run), argv, smaller)
 
 
 if __name__ == "__main__":

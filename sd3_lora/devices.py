@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,11 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cuda":
         raise UserError("torch finds no GPU here: check `nvidia-smi`, or type --device cpu")
     return torch.device("cpu")
+
+
+def cpu_cores() -> int:
+    """The cores that this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_nvidia_gpu() -> bool:

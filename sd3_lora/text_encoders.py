@@ -35,6 +35,10 @@ from transformers import (
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
+# The CLIPs are small for a GPU, and a streamed one is copied to it whole for each batch: so many times as many prompts
+# as T5 takes. 32 of them and CLIP-G's hidden states, which are all kept, still take less than T5 does.
+CLIP_BATCHES = 4
+CLIP_BATCH_SIZE = CLIP_BATCHES * BATCH_SIZE
 # cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and what the allocator's pages leave unused.
 _MARGIN_BYTES = 80 * 1024**2
 # Beside encoders that are resident also what the conversion of one weight takes for a moment, and leaves unused: an
@@ -275,7 +279,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     """Token ids `(N, length)`, padded and cut to `length`; says which prompts are cut."""
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     ids = tokenizer(list(prompts), return_tensors="pt", **options).input_ids
-    too_long = [p for p in prompts if len(tokenizer(p).input_ids) > length]
+    untruncated = tokenizer(list(prompts)).input_ids
+    too_long = [prompt for prompt, found in zip(prompts, untruncated, strict=True) if len(found) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
         others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
@@ -302,7 +307,7 @@ def encode_clip(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The penultimate hidden states `(N, 77, d)` and the pooled projections `(N, p)` on the CPU."""
     hidden, pooled = [], []
-    for ids in batches(tokenize(tokenizer, prompts, length), plan.batch_size):
+    for ids in batches(tokenize(tokenizer, prompts, length), CLIP_BATCHES * plan.batch_size):
         output = encoder(ids.to(plan.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2].cpu())
         pooled.append(output.text_embeds.cpu())

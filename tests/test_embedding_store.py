@@ -228,14 +228,14 @@ def parts(tmp_path: Path) -> EmbeddingParts:
     assert parts.prompts() == set()
     assert not parts.folder.exists()
     for r in ROWS[:3]:
-        parts.add([r])
+        parts.add(parts.next_number(), [r])
     return parts
 
 
 def test_parts_are_found_again_and_removed(parts: EmbeddingParts, tmp_path: Path) -> None:
     again = EmbeddingParts(tmp_path / "out.parquet", replace(PROVENANCE, versions={}))
     assert again.prompts() == {r.prompt for r in ROWS[:3]}
-    again.add([ROWS[3]])
+    again.add(again.next_number(), [ROWS[3]])
     assert all(same(found, r) for found, r in zip(again.read_all(), ROWS, strict=True))
     again.remove()
     assert list(tmp_path.iterdir()) == []
@@ -256,6 +256,6 @@ def test_a_part_that_is_not_whole_is_discarded_and_no_other_is_overwritten(
     first.write_bytes(first.read_bytes()[:50])
     again = EmbeddingParts(tmp_path / "out.parquet", PROVENANCE)
     assert again.prompts() == {ROWS[1].prompt, ROWS[2].prompt}
-    again.add([ROWS[0]])
+    again.add(again.next_number(), [ROWS[0]])
     assert again.prompts() == {r.prompt for r in ROWS[:3]}
     assert len(list(again.read_all())) == 3

@@ -14,11 +14,12 @@ from sd3_lora.images import (
     BrokenImage,
     CropBox,
     crop_boxes,
-    crop_pixels,
+    crop_rgb,
     hash_file,
     list_images,
     mirrored,
     open_rgb,
+    to_pixels,
 )
 
 import numpy as np
@@ -470,10 +471,9 @@ def test_pixels_of_any_size_and_mode(
     picture = open_rgb(saved(tmp_path_factory.mktemp("any"), image, "a.tif"))
     assert (picture.size, picture.mode) == ((width, height), "RGB")
     for box in crop_boxes(width, height, 16, num_crops, flip=False):
-        pixels = crop_pixels(picture, box)
+        pixels = to_pixels(crop_rgb(picture, box))
         assert pixels.shape == (3, 16, 16)
         assert pixels.dtype == torch.float32
-        assert pixels.is_contiguous()
         assert -1 <= pixels.min() <= pixels.max() <= 1
 
 
@@ -485,7 +485,7 @@ def test_a_flip_is_the_exact_mirror(width: int, height: int, resolution: int, nu
     assert len(boxes) % 2 == 0
     for plain, twin in zip(boxes[::2], boxes[1::2], strict=True):
         assert (plain.flip, twin.flip) == (False, True)
-        assert torch.equal(crop_pixels(picture, twin), crop_pixels(picture, plain).flip(-1))
+        assert torch.equal(to_pixels(crop_rgb(picture, twin)), to_pixels(crop_rgb(picture, plain)).flip(-1))
 
 
 @PROPERTY
@@ -497,19 +497,19 @@ def test_a_crop_is_cut_from_the_resized_picture(width: int, height: int, resolut
         whole = picture.resize((box.resized_width, box.resized_height), Image.Resampling.LANCZOS)
         part = whole.crop((box.left, box.top, box.left + resolution, box.top + resolution))
         expected = torch.from_numpy(np.array(part)).permute(2, 0, 1) / 127.5 - 1
-        assert (crop_pixels(picture, box) - expected).abs().max() < 2.01 / 127.5  # each pass rounds to 8 bits
+        assert (to_pixels(crop_rgb(picture, box)) - expected).abs().max() < 2.01 / 127.5  # each pass rounds to 8 bits
 
 
 def test_pixel_values() -> None:
     picture = Image.new("RGB", (8, 8), (255, 0, 51))
-    pixels = crop_pixels(picture, crop_boxes(8, 8, 4, 1, flip=False)[0])
+    pixels = to_pixels(crop_rgb(picture, crop_boxes(8, 8, 4, 1, flip=False)[0]))
     assert torch.equal(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
 
 
 def test_a_very_long_picture_costs_no_more_than_its_crop() -> None:
     picture = Image.fromarray(noise(30_000, 2))  # resized whole, 4 gigapixels
     boxes = crop_boxes(*picture.size, 512, 3, flip=False)
-    assert [crop_pixels(picture, box).shape for box in boxes] == [(3, 512, 512)] * 3
+    assert [to_pixels(crop_rgb(picture, box)).shape for box in boxes] == [(3, 512, 512)] * 3
 
 
 def swapped_primaries(description: bytes) -> bytes:

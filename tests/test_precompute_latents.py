@@ -10,7 +10,7 @@ from typing import Any
 
 import precompute_latents
 from sd3_lora import latent_cache
-from sd3_lora.images import crop_boxes, crop_pixels, hash_file, open_rgb
+from sd3_lora.images import crop_boxes, crop_rgb, hash_file, open_rgb, to_pixels
 from sd3_lora.latent_cache import LatentCache, normalize_latents
 from sd3_lora.model_files import ModelConfig, ModelFiles
 
@@ -116,7 +116,7 @@ def test_the_cache_holds_what_the_vae_says_of_each_crop(prepared: Prepared, vae:
         assert cache.variants(image_id) == tuple(sorted(box.name for box in boxes))
         assert cache.picture_size(image_id) == picture.size
         for box in boxes:
-            expected = vae.encode(crop_pixels(picture, box)[None]).latent_dist
+            expected = vae.encode(to_pixels(crop_rgb(picture, box))[None]).latent_dist
             found = cache.read(image_id, box.name)
             assert found.mean.dtype == found.std.dtype == torch.float32
             torch.testing.assert_close(found.mean, expected.mean[0], rtol=1e-5, atol=1e-5)
@@ -139,7 +139,7 @@ def test_decoding_a_cached_mean_as_the_stock_pipeline_does_gives_the_posterior_s
         height=64, width=64, num_inference_steps=2, output_type="pt",
         latents=normalize_latents(mean, pipeline.vae.config),
     ).images  # fmt: skip
-    mode = pipeline.vae.encode(crop_pixels(open_rgb(path), box)[None]).latent_dist.mode()
+    mode = pipeline.vae.encode(to_pixels(crop_rgb(open_rgb(path), box))[None]).latent_dist.mode()
     expected = (pipeline.vae.decode(mode).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
     without_shift = pipeline.vae.decode(mode + pipeline.vae.config.shift_factor).sample / 2 + 0.5
@@ -349,14 +349,14 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(
         result = cache("--center_crop", "--vae_batch_size", 1)
     assert result.code == 130
     assert "run the same command again to go on" in result.err
-    assert [path.suffix for path in latents.iterdir()] == [".safetensors"] * 2
+    assert [path.suffix for path in latents.iterdir()] == [".safetensors"]  # and one was under way
     assert all(tensors.keys() == undisturbed[key].keys() for key, tensors in read(latents).items())
 
     (latents / f".{'0' * 64}.123.unfinished").write_bytes(b"half")  # what a SIGKILL leaves
     encoded.clear()
     result = cache("--center_crop", "--vae_batch_size", 1)
-    assert "2 of 3 pictures cached before" in result.out
-    assert len(encoded) == 1
+    assert "1 of 3 pictures cached before" in result.out
+    assert len(encoded) == 2
     assert bit_equal(read(latents), undisturbed)
     assert not list(latents.glob(".*"))
 
@@ -400,18 +400,33 @@ def test_identical_pictures_are_encoded_once(cache: Callable[..., Result], pictu
     assert sum(map(len, encoded)) == 3
 
 
-def test_a_broken_picture_is_named_before_anything_is_loaded(
+def test_broken_pictures_are_named_and_cost_the_others_nothing(
     cache: Callable[..., Result], pictures: Path, latents: Path, no_vae: Callable[[], None]
 ) -> None:
     whole = (pictures / WIDE).read_bytes()
     (pictures / WIDE).write_bytes(whole[: len(whole) // 2])
-    no_vae()
-    assert refused(cache(), f"{pictures / WIDE} does not decode (", "): remove it, or add --skip_broken to go on")
+    result = cache("--center_crop")
+    assert refused(result, f"{pictures / WIDE} does not decode (", "): remove it, or add --skip_broken to go on")
+    assert f"broken: {pictures / WIDE} does not decode (" in result.out
+    assert "wrote 2 crops of 2 pictures" in result.out
     (pictures / TALL).write_bytes(b"\x89PNG\r\n\x1a\n")
-    assert refused(cache(), "(and 1 more)")
-    (pictures / SQUARE).write_bytes(b"no picture at all")
+    result = cache("--center_crop")
+    assert refused(result, "(and 1 more)")
+    assert result.out.count("broken: ") == 2
+    for name in (WIDE, TALL):
+        (pictures / name).unlink()
+    no_vae()
+    result = cache("--center_crop")
+    assert result.code == 0
+    assert "1 of 1 pictures cached before" in result.out
+    assert len(read(latents)) == 2  # of the square picture, and of what the tall one was
+
+
+def test_no_picture_that_decodes(cache: Callable[..., Result], pictures: Path, latents: Path) -> None:
+    for name in (WIDE, SQUARE, TALL):
+        (pictures / name).write_bytes(b"no picture at all" + name.encode())
     assert refused(cache("--skip_broken"), "no picture decodes: give another --instance_data_dir")
-    assert list(latents.iterdir()) == []
+    assert read(latents) == {}
 
 
 def test_skip_broken_goes_on(cache: Callable[..., Result], pictures: Path, encoded: list[Any], latents: Path) -> None:
@@ -488,14 +503,16 @@ def test_overwrite_leaves_one_precision_in_the_cache(
     assert "3 of 3 pictures cached before; 64 px, VAE in fp32" in cache("--center_crop").out
 
 
-def test_overwrite_deletes_nothing_while_a_picture_is_broken(
+def test_overwrite_replaces_the_others_of_a_broken_picture(
     cache: Callable[..., Result], latents: Path, pictures: Path
 ) -> None:
     cache()
     before = read(latents)
     (pictures / "broken.png").write_bytes(b"no picture at all")
     assert refused(cache("--vae_precision", "fp16", "--overwrite"), "broken.png does not decode")
-    assert bit_equal(read(latents), before)
+    after = read(latents)
+    assert after.keys() == before.keys()
+    assert {tensor.dtype for tensors in after.values() for tensor in tensors.values()} == {torch.float16}
 
 
 def test_a_truncated_file_is_named_and_overwrite_replaces_it(

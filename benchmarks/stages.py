@@ -1,0 +1,416 @@
+"""Stage one's throughput beside the reference's way of doing the same, in one process on one GPU; and the whole job.
+
+The reference's way is one item at a time: a picture is decoded, resized and encoded by a VAE in float32, as diffusers'
+sd3_lora_colab script does whenever it needs it; a prompt goes through `encode_prompt` of a stock pipeline that holds
+all encoders. It is measured on the first `--reference_items`, and its time for more is its load and so many times more.
+The scripts' times are of their whole `main`, what they load and write included, the libraries' import not.
+
+    python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
+    python benchmarks/stages.py encoders latents text job --model /tmp/sd3-medium --result FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from precompute_latents import MOST_THREADS, LatentConfig, decode
+from sd3_lora.devices import choose_device, cpu_cores
+from sd3_lora.embedding_store import EmbeddingStore
+from sd3_lora.images import hash_file, to_pixels
+from sd3_lora.memory import GIB, free_memory
+from sd3_lora.records import InstanceImage
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from diffusers.utils import logging as diffusers_logging
+from evaluate import VERSIONS, circumstances
+from photos import fabricate_photos
+from PIL import Image, ImageOps
+from pipeline import measure
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, T5EncoderModel
+from transformers.utils import logging as transformers_logging
+
+PROMPT, SEQUENCE_LENGTH, STEPS = "a photo of sks dog", 77, 500
+Pair = tuple[torch.Tensor, torch.Tensor]  # a mean and a standard deviation, or an embedding and a pooled one
+Row = dict[str, Any]
+
+
+def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What `work` gives, and the seconds until the device is done."""
+    start = time.perf_counter()
+    result = work(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def call(script: str, words: Sequence[object]) -> float:
+    """Runs a script in this process; its seconds.
+
+    Raises:
+        RuntimeError: it failed, with its last line.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)  # what an earlier call was capped at
+    out, err = io.StringIO(), io.StringIO()
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = importlib.import_module(script).main([str(word) for word in words])
+    if code:
+        raise RuntimeError(err.getvalue().strip().splitlines()[-1])
+    return time.perf_counter() - start
+
+
+def distance(found: Sequence[Pair], expected: Sequence[Pair], names: tuple[str, str]) -> Row:
+    """How far results are from each other: the furthest number, and the norm of the difference over the norm."""
+    numbers: Row = {}
+    for index, name in enumerate(names):
+        mine, theirs = (torch.cat([pair[index].float().flatten() for pair in pairs]) for pairs in (found, expected))
+        numbers[f"{name}_max"] = float(f"{(mine - theirs).abs().max():.3g}")
+        numbers[f"{name}_relative"] = float(f"{(mine - theirs).norm() / theirs.norm():.3g}")
+    return numbers
+
+
+# The VAE's encoder alone
+
+ENCODERS = (  # dtype, channels last, batch, and what else; the first is the reference's
+    (torch.float32, False, 1, ""),
+    (torch.float32, True, 1, ""),
+    (torch.float16, False, 1, ""),
+    (torch.float16, True, 1, ""),
+    (torch.bfloat16, True, 1, ""),
+    (torch.float16, True, 4, ""),
+    (torch.float32, True, 1, "cudnn.benchmark"),
+    (torch.float16, True, 1, "cudnn.benchmark"),
+    (torch.float16, True, 4, "cudnn.benchmark"),
+    (torch.float16, True, 1, "compiled"),
+    (torch.float16, True, 4, "compiled"),
+)
+ROUNDS = 5
+
+
+def load_vae(arguments: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKL:
+    """The model's VAE on the device."""
+    vae = AutoencoderKL.from_pretrained(arguments.model, subfolder="vae", torch_dtype=dtype)
+    return vae.to(arguments.device)
+
+
+@torch.no_grad()
+def posteriors(vae: AutoencoderKL, pixels: torch.Tensor, batch: int) -> list[Pair]:
+    """Of each picture the mean and the standard deviation, on the device."""
+    pairs: list[Pair] = []
+    for piece in pixels.split(batch):
+        posterior = vae.encode(piece.to(vae.dtype)).latent_dist
+        pairs += zip(posterior.mean, posterior.std, strict=True)
+    return pairs
+
+
+def encoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Milliseconds a picture in each setting, and how far its posteriors are from exact float32's, one at a time."""
+    device = arguments.device
+    photos = fabricate_photos(arguments.output_dir / "photos", 4, arguments.sizes[0])
+    config = LatentConfig(center_crop=True)
+    rgb = [decode(InstanceImage("", path, ""), config, arguments.resolution, ())[0].rgb for path in photos]
+    pixels = to_pixels(torch.stack(rgb)).to(device)  # (4, 3, R, R)
+    torch.backends.cudnn.allow_tf32 = False
+    exact = posteriors(load_vae(arguments, torch.float32), pixels.contiguous(), 1)
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, for convolutions
+    for dtype, channels_last, batch, extra in ENCODERS:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        vae = load_vae(arguments, dtype).to(memory_format=layout)
+        laid_out = pixels.contiguous(memory_format=layout)
+        torch.backends.cudnn.benchmark = extra == "cudnn.benchmark"
+        if extra == "compiled":
+            vae.encoder = torch.compile(vae.encoder)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        found, first_s = timed(device, posteriors, vae, laid_out, batch)
+        seconds = [timed(device, posteriors, vae, laid_out, batch)[1] for _ in range(ROUNDS)]
+        row: Row = {"set": "encoders", "dtype": str(dtype).removeprefix("torch."), "channels_last": channels_last}
+        row |= {"batch": batch, "extra": extra, "first_s": round(first_s, 2)}
+        row |= {"ms_an_item": round(1000 * sorted(seconds)[ROUNDS // 2] / len(photos), 2)}
+        if device.type == "cuda":
+            row["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 2)
+        yield row | distance(found, exact, ("mean", "std"))
+        torch.backends.cudnn.benchmark = False
+        del vae, found
+        free_memory(device)
+
+
+# Pictures to latents
+
+
+@torch.no_grad()
+def reference_latents(paths: Sequence[Path], vae: AutoencoderKL, side: int) -> list[Pair]:
+    """Pictures from their files to their posteriors on the host, everything after the other."""
+    pairs = []
+    for path in paths:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+        scale = side / min(picture.size)
+        width, height = (round(scale * length) for length in picture.size)
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)  # as ours is, which is compared
+        left, top = (width - side) // 2, (height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1.0
+        posterior = vae.encode(pixels.to(vae.device)).latent_dist
+        pairs.append((posterior.mean[0].cpu(), posterior.std[0].cpu()))
+    return pairs
+
+
+def decode_ms(photos: Sequence[Path], side: int, threads: int) -> float:
+    """Milliseconds a photo to decode, resize and crop some, in so many threads."""
+
+    def one(path: Path) -> None:
+        decode(InstanceImage("", path, ""), LatentConfig(center_crop=True), side, ())
+
+    few = (list(photos) * 4)[: 4 * threads]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, few[:threads]))
+        start = time.perf_counter()
+        list(pool.map(one, few))
+        return round(1000 * (time.perf_counter() - start) / len(few), 2)
+
+
+def cache_latents(arguments: argparse.Namespace, photos: Sequence[Path], precision: str) -> tuple[Row, Path]:
+    """Runs the script on the photos, one crop each; its times, and the cache."""
+    pictures, output = arguments.output_dir / "pictures", arguments.output_dir / "latents"
+    for folder in (pictures, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    pictures.mkdir()
+    for path in photos:
+        (pictures / path.name).hardlink_to(path)
+    words = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", pictures, "--center_crop"]
+    words += ["--resolution", arguments.resolution, "--vae_precision", precision, "--output_path", output]
+    elapsed_s = call("precompute_latents", [*words, "--device", arguments.device.type])
+    (stage,) = json.loads((output / "run.json").read_text(encoding="utf-8"))["stages"]
+    row: Row = {"name": precision, "items": len(photos), "elapsed_s": round(elapsed_s, 2)}
+    row |= {"encode_s": round(stage["elapsed_s"], 2), "ms_an_item": round(1000 * elapsed_s / len(photos), 1)}
+    return row | {"reserved_gib": round(stage["peak_reserved_gib"], 2)}, output
+
+
+def cached(folder: Path, photo: Path) -> Pair:
+    """The one posterior of a photo."""
+    (mean, std) = (tensor for _, tensor in sorted(load_file(folder / f"{hash_file(photo)}.safetensors").items()))
+    return mean, std
+
+
+def latent_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Caching so many photos of each size, one crop each, in each precision, beside the reference's way."""
+    device, side = arguments.device, arguments.resolution
+    for size in arguments.sizes:
+        photos = fabricate_photos(arguments.output_dir / f"{size[0]}x{size[1]}", max(arguments.items), size)
+        megabytes = sum(path.stat().st_size for path in photos) / len(photos) / 1e6
+        shared: Row = {"set": "latents", "photo_px": list(size), "photo_mb": round(megabytes, 2), "resolution": side}
+        vae, load_s = timed(device, load_vae, arguments, torch.float32)
+        few = photos[: arguments.reference_items]
+        reference_latents(few[:1], vae, side)  # the kernels are loaded
+        expected, few_s = timed(device, reference_latents, few, vae, side)
+        del vae
+        free_memory(device)
+        each_s = few_s / len(few)
+        row: Row = {"name": "reference", "items": len(few), "load_s": round(load_s, 2)}
+        row |= {"ms_an_item": round(1000 * each_s, 1), "decode_ms": decode_ms(photos, side, 1)}
+        yield shared | row | {"decode_in_threads_ms": decode_ms(photos, side, min(MOST_THREADS, cpu_cores()))}
+        for precision, count in itertools.product(arguments.vae_precisions, arguments.items):
+            row, folder = cache_latents(arguments, photos[:count], precision)
+            found = [cached(folder, path) for path in few[:count]]
+            row |= compared(load_s + count * each_s, row["elapsed_s"])
+            yield shared | row | distance(found, expected[:count], ("mean", "std"))
+
+
+def compared(reference_s: float, elapsed_s: float) -> Row:
+    """The reference's time for the same, and how many times as long it is."""
+    return {"reference_s": round(reference_s, 2), "ratio": round(reference_s / elapsed_s, 2)}
+
+
+# Prompts to embeddings
+
+
+def captions(count: int) -> list[str]:
+    """Distinct captions, each of more than 77 tokens, as a captioning model writes them."""
+    words = "a photo of sks dog lying on a wooden floor beside a window in the soft light of a late summer afternoon"
+    return [f"number {index}: {' and '.join([words] * 4)}" for index in range(count)]
+
+
+def load_reference_pipeline(arguments: argparse.Namespace) -> StableDiffusion3Pipeline:
+    """The stock pipeline with its three encoders, T5 in 8 bits as the reference has it."""
+    t5 = T5EncoderModel.from_pretrained(
+        arguments.model,
+        subfolder="text_encoder_3",
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": arguments.device},
+        dtype=torch.float16,
+    )
+    dtype = torch.float16 if arguments.device.type == "cuda" else torch.float32
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        arguments.model, text_encoder_3=t5, transformer=None, vae=None, torch_dtype=dtype
+    )
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.to(arguments.device)
+    return pipeline
+
+
+@torch.no_grad()
+def reference_embeddings(
+    prompts: Sequence[str], pipeline: StableDiffusion3Pipeline, device: torch.device
+) -> list[Pair]:
+    """Prompts one after another through all encoders, to the host."""
+    pairs = []
+    for prompt in prompts:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompt, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=SEQUENCE_LENGTH
+        )
+        pairs.append((embeds[0].cpu(), pooled[0].cpu()))
+    return pairs
+
+
+def embed(arguments: argparse.Namespace, prompts: Sequence[str], flags: Sequence[str]) -> tuple[Row, Path]:
+    """Runs the script on the prompts; its times, and the file."""
+    pictures, output = arguments.output_dir / "one-photo", arguments.output_dir / "text.parquet"
+    fabricate_photos(pictures, 1, (640, 480))
+    output.unlink(missing_ok=True)
+    prompts_file = arguments.output_dir / "prompts.txt"
+    prompts_file.write_text("\n".join(prompts), encoding="utf-8")
+    words = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", pictures]
+    words += ["--instance_prompt", PROMPT, "--prompts_file", prompts_file, "--output_path", output]
+    words += ["--max_sequence_length", SEQUENCE_LENGTH, "--device", arguments.device.type, *flags]
+    elapsed_s = call("compute_embeddings", words)
+    stages: dict[str, float] = {}
+    for stage in json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["stages"]:
+        stages[stage["name"]] = round(stages.get(stage["name"], 0) + stage["elapsed_s"], 2)
+    row: Row = {"set": "text", "items": len(prompts), "elapsed_s": round(elapsed_s, 2), "stage_s": stages}
+    return row | {"ms_an_item": round(1000 * elapsed_s / len(prompts), 1)}, output
+
+
+def text_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Embedding so many captions, T5 streamed in 16 bits and resident in 8, beside the reference's way."""
+    device = arguments.device
+    pipeline, load_s = timed(device, load_reference_pipeline, arguments)
+    few = captions(arguments.reference_items)
+    reference_embeddings(few[:1], pipeline, device)
+    expected, few_s = timed(device, reference_embeddings, few, pipeline, device)
+    del pipeline
+    free_memory(device)
+    each_s = few_s / len(few)
+    row: Row = {"set": "text", "name": "reference", "items": len(few), "load_s": round(load_s, 2)}
+    yield row | {"ms_an_item": round(1000 * each_s, 1)}
+    for precision, count in itertools.product(("fp16", "int8"), arguments.items):
+        flags = ["--t5_precision", precision, *(["--t5_stream"] if precision == "fp16" else [])]
+        row, path = embed(arguments, captions(count), flags)
+        with EmbeddingStore(path) as store:
+            found = [(row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(few[:count])]
+        row |= {"name": "fp16, one block at a time" if precision == "fp16" else precision}
+        row |= compared(load_s + count * each_s, row["elapsed_s"])
+        yield row | distance(found, expected[:count], ("embeds", "pooled"))
+
+
+# The whole job
+
+
+def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Five photos to a LoRA, each script a process of its own; `job_s` is what 500 steps would have made of it."""
+    out = arguments.output_dir / "job"
+    shutil.rmtree(out, ignore_errors=True)
+    fabricate_photos(out / "photos", 5, arguments.sizes[-1])
+    device = ["--device", arguments.device.type]
+    shared = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", out / "photos", *device]
+    prompt = ["--instance_prompt", PROMPT]
+    embeddings, latents, lora = out / "embeddings.parquet", out / "latents", out / "lora"
+    training = [*shared, *prompt, "--data_df_path", embeddings, "--latents_path", latents, "--output_dir", lora]
+    training += ["--resolution", arguments.resolution, "--mixed_precision", "fp16", "--use_8bit_adam"]
+    training += ["--gradient_accumulation_steps", 4, "--max_train_steps", arguments.steps, "--report_to", "none"]
+    training += ["--seed", 0]
+    scripts: list[tuple[str, list[object], Path]] = [
+        ("compute_embeddings.py", [*shared, *prompt, "--output_path", embeddings], embeddings.with_suffix(".json")),
+        (
+            "precompute_latents.py",
+            [*shared, "--resolution", arguments.resolution, "--output_path", latents],
+            latents / "run.json",
+        ),
+        ("train_dreambooth_sd3_lora_miniature.py", training, lora / "run.json"),
+    ]
+    elapsed_s, step_s = 0.0, 0.0
+    for script, flags, report in scripts:
+        row = measure(script.removesuffix(".py"), script, flags, report)
+        elapsed_s += row["elapsed_s"]
+        for line in row.get("said", ()):
+            if " ms a step" in line:
+                step_s = float(line.split(" ms a step")[0]) / 1000
+        yield {"set": "job", **row}
+    yield {
+        "set": "job",
+        "name": "photos to LoRA",
+        "steps": arguments.steps,
+        "elapsed_s": round(elapsed_s, 1),
+        "job_s": round(elapsed_s + (STEPS - arguments.steps) * step_s, 1),
+    }
+
+
+SETS = {"encoders": encoder_rows, "latents": latent_rows, "text": text_rows, "job": job_rows}
+
+
+def size_of(word: str) -> tuple[int, int]:
+    """`4000x3000` → (4000, 3000)."""
+    width, height = map(int, word.split("x"))
+    return width, height
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("sets", nargs="+", choices=SETS)
+    parser.add_argument("--model", required=True, help="A folder that random_sd3.py made, or a real model's.")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--items", type=int, nargs="+", default=[1, 100, 1000], help="Pictures or captions.")
+    parser.add_argument("--reference_items", type=int, default=50, help="How many the reference's way is measured on.")
+    parser.add_argument("--sizes", type=size_of, nargs="+", default=[(1600, 1200), (4000, 3000)], help="Of the photos.")
+    parser.add_argument("--vae_precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=["fp16", "fp32"])
+    parser.add_argument("--steps", type=int, default=20, help="Of the job; its time for 500 is reckoned from them.")
+    parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cuda or cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/stages"))
+    parser.add_argument("--result", type=Path, help="JSON file to write.")
+    arguments = parser.parse_args(argv)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # it says of every long caption that it is cut
+    start, rows = time.perf_counter(), []
+    for row in (row for name in arguments.sets for row in SETS[name](arguments)):
+        rows.append(row)
+        print(
+            json.dumps({key: value for key, value in row.items() if key not in ("set", "flags", "stages")}), flush=True
+        )
+        if arguments.result:
+            result = {
+                **circumstances(arguments.device, (*VERSIONS, "bitsandbytes")),
+                "cores": cpu_cores(),
+                "decoding_threads": min(MOST_THREADS, cpu_cores()),
+                "model": Path(arguments.model).name,
+                "rows": rows,
+            }
+            arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if time.perf_counter() - start > arguments.stop_after:
+            break
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

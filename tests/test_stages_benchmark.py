@@ -1,0 +1,103 @@
+"""The stages benchmark's rows, on a tiny model and a CPU: both ways do the same work, and it is compared."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROJECT
+from PIL import Image
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+import stages
+from photos import fabricate_photos
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, tiny_sd3: Path) -> Callable[..., Rows]:
+    """Runs sets as the command does."""
+
+    def run(*words: object) -> Rows:
+        shared = ["--model", tiny_sd3, "--resolution", 64, "--items", 1, 3, "--reference_items", 2, "--device", "cpu"]
+        shared += ["--sizes", "96x64", "128x96", "--output_dir", tmp_path / "out", "--result", tmp_path / "result.json"]
+        assert stages.main([str(word) for word in (*words, *shared)]) == 0
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert {"date", "machine", "versions", "cores", "decoding_threads"} <= result.keys()
+        return result["rows"]
+
+    return run
+
+
+def test_latents_are_those_of_the_reference_s_way(rows: Callable[..., Rows]) -> None:
+    found = rows("latents")
+    assert [(row["photo_px"][0], row["name"], row["items"]) for row in found] == [
+        (width, name, items)
+        for width in (96, 128)
+        for name, items in [("reference", 2), ("fp16", 1), ("fp16", 3), ("fp32", 1), ("fp32", 3)]
+    ]
+    for row in found:
+        if row["name"] == "reference":
+            assert row["decode_ms"] > 0
+            assert row["decode_in_threads_ms"] > 0
+            continue
+        assert row["mean_relative"] < (0.01 if row["name"] == "fp16" else 0.001)
+        assert row["mean_max"] > 0 or row["name"] == "fp32"
+        assert row["std_relative"] < 0.01
+        assert row["ratio"] == pytest.approx(row["reference_s"] / row["elapsed_s"], rel=0.2)  # of rounded seconds
+        assert 0 < row["encode_s"] < row["elapsed_s"]
+
+
+def test_embeddings_are_those_of_the_stock_pipeline(rows: Callable[..., Rows]) -> None:
+    reference, *ours = rows("text")
+    assert reference["name"] == "reference"
+    assert [(row["name"], row["items"]) for row in ours] == [
+        (name, items) for name in ("fp16, one block at a time", "int8") for items in (1, 3)
+    ]
+    assert all(len(row["stage_s"]) == 3 for row in ours)
+    assert all(row["embeds_relative"] < 0.05 for row in ours)
+    assert ours[-1]["embeds_relative"] < 1e-3  # T5 in 8 bits as the reference's, but for the batch
+    assert ours[-1]["pooled_relative"] < 1e-3
+
+
+def test_encoders_are_compared_with_exact_float32(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ((torch.float32, False, 1, ""), (torch.float16, True, 4, "cudnn.benchmark"))
+    monkeypatch.setattr(stages, "ENCODERS", cases)
+    exact, half = rows("encoders")
+    assert exact["mean_max"] == exact["std_max"] == 0
+    assert 0 < half["mean_relative"] < 0.01
+    assert half["ms_an_item"] > 0
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_the_job_is_reckoned_to_500_steps(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(name: str, script: str, flags: list[object], report: Path) -> dict[str, Any]:
+        assert importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags]) == 0
+        assert report.is_file()
+        return {"name": name, "elapsed_s": 10.0, "said": ["200 ms a step, 0 steps skipped"] if "train" in name else []}
+
+    monkeypatch.setattr(stages, "measure", measure)
+    *scripts, whole = rows("job", "--steps", 2)
+    assert [row["name"] for row in scripts] == [
+        "compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature",
+    ]  # fmt: skip
+    assert (whole["steps"], whole["elapsed_s"], whole["job_s"]) == (2, 30.0, 129.6)  # + 498 · 0.2
+
+
+def test_no_row_is_begun_after_the_time(rows: Callable[..., Rows]) -> None:
+    assert len(rows("latents", "text", "--stop_after", 0)) == 1
+
+
+def test_photos_are_different_files_of_the_asked_size(tmp_path: Path) -> None:
+    paths = fabricate_photos(tmp_path, 6, (80, 60))
+    assert len({path.read_bytes() for path in paths}) == 6
+    assert {Image.open(path).size for path in paths} == {(80, 60)}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in paths]
