@@ -262,6 +262,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row["allocated_gib"] = {stage["name"]: round(stage["peak_device_gib"], 3) for stage in stages}
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
+    row["execution"] = re.findall(r"^(?:each micro-step: |not replayed)(.*)$", said, re.MULTILINE)
     row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
     if len(times) > 2:
         row["step_ms"] = round(1000 * statistics.median(after - before for before, after in pairwise(times)), 1)
@@ -316,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = results.setdefault(path, [])
         rows.append({"set": name, **row})
         shown = ("name", "model", "resolution", "batch", "rank", "plan", "predicted_gib", "measured_gib", "driver_gib")
-        shown += ("host_gib", "step_ms", "failed", "elapsed_s")
+        shown += ("host_gib", "step_ms", "execution", "failed", "elapsed_s")
         print({key: row[key] for key in shown if row.get(key) is not None}, flush=True)
         if path:
             result = {**circumstances(choose_device(arguments.device), (*VERSIONS, "bitsandbytes")), "rows": rows}

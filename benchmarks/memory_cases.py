@@ -84,8 +84,10 @@ def target_cases() -> Iterator[Case]:
     yield Case("warm-up", "sd3-medium", 512)
     for resolution, gib in ((1024, 1.8), (512, 1.5)):
         for _ in range(2):  # in turns: the machine is noisy
-            yield Case("resident, all blocks anew", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
+            plain = (*ALL_BLOCKS, "--compile", "off")
+            yield Case("resident, all blocks anew, plain", "sd3-medium", resolution, flags=plain, steps=12)
             yield Case("streamed", "sd3-medium", resolution, flags=budget(gib), steps=12)
+        yield Case("resident, all blocks anew", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
     yield Case("16-bit base", "sd3-medium", flags=budget(5.2))
     yield Case("nf4", "sd3-medium", flags=budget(3.0, *NF4), steps=12)
     yield Case("nf4", "sd3-medium", 512, flags=budget(2.2, *NF4), steps=12)

@@ -6,7 +6,8 @@ the activations that are kept for backward and the working memory beside them. T
 
 Of the measures that leave every number what it is, the fastest that fits is taken: compute k of the n blocks anew, as
 few as will do; then send the blocks' inputs to the host; then let the blocks' weights visit the device
-(`streaming.py`), and their inputs leave it as well where that does not do. Weights in 4 bits change the numbers, and have to be asked for.
+(`streaming.py`), and their inputs leave it as well where that does not do. Weights in 4 bits change the numbers, and
+have to be asked for.
 """
 
 from __future__ import annotations

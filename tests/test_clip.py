@@ -23,8 +23,8 @@ def test_many_prompts_pass_through_a_clip_at_a_time(tiny_sd3: Path, stream: bool
         lambda module, inputs: sizes.append(len(inputs[0])) if type(module).__name__ == "Embedding" else None
     )
     try:
-        encoder = load_clip(files, "text_encoder", TextEncoderPlan("fp32", stream, 77, device))
-        hidden, pooled = encode_clip(encoder, tokenizer, prompts, 77, device)
+        plan = TextEncoderPlan("fp32", stream, 77, device)
+        hidden, pooled = encode_clip(load_clip(files, "text_encoder", plan), tokenizer, prompts, 77, plan)
     finally:
         handle.remove()
     # A streamed encoder comes to the device once for each of these, whatever their size.
