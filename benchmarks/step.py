@@ -1,0 +1,414 @@
+"""Milliseconds and FLOPs of a training step: ours in each setting, and diffusers' scripts beside it on the same GPU.
+
+    python benchmarks/step.py flops 1024 512 batch sd3.5 losses --models /tmp/models --peer ../diffusers --result FILE
+    python benchmarks/step.py cpu --models /tmp/models --peer ../diffusers --peer_python ../peer/bin/python
+
+`--peer` is a clone of diffusers; its scripts run unchanged, and are timed from outside (`timed_peer.py`). The models
+are of full size with random weights, and are made in `--models` where they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sd3_lora.devices import choose_device
+from sd3_lora.memory import free_memory
+
+import pandas as pd
+import random_sd3
+import torch
+from evaluate import VERSIONS, circumstances
+from memory import PROMPT, fabricate_stage_one, model_folder
+from PIL import Image
+from timed_peer import Clock
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+TRAIN = "train_dreambooth_sd3_lora_miniature"
+REFERENCE = "examples/research_projects/sd3_lora_colab/train_dreambooth_lora_sd3_miniature.py"
+BIG_SCRIPT = "examples/dreambooth/train_dreambooth_lora_sd3.py"
+TEXT_TOKENS = 154
+ALL_BLOCKS = ("--gradient_checkpointing",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting.
+
+    Attributes:
+        name: of the row.
+        resolution: in pixels.
+        flags: of the script, beside the size.
+        model: of `random_sd3.TRANSFORMERS`.
+        batch: pictures a step.
+        rank: of the LoRA.
+        precision: of the base.
+        script: below the clone of diffusers; None for ours.
+    """
+
+    name: str
+    resolution: int
+    flags: tuple[str, ...] = ()
+    model: str = "sd3-medium"
+    batch: int = 1
+    rank: int = 4
+    precision: str = "fp16"
+    script: str | None = None
+
+
+def ours(compiling: str, *more: str) -> tuple[str, ...]:
+    """The flags of our script in one setting."""
+    return ("--compile", compiling, *more)
+
+
+def cases_of_size(resolution: int) -> Iterator[Case]:
+    """The peers, and ours as they are set and with each step towards the fastest."""
+    yield Case("diffusers' sd3_lora_colab", resolution, ALL_BLOCKS, script=REFERENCE)
+    yield Case("diffusers' train_dreambooth_lora_sd3", resolution, ALL_BLOCKS, script=BIG_SCRIPT)
+    yield Case("ours, all blocks anew, plain", resolution, ours("off", *ALL_BLOCKS))
+    yield Case("ours, all blocks anew", resolution, ours("graph", *ALL_BLOCKS))
+    yield Case("ours, plain", resolution, ours("off"))
+    yield Case("ours, replayed", resolution, ours("graph"))
+    yield Case("ours, compiled and replayed", resolution, ours("blocks"))
+
+
+def batch_cases() -> Iterator[Case]:
+    """Four pictures a step."""
+    yield Case("ours, replayed", 1024, ours("graph"), batch=4)
+    yield Case("ours, compiled and replayed", 1024, ours("blocks"), batch=4)
+
+
+def sd35_cases() -> Iterator[Case]:
+    """What SimpleTuner publishes 0.72 s for, on an H100: three pictures, rank 128, bf16."""
+    for name, flags in (("ours, replayed", ours("graph")), ("ours, compiled and replayed", ours("blocks"))):
+        yield Case(name, 1024, flags, "sd3.5-medium", 3, 128, "bf16")
+
+
+SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "1024": lambda: cases_of_size(1024),
+    "512": lambda: cases_of_size(512),
+    "batch": batch_cases,
+    "sd3.5": sd35_cases,
+}
+
+
+def flops(model: str, resolution: int) -> dict[str, float]:
+    """TFLOPs of a forward and of a step of one picture, counted by torch on a model that has no memory.
+
+    Keeping all activations; `step_fused` has what fused attention computes again in backward, the scores.
+    """
+    with torch.device("meta"):
+        transformer = random_sd3.make_transformer(model).requires_grad_(False)
+    config, side = dict(transformer.config), resolution // 8
+    words = {
+        "hidden_states": torch.empty(1, 16, side, side, device="meta", requires_grad=True),
+        "timestep": torch.empty(1, device="meta"),
+        "encoder_hidden_states": torch.empty(1, TEXT_TOKENS, 4096, device="meta"),
+        "pooled_projections": torch.empty(1, 2048, device="meta"),
+    }
+    with FlopCounterMode(display=False) as forward:
+        velocity = transformer(**words, return_dict=False)[0]
+    with FlopCounterMode(display=False) as backward:
+        velocity.sum().backward()
+    tokens = (side // 2) ** 2 + TEXT_TOKENS
+    width = config["num_attention_heads"] * 64
+    scores = 2 * tokens**2 * width * config["num_layers"]
+    scores += 2 * (side // 2) ** 4 * width * len(config.get("dual_attention_layers") or ())
+    totals = forward.get_total_flops(), backward.get_total_flops()
+    return {
+        "forward_tflop": round(totals[0] / 1e12, 3),
+        "step_tflop": round(sum(totals) / 1e12, 3),
+        "step_fused_tflop": round((sum(totals) + scores) / 1e12, 3),
+    }
+
+
+def matmul_tflops() -> float:
+    """The rate of a large float16 product, in TFLOP/s."""
+    size, count = 8192, 20
+    square = torch.randn(size, size, device="cuda", dtype=torch.float16)
+    for _ in range(3):
+        square @ square
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        square @ square
+    torch.cuda.synchronize()
+    return round(count * 2 * size**3 / (time.perf_counter() - start) / 1e12, 1)
+
+
+def shared_words(case: Case, model: Path, output: Path, steps: int) -> list[object]:
+    """What both trainers are told."""
+    words: list[object] = ["--pretrained_model_name_or_path", model, "--resolution", case.resolution]
+    words += ["--train_batch_size", case.batch, "--rank", case.rank, "--mixed_precision", case.precision]
+    words += ["--use_8bit_adam", "--max_train_steps", steps, "--output_dir", output, "--seed", 0]
+    return [*words, "--learning_rate", "1e-5", "--report_to", "tensorboard" if case.script else "none"]
+
+
+def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, device: str) -> dict[str, Any]:
+    """Our script in this process, its steps counted where it takes them."""
+    script = importlib.import_module(TRAIN)
+    embeddings, latents = fabricate_stage_one(model, case.resolution)
+    words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
+    clock, take_step = Clock(warm, steps), script.optimizer_step
+
+    def step(*given: Any) -> Any:
+        result = take_step(*given)
+        clock.tick()
+        return result
+
+    said = io.StringIO()
+    with mock.patch.object(script, "optimizer_step", step), contextlib.redirect_stdout(said):
+        code = script.main([str(word) for word in (*words, "--device", device, *case.flags)])
+    if code:
+        return {"failed": said.getvalue().splitlines()[-1:]}
+    how = [
+        line for line in said.getvalue().splitlines() if line.startswith(("plan", "each micro-step", "not replayed"))
+    ]
+    return {**clock.report(), "said": how}
+
+
+def peer_words(case: Case, model: Path) -> list[object]:
+    """Pictures and, for the reference, its embeddings file; both scripts are told where these are."""
+    folder = model / f"jpeg-{case.resolution}"
+    if not folder.is_dir():
+        folder.mkdir()
+        for index in range(4):
+            picture = Image.effect_noise((case.resolution, case.resolution), 20 + 20 * index).convert("RGB")
+            picture.save(folder / f"{index}.jpeg")
+    words: list[object] = ["--instance_data_dir", folder, "--instance_prompt", PROMPT]
+    if case.script == REFERENCE:
+        rows = [
+            {
+                "image_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "prompt_embeds": torch.randn(TEXT_TOKENS * 4096).tolist(),
+                "pooled_prompt_embeds": torch.randn(2048).tolist(),
+            }
+            for path in sorted(folder.iterdir())
+        ]
+        pd.DataFrame(rows).to_parquet(model / "reference.parquet")
+        words += ["--data_df_path", model / "reference.parquet"]
+    return words
+
+
+def run_peer(script: str, words: Sequence[object], output: Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """A script of diffusers in a process of its own."""
+    report = output / "report.json"
+    timed = [flags.peer_python, Path(__file__).with_name("timed_peer.py"), flags.warm, flags.steps, report]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"} if flags.device == "cpu" else {}
+    finished = subprocess.run(
+        [str(word) for word in (*timed, flags.peer / script, *words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **hidden},
+        check=False,
+    )
+    if not report.is_file():
+        return {"failed": finished.stderr.strip().splitlines()[-3:]}
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def save_short_text(model: Path) -> None:
+    """Text encoders of the real widths and one layer: the larger script embeds its prompt before its loop begins."""
+    if (model / "text_encoder_3" / "short.txt").is_file():
+        return
+    for name, sizes in random_sd3.CLIPS.items():
+        width = sizes["hidden_size"]
+        config = CLIPTextConfig.from_pretrained(
+            random_sd3.MINIATURE / name,
+            vocab_size=49408,
+            intermediate_size=width,
+            projection_dim=width,
+            **sizes | {"num_hidden_layers": 1},
+        )
+        shutil.rmtree(model / name)
+        CLIPTextModelWithProjection(config).half().save_pretrained(model / name)
+    shutil.rmtree(model / "text_encoder_3")
+    t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
+    T5EncoderModel(t5).half().save_pretrained(model / "text_encoder_3")
+    (model / "text_encoder_3" / "short.txt").write_text("one layer\n", encoding="utf-8")
+
+
+def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
+    """One row."""
+    model = model_folder(flags.models, case.model)
+    output = flags.models / f"output-{os.getpid()}"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    free_memory(choose_device(flags.device))
+    start = time.perf_counter()
+    if case.script is None:
+        row = run_ours(case, model, output, flags.warm, flags.steps, flags.device)
+    else:
+        save_short_text(model)
+        words = [*shared_words(case, model, output, flags.steps + 5), *peer_words(case, model), *case.flags]
+        row = run_peer(case.script, words, output, flags)
+    row = {**asdict(case), **row, "elapsed_s": round(time.perf_counter() - start, 1)}
+    if "ms" in row:
+        row["ms_an_image"] = round(row["ms"] / case.batch, 2)
+    return row
+
+
+def loss_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """How far each way's losses are from the plain ones over 200 steps on the miniature: the largest, relative."""
+    folder = flags.models / "miniature"
+    stored = ["--data_df_path", folder / "e.parquet", "--latents_path", folder / "latents"]
+    device = ["--device", flags.device]
+    losses: dict[str, list[float]] = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for script, words in (
+            ("compute_embeddings", ["--output_path", folder / "e.parquet"]),
+            ("precompute_latents", ["--output_path", folder / "latents"]),
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+            importlib.import_module(script).main([str(word) for word in (*words, *device)])
+        for compiling in (
+            ("off", "graph", "blocks") if choose_device(flags.device).type == "cuda" else ("off", "blocks")
+        ):
+            output = folder / compiling
+            shutil.rmtree(output, ignore_errors=True)
+            words = [
+                *stored,
+                *device,
+                "--compile",
+                compiling,
+                "--output_dir",
+                output,
+                "--seed",
+                0,
+                "--report_to",
+                "none",
+            ]
+            words += ["--max_train_steps", 200, "--rank", 8, "--learning_rate", 5e-4, "--train_batch_size", 2]
+            importlib.import_module(TRAIN).main([str(word) for word in words])
+            lines = (output / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+            losses[compiling] = [json.loads(line)["loss"] for line in lines]
+    return [
+        {
+            "name": f"losses of 200 steps, --compile {compiling}",
+            "largest_relative_difference": max(abs(a - b) / b for a, b in zip(found, losses["off"], strict=True)),
+            "steps_with_equal_loss": sum(a == b for a, b in zip(found, losses["off"], strict=True)),
+            "last": found[-1],
+        }
+        for compiling, found in losses.items()
+    ]
+
+
+def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The step on the bundled miniature: ours and diffusers' script, with the cores that this process may use."""
+    flags.device = "cpu"
+    folder = flags.models / "miniature-cpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures, model = folder / "pictures", random_sd3.MINIATURE
+    pictures.mkdir(exist_ok=True)
+    for path in (model.parent / "examples" / "robot").glob("*.png"):  # the peer opens whatever lies there
+        shutil.copy(path, pictures)
+    rows = []
+    for case in (
+        Case("diffusers' train_dreambooth_lora_sd3", 128, batch=2, precision="no", script=BIG_SCRIPT),
+        Case("ours", 128, batch=2, precision="no"),
+    ):
+        output = folder / "output"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()
+        shared = shared_words(case, model, output, flags.steps)
+        shared.remove("--use_8bit_adam")
+        data: list[object] = ["--instance_data_dir", pictures, "--instance_prompt", PROMPT]
+        if case.script:
+            row = run_peer(case.script, [*shared, *data], output, flags)
+        else:
+            row = run_miniature(shared, data, folder, flags)
+        rows.append({**asdict(case), **row})
+    return rows
+
+
+def run_miniature(shared: list[object], data: list[object], folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """Our step on the miniature, after its stage one."""
+    embeddings, latents = folder / "e.parquet", folder / "latents"
+    script = importlib.import_module(TRAIN)
+    clock, take_step = Clock(flags.warm, flags.steps), script.optimizer_step
+
+    def step(*given: Any) -> Any:
+        result = take_step(*given)
+        clock.tick()
+        return result
+
+    base = [*shared[:2], "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        for name, words in (
+            ("compute_embeddings", [*base, *data, "--output_path", embeddings]),
+            ("precompute_latents", [*base, *data[:2], "--resolution", 128, "--output_path", latents]),
+        ):
+            importlib.import_module(name).main([str(word) for word in words])
+        with mock.patch.object(script, "optimizer_step", step):
+            words = [*shared, *data, "--data_df_path", embeddings, "--latents_path", latents]
+            if script.main([str(word) for word in (*words, "--device", "cpu")]):
+                return {"failed": "the training script refused"}
+    return clock.report()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="+", choices=[*SETS, "flops", "losses", "cpu"])
+    parser.add_argument("--models", type=Path, required=True, help="Where the random models are, or are made.")
+    parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it only ours is measured.")
+    parser.add_argument("--peer_python", default=sys.executable, help="The Python of its scripts.")
+    parser.add_argument("--warm", type=int, default=5, help="Steps before the clock starts.")
+    parser.add_argument("--steps", type=int, default=25, help="Steps in all.")
+    parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
+    parser.add_argument("--result", type=Path, help="JSON file to write.")
+    flags = parser.parse_args(argv)
+    flags.models.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    result: dict[str, Any] = circumstances(choose_device(flags.device), (*VERSIONS, "bitsandbytes"))
+    result |= {"flops": {}, "rows": []}
+    if torch.cuda.is_available():
+        result["matmul_tflops"] = matmul_tflops()
+
+    def keep(*rows: dict[str, Any]) -> None:
+        for row in rows:
+            result["rows"].append(row)
+            print({key: row[key] for key in row if key not in ("flags", "script", "precision")}, flush=True)
+        if flags.result:
+            flags.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    for name in flags.sets:
+        if name == "flops":
+            for model, size in (("sd3-medium", 512), ("sd3-medium", 1024), ("sd3.5-medium", 1024)):
+                result["flops"][f"{model} {size}"] = flops(model, size)
+            keep()
+        elif name == "losses":
+            keep(*loss_rows(flags))
+        elif name == "cpu":
+            keep(*cpu_rows(flags))
+        else:
+            for case in SETS[name]():
+                if time.perf_counter() - start > flags.stop_after:
+                    print(f"stopped before {name}: {case.name}", flush=True)
+                    break
+                if case.script is None or flags.peer:
+                    keep({"set": name, **run_case(case, flags)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
