@@ -12,6 +12,7 @@ import hashlib
 import os
 import random
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -293,8 +294,10 @@ def train(
     log: LossLog,
     outputs: Outputs,
     accelerator: Accelerator,
-) -> None:
+) -> float:
     """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`.
+
+    Returns the milliseconds of a step, without the first ones where there are more: those load, record and compile.
 
     The host runs ahead of the device: it draws the next micro-batch while the device computes, and learns one step
     late whether the scaler skipped a step.
@@ -317,6 +320,7 @@ def train(
 
     step = RecordedStep(compute, flat.grad, execution.asked, accelerator.print) if execution.recorded else compute
     queued: PendingStep | None = None
+    marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
 
     def settle() -> None:
         """Takes note of the step that was queued last."""
@@ -354,9 +358,12 @@ def train(
                 for line in log.read():
                     accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
+                marks.append((training.step, time.perf_counter()))
             if at_checkpoint:
                 outputs.save_checkpoint(training, accelerator)
                 drawn = draw()
+    (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
+    return 1000 * (last_s - first_s) / (last_step - first_step)
 
 
 def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:
@@ -494,13 +501,13 @@ def finish(
     reports: list[StageReport],
     log: LossLog,
     path: Path,
-    memory: dict[str, Any],
+    took: dict[str, Any],
 ) -> None:
     """Writes what lies beside the LoRA, and says what to do with it."""
     prompts, seed = outputs.record["instance_prompts"], outputs.record["seed"]
     facts = {"steps": training.step, "rank": flags.lora.rank, "learning rate": flags.optimizer.learning_rate}
     write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
-    results = {**memory, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
+    results = {**took, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
     save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
     prompt = outputs.record["trigger"]
     if len(prompts) == 1:  # a caption says already where its picture was taken
@@ -570,9 +577,8 @@ def run(argv: Sequence[str] | None) -> None:
     log.cut_back(training.step)
     accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    first_step = training.step
-    with memory_stage("train", device, reports, say) as stage:
-        train(training, data, stage_one, flags, steps, chosen.dtype, execution, log, outputs, accelerator)
+    with memory_stage("train", device, reports, say):
+        ms_a_step = train(training, data, stage_one, flags, steps, chosen.dtype, execution, log, outputs, accelerator)
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
@@ -581,8 +587,9 @@ def run(argv: Sequence[str] | None) -> None:
         if budget:
             say(compared(plan.peak_bytes, measured))
         say(f"wrote {path}, read back and compared")
-        say(f"{1000 * stage.elapsed_s / (steps - first_step):.0f} ms a step, {log.skipped} steps skipped by the scaler")
-        finish(outputs, training, flags, reports, log, path, {"plan": asdict(plan), "measured_bytes": measured})
+        say(f"{ms_a_step:.0f} ms a step, {log.skipped} steps skipped by the scaler")
+        took = {"plan": asdict(plan), "measured_bytes": measured, "ms_a_step": ms_a_step}
+        finish(outputs, training, flags, reports, log, path, took)
     accelerator.end_training()
 
 

@@ -318,7 +318,7 @@ def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures, model = folder / "pictures", random_sd3.MINIATURE
     pictures.mkdir(exist_ok=True)
-    for path in (model.parent / "examples" / "robot").glob("*.png"):  # the peer opens whatever lies there
+    for path in (model.parent / "examples" / "robot").glob("*.[jpw][pne][gb]*"):  # the peer opens whatever lies there
         shutil.copy(path, pictures)
     rows = []
     for case in (
@@ -364,10 +364,33 @@ def run_miniature(shared: list[object], data: list[object], folder: Path, flags:
     return clock.report()
 
 
+def gpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same script on one GPU and on all, a picture each: what accelerate launch makes of it."""
+    model = model_folder(flags.models, "sd3-medium")
+    embeddings, latents = fabricate_stage_one(model, 1024)
+    rows = []
+    for count in (1, torch.cuda.device_count()):
+        output = flags.models / f"output-{count}-gpus"
+        shutil.rmtree(output, ignore_errors=True)
+        case = Case(f"{count} GPU(s)", 1024, ours("graph"))
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", count]
+        launch += [*(("--multi_gpu",) if count > 1 else ()), "--num_machines", 1, "--mixed_precision", "no"]
+        words = [*launch, "--dynamo_backend", "no", Path(__file__).resolve().parent.parent / f"{TRAIN}.py"]
+        words += [*shared_words(case, model, output, 60), "--data_df_path", embeddings, "--latents_path", latents]
+        finished = subprocess.run([str(w) for w in (*words, *case.flags)], capture_output=True, text=True, check=False)
+        row: dict[str, Any] = {"set": "gpus", **asdict(case), "gpus": count}
+        if finished.returncode:
+            rows.append(row | {"failed": finished.stderr.strip().splitlines()[-3:]})
+            continue
+        ms = json.loads((output / "run.json").read_text(encoding="utf-8"))["ms_a_step"]
+        rows.append(row | {"ms": round(ms, 2), "images_per_s": round(1000 * count / ms, 2)})
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="+", choices=[*SETS, "flops", "losses", "cpu"])
+    parser.add_argument("sets", nargs="+", choices=[*SETS, "flops", "losses", "cpu", "gpus"])
     parser.add_argument("--models", type=Path, required=True, help="Where the random models are, or are made.")
     parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it only ours is measured.")
     parser.add_argument("--peer_python", default=sys.executable, help="The Python of its scripts.")
@@ -398,6 +421,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             keep()
         elif name == "losses":
             keep(*loss_rows(flags))
+        elif name == "gpus":
+            keep(*gpu_rows(flags))
         elif name == "cpu":
             keep(*cpu_rows(flags))
         else:
