@@ -192,12 +192,16 @@ def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def weights_beside(components: Sequence[str], device: str) -> Iterator[None]:
-    """Float32 weights on the device, of the sizes of the components'."""
+def weights_beside(components: Sequence[str], device: str) -> Iterator[dict[str, float]]:
+    """Float32 weights on the device, of the sizes of the components'; GiB of each."""
     with torch.device("meta"):
-        shapes = [p.shape for name in components for p in random_sd3.make(name).parameters()]
-    held = [torch.zeros(shape, dtype=torch.float32, device=choose_device(device)) for shape in shapes]
-    yield
+        shapes = {name: [p.shape for p in random_sd3.make(name).parameters()] for name in components}
+    held = [
+        torch.zeros(shape, dtype=torch.float32, device=choose_device(device))
+        for found in shapes.values()
+        for shape in found
+    ]
+    yield {name: round(sum(4 * shape.numel() for shape in found) / GIB, 3) for name, found in shapes.items()}
     held.clear()
 
 
@@ -230,6 +234,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         return plan_case(case, hollow_model(models, case.model), device)
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
+        torch._C._cuda_clearCublasWorkspaces()  # one for each stream of the last row
     model = (with_text_encoders if case.script == EMBED else model_folder)(models, case.model)
     output = trained_folder(models) if case.script == TRAIN else models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
@@ -239,7 +244,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     free_memory(choose_device(device))  # what the last row left in the allocator's cache would be counted
     start = time.perf_counter()
     with contextlib.ExitStack() as held:
-        held.enter_context(weights_beside(case.beside, device))
+        beside_gib = held.enter_context(weights_beside(case.beside, device))
         if case.efficient_attention and torch.cuda.is_available():
             held.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
         times = held.enter_context(step_times(case))
@@ -256,6 +261,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     else:
         row["said"] = [line for line in said.splitlines() if " = " in line or "peak" in line]
         row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
+    row |= {"beside_gib": beside_gib} if beside_gib else {}
     row["measured_gib"] = round(record["measured_bytes"] / GIB, 3)
     row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]

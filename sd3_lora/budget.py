@@ -15,7 +15,7 @@ import torch
 # Of a process that no GPU can be asked about; an H100's is this large, a T4's about half.
 ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
 # Kernels are loaded as they are first used, and stay beside the context that was measured at the start.
-LATER_KERNELS_BYTES = int(0.06 * GIB)
+LATER_KERNELS_BYTES = int(0.16 * GIB)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Literal
 from sd3_lora.command_line import UserError
 from sd3_lora.memory import free_memory
 from sd3_lora.memory_plan import TrainingPlan
+from sd3_lora.streaming import StreamedBlocks
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -75,8 +76,8 @@ def choose_execution(
     no_graph = (
         "it needs a GPU"
         if device.type != "cuda"
-        else "what visits the device is copied by the host"
-        if plan.streamed or plan.offload_inputs
+        else "what is sent to the host needs the host"
+        if plan.offload_inputs
         else "dropout is drawn by the host"
         if dropout
         else ""
@@ -124,7 +125,8 @@ class RecordedStep:
     Args:
         compute: tensors of always the same shapes → a loss. It may change no memory but `gradient`, to which it adds,
             and must draw nothing at random.
-        gradient: of the LoRA.
+        gradient: of the LoRA; zero when the first step is called.
+        streamed: blocks that visit the device in the step, if any.
         asked: whether the user asked for it; else a step that cannot be recorded is computed as it is.
         say: told why not.
     """
@@ -133,10 +135,11 @@ class RecordedStep:
         self,
         compute: Callable[..., torch.Tensor],
         gradient: torch.Tensor,
+        streamed: StreamedBlocks | None,
         asked: bool,
         say: Callable[[str], None] = print,
     ):
-        self._compute, self._gradient = compute, gradient
+        self._compute, self._gradient, self._streamed = compute, gradient, streamed
         self._asked, self._say = asked, say
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
@@ -157,7 +160,6 @@ class RecordedStep:
     def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
         device = self._gradient.device
         self._inputs = tuple(map(torch.clone, inputs))
-        before = self._gradient.clone()
         try:
             # Once as it is, on another stream as graphs ask for it: kernels are loaded and workspaces made.
             aside = torch.cuda.Stream(device)
@@ -168,6 +170,7 @@ class RecordedStep:
             torch.cuda.synchronize(device)
             # The graph has memory of its own: what that run took goes back first, or the peak would double.
             free_memory(device)
+            self._send_home()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=aside):
                 self._loss = self._compute(*self._inputs)
@@ -177,7 +180,12 @@ class RecordedStep:
                 raise
             self._may_record = False
             self._inputs = ()
+            self._send_home()
             free_memory(device)
             self._say(f"not replayed as a graph ({str(error).splitlines()[0]}); kernels are started one by one")
         finally:
-            self._gradient.copy_(before)
+            self._gradient.zero_()
+
+    def _send_home(self) -> None:
+        if self._streamed is not None:
+            self._streamed.send_home()
