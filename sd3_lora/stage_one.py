@@ -145,9 +145,15 @@ class StageOne:
         """
         remedy, data = self.command("precompute_latents.py"), self.data
         try:
-            return choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
+            chosen = choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+        tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
+        if tiled and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
+            )
+        return chosen
 
 
 def _is_broken(image: InstanceImage) -> bool:
