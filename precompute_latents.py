@@ -27,6 +27,7 @@ from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.picture_hashes import NOTES_NAME
 from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, LatentPosterior
 from sd3_lora.vae_tiles import VaeTile, choose_tile
@@ -337,7 +338,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model)
     resolution = files.resolution(config.resolution)
-    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt or "", config.recursive))
+    hashes_path = None if budget_config.plan else output_path / NOTES_NAME
+    images, left_out = processes.from_first(
+        lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
+    )
     if not budget_config.plan:
         require_writable_folder(output_path)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
