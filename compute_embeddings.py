@@ -105,10 +105,10 @@ def collect_prompts(
     roles: dict[str, tuple[str, ...]] = {}
     for prompt, role in asked:
         roles[prompt] = tuple(dict.fromkeys((*roles.get(prompt, ()), role)))
-    image_ids: dict[str, tuple[str, ...]] = {}
+    image_ids: dict[str, list[str]] = {}
     for image in images:
-        image_ids[image.prompt] = (*image_ids.get(image.prompt, ()), image.image_id)
-    return roles, image_ids
+        image_ids.setdefault(image.prompt, []).append(image.image_id)
+    return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
 
 
 def read_existing(path: Path, overwrite: bool) -> Provenance | None:

@@ -27,6 +27,7 @@ from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.picture_hashes import NOTES_NAME
 from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, LatentPosterior
 from sd3_lora.vae_tiles import VaeTile, choose_tile
@@ -37,6 +38,10 @@ from tqdm import tqdm
 
 MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
 WRITES_AHEAD = 8  # pictures whose files wait to be written
+TILES_NOTE = (
+    "note: at its borders a tile sees less of the picture, and the latents differ a little from those of the whole; "
+    "--overwrite with a larger --vram_budget_gib will replace them"
+)
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ def encode_missing(
                 found[posterior.image_id].append(posterior)
                 if len(found[posterior.image_id]) == crop.siblings:
                     own = found.pop(posterior.image_id)
-                    writes.append(writer.submit(cache.add, crop.image, crop.picture_size, own))
+                    writes.append(writer.submit(cache.add, crop.image, crop.picture_size, own, tile.side_px))
             while len(writes) > WRITES_AHEAD:
                 writes.popleft().result()
         for write in writes:
@@ -263,8 +268,8 @@ def encode_missing(
     return count, broken
 
 
-def outdated(images: Sequence[InstanceImage], cache: LatentCache) -> set[Path]:
-    """The files that --overwrite deletes: made with other settings, or of these pictures and not whole.
+def outdated(images: Sequence[InstanceImage], cache: LatentCache, tile: VaeTile) -> set[Path]:
+    """The files that --overwrite deletes: made with other settings, or of these pictures and damaged or less whole.
 
     Other pictures' files are among them, since a cache has one precision (see `recorded_precision`).
     """
@@ -272,9 +277,12 @@ def outdated(images: Sequence[InstanceImage], cache: LatentCache) -> set[Path]:
     found = set()
     for path in cache.folder.glob("*.safetensors"):
         try:
-            cache.variants(path.stem)
+            picture = cache.look(path.stem)
         except UserError as error:
             if path in own or isinstance(error, StaleLatents):
+                found.add(path)
+        else:
+            if path in own and picture and picture.has_smaller_tiles(tile.side_px):
                 found.add(path)
     return found
 
@@ -289,11 +297,9 @@ def incomplete(
     """
     missing = []
     for image in tqdm(images, desc="looking", leave=False, disable=len(images) < 100):
-        cached = () if cache.path(image.image_id) in discarded else cache.variants(image.image_id)
-        boxes: tuple[CropBox, ...] = ()
-        if cached:
-            boxes = crop_boxes(*cache.picture_size(image.image_id), resolution, config.crops, config.random_flip)
-        if not cached or any(box.name not in cached for box in boxes):
+        found = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
+        boxes = crop_boxes(*found.size, resolution, config.crops, config.random_flip) if found else ()
+        if not found or any(box.name not in found.variants for box in boxes):
             missing.append(image)
     return missing
 
@@ -332,7 +338,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model)
     resolution = files.resolution(config.resolution)
-    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt or "", config.recursive))
+    hashes_path = None if budget_config.plan else output_path / NOTES_NAME
+    images, left_out = processes.from_first(
+        lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
+    )
     if not budget_config.plan:
         require_writable_folder(output_path)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
@@ -342,32 +351,44 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
 
-    def look() -> tuple[list[InstanceImage], set[Path]]:
+    def choose() -> VaeTile:
+        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
+        own = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
+        return min(processes.gather(own), key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
+
+    tile = choose() if config.overwrite or budget_config.plan else None
+
+    def look() -> tuple[list[InstanceImage], set[Path], int]:
         if not budget_config.plan:
             cache.remove_unfinished()
-        discarded = outdated(images, cache) if config.overwrite else set()
-        return incomplete(images, config, resolution, cache, discarded), discarded
+        discarded = outdated(images, cache, tile) if config.overwrite and tile else set()
+        missing = incomplete(images, config, resolution, cache, discarded)
+        kept = (image.image_id for image in images if cache.path(image.image_id) not in discarded)
+        return missing, discarded, sum(bool(cache.tiles(image_id)) for image_id in kept)
 
-    missing, discarded = processes.from_first(look)
-    print(f"{len(images) - len(missing)} of {len(images)} pictures cached before; {resolution} px, VAE in {precision}")
+    missing, discarded, tiled = processes.from_first(look)
+    in_tiles = f" ({tiled} of them in tiles)" if tiled else ""
+    print(
+        f"{len(images) - len(missing)} of {len(images)} pictures cached before{in_tiles}; {resolution} px, VAE in "
+        f"{precision}"
+    )
     reports: list[StageReport] = []
     count, predicted = 0, {}
     if missing or budget_config.plan:
-        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
-        own_tile = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
-        # All compute alike: what the smallest GPU holds.
-        tile = min(processes.gather(own_tile), key=lambda tile: tile.working_bytes)
+        tile = tile or choose()
         if budget:
             predicted = tile.predicted_parts(budget)
             print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
+        if tile.side_px is not None:
+            print(TILES_NOTE)
     if budget_config.plan:
         return
     if processes.is_first:
         for path in discarded:  # not before what is to replace them is known to fit
-            path.unlink()
+            cache.remove(path.stem)
     processes.gather(None)  # nobody reads what is to be deleted
     broken: list[BrokenImage] = []
-    if missing:
+    if missing and tile:
         share, threads = processes.share(missing), min(MOST_THREADS, processes.cpu_cores)
         with memory_stage("encode pictures", device, reports):
             count, broken = encode_missing(files, share, config, resolution, cache, device, tile, threads)

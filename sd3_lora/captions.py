@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.command_line import UserError, read_text_lines
-from sd3_lora.images import METADATA_NAMES, hash_file, list_images
+from sd3_lora.images import METADATA_NAMES, list_images
+from sd3_lora.picture_hashes import hash_pictures
 from sd3_lora.records import InstanceImage
-
-from tqdm import tqdm
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -138,7 +137,7 @@ def _csv_rows(source: Path, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def instance_images(
-    folder: Path, instance_prompt: str | None, recursive: bool = False
+    folder: Path, instance_prompt: str | None, recursive: bool = False, hashes_path: Path | None = None
 ) -> tuple[tuple[InstanceImage, ...], tuple[Path, ...]]:
     """The distinct pictures of a folder, each with its caption or else the instance prompt; nothing is decoded.
 
@@ -148,6 +147,7 @@ def instance_images(
         folder: the folder of the pictures.
         instance_prompt: for the pictures without a caption; None if there is none.
         recursive: whether to read subfolders.
+        hashes_path: where a large folder's hashes are noted (see `hash_pictures`).
 
     Returns:
         The pictures, sorted by path, and the files and folders that were left out.
@@ -159,8 +159,8 @@ def instance_images(
     listing = list_images(folder, recursive)
     captions = read_captions(folder, listing.images)
     copies: dict[str, list[Path]] = {}
-    for path in tqdm(listing.images, desc="hashing", leave=False, disable=len(listing.images) < 100):
-        copies.setdefault(hash_file(path), []).append(path)
+    for path, image_id in zip(listing.images, hash_pictures(listing.images, hashes_path), strict=True):
+        copies.setdefault(image_id, []).append(path)
     images = []
     for image_id, paths in copies.items():
         if len(paths) > 1:

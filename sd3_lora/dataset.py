@@ -140,15 +140,15 @@ def choose_variants(
     """
     chosen: dict[str, tuple[str, ...]] = {}
     for image in images:
-        cached = cache.variants(image.image_id)
-        if not cached:
+        found = cache.look(image.image_id)
+        if not found or not found.variants:
             raise UserError(
                 f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
             )
-        wanted = cached
+        wanted = cached = found.variants
         if center_crop or num_crops is not None:
-            size, count = cache.picture_size(image.image_id), 1 if center_crop else num_crops or 1
-            boxes = crop_boxes(*size, cache.wanted.size, count, flip=True)
+            count = 1 if center_crop else num_crops or 1
+            boxes = crop_boxes(*found.size, cache.wanted.size, count, flip=True)
             wanted = tuple(box.name for box in boxes if box.name in cached or not box.flip)
         if flip is not None and flip:
             wanted = tuple(dict.fromkeys(v for name in wanted for v in (name, mirrored(name))))

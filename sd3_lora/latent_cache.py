@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,25 @@ def denormalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) ->
     return latents / vae_config["scaling_factor"] + vae_config["shift_factor"]
 
 
+@dataclass(frozen=True)
+class CachedPicture:
+    """What a picture's file says of itself.
+
+    Attributes:
+        variants: of which it holds posteriors, sorted.
+        size: width and height in pixels of the upright picture, before resizing.
+        tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
+    """
+
+    variants: tuple[str, ...]
+    size: tuple[int, int]
+    tiles: dict[str, int]
+
+    def has_smaller_tiles(self, tile_px: int | None) -> bool:
+        """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
+        return any(tile_px is None or side < tile_px for side in self.tiles.values())
+
+
 class LatentCache:
     """A folder of posteriors, keyed by image id and variant.
 
@@ -50,10 +70,16 @@ class LatentCache:
         self.folder = folder
         self.wanted = wanted
         self.alpha_background = alpha_background
+        self._looked_at: dict[str, CachedPicture] = {}  # to open 10,000 files takes seconds
 
     def path(self, image_id: str) -> Path:
         """The file of one picture."""
         return self.folder / f"{image_id}.safetensors"
+
+    def remove(self, image_id: str) -> None:
+        """Deletes a picture's file."""
+        self._looked_at.pop(image_id, None)
+        self.path(image_id).unlink()
 
     def remove_unfinished(self) -> None:
         """Deletes what an interrupted run left under temporary names."""
@@ -78,24 +104,43 @@ class LatentCache:
             raise StaleLatents(path, difference)
         return handle
 
-    def variants(self, image_id: str) -> tuple[str, ...]:
-        """The variants that the cache holds of a picture; none if it has no file.
+    def look(self, image_id: str) -> CachedPicture | None:
+        """What the cache holds of a picture; None if it has no file. Each file is opened once, and after `add`.
 
         Raises:
             UserError: a truncated or foreign file.
             StaleLatents: a file made with other settings.
         """
+        if image_id in self._looked_at:
+            return self._looked_at[image_id]
         if not self.path(image_id).is_file():
-            return ()
+            return None
         with self._open(image_id) as handle:
-            names = list(handle.keys())
-        return tuple(sorted(name.removesuffix(".mean") for name in names if name.endswith(".mean")))
+            names = [name.removesuffix(".mean") for name in handle.keys() if name.endswith(".mean")]  # noqa: SIM118
+            metadata = json.loads(handle.metadata()[_METADATA_KEY])
+        width, height = metadata["picture_size"]
+        # Files of before tiles were noted are taken for whole.
+        found = CachedPicture(tuple(sorted(names)), (width, height), metadata.get("tiles_px", {}))
+        self._looked_at[image_id] = found
+        return found
 
-    def picture_size(self, image_id: str) -> tuple[int, int]:
-        """Width and height in pixels of the upright picture, before resizing."""
-        with self._open(image_id) as handle:
-            width, height = json.loads(handle.metadata()[_METADATA_KEY])["picture_size"]
-        return width, height
+    def variants(self, image_id: str) -> tuple[str, ...]:
+        """The variants that the cache holds of a picture; none if it has no file.
+
+        Raises:
+            UserError: as `look`.
+        """
+        found = self.look(image_id)
+        return found.variants if found else ()
+
+    def tiles(self, image_id: str) -> dict[str, int]:
+        """For each variant that was encoded in tiles, their side in pixels.
+
+        Raises:
+            UserError: as `look`.
+        """
+        found = self.look(image_id)
+        return found.tiles if found else {}
 
     def read(self, image_id: str, variant: str) -> LatentPosterior:
         """One posterior.
@@ -114,20 +159,31 @@ class LatentCache:
             )
         return LatentPosterior(image_id, variant, mean, std)
 
-    def add(self, image: InstanceImage, size: tuple[int, int], posteriors: Iterable[LatentPosterior]) -> None:
+    def add(
+        self,
+        image: InstanceImage,
+        size: tuple[int, int],
+        posteriors: Iterable[LatentPosterior],
+        tile_px: int | None = None,
+    ) -> None:
         """Writes a picture's posteriors beside those that its file holds already.
 
         Args:
             image: the picture.
             size: its width and height in pixels, upright.
             posteriors: of its crops.
+            tile_px: the side of the tiles in which these were encoded; None for whole.
         """
         image_id = image.image_id
         tensors: dict[str, torch.Tensor] = {}
-        for variant in self.variants(image_id):
+        there = self.look(image_id)
+        tiles = dict(there.tiles) if there else {}
+        for variant in there.variants if there else ():
             kept = self.read(image_id, variant)
             tensors |= {f"{variant}.mean": kept.mean, f"{variant}.std": kept.std}
         for posterior in posteriors:
+            if tile_px is not None:
+                tiles[posterior.variant] = tile_px
             tensors[f"{posterior.variant}.mean"] = posterior.mean.contiguous()
             tensors[f"{posterior.variant}.std"] = posterior.std.contiguous()
         metadata = {
@@ -135,10 +191,12 @@ class LatentCache:
             "source": image.path.name,
             "picture_size": size,
             "alpha_background": self.alpha_background,
+            "tiles_px": tiles,
         }
         temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
         save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
         os.replace(temporary, self.path(image_id))
+        self._looked_at.pop(image_id, None)
 
 
 class StaleLatents(UserError):

@@ -17,6 +17,7 @@ from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import BrokenImage, open_rgb
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.model_files import PROJECT_FOLDER, TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.picture_hashes import NOTES_NAME
 from sd3_lora.records import InstanceImage
 from sd3_lora.training_config import DataConfig
 
@@ -131,7 +132,8 @@ class StageOne:
             return images
         known = store.prompts_with_role("instance")
         prompt = prompt or (known[0] if len(known) == 1 else None)
-        images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive)
+        hashes_path = cache.folder / NOTES_NAME
+        images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive, hashes_path)
         if self.data.skip_broken:
             images = tuple(image for image in images if cache.variants(image.image_id) or not _is_broken(image))
         require_prompts(store, [image.prompt for image in images], remedy)
@@ -145,9 +147,15 @@ class StageOne:
         """
         remedy, data = self.command("precompute_latents.py"), self.data
         try:
-            return choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
+            chosen = choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+        tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
+        if tiled and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
+            )
+        return chosen
 
 
 def _is_broken(image: InstanceImage) -> bool:

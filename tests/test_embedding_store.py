@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -259,3 +260,28 @@ def test_a_part_that_is_not_whole_is_discarded_and_no_other_is_overwritten(
     again.add(again.next_number(), [ROWS[0]])
     assert again.prompts() == {r.prompt for r in ROWS[:3]}
     assert len(list(again.read_all())) == 3
+
+
+def test_the_next_rows_are_read_while_one_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with EmbeddingStore(path) as store:
+        asked: list[str] = []
+        read, second = store.read, threading.Event()
+
+        def watched(prompt: str) -> PromptEmbedding:
+            asked.append(prompt)
+            if len(asked) == 2:
+                second.set()
+            return read(prompt)
+
+        monkeypatch.setattr(store, "read", watched)
+        rows = store.read_all()
+        first = next(rows)
+        assert second.wait(timeout=20)
+        assert [first.prompt, *(row.prompt for row in rows)] == list(store.prompts) == asked
+
+
+def test_no_time_is_spent_on_the_statistics_of_embeddings(path: Path) -> None:
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    statistics = {group.column(i).path_in_schema.split(".")[0]: group.column(i).statistics for i in range(5)}
+    assert statistics["prompt"] is not None
+    assert statistics["prompt_embeds"] is statistics["pooled_prompt_embeds"] is None

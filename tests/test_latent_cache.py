@@ -82,7 +82,7 @@ def test_posteriors_round_trip(cache: LatentCache, dtype: torch.dtype) -> None:
     first, second = posterior("64x64+0+0", dtype=dtype), posterior("64x64+0+0-flip", dtype=dtype)
     cache.add(IMAGE, (96, 64), [second, first])
     assert cache.variants(IMAGE.image_id) == ("64x64+0+0", "64x64+0+0-flip")
-    assert cache.picture_size(IMAGE.image_id) == (96, 64)
+    assert cache.look(IMAGE.image_id).size == (96, 64)  # type: ignore[union-attr]
     assert same(cache.read(IMAGE.image_id, "64x64+0+0"), first)
     assert same(cache.read(IMAGE.image_id, "64x64+0+0-flip"), second)
     assert [path.name for path in cache.folder.iterdir()] == [f"{IMAGE.image_id}.safetensors"]
@@ -159,7 +159,7 @@ def test_a_truncated_file(cache: LatentCache, length: int) -> None:
     cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
     path = cache.path(IMAGE.image_id)
     path.write_bytes(path.read_bytes()[:length])
-    for use in (cache.variants, cache.picture_size, lambda image_id: cache.read(image_id, "64x64+0+0")):
+    for use in (cache.variants, cache.look, lambda image_id: cache.read(image_id, "64x64+0+0")):
         with pytest.raises(UserError, match=NOT_WHOLE):
             use(IMAGE.image_id)
     assert recorded_precision(cache.folder) is None
@@ -199,7 +199,7 @@ def test_a_number_that_is_not_finite_names_the_file(cache: LatentCache, part: st
 def test_a_file_made_otherwise(cache: LatentCache, change: dict[str, object], difference: str) -> None:
     cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
     other = LatentCache(cache.folder, replace(PROVENANCE, **change))  # type: ignore[arg-type]
-    for use in (other.variants, other.picture_size, lambda image_id: other.read(image_id, "64x64+0+0")):
+    for use in (other.variants, other.look, lambda image_id: other.read(image_id, "64x64+0+0")):
         with pytest.raises(StaleLatents, match="was made with " + re.escape(difference)) as caught:
             use(IMAGE.image_id)
         assert "add --overwrite to precompute_latents.py to replace it" in str(caught.value)

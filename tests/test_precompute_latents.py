@@ -114,7 +114,7 @@ def test_the_cache_holds_what_the_vae_says_of_each_crop(prepared: Prepared, vae:
         picture, image_id = open_rgb(path), hash_file(path)
         boxes = crop_boxes(*picture.size, 64, 3, flip=False)
         assert cache.variants(image_id) == tuple(sorted(box.name for box in boxes))
-        assert cache.picture_size(image_id) == picture.size
+        assert cache.look(image_id).size == picture.size  # type: ignore[union-attr]
         for box in boxes:
             expected = vae.encode(to_pixels(crop_rgb(picture, box))[None]).latent_dist
             found = cache.read(image_id, box.name)
