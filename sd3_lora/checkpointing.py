@@ -122,6 +122,7 @@ class _BlockInputs:
         self._stay = stay
         self._device = torch.device("cpu")
         self._hosts: list[torch.Tensor] = []
+        self._asked_for: set[int] = set()
         self._fetched: dict[int, torch.Tensor] = {}
         self._copy = Copy()
 
@@ -136,20 +137,24 @@ class _BlockInputs:
 
     def unpack(self, packed: torch.Tensor | int) -> torch.Tensor:
         """The tensor on the device; starts to fetch what the block before will need."""
-        if isinstance(packed, int):
-            if packed not in self._fetched:
-                self.fetch()
-            self._offload.copies(self._device).wait(self._copy)
-        tensor = self._fetched.pop(packed) if isinstance(packed, int) else packed
+        tensor = self._take(packed) if isinstance(packed, int) else packed
         before = self._before()
         if before is not None:
             before.fetch()
         return tensor
 
+    def _take(self, index: int) -> torch.Tensor:
+        if index not in self._asked_for:
+            self.fetch()
+        self._offload.copies(self._device).wait(self._copy)
+        self._asked_for.remove(index)
+        return self._fetched.pop(index)
+
     def fetch(self) -> None:
         """Starts to copy back what is not on its way yet."""
-        missing = [index for index in range(len(self._hosts)) if index not in self._fetched]
+        missing = [index for index in range(len(self._hosts)) if index not in self._asked_for]
         if missing:
+            self._asked_for.update(missing)
             self._copy = self._offload.copies(self._device).start(lambda: self._bring(missing))
 
     def _bring(self, missing: list[int]) -> None:

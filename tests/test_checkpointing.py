@@ -148,7 +148,10 @@ def test_each_block_but_the_last_sends_two_tensors_and_fetches_once(
 
 
 def test_the_block_before_is_fetched_ahead() -> None:
-    """When a block is computed anew, a copy is already under way that nobody has waited for."""
+    """When a block is computed anew, one copy is already under way that nobody has waited for.
+
+    In whatever order autograd asks for the inputs: torch up to 2.11 saves an empty tensor of its own before them.
+    """
     transformer = make_transformer()
     checkpoint_blocks(transformer, 6, offload_inputs=True)
     under_way = []
@@ -160,8 +163,7 @@ def test_the_block_before_is_fetched_ahead() -> None:
         assert not outstanding  # all that was sent has been waited for, so that its memory is free
         backward = True
         loss.backward()
-    assert all(under_way[:5])
-    assert under_way[5] == 0
+    assert under_way == [1, 1, 1, 1, 1, 0]
 
 
 def test_copies_may_be_as_late_as_their_waits() -> None:
