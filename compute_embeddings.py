@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
+from sd3_lora.budget import FEW_KERNELS_BYTES, BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import (
     UserError,
@@ -169,7 +169,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device)
-    budget = open_budget(budget_config, device)
+    budget = open_budget(budget_config, device, FEW_KERNELS_BYTES)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)

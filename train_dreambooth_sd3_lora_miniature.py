@@ -56,7 +56,7 @@ from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_ste
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
-from sd3_lora.streaming import StreamedBlocks, stream_transformer
+from sd3_lora.streaming import stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (
     REFUSED_FLAGS,
@@ -87,7 +87,6 @@ class Training:
     scaler: torch.amp.GradScaler
     draws: GlobalDraws
     order: DataOrder
-    streamed: StreamedBlocks | None = None
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,11 +318,7 @@ def train(
         training.scaler.scale(loss / window).backward()
         return loss.detach()
 
-    step = (
-        RecordedStep(compute, flat.grad, training.streamed, execution.asked, accelerator.print)
-        if execution.recorded
-        else compute
-    )
+    step = RecordedStep(compute, flat.grad, execution.asked, accelerator.print) if execution.recorded else compute
     queued: PendingStep | None = None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
 
@@ -398,7 +393,8 @@ def load_training(
     transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side))
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
-    streamed = stream_transformer(transformer, device) if plan.streamed else None
+    if plan.streamed:
+        stream_transformer(transformer, device)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)
@@ -413,7 +409,6 @@ def load_training(
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
         DataOrder(pictures, seed),
-        streamed,
     )
     accelerator.print(
         f"LoRA: {flat.numel() / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}"

@@ -174,8 +174,9 @@ def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, devic
         clock.tick()
         return result
 
-    said = io.StringIO()
-    with mock.patch.object(script, "optimizer_step", step), contextlib.redirect_stdout(said):
+    said, refused = io.StringIO(), io.StringIO()
+    redirected = contextlib.redirect_stdout(said), contextlib.redirect_stderr(refused)
+    with mock.patch.object(script, "optimizer_step", step), redirected[0], redirected[1]:
         code = script.main([str(word) for word in (*words, "--device", device, *case.flags)])
     if code:
         return {"failed": said.getvalue().splitlines()[-1:]}
@@ -227,8 +228,6 @@ def run_peer(script: str, words: Sequence[object], output: Path, flags: argparse
 
 def save_short_text(model: Path) -> None:
     """Text encoders of the real widths and one layer: the larger script embeds its prompt before its loop begins."""
-    if (model / "text_encoder_3" / "short.txt").is_file():
-        return
     for name, sizes in random_sd3.CLIPS.items():
         width = sizes["hidden_size"]
         config = CLIPTextConfig.from_pretrained(
@@ -243,11 +242,13 @@ def save_short_text(model: Path) -> None:
     shutil.rmtree(model / "text_encoder_3")
     t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
     T5EncoderModel(t5).half().save_pretrained(model / "text_encoder_3")
-    (model / "text_encoder_3" / "short.txt").write_text("one layer\n", encoding="utf-8")
 
 
 def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     """One row."""
+    if not (flags.models / case.model / "model_index.json").is_file():
+        random_sd3.save(case.model, flags.models / case.model, ["transformer", "vae"])
+        save_short_text(flags.models / case.model)  # before anything is embedded with it
     model = model_folder(flags.models, case.model)
     output = flags.models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
@@ -257,7 +258,6 @@ def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     if case.script is None:
         row = run_ours(case, model, output, flags.warm, flags.steps, flags.device)
     else:
-        save_short_text(model)
         words = [*shared_words(case, model, output, flags.steps + 5), *peer_words(case, model), *case.flags]
         row = run_peer(case.script, words, output, flags)
     row = {**asdict(case), **row, "elapsed_s": round(time.perf_counter() - start, 1)}

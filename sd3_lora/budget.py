@@ -14,8 +14,10 @@ import torch
 
 # Of a process that no GPU can be asked about; an H100's is this large, a T4's about half.
 ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
-# Kernels are loaded as they are first used, and stay beside the context that was measured at the start.
+# Kernels are loaded as they are first used, and stay beside the context that was measured at the start; the text
+# encoders use few.
 LATER_KERNELS_BYTES = int(0.16 * GIB)
+FEW_KERNELS_BYTES = int(0.02 * GIB)
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,15 @@ class DeviceBudget:
         return self.context_bytes + max(torch.cuda.max_memory_reserved(self.device), *peaks, 0)
 
 
-def open_budget(config: BudgetConfig, device: torch.device) -> DeviceBudget | None:
+def open_budget(
+    config: BudgetConfig, device: torch.device, later_bytes: int = LATER_KERNELS_BYTES
+) -> DeviceBudget | None:
     """The budget that was asked for, or what is free; None on a CPU where none was asked for.
+
+    Args:
+        config: the flags.
+        device: that it is of.
+        later_bytes: of kernels that will be loaded later.
 
     Raises:
         UserError: less is free than asked for, or less asked for than CUDA itself takes.
@@ -86,7 +95,7 @@ def open_budget(config: BudgetConfig, device: torch.device) -> DeviceBudget | No
             return None
         budget = DeviceBudget(asked or _largest(), ASSUMED_CONTEXT_BYTES, device)
     else:
-        context = _context_bytes(device)
+        context = _context_bytes(device) + later_bytes
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + context
         if asked is not None and asked > free and not config.plan:
             raise UserError(
@@ -151,7 +160,7 @@ def _context_bytes(device: torch.device) -> int:
             measured = ASSUMED_CONTEXT_BYTES
         else:
             measured = after - before - torch.cuda.memory_reserved(device)
-        _CONTEXTS[index] = max(measured, 0) + LATER_KERNELS_BYTES
+        _CONTEXTS[index] = max(measured, 0)
         del square
     return _CONTEXTS[index]
 

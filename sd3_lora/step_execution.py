@@ -15,7 +15,6 @@ from typing import Literal
 from sd3_lora.command_line import UserError
 from sd3_lora.memory import free_memory
 from sd3_lora.memory_plan import TrainingPlan
-from sd3_lora.streaming import StreamedBlocks
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -76,8 +75,8 @@ def choose_execution(
     no_graph = (
         "it needs a GPU"
         if device.type != "cuda"
-        else "what is sent to the host needs the host"
-        if plan.offload_inputs
+        else "what visits the device is copied by the host"
+        if plan.streamed or plan.offload_inputs
         else "dropout is drawn by the host"
         if dropout
         else ""
@@ -126,7 +125,6 @@ class RecordedStep:
         compute: tensors of always the same shapes → a loss. It may change no memory but `gradient`, to which it adds,
             and must draw nothing at random.
         gradient: of the LoRA; zero when the first step is called.
-        streamed: blocks that visit the device in the step, if any.
         asked: whether the user asked for it; else a step that cannot be recorded is computed as it is.
         say: told why not.
     """
@@ -135,11 +133,10 @@ class RecordedStep:
         self,
         compute: Callable[..., torch.Tensor],
         gradient: torch.Tensor,
-        streamed: StreamedBlocks | None,
         asked: bool,
         say: Callable[[str], None] = print,
     ):
-        self._compute, self._gradient, self._streamed = compute, gradient, streamed
+        self._compute, self._gradient = compute, gradient
         self._asked, self._say = asked, say
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
@@ -170,7 +167,6 @@ class RecordedStep:
             torch.cuda.synchronize(device)
             # The graph has memory of its own: what that run took goes back first, or the peak would double.
             free_memory(device)
-            self._send_home()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=aside):
                 self._loss = self._compute(*self._inputs)
@@ -180,12 +176,7 @@ class RecordedStep:
                 raise
             self._may_record = False
             self._inputs = ()
-            self._send_home()
             free_memory(device)
             self._say(f"not replayed as a graph ({str(error).splitlines()[0]}); kernels are started one by one")
         finally:
             self._gradient.zero_()
-
-    def _send_home(self) -> None:
-        if self._streamed is not None:
-            self._streamed.send_home()

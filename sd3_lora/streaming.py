@@ -180,19 +180,6 @@ class StreamedBlocks:
             self._place_trained(block)
             block.register_forward_pre_hook(lambda *_, index=index: self._visit(index))
 
-    def send_home(self) -> None:
-        """Empties the buffers, once all that was queued is done: the next pass depends on nothing that was before.
-
-        So a CUDA graph of it can be replayed whatever a replay leaves in the buffers.
-        """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        for slot, leaving in enumerate(self._held):
-            if leaving is not None:
-                self._give_back(leaving)
-            self._held[slot], self._arrivals[slot] = None, Copy()
-        self._latest = None
-
     def _empty(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
@@ -225,12 +212,6 @@ class StreamedBlocks:
             return index + 1
         return index if torch.is_grad_enabled() else 0  # backward follows, and finds the last two here; or a forward
 
-    def _give_back(self, index: int) -> None:
-        for tensor, host in zip(self._tensors[index], self._source.tensors(index), strict=True):
-            tensor.data = host
-        # Else autograd would take what is in the buffer then for the weight that it saved.
-        increment_version(self._tensors[index])
-
     def _load(self, index: int) -> None:
         """Starts to copy block `index` into its buffer, whose block goes back to the host.
 
@@ -240,7 +221,10 @@ class StreamedBlocks:
         slot = index % 2
         leaving = self._held[slot]
         if leaving is not None:
-            self._give_back(leaving)
+            for tensor, host in zip(self._tensors[leaving], self._source.tensors(leaving), strict=True):
+                tensor.data = host
+            # Else autograd would take what is in the buffer then for the weight that it saved.
+            increment_version(self._tensors[leaving])
         destination = self._buffers[slot][: self._source.sizes[index]]
         self._arrivals[slot] = self._copy_stream.start(lambda: self._source.fill(index, destination))
         self._held[slot] = index

@@ -9,7 +9,6 @@ from sd3_lora.command_line import UserError
 from sd3_lora.memory_plan import TrainingPlan
 from sd3_lora.optimizer import flatten_parameters
 from sd3_lora.step_execution import COMPILE_FROM_MICRO_STEPS, RecordedStep, choose_execution, compile_blocks
-from sd3_lora.streaming import stream_transformer
 
 import pytest
 import torch
@@ -33,8 +32,8 @@ def chosen(asked, plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, befor
 def test_auto_records_what_a_graph_can_hold() -> None:
     assert chosen("auto") == (False, True)
     assert chosen("auto", plan=NF4) == (False, True)
-    assert chosen("auto", plan=STREAMED) == (False, True)
-    assert chosen("auto", plan=replace(STREAMED, offload_inputs=True)) == (False, False)
+    assert chosen("auto", plan=STREAMED) == (False, False)
+    assert chosen("auto", plan=replace(RESIDENT, offload_inputs=True)) == (False, False)
     assert chosen("auto", dropout=0.1) == (False, False)
     assert chosen("auto", device=CPU) == (False, False)
 
@@ -65,7 +64,7 @@ def test_what_is_asked_for_is_done_or_refused() -> None:
     assert chosen("blocks", device=CPU) == (True, False)
     for words, reason in (
         ({"device": CPU}, "--compile graph: it needs a GPU: leave it out"),
-        ({"plan": replace(RESIDENT, offload_inputs=True)}, "--compile graph: what is sent to the host needs the host"),
+        ({"plan": STREAMED}, "--compile graph: what visits the device is copied by the host"),
         ({"dropout": 0.1}, "--compile graph: dropout is drawn by the host"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -113,24 +112,21 @@ def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "Stream", NoGraph)
     said: list[str] = []
-    step = RecordedStep(compute, flat.grad, None, asked=False, say=said.append)
+    step = RecordedStep(compute, flat.grad, asked=False, say=said.append)
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert flat.grad.tolist() == [3.0] * 3
     reason = "operation not permitted when stream is capturing"
     assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
     with pytest.raises(RuntimeError, match=reason):
-        RecordedStep(compute, flat.grad, None, asked=True)(torch.ones(3))
+        RecordedStep(compute, flat.grad, asked=True)(torch.ones(3))
 
 
 @needs_gpu
-@pytest.mark.parametrize(("checkpointed", "is_streamed"), [(0, False), (5, False), (5, True)])
-def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, is_streamed: bool) -> None:
+@pytest.mark.parametrize("checkpointed", [0, 5])
+def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int) -> None:
     results = []
     for recorded in (False, True):
-        transformer = make_transformer(dtype=torch.float16)
-        streamed = stream_transformer(transformer, GPU) if is_streamed else None
-        if not is_streamed:
-            transformer.to(GPU)
+        transformer = make_transformer(dtype=torch.float16).to(GPU)
         trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
@@ -147,7 +143,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, is_streamed:
             return loss.detach()
 
         assert flat.grad is not None
-        step = RecordedStep(compute, flat.grad, streamed, asked=True) if recorded else compute
+        step = RecordedStep(compute, flat.grad, asked=True) if recorded else compute
         optimizer = torch.optim.AdamW([flat], lr=0.01, fused=True)
         losses = []
         for number in (0, 1, 3, 4):  # 2 has another number of tokens
