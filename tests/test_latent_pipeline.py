@@ -145,14 +145,15 @@ def test_batches_are_whole_across_pictures(
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 12
 
 
+@pytest.mark.parametrize("which", [3, 12])
 def test_a_file_that_cannot_be_written_stops_the_run(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, which: int
 ) -> None:
     save, calls = latent_cache.save_file, []
 
     def full(*args: Any) -> None:
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == which:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(*args)
 
@@ -161,7 +162,7 @@ def test_a_file_that_cannot_be_written_stops_the_run(
     assert result.code == 2
     assert "error: the disk is full" in result.err
     monkeypatch.setattr(latent_cache, "save_file", save)
-    assert "12 of 12 pictures cached before" not in run().out  # the third is made now
+    assert "12 of 12 pictures cached before" not in run().out  # that one is made now
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 12
 
 
