@@ -50,12 +50,12 @@ def hash_pictures(paths: Sequence[Path], notes_path: Path | None = None) -> list
         if name in notes and notes[name][0] == found
     }
     missing = [path for name, path in zip(names, paths, strict=True) if name not in known]
+    is_large = sum(size for size, *_ in times) >= NOTED_FROM_BYTES
     with ThreadPoolExecutor(min(MOST_THREADS, cpu_cores())) as pool:  # hashing releases the lock
-        read = tqdm(
-            pool.map(hash_file, missing), total=len(missing), desc="hashing", leave=False, disable=len(missing) < 100
-        )
+        hashes = (pool.map if is_large else map)(hash_file, missing)  # to hand out tiny files takes longer than they do
+        read = tqdm(hashes, total=len(missing), desc="hashing", leave=False, disable=len(missing) < 100)
         known |= zip((os.path.abspath(path) for path in missing), read, strict=True)
-    if notes_path and missing and sum(size for size, *_ in times) >= NOTED_FROM_BYTES:
+    if notes_path and missing and is_large:
         settled = {
             name: (*found, known[name])
             for name, found in zip(names, times, strict=True)

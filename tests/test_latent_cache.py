@@ -110,6 +110,20 @@ def test_adding_keeps_what_is_there_bit_for_bit(cache: LatentCache) -> None:
     assert same(cache.read(IMAGE.image_id, second.variant), second)
 
 
+def test_a_file_is_looked_at_once(cache: LatentCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
+    opened: list[Path] = []
+    monkeypatch.setattr(latent_cache, "safe_open", lambda path, kind: opened.append(path) or safe_open(path, kind))
+    for _ in range(2):
+        assert cache.variants(IMAGE.image_id) == ("64x64+0+0",)
+        assert cache.tiles(IMAGE.image_id) == {}
+    assert opened == [cache.path(IMAGE.image_id)]
+    cache.add(IMAGE, (96, 64), [posterior("64x64+16+0")], tile_px=32)
+    assert cache.tiles(IMAGE.image_id) == {"64x64+16+0": 32}
+    cache.remove(IMAGE.image_id)
+    assert cache.look(IMAGE.image_id) is None
+
+
 def test_what_was_read_does_not_hang_on_the_file(cache: LatentCache) -> None:
     cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
     found, path = cache.read(IMAGE.image_id, "64x64+0+0"), cache.path(IMAGE.image_id)

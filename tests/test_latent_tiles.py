@@ -11,6 +11,8 @@ from sd3_lora.latent_cache import LatentCache
 from sd3_lora.memory import GIB
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior
+from sd3_lora.stage_one import StageOne
+from sd3_lora.training_config import DataConfig
 from sd3_lora.vae_tiles import vae_weight_bytes
 
 import pytest
@@ -116,6 +118,22 @@ def test_training_says_once_how_many_are_tiled(script: Script, private: Prepared
         cache.add(image, found.size, posteriors, tile_px=32)
     said = train(script, private, tmp_path / "tiled", "--max_train_steps", 1).out
     assert said.count("note: 2 of 5 pictures were encoded in tiles, which differ a little from the whole") == 1
+
+
+def test_only_the_first_process_says_it(
+    private: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelConfig(str(private.model))
+    stage_one = StageOne(DataConfig(latents_path=str(private.latents)), model, ModelFiles(model), 64, "cpu")
+    path = private.pictures / "01.png"
+    image = InstanceImage(hash_file(path), path, "")
+    cache = stage_one.open_latents()
+    zeros = torch.zeros(16, 8, 8)
+    cache.add(image, (64, 64), [LatentPosterior(image.image_id, "64x64+0+0", zeros, zeros.clone())], tile_px=32)
+    for rank, count in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        stage_one.variants((image,), cache)
+        assert capsys.readouterr().out.count("1 of 1 pictures were encoded in tiles") == count
 
 
 def test_a_file_of_before_tiles_were_noted_is_whole(private: Prepared) -> None:

@@ -143,6 +143,12 @@ def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert processes.cpu_cores >= 1
 
 
+def test_the_cores_of_a_machine_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3_lora.processes.cpu_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of two machines
+    assert Processes(5, 8).cpu_cores == 4
+
+
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
