@@ -23,6 +23,7 @@ from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_trainin
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
+from sd3_lora.mapped_blocks import MappedBlocks
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, DenoisingShape, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
@@ -202,7 +203,7 @@ def load_denoiser(
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
     host_or_device = torch.device("cpu") if plan.streamed else device
-    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size)
+    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size, plan.from_files)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -221,7 +222,10 @@ def load_denoiser(
         transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
-    if plan.streamed:
+    if plan.from_files:
+        paths = files.weight_files("transformer")
+        stream_transformer(transformer, device, MappedBlocks(transformer.transformer_blocks, device, paths))
+    elif plan.streamed:
         stream_transformer(transformer, device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -48,6 +48,7 @@ from sd3_lora.flow import (
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
+from sd3_lora.mapped_blocks import MappedBlocks
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
@@ -390,10 +391,15 @@ def load_training(
     device, processes = accelerator.device, accelerator.num_processes
     host_or_device = torch.device("cpu") if plan.streamed else device
     latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
-    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side))
+    transformer = load_transformer(
+        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), plan.from_files
+    )
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
-    if plan.streamed:
+    if plan.from_files:
+        paths = files.weight_files("transformer")
+        stream_transformer(transformer, device, MappedBlocks(transformer.transformer_blocks, device, paths))
+    elif plan.streamed:
         stream_transformer(transformer, device)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)

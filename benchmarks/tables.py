@@ -96,8 +96,9 @@ def _what(row: dict[str, Any]) -> str:
     if row.get("script") == "inference.py":
         return f"{row['name'].replace('draw', 'a whole picture')}"
     base, _, blocks = row["plan"].partition("; ")
+    base = re.sub(r" block by block( \(.* pinned\))?$", "", base)  # pinned: not told by the first results
     base = base.removeprefix("base ").replace(", on the device", "").replace("unchanged", "16-bit")
-    base = base.replace("16-bit, streamed from host memory block by block", "16-bit streamed")
+    base = base.replace("16-bit, streamed from host memory", "16-bit streamed")
     return f"{base.replace('in 4 bits (nf4)', 'nf4')}, {blocks.split(' computed')[0]} anew"
 
 

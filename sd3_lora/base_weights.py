@@ -38,6 +38,7 @@ def load_transformer(
     dtype: torch.dtype,
     precision: BasePrecision | None = None,
     latent_size: tuple[int, int] | None = None,
+    unread_blocks: bool = False,
 ) -> SD3Transformer2DModel:
     """The transformer, frozen and in eval mode.
 
@@ -51,6 +52,8 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
+        unread_blocks: whether the blocks' weights stay in the files, for `MappedBlocks` to read; here they are NaN, on
+            the host, and take no memory. Not in 4 bits.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -69,7 +72,11 @@ def load_transformer(
         kept = _kept_positions(config, latent_size)
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
-        for name in expected:
+        for name, shape in expected.items():
+            if unread_blocks and name.startswith(f"{_BLOCKS}."):
+                # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
+                _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))
+                continue
             # A copy even where nothing is converted: a mapped file may be replaced while it is in use.
             value = weights.tensor(name)
             if name == _POSITIONS and kept:

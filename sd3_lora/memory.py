@@ -126,3 +126,32 @@ def host_bytes() -> int:
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     return psutil.Process().memory_info().rss
+
+
+def available_host_bytes() -> int:
+    """What this process may still take of the host's memory: of the machine's, and of its control groups' limits."""
+    rooms = _rooms_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min([psutil.virtual_memory().available, *rooms])
+
+
+def _rooms_in_groups(own: Path, mounted: Path) -> list[int]:
+    """For each control group that limits memory, what is left; the pages of files do not count, as they can go."""
+    # A container may see the host's names of groups, and its own group where they would begin: all levels are tried.
+    names = [line.split(":", 2)[2].lstrip("/") for line in own.read_text().splitlines()] if own.exists() else []
+    levels = {level for name in names for level in (Path(name), *Path(name).parents)}
+    rooms = []
+    for root, limit, used, files in (
+        (mounted, "memory.max", "memory.current", ("inactive_file", "active_file")),
+        (
+            mounted / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            ("total_inactive_file", "total_active_file"),
+        ),
+    ):
+        for folder in (root / level for level in levels):
+            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - sum(int(counts[name]) for name in files)
+                rooms.append(int(most) - taken)
+    return rooms

@@ -23,7 +23,8 @@ from sd3_lora.budget import DeviceBudget, enough_gib
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, target_modules
-from sd3_lora.memory import GIB, round_up
+from sd3_lora.mapped_blocks import RING_SIZE
+from sd3_lora.memory import GIB, available_host_bytes, round_up
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
 
@@ -46,6 +47,9 @@ UNUSED_SHARE = 0.005
 # How many blocks' inputs are on the device at a time when they are sent to the host: this block's, the one that leaves,
 # and in backward the one that arrives.
 INPUTS_IN_FLIGHT = 3
+# Of the host's memory, what a streamed base leaves: for Python and its libraries, the inputs that are sent there, and
+# the block that is in memory twice while it is pinned.
+HOST_ROOM_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
@@ -138,11 +142,15 @@ class BasePlan:
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
         streamed: whether the blocks' frozen weights stay on the host and visit the device.
+        from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
+        host_bytes: of the host's memory, what is pinned for them.
         parts: the predicted peak in bytes, by part.
     """
 
     base_precision: BasePrecision | None
     streamed: bool
+    from_files: bool
+    host_bytes: int
     parts: dict[str, int]
 
     @property
@@ -153,7 +161,10 @@ class BasePlan:
     def sentence(self) -> str:
         """What is kept where, in words."""
         base = "in 4 bits (nf4)" if self.base_precision else "unchanged"
-        return f"base {base}, {'streamed from host memory block by block' if self.streamed else 'on the device'}"
+        if not self.streamed:
+            return f"base {base}, on the device"
+        source = "the weight files" if self.from_files else "host memory"
+        return f"base {base}, streamed from {source} block by block ({self.host_bytes / GIB:.1f} GiB pinned)"
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ _Plan = TypeVar("_Plan", bound=BasePlan)
 def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, False, {}, blocks if all_checkpointed else 0, blocks, False)
+    return TrainingPlan(precision, False, False, 0, {}, blocks if all_checkpointed else 0, blocks, False)
 
 
 def plan_training(
@@ -226,19 +237,31 @@ def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | No
     return next((plan for plan in plans if plan.peak_bytes <= budget.total_bytes), None)
 
 
-def _weights(
+class _Base(NamedTuple):
+    """Where the base's weights are, and how many bytes of them."""
+
+    streamed: bool
+    from_files: bool
+    host_bytes: int
+    device_bytes: int
+
+
+def _place_base(
     files: ModelFiles,
     dtype: torch.dtype,
     precision: BasePrecision | None,
     latent_size: tuple[int, int],
     streamed: bool,
-) -> int:
-    """What the base takes on the device; of streamed blocks two buffers of the largest."""
+) -> _Base:
+    """On the device; or, of the blocks, two buffers there and all on the host, or in the files if they are too many."""
     whole = base_bytes(files, dtype, precision, latent_size)
     if not streamed:
-        return whole
+        return _Base(False, False, 0, whole)
     blocks = streamed_bytes(files, dtype, precision)
-    return whole - sum(blocks) + 2 * max(blocks)
+    # No file holds 4-bit weights: they are made as they are loaded.
+    from_files = precision is None and sum(blocks) + HOST_ROOM_BYTES > available_host_bytes()
+    pinned = min(RING_SIZE, len(blocks)) * max(blocks) if from_files else sum(blocks)
+    return _Base(True, from_files, pinned, whole - sum(blocks) + 2 * max(blocks))
 
 
 def plan_denoising(
@@ -259,20 +282,21 @@ def plan_denoising(
         UserError: nothing fits; says the smallest budget that would do.
     """
     if budget is None:
-        return BasePlan("nf4" if asked == "nf4" else None, False, {})
+        return BasePlan("nf4" if asked == "nf4" else None, False, False, 0, {})
     resident: list[BasePlan] = []
     streamed: list[BasePlan] = []
     for precision in _PRECISIONS[asked]:
         working = simulate_denoising(files.read_config("transformer"), shape, precision)
         for is_streamed, found in ((False, resident), (True, streamed)):
+            base = _place_base(files, shape.dtype, precision, shape.latent_size, is_streamed)
             parts = {
                 "CUDA": budget.context_bytes,
-                "weights": _weights(files, shape.dtype, precision, shape.latent_size, is_streamed),
+                "weights": base.device_bytes,
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
             parts["unused between them"] = _unused(parts, is_streamed)
-            found.append(BasePlan(precision, is_streamed, parts))
+            found.append(BasePlan(precision, is_streamed, base.from_files, base.host_bytes, parts))
     chosen = _first_that_fits([*resident, *streamed], budget)
     if chosen:
         return chosen
@@ -339,14 +363,14 @@ def list_plans(
         step = simulate_step(files.read_config("transformer"), shape, precision)
         count = len(step.kept)
         most = count if all_checkpointed else count - 1
-        weights = partial(_weights, files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
+        place = partial(_place_base, files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
         plan = partial(_predict, step, shape, budget, precision)
-        on_device = weights(streamed=False)
+        on_device = place(streamed=False)
         resident += [plan(on_device, k) for k in range(most if all_checkpointed else 0, most + 1)]
         resident.append(plan(on_device, most, offload_inputs=True))
         if can_stream:
-            visiting = weights(streamed=True)
-            streamed += [plan(visiting, most, True, offload) for offload in (False, True)]
+            visiting = place(streamed=True)
+            streamed += [plan(visiting, most, offload) for offload in (False, True)]
     return resident + streamed
 
 
@@ -355,9 +379,8 @@ def _predict(
     shape: StepShape,
     budget: DeviceBudget,
     precision: BasePrecision | None,
-    weights: int,
+    base: _Base,
     checkpointed: int,
-    streamed: bool = False,
     offload_inputs: bool = False,
 ) -> TrainingPlan:
     """The plan with its peak."""
@@ -366,15 +389,16 @@ def _predict(
     activations, working = step.peak(checkpointed, offload_inputs)
     parts = {
         "CUDA": budget.context_bytes,
-        "weights": weights,
+        "weights": base.device_bytes,
         "LoRA and optimizer": int(step.lora / 4 * of_a_parameter),
         "activations": activations,
         "working memory": working + WORKSPACE_BYTES,
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
-    parts["unused between them"] = _unused(parts, streamed) + fragments
-    return TrainingPlan(precision, streamed, parts, checkpointed, len(step.kept), offload_inputs)
+    parts["unused between them"] = _unused(parts, base.streamed) + fragments
+    where = base.streamed, base.from_files, base.host_bytes
+    return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs)
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

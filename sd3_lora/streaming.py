@@ -1,4 +1,4 @@
-"""A frozen base whose blocks live in host memory and visit the device one after another.
+"""A frozen base whose blocks live on the host and visit the device one after another.
 
 The device holds two buffers, each as large as the largest block. While a block computes in one, the block that is
 needed next is copied into the other. In forward that is the block after; in backward, which computes each block anew
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from sd3_lora.command_line import UserError
 from sd3_lora.copy_stream import Copy, CopyStream
@@ -22,17 +22,41 @@ from torch.autograd.graph import increment_version
 _PAGE_BYTES = 4096
 
 
-def stream_transformer(transformer: SD3Transformer2DModel, device: torch.device) -> StreamedBlocks:
+class BlockSource(Protocol):
+    """Where the frozen tensors of blocks come from: `PinnedBlocks`, or `MappedBlocks` (`mapped_blocks.py`)."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each block, laid out as `layout` says."""
+
+    @property
+    def host_bytes(self) -> int:
+        """What of the host's memory is pinned."""
+
+    def fill(self, index: int, destination: torch.Tensor) -> None:
+        """Queues the copy of block `index` into `destination`, uint8 of its size, on the current stream."""
+
+    def announce(self, index: int) -> None:
+        """Says which block will be asked for next, as far as one can know."""
+
+    def tensors(self, index: int) -> list[torch.Tensor]:
+        """What the block's frozen tensors are while it is not on the device, in the order of `frozen_tensors`."""
+
+
+def stream_transformer(
+    transformer: SD3Transformer2DModel, device: torch.device, source: BlockSource | None = None
+) -> StreamedBlocks:
     """Moves to the device what is not frozen in a block; the rest of the blocks will visit it.
 
     Args:
         transformer: on the host, its LoRA attached. It must not be moved afterwards, nor get other layers.
         device: where it computes.
+        source: of the blocks' frozen tensors; None for `PinnedBlocks`.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
-    streamed = StreamedBlocks(transformer.transformer_blocks, device)
+    streamed = StreamedBlocks(transformer.transformer_blocks, device, source)
     for child in transformer.children():
         if child is not transformer.transformer_blocks:
             child.to(device)
@@ -57,17 +81,17 @@ class PinnedBlocks:
         self._views: list[list[torch.Tensor]] = []
         self._pinned: list[int] = []
         # Before the first is pinned, so that those before a failure are unpinned too.
-        weakref.finalize(self, _unpin, self._pinned, device).atexit = False
+        weakref.finalize(self, unpin, self._pinned, device).atexit = False
         for block in blocks:
             tensors = frozen_tensors(block)
-            buffer = _whole_pages(layout(tensors)[-1])
+            buffer = whole_pages(layout(tensors)[-1])
             self._views.append(views(buffer, tensors))
             for tensor, view in zip(tensors, self._views[-1], strict=True):
                 view.copy_(tensor.detach())
                 tensor.data = view
             self._buffers.append(buffer)
             if device.type == "cuda":
-                _pin(buffer, sum(self.sizes))
+                pin(buffer, self.host_bytes)
                 self._pinned.append(buffer.data_ptr())
 
     @property
@@ -75,23 +99,32 @@ class PinnedBlocks:
         """The bytes of each block."""
         return [buffer.numel() for buffer in self._buffers]
 
+    @property
+    def host_bytes(self) -> int:
+        """What all blocks hold."""
+        return sum(self.sizes)
+
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of block `index` into `destination`, uint8 of its size, on the current stream."""
         destination.copy_(self._buffers[index], non_blocking=True)
+
+    def announce(self, index: int) -> None:
+        """Changes nothing: every block is here."""
 
     def tensors(self, index: int) -> list[torch.Tensor]:
         """The block's frozen tensors on the host, in the order of `frozen_tensors`."""
         return self._views[index]
 
 
-def _whole_pages(size: int) -> torch.Tensor:
+def whole_pages(size: int) -> torch.Tensor:
     """uint8 of `size`, which shares no page with anything else: no page can be pinned twice."""
     room = torch.empty(size + 2 * _PAGE_BYTES, dtype=torch.uint8)
     start = -room.data_ptr() % _PAGE_BYTES
     return room[start : start + size]
 
 
-def _pin(buffer: torch.Tensor, total: int) -> None:
+def pin(buffer: torch.Tensor, total: int) -> None:
+    """Pins what `whole_pages` made; `total` bytes, it included, are told in the error."""
     # Not pin_memory(): torch's host allocator rounds up to a power of two, SD3-Medium's block from 162 to 256 MiB.
     size = -(-buffer.numel() // _PAGE_BYTES) * _PAGE_BYTES
     error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
@@ -102,7 +135,8 @@ def _pin(buffer: torch.Tensor, total: int) -> None:
         )
 
 
-def _unpin(addresses: list[int], device: torch.device) -> None:
+def unpin(addresses: list[int], device: torch.device) -> None:
+    """Undoes `pin`."""
     if addresses:
         torch.cuda.synchronize(device)  # a copy for a block that nobody waited for may still be under way
         for address in addresses:
@@ -154,14 +188,14 @@ class StreamedBlocks:
 
     Attributes:
         device_bytes: what the two buffers hold.
-        host_bytes: what all blocks hold.
+        host_bytes: what of the host's memory the source has pinned.
         copies: how many blocks have been copied to the device so far.
     """
 
-    def __init__(self, blocks: torch.nn.ModuleList, device: torch.device, source: PinnedBlocks | None = None):
+    def __init__(self, blocks: torch.nn.ModuleList, device: torch.device, source: BlockSource | None = None):
         self._device = device
         self._tensors = [frozen_tensors(block) for block in blocks]
-        self._source = source or PinnedBlocks(list(blocks), device)
+        self._source: BlockSource = source or PinnedBlocks(list(blocks), device)
         self._copy_stream = CopyStream(device)
         largest = max(self._source.sizes)
         self._buffers: list[torch.Tensor] = []
@@ -174,7 +208,7 @@ class StreamedBlocks:
         self._arrivals = [Copy(), Copy()]
         self._latest: int | None = None
         self.device_bytes = 2 * largest
-        self.host_bytes = sum(self._source.sizes)
+        self.host_bytes = self._source.host_bytes
         self.copies = 0
         for index, block in enumerate(blocks):
             self._place_trained(block)
@@ -198,19 +232,26 @@ class StreamedBlocks:
         self._copy_stream.wait(self._arrivals[index % 2])
         for tensor, view in zip(self._tensors[index], self._views[index], strict=True):
             tensor.data = view
-        following = self._following(index)
+        following, upcoming = self._following(index)
         self._latest = index
         # Never into this block's own buffer, as at the seam of two passes of an odd number of blocks.
         if following % 2 != index % 2 and self._held[following % 2] != following:
             self._load(following)
+        if upcoming not in self._held:
+            self._source.announce(upcoming)
 
-    def _following(self, index: int) -> int:
-        """The block to copy while this one computes; at worst it costs time."""
+    def _following(self, index: int) -> tuple[int, int]:
+        """The block to copy while this one computes, and the one to copy after it; at worst it costs time."""
+        count = len(self._tensors)
         if self._latest is not None and index == self._latest - 1:  # backward
-            return max(index - 1, 0)  # forward follows, and finds 0 and 1 here
-        if index < len(self._tensors) - 1:
-            return index + 1
-        return index if torch.is_grad_enabled() else 0  # backward follows, and finds the last two here; or a forward
+            if index > 1:
+                return index - 1, index - 2
+            return 0, min(2, count - 1)  # forward follows, and finds 0 and 1 here
+        if index < count - 2:
+            return index + 1, index + 2
+        if torch.is_grad_enabled():
+            return count - 1, max(count - 3, 0)  # backward follows, and finds the last two here
+        return (index + 1) % count, (index + 2) % count  # or a forward
 
     def _load(self, index: int) -> None:
         """Starts to copy block `index` into its buffer, whose block goes back to the host.

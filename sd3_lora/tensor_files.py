@@ -26,6 +26,7 @@ class TensorFiles:
     def __init__(self, paths: Sequence[Path]):
         self._stack = ExitStack()
         self._handles: dict[str, Any] = {}
+        self._opened = {path: _state(path) for path in paths}
         holders: dict[str, Path] = {}
         for path in paths:
             handle = self._stack.enter_context(safe_open(path, "pt"))
@@ -48,6 +49,16 @@ class TensorFiles:
         """Every tensor's shape, from the headers alone."""
         return {name: torch.Size(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
 
+    def require_unchanged(self) -> None:
+        """Checks that the files are those that were opened: a mapped one that was cut short would kill the process.
+
+        Raises:
+            UserError: one was removed or written to.
+        """
+        for path, state in self._opened.items():
+            if _state(path) != state:
+                raise UserError(f"{path} was removed or changed while it was read: put it back, and start again")
+
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor, in the file's dtype; it may lie in the mapped file, so copy what is to stay."""
         return self._handles[name].get_tensor(name)
@@ -58,3 +69,11 @@ class TensorFiles:
         wanted, inverse = indices.unique(return_inverse=True)
         rows = torch.cat([matrix[i : i + 1] for i in wanted.tolist()])
         return rows[inverse]
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns

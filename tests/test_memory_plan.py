@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora import memory_plan
+from sd3_lora.base_weights import streamed_bytes
 from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, open_budget, sentence
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
+from sd3_lora.mapped_blocks import MappedBlocks
 from sd3_lora.memory import GIB
 from sd3_lora.memory_plan import (
+    BasePlan,
     DenoisingShape,
     StepShape,
     TrainingPlan,
@@ -49,8 +52,9 @@ def files() -> ModelFiles:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the fixed allowances, which are larger than the miniature."""
+    """Without the fixed allowances, which are larger than the miniature; on a host that holds everything."""
     monkeypatch.setattr(memory_plan, "UNUSED_BYTES", 0)
+    monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 1 << 40)
 
 
 def budget_of(size: int) -> DeviceBudget:
@@ -177,6 +181,30 @@ def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
     assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
 
 
+def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = streamed_bytes(files, torch.float16)
+    enough = sum(blocks) + memory_plan.HOST_ROOM_BYTES
+
+    def plans(available: int) -> list[BasePlan]:
+        monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: available)
+        listed = list_plans(files, SHAPE, budget_of(1 << 40), "auto", False, True)
+        return [*listed, plan_denoising(files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(1 << 40))]
+
+    large, small = plans(enough), plans(0)
+    assert not any(plan.from_files for plan in large)
+    assert [plan.from_files for plan in plans(enough - 1)] == [plan.from_files for plan in small]
+    for mine, theirs in zip(small, large, strict=True):
+        assert mine.from_files == (theirs.streamed and theirs.base_precision is None)
+        assert mine.parts == theirs.parts
+    (*_, plan) = (plan for plan in large if plan.streamed and plan.base_precision is None)
+    assert plan.host_bytes == sum(blocks)
+    assert plan.sentence().startswith("base unchanged, streamed from host memory block by block (0.0 GiB pinned); ")
+    (*_, plan) = (plan for plan in small if plan.from_files)
+    assert plan.host_bytes == 3 * max(blocks)
+    assert plan.sentence().startswith("base unchanged, streamed from the weight files block by block (0.0 GiB pinned)")
+    assert {plan.host_bytes for plan in large if not plan.streamed} == {0}
+
+
 # The budget
 
 
@@ -281,6 +309,34 @@ def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
     assert run.losses == plain.losses
 
 
+@pytest.mark.usefixtures("small")
+def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
+    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train_dreambooth_sd3_lora_miniature as training
+
+    sources: list[object] = []
+    monkeypatch.setattr(
+        training, "stream_transformer", lambda *words: sources.append(words[2:]) or stream_transformer(*words)
+    )
+    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
+    budget = ["--vram_budget_gib", gib(script_plans(files)[-1].peak_bytes)]
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
+        half = train(script, stage_one, tmp_path / "halves", "--max_train_steps", 2, *budget)
+    assert "plan: base unchanged, streamed from the weight files block by block (" in half.out
+    noted = json.loads((half.folder / "run.json").read_text())["plan"]
+    assert noted["from_files"]
+    assert noted["host_bytes"] == 3 * max(streamed_bytes(files, torch.float32))
+    assert half.losses == whole.losses[:2]
+    run = train(
+        script, stage_one, tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *budget
+    )
+    assert "plan: base unchanged, streamed from host memory block by block (" in run.out
+    assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
+    assert [[type(source) for source in found] for found in sources] == [[MappedBlocks], []]
+
+
 def test_plan_prints_and_writes_nothing(
     script: Script, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +388,7 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     import inference
 
     monkeypatch.setattr(memory_plan, "WORKSPACE_BYTES", 0)
-    streams: list[object] = []
+    streams: list[tuple] = []
     monkeypatch.setattr(
         inference, "stream_transformer", lambda *words: streams.append(words) or stream_transformer(*words)
     )
@@ -353,5 +409,10 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert len(streams) == 1
+    assert [len(words) for words in streams] == [2]
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
+        assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
+    assert [len(words) for words in streams] == [2, 3]
+    assert isinstance(streams[1][2], MappedBlocks)
     assert draw("nf4", "--base_precision", "nf4") != resident

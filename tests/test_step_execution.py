@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
 
-RESIDENT = TrainingPlan(None, False, {}, 0, 24, False)
+RESIDENT = TrainingPlan(None, False, False, 0, {}, 0, 24, False)
 STREAMED, NF4 = replace(RESIDENT, streamed=True), replace(RESIDENT, base_precision="nf4")
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 

@@ -203,6 +203,35 @@ def test_each_block_is_copied_while_the_one_before_computes(monkeypatch: pytest.
     assert ", ".join(events) == f"copy 0, copy 1, visit 0, {forward}, {backward}, visit 0, {forward}, {backward}"
 
 
+@pytest.mark.parametrize(
+    ("layers", "training", "announced"),
+    [
+        (6, True, [2, 3, 4, 5, 3, 3, 3, 2, 1, 0, 2, 2]),
+        (3, True, [2, 0, 0, 0, 2, 2]),
+        (2, True, []),
+        (6, False, [2, 3, 4, 5, 0, 1]),
+        (5, False, [2, 3, 4, 0, 1]),
+        (2, False, []),
+    ],
+)
+def test_a_source_is_told_what_will_be_asked_for_after_the_next(
+    layers: int, training: bool, announced: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second pass, at each visit: unless the device has it."""
+    told: list[int] = []
+    monkeypatch.setattr(PinnedBlocks, "announce", lambda _, index: told.append(index))
+    transformer = make_transformer(layers)
+    stream_transformer(transformer, CPU)
+    checkpoint_blocks(transformer, layers)
+    if training:
+        train_steps(transformer, steps=2, between=lambda _: told.clear())
+    else:
+        draw(transformer, passes=1)
+        told.clear()
+        draw(transformer, passes=1)
+    assert told == announced
+
+
 def test_an_unexpected_order_costs_copies_and_nothing_else() -> None:
     plain, streamed = make_transformer(), make_transformer()
     PoisonedBlocks(streamed.transformer_blocks, CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from sd3_lora.command_line import UserError
@@ -50,6 +51,23 @@ def test_only_the_rows_asked_for_are_read(paths: list[Path]) -> None:
         weights._handles = {"matrix": Handle()}
         assert torch.equal(weights.rows("matrix", ids), matrix[ids])
     assert Slice.rows == [slice(i, i + 1) for i in (0, 3, 5, 900)]
+
+
+@pytest.mark.parametrize("how", ["removed", "written to", "replaced"])
+def test_files_that_are_not_those_that_were_opened_are_refused(paths: list[Path], how: str) -> None:
+    with TensorFiles(paths) as weights:
+        weights.require_unchanged()
+        if how == "removed":
+            paths[1].unlink()
+        elif how == "written to":
+            with paths[1].open("r+b") as file:
+                file.truncate(9)
+        else:
+            save_file({"vector": torch.arange(3).half()}, paths[1].with_name("new"))
+            os.utime(paths[1].with_name("new"), ns=(0, 1))
+            paths[1].with_name("new").rename(paths[1])
+        with pytest.raises(UserError, match=f"^{paths[1]} was removed or changed while it was read: put it back"):
+            weights.require_unchanged()
 
 
 def test_a_name_in_two_files_is_refused(paths: list[Path]) -> None:
