@@ -56,6 +56,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "memory": memory_table,
         "plans": plans_table,
         "text": text_table,
+        "step": step_table,
         "ladder": ladder_table,
         "cards_run": cards_table,
         "saving": saving_table,
@@ -171,6 +172,28 @@ def _tokens(row: dict[str, Any]) -> str:
 
 def _is_capped(row: dict[str, Any]) -> bool:
     return "--vram_budget_gib" in row["flags"]
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """Milliseconds of a step of one picture: the trainers below each other, the resolutions side by side."""
+    times: dict[str, dict[str, list[float]]] = {}
+    for row in result["rows"]:
+        if row.get("batch") == 1 and "ms" in row:
+            times.setdefault(row["name"], {}).setdefault(str(row["resolution"]), []).append(row["ms"])
+    sizes = sorted({size for found in times.values() for size in found}, key=int, reverse=True)
+    lines = [
+        f"| | {' | '.join(f'{size} px, ms | ratio' for size in sizes)} |",
+        "| --- |" + " ---: | ---: |" * len(sizes),
+    ]
+    first = next(iter(times.values()))
+    for name, found in times.items():
+        cells = []
+        for size in sizes:
+            ms = found.get(size, [])
+            ratio = f"{sum(first[size]) / len(first[size]) / (sum(ms) / len(ms)):.1f}" if ms else "–"
+            cells.append(f"{' / '.join(f'{value:.0f}' for value in ms) or '–'} | {ratio}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _measured_on(result)])
 
 
 def ladder_table(result: dict[str, Any]) -> str:
