@@ -368,12 +368,12 @@ def test_sd3_s_own_encoders_in_gib(big_files: ModelFiles) -> None:
         return [round(size / GIB, 2) for size in chosen.predicted_parts(big_files, AMPLE).values()]
 
     # T5 in int8: 24 blocks of 4 matrices of 4096² and 2 of 4096 × 10240 in a byte, `wo` and `shared` in 4 and 2.
-    assert parts("int8", False) == [0.5, 7.37, 0.51]
-    assert parts("nf4", False) == [0.5, 5.89, 0.51]
-    assert parts("fp16", False) == [0.5, 10.75, 0.51]
+    assert parts("int8", False) == [0.5, 7.37, 0.58]
+    assert parts("nf4", False) == [0.5, 5.89, 0.58]
+    assert parts("fp16", False) == [0.5, 10.75, 0.58]
     # The feed-forward half: 2 matrices of 4096 × 10240 in fp16, `wo` in fp32.
-    assert parts("fp16", True) == [0.5, 0.31, 0.16]
-    assert parts("fp32", True) == [0.5, 0.47, 0.2]
+    assert parts("fp16", True) == [0.5, 0.31, 0.23]
+    assert parts("fp32", True) == [0.5, 0.47, 0.32]
     assert parts("fp16", True, 512) == [0.5, 0.31, 0.66]
 
 
@@ -396,9 +396,9 @@ def test_streamed_within_a_budget_as_many_prompts_at_a_time_as_fit(
 
 @pytest.mark.parametrize("length", [77, 256])
 def test_an_h100_s_context_leaves_room_for_t5_within_1_3_gib(big_files: ModelFiles, length: int) -> None:
-    budget = DeviceBudget(int(1.3 * GIB), int(0.85 * GIB), CUDA)
+    budget = DeviceBudget(int(1.3 * GIB), int(0.69 * GIB), CUDA)
     chosen, _ = choose(big_files, CUDA, budget, "fp16", True, length=length)
-    assert chosen.batch_size == {77: 4, 256: 1}[length]
+    assert chosen.batch_size == {77: 8, 256: 2}[length]
 
 
 def test_more_memory_never_means_a_larger_step_down(big_files: ModelFiles) -> None:
@@ -422,7 +422,7 @@ def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(big_files: Model
     chosen, said = choose(big_files, CUDA, budget_of(big_files, "int8", False, -1), asked, False)
     assert chosen == TextEncoderPlan("fp16", True, 77, CUDA)
     assert said == [
-        "T5 in int8 takes 7.9 GiB and 7.9 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
+        "T5 in int8 takes 8.0 GiB and 8.0 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
     ]
     enough = budget_of(big_files, "int8", False)
     assert choose(big_files, CUDA, enough, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
@@ -446,9 +446,9 @@ def test_what_not_even_streaming_fits_is_told_the_smallest_budget_that_would(
     with pytest.raises(UserError) as caught:
         choose(big_files, CUDA, DeviceBudget(needed - 1, CONTEXT, CUDA), "fp16", stream)
     assert str(caught.value) == (
-        "T5 in fp16, one block at a time, 1 prompt at a time needs at least 0.91 GiB: type --vram_budget_gib 0.91"
+        "T5 in fp16, one block at a time, 1 prompt at a time needs at least 0.92 GiB: type --vram_budget_gib 0.92"
     )
-    typed = open_budget(BudgetConfig(0.91), CPU)
+    typed = open_budget(BudgetConfig(0.92), CPU)
     assert typed
     enough = DeviceBudget(typed.total_bytes, CONTEXT, CUDA)
     assert choose(big_files, CUDA, enough, "fp16", stream)[0] == smallest

@@ -72,6 +72,7 @@ ELSEWHERE = {
     "data_df_path": "here",
     "latents_path": "here",
     "recursive": "here",
+    "compile": "test_step_execution.py",
     "skip_broken": "test_stage_one.py",
     "center_crop": "here",
     "num_crops": "here",
