@@ -271,13 +271,14 @@ class Outputs:
             remove_old_checkpoints(self.folder, self.limit)
         accelerator.wait_for_everyone()
 
-    def load_checkpoint(self, folder: Path, training: Training, accelerator: Accelerator) -> None:
-        """Goes on from a checkpoint.
+    def load_checkpoint(
+        self, folder: Path, state: dict[str, Any], training: Training, accelerator: Accelerator
+    ) -> None:
+        """Goes on from a checkpoint, whose state has been read.
 
         Raises:
-            UserError: it is broken, or of a run with other numbers.
+            UserError: it is of a run with other numbers.
         """
-        state = read_state(folder)
         require_same_run(state["signature"], self.signature, folder)
         training.load_state_dict(state)
         if accelerator.process_index < len(state["random"]):  # a rank that was not there then keeps its own
@@ -549,7 +550,8 @@ def run(argv: Sequence[str] | None) -> None:
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data, store = open_data(stage_one, output_dir, accelerator)
-    earlier = read_state(checkpoint)["signature"] if checkpoint else {}
+    state = read_state(checkpoint) if checkpoint else {"signature": {}}
+    earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
     say(f"{len(data)} pictures at {resolution} px, seed {seed}")
 
@@ -570,7 +572,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
     if checkpoint:
-        outputs.load_checkpoint(checkpoint, training, accelerator)
+        outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
             say(f"nothing to do: {steps} steps were asked for; a larger --max_train_steps goes on from here")

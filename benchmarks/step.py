@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -57,7 +58,7 @@ class Case:
         name: of the row.
         resolution: in pixels.
         flags: of the script, beside the size.
-        model: of `random_sd3.TRANSFORMERS`.
+        model: of `random_sd3.TRANSFORMERS`, or the miniature.
         batch: pictures a step.
         rank: of the LoRA.
         precision: of the base.
@@ -162,11 +163,9 @@ def shared_words(case: Case, model: Path, output: Path, steps: int) -> list[obje
     return [*words, "--learning_rate", "1e-5", "--report_to", "tensorboard" if case.script else "none"]
 
 
-def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, device: str) -> dict[str, Any]:
-    """Our script in this process, its steps counted where it takes them."""
-    script = importlib.import_module(TRAIN)
-    embeddings, latents = fabricate_stage_one(model, case.resolution)
-    words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
+@contextlib.contextmanager
+def counted_steps(script: ModuleType, warm: int, steps: int) -> Iterator[Clock]:
+    """A clock that ticks where our script takes an optimizer step."""
     clock, take_step = Clock(warm, steps), script.optimizer_step
 
     def step(*given: Any) -> Any:
@@ -174,9 +173,18 @@ def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, devic
         clock.tick()
         return result
 
+    with mock.patch.object(script, "optimizer_step", step):
+        yield clock
+
+
+def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, device: str) -> dict[str, Any]:
+    """Our script in this process, its steps counted where it takes them."""
+    script = importlib.import_module(TRAIN)
+    embeddings, latents = fabricate_stage_one(model, case.resolution)
+    words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
     said, refused = io.StringIO(), io.StringIO()
     redirected = contextlib.redirect_stdout(said), contextlib.redirect_stderr(refused)
-    with mock.patch.object(script, "optimizer_step", step), redirected[0], redirected[1]:
+    with counted_steps(script, warm, steps) as clock, redirected[0], redirected[1]:
         code = script.main([str(word) for word in (*words, "--device", device, *case.flags)])
     if code:
         return {"failed": said.getvalue().splitlines()[-1:]}
@@ -322,8 +330,8 @@ def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         shutil.copy(path, pictures)
     rows = []
     for case in (
-        Case("diffusers' train_dreambooth_lora_sd3", 128, batch=2, precision="no", script=BIG_SCRIPT),
-        Case("ours", 128, batch=2, precision="no"),
+        Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT),
+        Case("ours", 128, (), "miniature", 2, precision="no"),
     ):
         output = folder / "output"
         shutil.rmtree(output, ignore_errors=True)
@@ -343,13 +351,6 @@ def run_miniature(shared: list[object], data: list[object], folder: Path, flags:
     """Our step on the miniature, after its stage one."""
     embeddings, latents = folder / "e.parquet", folder / "latents"
     script = importlib.import_module(TRAIN)
-    clock, take_step = Clock(flags.warm, flags.steps), script.optimizer_step
-
-    def step(*given: Any) -> Any:
-        result = take_step(*given)
-        clock.tick()
-        return result
-
     base = [*shared[:2], "--device", "cpu"]
     with contextlib.redirect_stdout(io.StringIO()):
         for name, words in (
@@ -357,7 +358,7 @@ def run_miniature(shared: list[object], data: list[object], folder: Path, flags:
             ("precompute_latents", [*base, *data[:2], "--resolution", 128, "--output_path", latents]),
         ):
             importlib.import_module(name).main([str(word) for word in words])
-        with mock.patch.object(script, "optimizer_step", step):
+        with counted_steps(script, flags.warm, flags.steps) as clock:
             words = [*shared, *data, "--data_df_path", embeddings, "--latents_path", latents]
             if script.main([str(word) for word in (*words, "--device", "cpu")]):
                 return {"failed": "the training script refused"}

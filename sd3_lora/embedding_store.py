@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora.command_line import UserError
+from sd3_lora.read_ahead import read_ahead
 from sd3_lora.records import PromptEmbedding, Provenance
 
 import numpy as np
@@ -23,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-ROWS_AHEAD = 4
 _METADATA_KEY = b"sd3_lora"
 
 
@@ -124,15 +122,8 @@ class EmbeddingStore:
         return PromptEmbedding(prompt, self._roles[prompt], self._image_ids[prompt], prompt_embeds, pooled)
 
     def read_all(self, prompts: Iterable[str] | None = None) -> Iterator[PromptEmbedding]:
-        """Rows one after another; some are read, in a thread, while one is used."""
-        waiting = deque[Future[PromptEmbedding]]()
-        with ThreadPoolExecutor(1) as reader:
-            for prompt in self.prompts if prompts is None else prompts:
-                waiting.append(reader.submit(self.read, prompt))
-                if len(waiting) > ROWS_AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        """Rows one after another; the next is read, in a thread, while one is used."""
+        yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
 
 
 def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[PromptEmbedding]) -> int:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,21 @@ class Result:
     code: int
     out: str
     err: str
+
+
+def torchrun(*words: object) -> Result:
+    """`torchrun("script.py", "--flag")` starts two ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = subprocess.run(
+        [sys.executable, *map(str, (*launcher, *words))],
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return Result(finished.returncode, finished.stdout, finished.stderr)
 
 
 @pytest.fixture

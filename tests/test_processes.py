@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from sd3_lora.checkpoints import read_state
@@ -13,7 +10,7 @@ from sd3_lora.lora import LORA_FILE
 
 import pytest
 import torch
-from conftest import PROJECT, TRAINING_SCRIPT, Prepared
+from conftest import TRAINING_SCRIPT, Prepared, torchrun
 from safetensors.torch import load_file
 from training_runs import Run, Script, private_copy, train
 
@@ -28,19 +25,10 @@ def two_ranks(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("ranks")
     stage_one = private_copy(prepared, folder / "stage_one")
     shutil.rmtree(stage_one.latents)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [f"{TRAINING_SCRIPT}.py", *stage_one.flags, "--device", "cpu", "--output_dir", folder / "out", *NUMBERS]
-    result = subprocess.run(
-        [sys.executable, *map(str, launcher + words)],
-        cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return stage_one, Run(folder / "out", result.stdout, result.stderr)
+    words = [*stage_one.flags, "--device", "cpu", "--output_dir", folder / "out", *NUMBERS]
+    result = torchrun(f"{TRAINING_SCRIPT}.py", *words)
+    assert result.code == 0, result.out + result.err
+    return stage_one, Run(folder / "out", result.out, result.err)
 
 
 def test_there_are_two_and_only_one_speaks(two_ranks: tuple[Prepared, Run]) -> None:

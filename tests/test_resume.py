@@ -368,11 +368,11 @@ def test_more_processes_than_before(
     run = train(script, prepared, tmp_path, "--train_batch_size", 2)
     loaded: list[Any] = []
     training = SimpleNamespace(load_state_dict=loaded.append)
-    signature = read_state(run.folder / "checkpoint-3")["signature"]
-    outputs = training_script().Outputs(tmp_path, None, {}, signature, None)
+    folder = run.folder / "checkpoint-3"
+    outputs = training_script().Outputs(tmp_path, None, {}, read_state(folder)["signature"], None)
     for rank in (0, 1):
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
-        outputs.load_checkpoint(run.folder / "checkpoint-3", training, accelerator)
+        outputs.load_checkpoint(folder, read_state(folder), training, accelerator)
     assert [state["step"] for state in loaded] == [3, 3]
 
 

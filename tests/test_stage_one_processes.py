@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,34 +12,12 @@ from sd3_lora.processes import Processes, open_processes
 
 import pytest
 import torch
-from conftest import PROJECT, PROMPT, Result, save_pictures
+from conftest import PROJECT, PROMPT, Result, save_pictures, torchrun
 from safetensors.torch import load
-
-Launch = Callable[..., Result]
-
-
-@pytest.fixture
-def torchrun() -> Launch:
-    """`torchrun("script.py", "--flag")` starts two ranks."""
-
-    def call(*words: object) -> Result:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        finished = subprocess.run(
-            [sys.executable, *map(str, (*launcher, *words))],
-            cwd=PROJECT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        return Result(finished.returncode, finished.stdout, finished.stderr)
-
-    return call
 
 
 def test_embeddings_of_two_processes_are_those_of_one(
-    torchrun: Launch, script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path
+    script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path
 ) -> None:
     save_pictures(tmp_path / "pictures", [(64, 64), (64, 64)])
     (tmp_path / "prompts.txt").write_text("\n".join(f"sks robot {index}" for index in range(70)))
@@ -66,7 +41,7 @@ def test_embeddings_of_two_processes_are_those_of_one(
 
 
 def test_latents_of_two_processes_are_those_of_one(
-    torchrun: Launch, script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path
+    script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path
 ) -> None:
     paths = save_pictures(
         tmp_path / "pictures", [(96, 64), (64, 64), (64, 90), (70, 64), (64, 100), (64, 64), (64, 64)]
@@ -109,7 +84,7 @@ sys.exit(exit_code(in_processes(run), sys.argv[2:]))
 
 
 @pytest.mark.parametrize("how", ["second", "both", "crash"])
-def test_an_error_ends_both_and_is_said_once(torchrun: Launch, tmp_path: Path, how: str) -> None:
+def test_an_error_ends_both_and_is_said_once(tmp_path: Path, how: str) -> None:
     (tmp_path / "failing.py").write_text(FAILING)
     result = torchrun(tmp_path / "failing.py", PROJECT, how)
     assert result.code != 0

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.memory_plan import TrainingPlan
 from sd3_lora.optimizer import flatten_parameters
-from sd3_lora.step_execution import COMPILE_FROM_MICRO_STEPS, RecordedStep, choose_execution, compile_blocks
+from sd3_lora.step_execution import (
+    COMPILE_FROM_MICRO_STEPS,
+    RecordedStep,
+    StepExecution,
+    choose_execution,
+    compile_blocks,
+)
 
 import pytest
 import torch
+from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
+from training_runs import Script, train, training_script
 
 RESIDENT = TrainingPlan(None, False, False, 0, {}, 0, 24, False)
 STREAMED, NF4 = replace(RESIDENT, streamed=True), replace(RESIDENT, base_precision="nf4")
@@ -91,6 +100,49 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         assert (mine.grad is None) == (theirs.grad is None)
         if mine.grad is not None and theirs.grad is not None:
             assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
+
+
+def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[bool] = []
+    monkeypatch.setattr(training_script(), "compile_blocks", lambda _, asked: compiled.append(asked))
+    resume = ["--resume_from_checkpoint", "latest"]
+    plain = train(script, prepared, tmp_path / "plain")
+    assert "each micro-step: plain kernels, started one by one\n" in plain.out
+    assert compiled == []
+    run = train(script, prepared, tmp_path / "run", "--compile", "blocks")
+    assert "each micro-step: blocks compiled, started one by one\n" in run.out
+    assert compiled == [True]
+    train(script, prepared, tmp_path / "run", *resume, "--max_train_steps", 4)
+    assert compiled == [True, False]  # for the same numbers; nobody asked this time
+    refused = train(script, prepared, tmp_path / "run", *resume, "--compile", "off", "--max_train_steps", 5, code=2)
+    assert "was trained with --compile blocks, not off or graph: " in refused.error
+    assert (
+        "--compile graph: it needs a GPU" in train(script, prepared, tmp_path / "g", "--compile", "graph", code=2).error
+    )
+
+
+def test_a_run_that_may_record_its_steps_does(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the recorder, as there is no GPU: every micro-step goes through it, its loss comes out."""
+    steps: list[int] = []
+
+    class Recorder(RecordedStep):
+        def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+            assert not self._gradient.any() or len(steps) % 2
+            steps.append(len(inputs))
+            return self._compute(*inputs)
+
+    words = ["--gradient_accumulation_steps", 2]
+    plain = train(script, prepared, tmp_path / "plain", *words)
+    recorded = StepExecution(compiled=False, recorded=True, asked=False)
+    monkeypatch.setattr(training_script(), "choose_execution", lambda *_: recorded)
+    monkeypatch.setattr(training_script(), "RecordedStep", Recorder)
+    run = train(script, prepared, tmp_path / "recorded", *words)
+    assert steps == [7] * 6
+    assert run.losses == plain.losses
 
 
 class NoGraph:
