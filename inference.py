@@ -23,13 +23,14 @@ from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_trainin
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
-from sd3_lora.mapped_blocks import MappedBlocks
+from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, DenoisingShape, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
-from sd3_lora.streaming import stream_transformer
+from sd3_lora.streaming import pieces_of, stream_transformer
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+from sd3_lora.vae_norms import arrange_vae
 from sd3_lora.vae_tiles import choose_tile
 
 import torch
@@ -224,7 +225,7 @@ def load_denoiser(
         transformer.set_adapters(names, [lora.scale for lora in loras])
     if plan.from_files:
         paths = files.weight_files("transformer")
-        stream_transformer(transformer, device, MappedBlocks(transformer.transformer_blocks, device, paths))
+        stream_transformer(transformer, device, MappedPieces(pieces_of(transformer.transformer_blocks), device, paths))
     elif plan.streamed:
         stream_transformer(transformer, device)
     pipeline.set_progress_bar_config(disable=True)
@@ -350,6 +351,7 @@ def run(argv: Sequence[str] | None) -> None:
                 torch_dtype=DTYPES[config.vae_precision],
                 use_safetensors=True,
             ).to(device)
+            arrange_vae(vae)
             tile.apply(vae)
             decode_and_save(vae, to_draw, latents)
             del vae

@@ -22,7 +22,7 @@ from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
 from sd3_lora.captions import instance_images
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig
+from sd3_lora.devices import DTYPES, DeviceConfig, one_thread
 from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.memory import StageReport, memory_stage
@@ -30,6 +30,7 @@ from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.picture_hashes import NOTES_NAME
 from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, LatentPosterior
+from sd3_lora.vae_norms import arrange_vae
 from sd3_lora.vae_tiles import VaeTile, choose_tile
 
 import torch
@@ -227,8 +228,7 @@ def load_vae(files: ModelFiles, precision: str, device: torch.device, tile: VaeT
         torch_dtype=DTYPES[precision],
         use_safetensors=True,
     ).to(device)
-    if device.type == "cuda":  # the layout of tensor cores: else cuDNN turns every feature map there and back
-        vae.to(memory_format=torch.channels_last)
+    arrange_vae(vae)
     tile.apply(vae)
     return vae
 
@@ -390,7 +390,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     broken: list[BrokenImage] = []
     if missing and tile:
         share, threads = processes.share(missing), min(MOST_THREADS, processes.cpu_cores)
-        with memory_stage("encode pictures", device, reports):
+        with memory_stage("encode pictures", device, reports), one_thread(device):
             count, broken = encode_missing(files, share, config, resolution, cache, device, tile, threads)
     counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
     if not processes.is_first:

@@ -34,7 +34,7 @@ from sd3_lora.checkpoints import (
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.dataset import TrainingData
 from sd3_lora.defaults import say_miniature
-from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype
+from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, one_thread
 from sd3_lora.draws import DataOrder, GlobalDraws
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.flow import (
@@ -48,7 +48,7 @@ from sd3_lora.flow import (
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.mapped_blocks import MappedBlocks
+from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
@@ -57,7 +57,7 @@ from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_ste
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
-from sd3_lora.streaming import stream_transformer
+from sd3_lora.streaming import pieces_of, stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (
     REFUSED_FLAGS,
@@ -311,9 +311,10 @@ def train(
 
     def draw() -> tuple[StepInputs, list[str]]:
         chosen = training.order.take(draws.global_batch_size)[draws.mine]
-        batch = data.batch(chosen, draws.uniform())
         names = [data.images[i].path.name for i in chosen]
-        return draw_inputs(batch, draws, table, flow, vae_config, dtype, accelerator.device), names
+        with one_thread(accelerator.device):
+            batch = data.batch(chosen, draws.uniform())
+            return draw_inputs(batch, draws, table, flow, vae_config, dtype, accelerator.device), names
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
         loss = micro_step(model, StepInputs(*inputs), flow, dtype)
@@ -399,7 +400,7 @@ def load_training(
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     if plan.from_files:
         paths = files.weight_files("transformer")
-        stream_transformer(transformer, device, MappedBlocks(transformer.transformer_blocks, device, paths))
+        stream_transformer(transformer, device, MappedPieces(pieces_of(transformer.transformer_blocks), device, paths))
     elif plan.streamed:
         stream_transformer(transformer, device)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,10 @@ from sd3_lora.devices import choose_device, cpu_cores
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file, to_pixels
 from sd3_lora.memory import GIB, free_memory
+from sd3_lora.model_files import PROJECT_FOLDER
 from sd3_lora.records import InstanceImage
+from sd3_lora.vae_norms import spread_group_norms
+from sd3_lora.vae_tiles import VaeTile
 
 import numpy as np
 import torch
@@ -88,20 +92,31 @@ def distance(found: Sequence[Pair], expected: Sequence[Pair], names: tuple[str, 
     return numbers
 
 
-# The VAE's encoder alone
+# The VAE's encoder and decoder alone
+
+SPREAD = "norms spread"
 
 ENCODERS = (  # dtype, channels last, batch, and what else; the first is the reference's
     (torch.float32, False, 1, ""),
     (torch.float32, True, 1, ""),
+    (torch.float32, False, 1, SPREAD),
+    (torch.float32, True, 1, SPREAD),
     (torch.float16, False, 1, ""),
     (torch.float16, True, 1, ""),
-    (torch.bfloat16, True, 1, ""),
-    (torch.float16, True, 4, ""),
-    (torch.float32, True, 1, "cudnn.benchmark"),
-    (torch.float16, True, 1, "cudnn.benchmark"),
-    (torch.float16, True, 4, "cudnn.benchmark"),
+    (torch.float16, False, 1, SPREAD),
+    (torch.float16, True, 1, SPREAD),
+    (torch.float16, True, 4, SPREAD),
+    (torch.bfloat16, True, 1, SPREAD),
     (torch.float16, True, 1, "compiled"),
-    (torch.float16, True, 4, "compiled"),
+)
+DECODERS = (  # dtype, channels last, whether in tiles, and what else
+    (torch.float32, False, False, ""),
+    (torch.float32, True, False, ""),
+    (torch.float32, True, False, SPREAD),
+    (torch.float32, True, True, SPREAD),
+    (torch.float16, False, False, ""),
+    (torch.float16, True, False, SPREAD),
+    (torch.float16, True, True, SPREAD),
 )
 ROUNDS = 5
 
@@ -136,7 +151,8 @@ def encoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         vae = load_vae(arguments, dtype).to(memory_format=layout)
         laid_out = pixels.contiguous(memory_format=layout)
-        torch.backends.cudnn.benchmark = extra == "cudnn.benchmark"
+        if extra == SPREAD:
+            spread_group_norms(vae)
         if extra == "compiled":
             vae.encoder = torch.compile(vae.encoder)
         if device.type == "cuda":
@@ -147,10 +163,38 @@ def encoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         row |= {"batch": batch, "extra": extra, "first_s": round(first_s, 2)}
         row |= {"ms_an_item": round(1000 * sorted(seconds)[ROUNDS // 2] / len(photos), 2)}
         if device.type == "cuda":
-            row["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB, 2)
+            held_gib = sum(weight.nbytes for weight in vae.parameters()) / GIB
+            row["beside_weights_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB - held_gib, 2)
         yield row | distance(found, exact, ("mean", "std"))
-        torch.backends.cudnn.benchmark = False
         del vae, found
+        free_memory(device)
+
+
+@torch.no_grad()
+def decoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """The VAE's decoder alone: milliseconds a picture, and its memory, in each dtype and layout, whole and in tiles."""
+    device, side = arguments.device, arguments.resolution
+    for dtype, channels_last, tiled, extra in DECODERS:
+        layout, tile_px = (
+            torch.channels_last if channels_last else torch.contiguous_format,
+            side // 2 if tiled else None,
+        )
+        vae = load_vae(arguments, dtype).to(memory_format=layout)
+        VaeTile(tile_px, 1, 0, 0).apply(vae)
+        if extra == SPREAD:
+            spread_group_norms(vae)
+        latents = torch.randn(1, vae.config.latent_channels, side // 8, side // 8, device=device, dtype=dtype)
+        held_gib = sum(weight.nbytes for weight in vae.parameters()) / GIB
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        timed(device, vae.decode, latents)
+        seconds = [timed(device, vae.decode, latents)[1] for _ in range(ROUNDS)]
+        row: Row = {"set": "decoders", "dtype": str(dtype).removeprefix("torch."), "channels_last": channels_last}
+        row |= {"tile_px": tile_px, "extra": extra, "ms_an_item": round(1000 * sorted(seconds)[ROUNDS // 2], 2)}
+        if device.type == "cuda":
+            row["beside_weights_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB - held_gib, 2)
+        yield row
+        del vae
         free_memory(device)
 
 
@@ -364,7 +408,57 @@ def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     }
 
 
-SETS = {"encoders": encoder_rows, "latents": latent_rows, "text": text_rows, "job": job_rows}
+# Several GPUs
+
+
+def shared_out(script: str, words: Sequence[object], processes: int, report: Path) -> Row:
+    """Runs a script in so many processes, as torchrun starts them; its own seconds and those of its longest stages."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    command = [sys.executable, *launch, PROJECT_FOLDER / f"{script}.py", *words]
+    start = time.perf_counter()
+    finished = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    row: Row = {"set": "gpus", "name": script, "gpus": processes, "elapsed_s": round(time.perf_counter() - start, 2)}
+    if finished.returncode:
+        return row | {"failed": finished.stderr.strip().splitlines()[-3:]}
+    stages = json.loads(report.read_text(encoding="utf-8"))["stages"]
+    return row | {"work_s": round(sum(stage["elapsed_s"] for stage in stages), 2)}
+
+
+def gpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Stage one on one GPU and on all, and whether all that was asked for is there, once."""
+    out, count = arguments.output_dir / "gpus", max(arguments.items)
+    shutil.rmtree(out, ignore_errors=True)
+    photos = fabricate_photos(out / "photos", count, arguments.sizes[0])
+    hashes = sorted(hash_file(photo) for photo in photos)
+    (out / "prompts.txt").write_text("\n".join(captions(count)), encoding="utf-8")
+    shared = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", out / "photos"]
+    text = [*shared, "--instance_prompt", PROMPT, "--prompts_file", out / "prompts.txt", "--t5_stream"]
+    text += ["--t5_precision", "fp16", "--max_sequence_length", SEQUENCE_LENGTH]
+    pictures = [*shared, "--resolution", arguments.resolution, "--center_crop", "--vae_precision", "fp16"]
+    for processes in (1, max(2, torch.cuda.device_count())):
+        latents, embeddings = out / f"latents-{processes}", out / f"text-{processes}.parquet"
+        words = [*pictures, "--output_path", latents]
+        row = shared_out("precompute_latents", words, processes, latents / "run.json")
+        row |= {"items": count, "each_once": sorted(path.stem for path in latents.glob("*.safetensors")) == hashes}
+        yield row
+        row = shared_out(
+            "compute_embeddings", [*text, "--output_path", embeddings], processes, embeddings.with_suffix(".json")
+        )
+        if "failed" not in row:
+            with EmbeddingStore(embeddings) as store:
+                found = sorted(prompt for prompt in store.prompts if prompt.startswith("number "))
+            row |= {"items": count, "each_once": found == sorted(captions(count))}
+        yield row
+
+
+SETS = {
+    "encoders": encoder_rows,
+    "decoders": decoder_rows,
+    "latents": latent_rows,
+    "text": text_rows,
+    "job": job_rows,
+    "gpus": gpu_rows,
+}
 
 
 def size_of(word: str) -> tuple[int, int]:

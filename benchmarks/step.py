@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ from evaluate import VERSIONS, circumstances
 from memory import PROMPT, fabricate_stage_one, model_folder
 from PIL import Image
 from timed_peer import Clock
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -388,10 +390,43 @@ def gpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def attention_rows() -> list[dict[str, Any]]:
+    """SD3-Medium's attention alone, forward and backward, by each kernel that torch has, and by the one it chooses."""
+    rows = []
+    for resolution in (512, 1024):
+        tokens = (resolution // 16) ** 2 + TEXT_TOKENS
+        query, key, value = (
+            torch.randn(1, 24, tokens, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)
+        )
+
+        def run(query: torch.Tensor = query, key: torch.Tensor = key, value: torch.Tensor = value) -> None:
+            torch.nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+
+        kernels: list[SDPBackend | None] = [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        for kernel in (*kernels, SDPBackend.EFFICIENT_ATTENTION):
+            with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
+                ms = statistics.median(timed_ms(run) for _ in range(3))
+            name = kernel.name.lower() if kernel else "torch's choice"
+            rows.append({"set": "attention", "name": name, "resolution": resolution, "kernel_ms": round(ms, 3)})
+    return rows
+
+
+def timed_ms(run: Callable[[], None], count: int = 20) -> float:
+    """Milliseconds of one of so many calls, by the device's clock."""
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="+", choices=[*SETS, "flops", "losses", "cpu", "gpus"])
+    parser.add_argument("sets", nargs="+", choices=[*SETS, "flops", "attention", "losses", "cpu", "gpus"])
     parser.add_argument("--models", type=Path, required=True, help="Where the random models are, or are made.")
     parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it only ours is measured.")
     parser.add_argument("--peer_python", default=sys.executable, help="The Python of its scripts.")
@@ -420,6 +455,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for model, size in (("sd3-medium", 512), ("sd3-medium", 1024), ("sd3.5-medium", 1024)):
                 result["flops"][f"{model} {size}"] = flops(model, size)
             keep()
+        elif name == "attention":
+            keep(*attention_rows())
         elif name == "losses":
             keep(*loss_rows(flags))
         elif name == "gpus":

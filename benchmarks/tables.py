@@ -61,6 +61,8 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "cards_run": cards_table,
         "saving": saving_table,
         "picture": picture_table,
+        "stages": stages_table,
+        "exchange": exchange_table,
     }
     return tables[re.split(r"[-.]", name)[0]]
 
@@ -250,6 +252,55 @@ def picture_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' / '.join(f'{s:.1f}' for s in seconds)} | {ratios} | {peak:.2f} |")
     said = f"SD3-Medium, {result['size']} px, {result['steps']} steps, guidance 7, fp16; a process each, in turns, text"
     return "\n".join([*lines, "", f"{said} encoders included, files in the page cache. {_measured_on(result)}"])
+
+
+# Columns of each set's table, by the name of what they show.
+_STAGES = {
+    "encoders": {"dtype": "dtype", "channels last": "channels_last", "batch": "batch", "": "extra"}
+    | {"ms a picture": "ms_an_item", "GiB beside the weights": "beside_weights_gib", "mean off by": "mean_relative"},
+    "decoders": {"dtype": "dtype", "channels last": "channels_last", "tiles px": "tile_px", "": "extra"}
+    | {"ms a picture": "ms_an_item", "GiB beside the weights": "beside_weights_gib"},
+    "latents": {"photos to latents": "name", "photo px": "photo_px", "photos": "items", "seconds": "elapsed_s"}
+    | {"ms each": "ms_an_item", "the reference's way, s": "reference_s", "ratio": "ratio"}
+    | {"mean off by": "mean_relative", "std off by": "std_relative"},
+    "text": {"captions to embeddings": "name", "captions": "items", "seconds": "elapsed_s", "ms each": "ms_an_item"}
+    | {"the reference's way, s": "reference_s", "ratio": "ratio", "off by": "embeds_relative"},
+    "job": {"the whole job": "name", "seconds": "elapsed_s", "with 500 steps": "job_s"},
+    "gpus": {"stage one": "name", "GPUs": "gpus", "items": "items", "seconds": "elapsed_s", "at work": "work_s"}
+    | {"each once": "each_once"},
+}
+
+
+def stages_table(result: dict[str, Any]) -> str:
+    """A table for each set that ran."""
+    tables = []
+    for name, columns in _STAGES.items():
+        rows = [row for row in result["rows"] if row["set"] == name and "failed" not in row]
+        shown = {title: key for title, key in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
+        if rows:
+            lines = [f"| {' | '.join(shown)} |", "|" + " --- |" * len(shown)]
+            lines += [f"| {' | '.join(_stage_cell(key, row.get(key)) for key in shown.values())} |" for row in rows]
+            tables.append("\n".join(lines))
+    said = f"{result['cores']} cores, {result['decoding_threads']} threads decode. {_measured_on(result)}"
+    return "\n\n".join([*tables, said])
+
+
+def _stage_cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("_relative"):
+        return f"{100 * value:.2g} %"
+    return "×".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def exchange_table(result: dict[str, Any]) -> str:
+    """What averaging a gradient takes, by its size."""
+    lines = ["| gradient MiB | ms | GB/s each way |", "| ---: | ---: | ---: |"]
+    lines += [f"| {row['mib']} | {row['ms']:.2f} | {row['gb_per_s']:.0f} |" for row in result["rows"]]
+    versions = f"torch {result['versions']['torch']}"
+    return "\n".join([*lines, "", f"{result['gpus']} × {result['machine']}, {result['date']}, {versions}, NCCL."])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

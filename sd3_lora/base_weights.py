@@ -52,8 +52,8 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        unread_blocks: whether the blocks' weights stay in the files, for `MappedBlocks` to read; here they are NaN, on
-            the host, and take no memory. Not in 4 bits.
+        unread_blocks: whether the matrices of the blocks stay in the files, for `MappedPieces` to read; here they are
+            NaN, on the host, and take no memory. Not in 4 bits.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -73,7 +73,7 @@ def load_transformer(
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
         for name, shape in expected.items():
-            if unread_blocks and name.startswith(f"{_BLOCKS}."):
+            if unread_blocks and _is_linear_weight(name, shape):
                 # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
                 _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))
                 continue
@@ -115,17 +115,16 @@ def base_bytes(
 
 
 def streamed_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None = None) -> list[int]:
-    """What of each block `stream_transformer` copies, in bytes: of 4-bit weights not their scales, which stay."""
+    """What `stream_transformer` copies of each piece, in bytes: of 4-bit weights not their scales, which stay."""
     with TensorFiles(files.weight_files("transformer")) as weights:
         shapes = weights.shapes()
-    sizes: dict[int, int] = {}
+    sizes: dict[tuple[str, ...], int] = {}
     for name, shape in shapes.items():
-        if name.startswith(f"{_BLOCKS}."):
-            is_4bit = precision == "nf4" and _is_linear_weight(name, shape)
-            size = _values_in_4_bits(shape.numel()) if is_4bit else shape.numel() * dtype.itemsize
-            index = int(name.split(".")[1])
-            sizes[index] = sizes.get(index, 0) + round_up(size)
-    return [sizes[index] for index in sorted(sizes)]
+        if _is_linear_weight(name, shape):
+            size = _values_in_4_bits(shape.numel()) if precision == "nf4" else shape.numel() * dtype.itemsize
+            piece = tuple(name.split(".")[1:3])  # its block and the part of it
+            sizes[piece] = sizes.get(piece, 0) + round_up(size)
+    return list(sizes.values())
 
 
 def _kept_positions(config: Mapping[str, Any], latent_size: tuple[int, int] | None) -> int | None:

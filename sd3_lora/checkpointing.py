@@ -75,6 +75,9 @@ class _InputOffload:
         self._last = last
         self._copies: CopyStream | None = None
         self._leaving: list[tuple[Copy, torch.Tensor]] = []
+        # Pinning takes longer than the copy, and cannot be done while a graph is recorded. All copies are on one
+        # stream, so what is overwritten has been read.
+        self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._before: Callable[[], _BlockInputs | None] = lambda: None
 
     def hooks(self, index: int) -> saved_tensors_hooks:
@@ -93,10 +96,16 @@ class _InputOffload:
 
     def send(self, tensor: torch.Tensor) -> torch.Tensor:
         """Starts to copy `tensor` to the host; returns the copy."""
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        spare = self._spare.setdefault((tensor.shape, tensor.dtype), [])
+        host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         copy = self.copies(tensor.device).start(lambda: host.copy_(tensor, non_blocking=True))
         self._leaving.append((copy, tensor.detach()))
         return host
+
+    def give_back(self, hosts: list[torch.Tensor]) -> None:
+        """Takes back what `send` returned, when nobody will ask for it any more."""
+        for host in hosts:
+            self._spare[host.shape, host.dtype].append(host)
 
     def _let_go(self) -> None:
         # The copies have had a whole block's computation to finish. Waiting for them on the device and then freeing
@@ -122,6 +131,7 @@ class _BlockInputs:
         self._stay = stay
         self._device = torch.device("cpu")
         self._hosts: list[torch.Tensor] = []
+        weakref.finalize(self, offload.give_back, self._hosts).atexit = False
         self._asked_for: set[int] = set()
         self._fetched: dict[int, torch.Tensor] = {}
         self._copy = Copy()

@@ -32,8 +32,8 @@ class StageReport:
         elapsed_s: seconds.
         peak_device_gib: the most that torch's allocator held for tensors; 0 on a CPU.
         peak_reserved_gib: the most that the allocator took from the driver; 0 on a CPU.
-        peak_host_gib: the most anonymous memory of this process (without the mapped weight files, which the
-            system can drop), where the system tells; else its resident set.
+        peak_host_gib: the most anonymous and pinned memory of this process (without the mapped weight files, which
+            the system can drop), where the system tells; else its resident set.
     """
 
     name: str
@@ -79,10 +79,12 @@ def memory_stage(
 
 
 def free_memory(device: torch.device) -> None:
-    """Collects what nothing refers to, and returns the allocator's cached blocks to the driver."""
+    """Collects what nothing refers to, and returns what the allocators keep of the device's and of pinned memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.10; else pinned memory is kept for later use
+            torch.accelerator.empty_host_cache()
 
 
 class PeakSampler:
@@ -119,12 +121,15 @@ class PeakSampler:
 
 
 def host_bytes() -> int:
-    """Anonymous memory of this process, in bytes; its resident set where there is no /proc."""
+    """Anonymous and pinned memory of this process, in bytes; its resident set where there is no /proc."""
+    pinned = 0
+    if torch.cuda.is_initialized() and hasattr(torch.cuda, "host_memory_stats"):  # the driver's, not anonymous
+        pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 + pinned
     return psutil.Process().memory_info().rss
 
 

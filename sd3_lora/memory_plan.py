@@ -5,8 +5,8 @@ the activations that are kept for backward and the working memory beside them. T
 (`simulation.py`) on a model with one block of each kind, and put together from there.
 
 Of the measures that leave every number what it is, the fastest that fits is taken: compute k of the n blocks anew, as
-few as will do; then send the blocks' inputs to the host; then let the blocks' weights visit the device
-(`streaming.py`), and their inputs leave it as well where that does not do. Weights in 4 bits change the numbers, and
+few as will do; then send the blocks' inputs to the host; then let the blocks' matrices visit the device
+(`streaming.py`), and try the same again. Weights in 4 bits change the numbers, and
 have to be asked for.
 """
 
@@ -23,10 +23,11 @@ from sd3_lora.budget import DeviceBudget, enough_gib
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, target_modules
-from sd3_lora.mapped_blocks import RING_SIZE
+from sd3_lora.mapped_pieces import ring_sizes
 from sd3_lora.memory import GIB, available_host_bytes, round_up
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
+from sd3_lora.streaming import pinned_bytes
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -38,8 +39,9 @@ _PRECISIONS: dict[AskedPrecision, list[BasePrecision | None]] = {
     "nf4": ["nf4"],
     "auto": [None, "nf4"],
 }
-# cuBLAS keeps a workspace for each stream that multiplies (32 MiB on Hopper, 8 MiB before), here at most two.
-WORKSPACE_BYTES = 2 * 32 * 1024**2
+# cuBLAS keeps a workspace for each stream that multiplies, 32 MiB on Hopper and 8 MiB before. A graph is recorded on a
+# stream of its own.
+WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
@@ -48,7 +50,7 @@ UNUSED_SHARE = 0.005
 # and in backward the one that arrives.
 INPUTS_IN_FLIGHT = 3
 # Of the host's memory, what a streamed base leaves: for Python and its libraries, the inputs that are sent there, and
-# the block that is in memory twice while it is pinned.
+# the piece that is in memory twice while it is pinned.
 HOST_ROOM_BYTES = 2 * GIB
 
 
@@ -141,7 +143,7 @@ class BasePlan:
 
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        streamed: whether the blocks' frozen weights stay on the host and visit the device.
+        streamed: whether the blocks' frozen matrices stay on the host and visit the device.
         from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
         host_bytes: of the host's memory, what is pinned for them.
         parts: the predicted peak in bytes, by part.
@@ -164,7 +166,7 @@ class BasePlan:
         if not self.streamed:
             return f"base {base}, on the device"
         source = "the weight files" if self.from_files else "host memory"
-        return f"base {base}, streamed from {source} block by block ({self.host_bytes / GIB:.1f} GiB pinned)"
+        return f"base {base}, streamed from {source} piece by piece ({self.host_bytes / GIB:.1f} GiB pinned)"
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,13 @@ class TrainingPlan(BasePlan):
         checkpointed: how many of the first blocks are computed anew in backward.
         blocks: how many there are.
         offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
+        has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes.
     """
 
     checkpointed: int
     blocks: int
     offload_inputs: bool
+    has_room_for_graph: bool
 
     def sentence(self) -> str:
         """What is kept where, in words."""
@@ -193,7 +197,7 @@ _Plan = TypeVar("_Plan", bound=BasePlan)
 def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, False, False, 0, {}, blocks if all_checkpointed else 0, blocks, False)
+    return TrainingPlan(precision, False, False, 0, {}, blocks if all_checkpointed else 0, blocks, False, True)
 
 
 def plan_training(
@@ -253,15 +257,15 @@ def _place_base(
     latent_size: tuple[int, int],
     streamed: bool,
 ) -> _Base:
-    """On the device; or, of the blocks, two buffers there and all on the host, or in the files if they are too many."""
+    """On the device; or, of the blocks' matrices, two buffers there, and all on the host, or in the files."""
     whole = base_bytes(files, dtype, precision, latent_size)
     if not streamed:
         return _Base(False, False, 0, whole)
-    blocks = streamed_bytes(files, dtype, precision)
+    pieces = streamed_bytes(files, dtype, precision)
     # No file holds 4-bit weights: they are made as they are loaded.
-    from_files = precision is None and sum(blocks) + HOST_ROOM_BYTES > available_host_bytes()
-    pinned = min(RING_SIZE, len(blocks)) * max(blocks) if from_files else sum(blocks)
-    return _Base(True, from_files, pinned, whole - sum(blocks) + 2 * max(blocks))
+    from_files = precision is None and pinned_bytes(pieces) + HOST_ROOM_BYTES > available_host_bytes()
+    pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
+    return _Base(True, from_files, pinned, whole - sum(pieces) + 2 * max(pieces))
 
 
 def plan_denoising(
@@ -370,7 +374,9 @@ def list_plans(
         resident.append(plan(on_device, most, offload_inputs=True))
         if can_stream:
             visiting = place(streamed=True)
-            streamed += [plan(visiting, most, offload) for offload in (False, True)]
+            streamed += [plan(visiting, k) for k in range(most if all_checkpointed else 0, most + 1)]
+            streamed.append(plan(visiting, most, offload_inputs=True))
+            streamed.append(plan(visiting, most, offload_inputs=True, room_for_graph=False))
     return resident + streamed
 
 
@@ -382,6 +388,7 @@ def _predict(
     base: _Base,
     checkpointed: int,
     offload_inputs: bool = False,
+    room_for_graph: bool = True,
 ) -> TrainingPlan:
     """The plan with its peak."""
     # Beside each parameter its gradient, and two moments of the optimizer; 8-bit ones take 2 bytes and their scales.
@@ -392,13 +399,13 @@ def _predict(
         "weights": base.device_bytes,
         "LoRA and optimizer": int(step.lora / 4 * of_a_parameter),
         "activations": activations,
-        "working memory": working + WORKSPACE_BYTES,
+        "working memory": working + WORKSPACE_BYTES * (2 if room_for_graph else 1),
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
     parts["unused between them"] = _unused(parts, base.streamed) + fragments
     where = base.streamed, base.from_files, base.host_bytes
-    return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs)
+    return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs, room_for_graph)
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

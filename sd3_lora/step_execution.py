@@ -75,8 +75,10 @@ def choose_execution(
     no_graph = (
         "it needs a GPU"
         if device.type != "cuda"
-        else "what visits the device is copied by the host"
-        if plan.streamed or plan.offload_inputs
+        else "the host reads what visits the device from files"
+        if plan.from_files
+        else "its graph does not fit into the budget"
+        if not plan.has_room_for_graph
         else "dropout is drawn by the host"
         if dropout
         else ""

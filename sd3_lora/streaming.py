@@ -1,14 +1,16 @@
-"""A frozen base whose blocks live on the host and visit the device one after another.
+"""A frozen base whose matrices live on the host and visit the device, a piece of a block at a time.
 
-The device holds two buffers, each as large as the largest block. While a block computes in one, the block that is
-needed next is copied into the other. In forward that is the block after; in backward, which computes each block anew
-from its input (`checkpointing.py`), the block before. Where forward and backward meet, both blocks are there already.
+A piece is what one part of a block multiplies with: its attention, a feed-forward network, a modulation. The device
+holds two buffers, each as large as the largest piece. While a piece computes in one, the piece that is needed next is
+copied into the other. Forward needs the pieces first to last; backward computes a checkpointed block anew, and then
+needs its pieces last to first, to send gradients back through them.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from sd3_lora.command_line import UserError
@@ -17,135 +19,159 @@ from sd3_lora.memory import GIB, round_up
 
 import torch
 from diffusers import SD3Transformer2DModel
-from torch.autograd.graph import increment_version
+from torch.autograd.graph import saved_tensors_hooks
 
-_PAGE_BYTES = 4096
+_SLAB_BYTES = 256 * 1024**2
 
 
-class BlockSource(Protocol):
-    """Where the frozen tensors of blocks come from: `PinnedBlocks`, or `MappedBlocks` (`mapped_blocks.py`)."""
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The frozen linear layers of one part of a block.
+
+    Attributes:
+        names: of their weights, as the transformer's files have them.
+        layers: in the order of `torch.nn.Module.modules`.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[torch.nn.Linear, ...]
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The layers' matrices, where they are when they do not visit the device."""
+        return [layer.weight.detach() for layer in self.layers]
+
+
+def pieces_of(blocks: Sequence[torch.nn.Module]) -> list[Piece]:
+    """The pieces of all blocks, in the order in which forward needs them."""
+    pieces = []
+    for index, block in enumerate(blocks):
+        for part, module in block.named_children():
+            found = {
+                # peft moves a layer that gets a LoRA into that as its base layer.
+                f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", "."): layer
+                for name, layer in module.named_modules()
+                if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+            }
+            if found:
+                pieces.append(Piece(tuple(found), tuple(found.values())))
+    return pieces
+
+
+class PieceSource(Protocol):
+    """Where the matrices of pieces come from: `PinnedPieces`, or `MappedPieces` (`mapped_pieces.py`)."""
 
     @property
     def sizes(self) -> list[int]:
-        """The bytes of each block, laid out as `layout` says."""
+        """The bytes of each piece, laid out as `layout` says."""
 
     @property
     def host_bytes(self) -> int:
         """What of the host's memory is pinned."""
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
-        """Queues the copy of block `index` into `destination`, uint8 of its size, on the current stream."""
+        """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
 
     def announce(self, index: int) -> None:
-        """Says which block will be asked for next, as far as one can know."""
-
-    def tensors(self, index: int) -> list[torch.Tensor]:
-        """What the block's frozen tensors are while it is not on the device, in the order of `frozen_tensors`."""
+        """Says which piece will be asked for next, as far as one can know."""
 
 
 def stream_transformer(
-    transformer: SD3Transformer2DModel, device: torch.device, source: BlockSource | None = None
+    transformer: SD3Transformer2DModel, device: torch.device, source: PieceSource | None = None
 ) -> StreamedBlocks:
-    """Moves to the device what is not frozen in a block; the rest of the blocks will visit it.
+    """Moves to the device all but the matrices of the blocks, which will visit it.
 
     Args:
         transformer: on the host, its LoRA attached. It must not be moved afterwards, nor get other layers.
         device: where it computes.
-        source: of the blocks' frozen tensors; None for `PinnedBlocks`.
+        source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
-    streamed = StreamedBlocks(transformer.transformer_blocks, device, source)
-    for child in transformer.children():
-        if child is not transformer.transformer_blocks:
-            child.to(device)
+    pieces = pieces_of(transformer.transformer_blocks)
+    streamed = StreamedBlocks(pieces, device, source)
+    visiting = {id(layer.weight) for piece in pieces for layer in piece.layers}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if id(tensor) not in visiting:
+            tensor.data = tensor.data.to(device)
+    transformer.register_forward_pre_hook(lambda *_: streamed.begin_pass())
     return streamed
 
 
-class PinnedBlocks:
-    """The frozen tensors of each block in one buffer of the host; pinned where the device is a GPU.
+class PinnedPieces:
+    """The matrices of each piece in the host's memory; pinned where the device is a GPU.
 
-    The blocks' own memory is freed as they are taken over: beside all of them there is one twice at most.
+    The layers' own memory is freed as it is taken over: beside all pieces there is one twice at most.
 
     Args:
-        blocks: whose frozen parameters and buffers are taken over, and are left pointing at the host's buffers.
+        pieces: whose matrices are taken over, and are left pointing at the host's buffers.
         device: that they will be copied to.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
 
-    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device):
+    def __init__(self, pieces: Sequence[Piece], device: torch.device):
+        self.sizes = [layout(piece.weights)[-1] for piece in pieces]
+        self.host_bytes = pinned_bytes(self.sizes)
         self._buffers: list[torch.Tensor] = []
-        self._views: list[list[torch.Tensor]] = []
-        self._pinned: list[int] = []
-        # Before the first is pinned, so that those before a failure are unpinned too.
-        weakref.finalize(self, unpin, self._pinned, device).atexit = False
-        for block in blocks:
-            tensors = frozen_tensors(block)
-            buffer = whole_pages(layout(tensors)[-1])
-            self._views.append(views(buffer, tensors))
-            for tensor, view in zip(tensors, self._views[-1], strict=True):
-                view.copy_(tensor.detach())
-                tensor.data = view
+        for piece, buffer in zip(pieces, pinned_buffers(self.sizes, device), strict=True):
+            for layer, view in zip(piece.layers, views(buffer, piece.weights), strict=True):
+                view.copy_(layer.weight.detach())
+                layer.weight.data = view
             self._buffers.append(buffer)
-            if device.type == "cuda":
-                pin(buffer, self.host_bytes)
-                self._pinned.append(buffer.data_ptr())
-
-    @property
-    def sizes(self) -> list[int]:
-        """The bytes of each block."""
-        return [buffer.numel() for buffer in self._buffers]
-
-    @property
-    def host_bytes(self) -> int:
-        """What all blocks hold."""
-        return sum(self.sizes)
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
-        """Queues the copy of block `index` into `destination`, uint8 of its size, on the current stream."""
+        """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
         destination.copy_(self._buffers[index], non_blocking=True)
 
     def announce(self, index: int) -> None:
-        """Changes nothing: every block is here."""
-
-    def tensors(self, index: int) -> list[torch.Tensor]:
-        """The block's frozen tensors on the host, in the order of `frozen_tensors`."""
-        return self._views[index]
+        """Changes nothing: every piece is here."""
 
 
-def whole_pages(size: int) -> torch.Tensor:
-    """uint8 of `size`, which shares no page with anything else: no page can be pinned twice."""
-    room = torch.empty(size + 2 * _PAGE_BYTES, dtype=torch.uint8)
-    start = -room.data_ptr() % _PAGE_BYTES
-    return room[start : start + size]
+def _slabs(sizes: Sequence[int]) -> list[list[int]]:
+    """The sizes, in their order, by the slab that they share."""
+    capacity = max(_SLAB_BYTES, _power_of_two(max(sizes)))
+    slabs: list[list[int]] = [[]]
+    for size in sizes:
+        if sum(slabs[-1]) + size > capacity:
+            slabs.append([])
+        slabs[-1].append(size)
+    return slabs
 
 
-def pin(buffer: torch.Tensor, total: int) -> None:
-    """Pins what `whole_pages` made; `total` bytes, it included, are told in the error."""
-    # Not pin_memory(): torch's host allocator rounds up to a power of two, SD3-Medium's block from 162 to 256 MiB.
-    size = -(-buffer.numel() // _PAGE_BYTES) * _PAGE_BYTES
-    error = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0))
-    if error:
-        raise UserError(
-            f"the driver did not pin {total / GIB:.1f} GiB of host memory for the streamed transformer "
-            f"(CUDA error {error}): close other programs, or do without streaming"
-        )
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
-def unpin(addresses: list[int], device: torch.device) -> None:
-    """Undoes `pin`."""
-    if addresses:
-        torch.cuda.synchronize(device)  # a copy for a block that nobody waited for may still be under way
-        for address in addresses:
-            torch.cuda.cudart().cudaHostUnregister(address)
+def pinned_bytes(sizes: Sequence[int]) -> int:
+    """What `pinned_buffers` takes."""
+    return sum(_power_of_two(sum(slab)) for slab in _slabs(sizes))
 
 
-def frozen_tensors(block: torch.nn.Module) -> list[torch.Tensor]:
-    """The block's parameters that are not trained, and its buffers."""
-    return [tensor for tensor in (*block.parameters(), *block.buffers()) if not tensor.requires_grad]
+def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
+    """uint8 of each size on the host, made as they are asked for; pinned where the device is a GPU.
+
+    By torch's own allocator, which alone makes memory that a CUDA graph may copy from. It rounds up to a power of two,
+    an attention of SD3-Medium from 36 MiB to 64; so several share a slab of such a size.
+
+    Args:
+        sizes: multiples of 512.
+        device: that is copied to.
+
+    Raises:
+        UserError: the driver does not pin so much.
+    """
+    for slab in _slabs(sizes):
+        try:
+            room = torch.empty(_power_of_two(sum(slab)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        except RuntimeError as error:
+            raise UserError(
+                f"the driver did not pin {pinned_bytes(sizes) / GIB:.1f} GiB of host memory for the streamed "
+                f"transformer ({str(error).splitlines()[0]}): close other programs, or do without streaming"
+            ) from error
+        yield from room[: sum(slab)].split(slab)
 
 
 def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -168,105 +194,185 @@ def views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.T
     ]
 
 
+@dataclass(eq=False)
+class _Slot:
+    """A buffer on the device.
+
+    Attributes:
+        buffer: uint8, as large as the largest piece.
+        index: of the piece in it, if any.
+        weights: that piece's matrices, which lie in it.
+        arrival: of the latest copy into it.
+    """
+
+    buffer: torch.Tensor
+    index: int | None
+    weights: list[torch.Tensor]
+    arrival: Copy
+
+
 class StreamedBlocks:
-    """Blocks whose frozen tensors are on the device only while they compute, and until the buffer is needed again.
+    """Linear layers whose matrices are on the device only while they multiply, and until the buffer is needed again.
 
-    Forward, backward and their results stay what they are for resident blocks, bit for bit. For backward all blocks but
-    the last two must be checkpointed (`checkpoint_blocks`): the weights that another saved are no longer there, and
-    autograd refuses ("modified by an inplace operation"). Any order of blocks gives right results; one that is neither
-    forward nor backward only waits for its copies.
-
-    A hook before each block is all there is, none after it: a recomputation that stops early, as soon as it has what
-    backward needs, would skip one.
+    Forward, backward and their results stay what they are for resident layers, bit for bit, in any order: a layer asks
+    for its matrix whenever it multiplies, in backward too, and autograd saves none. What a pass asked for is
+    remembered, and foreseen in the next pass of its kind. The first pass with a gradient finds its way through backward
+    unforeseen, and waits for its copies there.
 
     Args:
-        blocks: their trainable parameters are moved to the device. 4-bit weights of bitsandbytes are streamed like
-            others; their scales (a few percent) stay on the device. (Of such a block that should have been checkpointed
-            autograd only notices the other tensors.)
-        device: where the blocks compute.
-        source: of the frozen tensors; None for `PinnedBlocks`.
+        pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
+        device: where they compute.
+        source: of the matrices; None for `PinnedPieces`.
 
     Attributes:
         device_bytes: what the two buffers hold.
         host_bytes: what of the host's memory the source has pinned.
-        copies: how many blocks have been copied to the device so far.
+        copies: how many pieces have been copied to the device so far.
     """
 
-    def __init__(self, blocks: torch.nn.ModuleList, device: torch.device, source: BlockSource | None = None):
+    def __init__(self, pieces: Sequence[Piece], device: torch.device, source: PieceSource | None = None):
+        self._source: PieceSource = source or PinnedPieces(pieces, device)
+        self._like = [piece.weights for piece in pieces]
         self._device = device
-        self._tensors = [frozen_tensors(block) for block in blocks]
-        self._source: BlockSource = source or PinnedBlocks(list(blocks), device)
         self._copy_stream = CopyStream(device)
         largest = max(self._source.sizes)
-        self._buffers: list[torch.Tensor] = []
-        # In the copy stream's pool: a copy that is under way when all this is dropped cannot hit others' memory.
-        self._copy_stream.start(lambda: self._buffers.extend(self._empty(largest) for _ in range(2)))
-        # Block i is always in buffer i % 2, in forward as in backward: a saved view of a weight that autograd does not
-        # know of (bitsandbytes keeps one) then sees the same weight again after the block has been computed anew.
-        self._views = [views(self._buffers[i % 2], tensors) for i, tensors in enumerate(self._tensors)]
-        self._held: list[int | None] = [None, None]
-        self._arrivals = [Copy(), Copy()]
-        self._latest: int | None = None
+        self._slots: list[_Slot] = []  # the least recently visited first
+
+        def make_slots() -> None:
+            # In the copy stream's pool: a copy that is under way when all this is dropped cannot hit others' memory.
+            self._slots += [
+                _Slot(torch.empty(largest, dtype=torch.uint8, device=device), None, [], Copy()) for _ in range(2)
+            ]
+
+        self._copy_stream.start(make_slots)
+        # By whether there is a gradient: the pieces that the last such pass asked for.
+        self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
+        self._foreseen: list[int] = []
+        self._asked: list[int] = []
+        self._is_as_foreseen = True
         self.device_bytes = 2 * largest
         self.host_bytes = self._source.host_bytes
         self.copies = 0
-        for index, block in enumerate(blocks):
-            self._place_trained(block)
-            block.register_forward_pre_hook(lambda *_, index=index: self._visit(index))
+        for index, piece in enumerate(pieces):
+            for position, layer in enumerate(piece.layers):
+                packed: Any = layer
+                quant_state: Any = getattr(layer.weight, "quant_state", None)
+                if quant_state is not None:
+                    quant_state.to(device)
+                # Nothing here holds the layer, which would hold itself.
+                ask = partial(self._weight, index, position)
+                if quant_state is None:
+                    forward = partial(_forward, ask, layer.bias)
+                else:
+                    forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
+                layer.forward = forward  # type: ignore[method-assign]
 
-    def _empty(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+    def begin_pass(self) -> None:
+        """Says that the transformer is called."""
+        if _is_recorded(self._device):
+            for slot in self._slots:  # the graph is to bring all that it needs, whatever is here when it is replayed
+                slot.index = None
+        has_gradient = torch.is_grad_enabled()
+        self._asked = []
+        self._foreseen = self._remembered[has_gradient]
+        self._remembered[has_gradient] = self._asked  # backward asks on
+        self._is_as_foreseen = True
 
-    def _place_trained(self, block: torch.nn.Module) -> None:
-        for parameter in block.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(self._device)
-            quant_state: Any = getattr(parameter, "quant_state", None)
-            if quant_state is not None:
-                quant_state.to(self._device)
+    def _weight(self, index: int, position: int) -> torch.Tensor:
+        """A matrix on the device, for what is queued now."""
+        if self._slots[-1].index != index or not self._asked:
+            self._visit(index)
+        return self._slots[-1].weights[position]
 
     def _visit(self, index: int) -> None:
-        """Has block `index` ready, and starts to copy the block that comes next."""
-        if self._held[index % 2] != index:
-            self._load(index)
-        self._copy_stream.wait(self._arrivals[index % 2])
-        for tensor, view in zip(self._tensors[index], self._views[index], strict=True):
-            tensor.data = view
-        following, upcoming = self._following(index)
-        self._latest = index
-        # Never into this block's own buffer, as at the seam of two passes of an odd number of blocks.
-        if following % 2 != index % 2 and self._held[following % 2] != following:
-            self._load(following)
-        if upcoming not in self._held:
+        """Has piece `index` in the last slot, and starts to copy the piece that comes next into the other."""
+        place = next((place for place, slot in enumerate(self._slots) if slot.index == index), 0)
+        slot = self._slots[place]
+        if slot.index != index:
+            self._load(index, slot)
+        self._slots.append(self._slots.pop(place))
+        self._copy_stream.wait(slot.arrival)
+        following, upcoming = self._next_two(index)
+        if following is not None and not self._holds(following):
+            self._load(following, self._slots[0])
+        if upcoming is not None and not self._holds(upcoming):
             self._source.announce(upcoming)
 
-    def _following(self, index: int) -> tuple[int, int]:
-        """The block to copy while this one computes, and the one to copy after it; at worst it costs time."""
-        count = len(self._tensors)
-        if self._latest is not None and index == self._latest - 1:  # backward
-            if index > 1:
-                return index - 1, index - 2
-            return 0, min(2, count - 1)  # forward follows, and finds 0 and 1 here
-        if index < count - 2:
-            return index + 1, index + 2
-        if torch.is_grad_enabled():
-            return count - 1, max(count - 3, 0)  # backward follows, and finds the last two here
-        return (index + 1) % count, (index + 2) % count  # or a forward
+    def _holds(self, index: int) -> bool:
+        return any(slot.index == index for slot in self._slots)
 
-    def _load(self, index: int) -> None:
-        """Starts to copy block `index` into its buffer, whose block goes back to the host.
+    def _next_two(self, index: int) -> tuple[int | None, int | None]:
+        """The piece to copy while this one computes, and the one to copy after it; None where nobody knows."""
+        at = len(self._asked)
+        self._asked.append(index)
+        self._is_as_foreseen &= at < len(self._foreseen) and self._foreseen[at] == index
+        if not self._is_as_foreseen:
+            return None, None
+        if at + 1 == len(self._foreseen) and _is_recorded(self._device):
+            return None, None  # a graph ends with no copy under way
+        following, upcoming = (self._foreseen[(at + ahead) % len(self._foreseen)] for ahead in (1, 2))
+        return following, upcoming
 
-        All that the block there computed has been queued: in forward, as a later block is visited; in backward, as the
-        visit of an earlier block, which computes it anew, comes when autograd is through with the later one.
+    def _load(self, index: int, slot: _Slot) -> None:
+        """Starts to copy piece `index` into the slot.
+
+        All that multiplies with what is there now has been queued: whoever asks for a matrix uses it at once.
         """
-        slot = index % 2
-        leaving = self._held[slot]
-        if leaving is not None:
-            for tensor, host in zip(self._tensors[leaving], self._source.tensors(leaving), strict=True):
-                tensor.data = host
-            # Else autograd would take what is in the buffer then for the weight that it saved.
-            increment_version(self._tensors[leaving])
-        destination = self._buffers[slot][: self._source.sizes[index]]
-        self._arrivals[slot] = self._copy_stream.start(lambda: self._source.fill(index, destination))
-        self._held[slot] = index
+        slot.index = None  # should the copy fail
+        destination = slot.buffer[: self._source.sizes[index]]
+        slot.arrival = self._copy_stream.start(lambda: self._source.fill(index, destination))
+        slot.index, slot.weights = index, views(slot.buffer, self._like[index])
         self.copies += 1
+
+
+def _is_recorded(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    weight = ask()
+    place, start = weight.untyped_storage().data_ptr(), weight.storage_offset()
+
+    def pack(saved: torch.Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != place:
+            return saved  # autocast's copy of a matrix of another dtype
+        return saved.shape, saved.stride(), saved.storage_offset() - start  # transposed, in most cases
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        shape, stride, offset = packed
+        weight = ask()
+        return weight.as_strided(shape, stride, weight.storage_offset() + offset)
+
+    # A checkpoint's hooks see nothing that these have packed, in forward as when it is computed anew.
+    with saved_tensors_hooks(pack, unpack):
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+class _MultiplyPacked(torch.autograd.Function):
+    """What `bitsandbytes.matmul_4bit` does; but that one's matrix is kept where no hook sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any
+    ) -> torch.Tensor:
+        import bitsandbytes  # its import costs seconds, and only this needs it
+
+        ctx.ask, ctx.state = ask, state
+        return bitsandbytes.matmul_4bit(x, ask(), bias=bias, quant_state=state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        (gradient,) = gradients
+        unpacked = dequantize_4bit(ctx.ask().view(-1, 1), ctx.state).to(gradient.dtype)
+        return torch.matmul(gradient, unpacked), None, None, None
+
+
+def _forward_packed(
+    ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any, dtype: torch.dtype, x: torch.Tensor
+) -> torch.Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)

@@ -21,9 +21,10 @@ import torch
 from diffusers import AutoencoderKL
 
 Task = Literal["encode", "decode"]
-# Of the full model at 1024 × 1024 pixels on an H200, torch's reserved peak less the weights: GiB for each 1024² pixels,
-# cuDNN's workspaces included. By task: in float32, in float16 or bfloat16.
-WORKING_GIB = {"encode": (4.15, 2.03), "decode": (7.2, 3.53)}
+# GiB for each 1024² pixels, cuDNN's workspaces included. By task: in float32, in float16 or bfloat16. torch's reserved
+# peak less the weights was 2.69, 1.42, 3.69 and 1.81 for a whole picture on an H100, and up to a fifth more a pixel in
+# tiles (`benchmarks/stages.py encoders decoders`).
+WORKING_GIB = {"encode": (2.9, 1.6), "decode": (4.1, 2.2)}
 MEASURED_WIDTH = 128  # channels of the full model's feature maps at a picture's own resolution
 # A tile is 3/4 apart from the next: in all, tiles have 16/9 of a picture's pixels. They wait beside it and beside the
 # rows that are put together of them.

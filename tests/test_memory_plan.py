@@ -13,7 +13,7 @@ from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, o
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
-from sd3_lora.mapped_blocks import MappedBlocks
+from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import GIB
 from sd3_lora.memory_plan import (
     BasePlan,
@@ -27,7 +27,7 @@ from sd3_lora.memory_plan import (
 )
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
-from sd3_lora.streaming import stream_transformer
+from sd3_lora.streaming import pinned_bytes, stream_transformer
 
 import pytest
 import torch
@@ -133,12 +133,16 @@ def test_more_budget_is_never_a_slower_plan(files: ModelFiles, asked: memory_pla
 @pytest.mark.usefixtures("small")
 def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> None:
     plans = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
-    assert [plan.checkpointed for plan in plans] == [0, 1, 2, 3, 4, 5, 5, 5, 5]
-    assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 2
-    assert [plan.offload_inputs for plan in plans] == [False] * 6 + [True, False, True]
+    assert [plan.checkpointed for plan in plans] == [*2 * [0, 1, 2, 3, 4, 5, 5], 5]
+    assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 8
+    assert [plan.offload_inputs for plan in plans] == [*2 * [*[False] * 6, True], True]
+    assert [plan.has_room_for_graph for plan in plans] == [True] * 14 + [False]
+    assert plans[-2].peak_bytes - plans[-1].peak_bytes == pytest.approx(memory_plan.WORKSPACE_BYTES, rel=0.01)
     assert all(plan.base_precision is None for plan in plans)
     everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
-    assert [plan.checkpointed for plan in everywhere] == [6, 6, 6, 6]
+    assert [plan.checkpointed for plan in everywhere] == [6, 6, 6, 6, 6]
+    assert [plan.streamed for plan in everywhere] == [False, False, True, True, True]
+    assert [plan.offload_inputs for plan in everywhere] == [False, True, False, True, True]
     assert not any(plan.streamed for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, can_stream=False))
 
 
@@ -177,13 +181,16 @@ def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
     streamed = plan_denoising(files, shape, budget_of(resident.peak_bytes - 1))
     assert streamed.streamed
     assert streamed.peak_bytes < resident.peak_bytes
+    pieces = streamed_bytes(files, torch.float32)
+    saved = resident.parts["weights"] - streamed.parts["weights"]
+    assert saved == sum(pieces) - 2 * max(pieces)
     assert plan_denoising(files, shape, None).parts == {}
     assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
 
 
 def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = streamed_bytes(files, torch.float16)
-    enough = sum(blocks) + memory_plan.HOST_ROOM_BYTES
+    pieces = streamed_bytes(files, torch.float16)
+    enough = pinned_bytes(pieces) + memory_plan.HOST_ROOM_BYTES
 
     def plans(available: int) -> list[BasePlan]:
         monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: available)
@@ -197,11 +204,11 @@ def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monk
         assert mine.from_files == (theirs.streamed and theirs.base_precision is None)
         assert mine.parts == theirs.parts
     (*_, plan) = (plan for plan in large if plan.streamed and plan.base_precision is None)
-    assert plan.host_bytes == sum(blocks)
-    assert plan.sentence().startswith("base unchanged, streamed from host memory block by block (0.0 GiB pinned); ")
+    assert plan.host_bytes == pinned_bytes(pieces)
+    assert plan.sentence().startswith("base unchanged, streamed from host memory piece by piece (0.0 GiB pinned); ")
     (*_, plan) = (plan for plan in small if plan.from_files)
-    assert plan.host_bytes == 3 * max(blocks)
-    assert plan.sentence().startswith("base unchanged, streamed from the weight files block by block (0.0 GiB pinned)")
+    assert plan.host_bytes == pinned_bytes(3 * [max(pieces)])
+    assert plan.sentence().startswith("base unchanged, streamed from the weight files piece by piece (0.0 GiB pinned)")
     assert {plan.host_bytes for plan in large if not plan.streamed} == {0}
 
 
@@ -272,7 +279,7 @@ def test_every_plan_trains_to_the_same_bits(
     plain = train(script, stage_one, tmp_path / "plain")
     assert "plan:" not in plain.out
     plans = script_plans(files)
-    for index in (0, 3, 6, 7, 8):
+    for index in (0, 3, 6, 7, 9, 12, 13):
         folder = tmp_path / str(index)
         run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].peak_bytes))
         assert f"plan: {plans[index].sentence()}" in run.out
@@ -284,7 +291,7 @@ def test_every_plan_trains_to_the_same_bits(
         noted = json.loads((folder / "run.json").read_text())["plan"]
         assert noted["parts"] == plans[index].parts
         assert (noted["checkpointed"], noted["streamed"]) == (plans[index].checkpointed, plans[index].streamed)
-    assert done.count(("streamed",)) == 2
+    assert done.count(("streamed",)) == 4
 
 
 @pytest.mark.usefixtures("small")
@@ -324,17 +331,17 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         half = train(script, stage_one, tmp_path / "halves", "--max_train_steps", 2, *budget)
-    assert "plan: base unchanged, streamed from the weight files block by block (" in half.out
+    assert "plan: base unchanged, streamed from the weight files piece by piece (" in half.out
     noted = json.loads((half.folder / "run.json").read_text())["plan"]
     assert noted["from_files"]
-    assert noted["host_bytes"] == 3 * max(streamed_bytes(files, torch.float32))
+    assert noted["host_bytes"] == pinned_bytes(3 * [max(streamed_bytes(files, torch.float32))])
     assert half.losses == whole.losses[:2]
     run = train(
         script, stage_one, tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *budget
     )
-    assert "plan: base unchanged, streamed from host memory block by block (" in run.out
+    assert "plan: base unchanged, streamed from host memory piece by piece (" in run.out
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    assert [[type(source) for source in found] for found in sources] == [[MappedBlocks], []]
+    assert [[type(source) for source in found] for found in sources] == [[MappedPieces], []]
 
 
 def test_plan_prints_and_writes_nothing(
@@ -417,5 +424,5 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
     assert [len(words) for words in streams] == [2, 3]
-    assert isinstance(streams[1][2], MappedBlocks)
+    assert isinstance(streams[1][2], MappedPieces)
     assert draw("nf4", "--base_precision", "nf4") != resident

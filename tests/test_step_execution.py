@@ -16,6 +16,7 @@ from sd3_lora.step_execution import (
     choose_execution,
     compile_blocks,
 )
+from sd3_lora.streaming import stream_transformer
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
 from training_runs import Script, train, training_script
 
-RESIDENT = TrainingPlan(None, False, False, 0, {}, 0, 24, False)
+RESIDENT = TrainingPlan(None, False, False, 0, {}, 0, 24, False, True)
 STREAMED, NF4 = replace(RESIDENT, streamed=True), replace(RESIDENT, base_precision="nf4")
+FROM_FILES, TIGHT = replace(STREAMED, from_files=True), replace(STREAMED, has_room_for_graph=False)
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 
 
@@ -41,8 +43,10 @@ def chosen(asked, plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, befor
 def test_auto_records_what_a_graph_can_hold() -> None:
     assert chosen("auto") == (False, True)
     assert chosen("auto", plan=NF4) == (False, True)
-    assert chosen("auto", plan=STREAMED) == (False, False)
-    assert chosen("auto", plan=replace(RESIDENT, offload_inputs=True)) == (False, False)
+    assert chosen("auto", plan=STREAMED) == (False, True)
+    assert chosen("auto", plan=replace(RESIDENT, offload_inputs=True)) == (False, True)
+    assert chosen("auto", plan=FROM_FILES) == (False, False)
+    assert chosen("auto", plan=TIGHT) == (False, False)
     assert chosen("auto", dropout=0.1) == (False, False)
     assert chosen("auto", device=CPU) == (False, False)
 
@@ -73,7 +77,8 @@ def test_what_is_asked_for_is_done_or_refused() -> None:
     assert chosen("blocks", device=CPU) == (True, False)
     for words, reason in (
         ({"device": CPU}, "--compile graph: it needs a GPU: leave it out"),
-        ({"plan": STREAMED}, "--compile graph: what visits the device is copied by the host"),
+        ({"plan": FROM_FILES}, "--compile graph: the host reads what visits the device from files"),
+        ({"plan": TIGHT}, "--compile graph: its graph does not fit into the budget"),
         ({"dropout": 0.1}, "--compile graph: dropout is drawn by the host"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -174,16 +179,21 @@ def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPa
 
 
 @needs_gpu
-@pytest.mark.parametrize("checkpointed", [0, 5])
-def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int) -> None:
+@pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize(("checkpointed", "offload"), [(0, False), (5, False), (5, True)])
+def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, offload: bool, streamed: bool) -> None:
     results = []
     for recorded in (False, True):
-        transformer = make_transformer(dtype=torch.float16).to(GPU)
+        transformer = make_transformer(dtype=torch.float16)
+        if streamed and recorded:
+            stream_transformer(transformer, GPU)
+        else:
+            transformer.to(GPU)
         trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.float()
         flat = flatten_parameters(trained)
-        checkpoint_blocks(transformer, checkpointed)
+        checkpoint_blocks(transformer, checkpointed, offload)
         scaler = torch.amp.GradScaler("cuda")
 
         def compute(*words: torch.Tensor, transformer=transformer, scaler=scaler) -> torch.Tensor:

@@ -1,18 +1,17 @@
-"""The frozen tensors of blocks that stay in the weight files: for a host that cannot hold them all.
+"""Pieces of blocks that stay in the weight files: for a host that cannot hold them all.
 
 The files are mapped, so what of them fits into memory stays there, in the system's page cache, and the rest is read
-anew. Forward reads the blocks first to last and backward last to first, which finds the latest pages first.
+anew. Forward reads the pieces first to last and backward last to first, which finds the latest pages first.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sd3_lora.streaming import frozen_tensors, layout, pin, unpin, views, whole_pages
+from sd3_lora.streaming import Piece, layout, pinned_buffers, pinned_bytes, views
 from sd3_lora.tensor_files import TensorFiles
 
 import torch
@@ -21,14 +20,19 @@ import torch
 RING_SIZE = 3
 
 
+def ring_sizes(pieces: Sequence[int]) -> list[int]:
+    """The sizes of the ring's buffers, by those of the pieces."""
+    return [max(pieces)] * min(RING_SIZE, len(pieces))
+
+
 @dataclass(eq=False)
 class _Slot:
     """One buffer of the ring.
 
     Attributes:
-        buffer: uint8, as large as the largest block.
-        index: the block that is in it, or will be.
-        reading: done when the block is in it.
+        buffer: uint8, as large as the largest piece.
+        index: of the piece that is in it, or will be.
+        reading: done when the piece is in it.
         sent: behind the latest copy from it; None where no copy is under way.
     """
 
@@ -38,46 +42,39 @@ class _Slot:
     sent: torch.cuda.Event | None = None
 
 
-class MappedBlocks:
-    """The frozen tensors of each block, read from the mapped files into a ring of pinned buffers at each visit.
+class MappedPieces:
+    """The matrices of each piece, read from the mapped files into a ring of pinned buffers at each visit.
 
-    A thread of its own reads, so that a block that was announced comes from the disk while others are copied and
+    A thread of its own reads, so that a piece that was announced comes from the disk while others are copied and
     compute. It also is what waits until a buffer's copy to the device is through, before it reads into it.
 
     Args:
-        blocks: of a transformer that was loaded with `unread_blocks`. A LoRA may be attached.
+        pieces: of a transformer that was loaded with `unread_blocks`. A LoRA may be attached.
         device: that they will be copied to.
-        paths: the transformer's files. Where their dtype is another, each tensor is converted as it is read.
+        paths: the transformer's files. Where their dtype is another, each matrix is converted as it is read.
 
     Raises:
         UserError: the driver does not pin the ring. Later, from `fill`: a file was removed or changed.
     """
 
-    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device, paths: Sequence[Path]):
+    def __init__(self, pieces: Sequence[Piece], device: torch.device, paths: Sequence[Path]):
         self._weights = TensorFiles(paths)
-        self._names = [_names_in_files(index, block) for index, block in enumerate(blocks)]
-        self._unread = [[tensor.detach() for tensor in frozen_tensors(block)] for block in blocks]
+        self._names = [piece.names for piece in pieces]
+        self._unread = [piece.weights for piece in pieces]
         self.sizes = [layout(tensors)[-1] for tensors in self._unread]
-        count = min(RING_SIZE, len(self.sizes))
-        self.host_bytes = count * max(self.sizes)
-        self._slots: list[_Slot] = []  # the least recently used first
-        for _ in range(count):
-            slot = _Slot(whole_pages(max(self.sizes)))
-            if device.type == "cuda":
-                pin(slot.buffer, self.host_bytes)
-                # When the slot goes, which the thread may be the last to hold; not when this object goes.
-                weakref.finalize(slot, unpin, [slot.buffer.data_ptr()], device).atexit = False
-            self._slots.append(slot)
+        ring = ring_sizes(self.sizes)
+        self.host_bytes = pinned_bytes(ring)
+        self._slots = [_Slot(buffer) for buffer in pinned_buffers(ring, device)]  # the least recently used first
         self._thread = ThreadPoolExecutor(1, "weights")
 
     def announce(self, index: int) -> None:
-        """Has the thread read block `index`, unless it is in the ring already."""
+        """Has the thread read piece `index`, unless it is in the ring already."""
         self._slot(index)
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
-        """Queues the copy of block `index` into `destination`, uint8 of its size, on the current stream.
+        """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream.
 
-        Waits until it is read. That costs nothing if the block was announced and the device is busy for longer than a
+        Waits until it is read. That costs nothing if the piece was announced and the device is busy for longer than a
         read takes; else the device would have to wait for the files whoever waits here.
         """
         slot = self._slot(index)
@@ -85,12 +82,8 @@ class MappedBlocks:
         destination.copy_(slot.buffer[: self.sizes[index]], non_blocking=True)
         slot.sent = _record(destination.device)
 
-    def tensors(self, index: int) -> list[torch.Tensor]:
-        """NaN without memory, as `load_transformer` left the block's frozen tensors: nobody may compute with them."""
-        return self._unread[index]
-
     def _slot(self, index: int) -> _Slot:
-        """The slot that holds the block, or the one used longest ago, into which it will be read."""
+        """The slot that holds the piece, or the one used longest ago, into which it will be read."""
         slot = next((slot for slot in self._slots if slot.index == index), None)
         if slot is None:
             slot = self._slots[0]
@@ -118,10 +111,3 @@ def _record(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)  # else the thread would spin on a core while it waits
     event.record()
     return event
-
-
-def _names_in_files(index: int, block: torch.nn.Module) -> list[str]:
-    """The names of the block's frozen tensors, in the order of `frozen_tensors`."""
-    named = (*block.named_parameters(), *block.named_buffers())
-    # peft moves a layer that gets a LoRA into that as its base layer.
-    return [f"transformer_blocks.{index}.{n.replace('.base_layer.', '.')}" for n, t in named if not t.requires_grad]
