@@ -28,7 +28,7 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, DenoisingShape, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
-from sd3_lora.streaming import pieces_of, stream_transformer
+from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
 from sd3_lora.vae_norms import arrange_vae
 from sd3_lora.vae_tiles import choose_tile
@@ -204,7 +204,8 @@ def load_denoiser(
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
     host_or_device = torch.device("cpu") if plan.streamed else device
-    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size, plan.from_files)
+    unread = plan.streamed and plan.base_precision is None  # no file holds a base in 4 bits
+    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size, unread)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -223,11 +224,10 @@ def load_denoiser(
         transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
-    if plan.from_files:
-        paths = files.weight_files("transformer")
-        stream_transformer(transformer, device, MappedPieces(pieces_of(transformer.transformer_blocks), device, paths))
-    elif plan.streamed:
-        stream_transformer(transformer, device)
+    if plan.streamed:
+        pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
+        source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
+        stream_transformer(transformer, device, source)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -57,7 +57,7 @@ from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_ste
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
-from sd3_lora.streaming import pieces_of, stream_transformer
+from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (
     REFUSED_FLAGS,
@@ -393,16 +393,16 @@ def load_training(
     device, processes = accelerator.device, accelerator.num_processes
     host_or_device = torch.device("cpu") if plan.streamed else device
     latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
+    unread = plan.streamed and plan.base_precision is None  # no file holds a base in 4 bits
     transformer = load_transformer(
-        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), plan.from_files
+        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), unread
     )
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
-    if plan.from_files:
-        paths = files.weight_files("transformer")
-        stream_transformer(transformer, device, MappedPieces(pieces_of(transformer.transformer_blocks), device, paths))
-    elif plan.streamed:
-        stream_transformer(transformer, device)
+    if plan.streamed:
+        pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
+        source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
+        stream_transformer(transformer, device, source)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)

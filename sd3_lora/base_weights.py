@@ -52,8 +52,8 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        unread_blocks: whether the matrices of the blocks stay in the files, for `MappedPieces` to read; here they are
-            NaN, on the host, and take no memory. Not in 4 bits.
+        unread_blocks: whether the matrices of the blocks stay in the files, for what streams them to read; here they
+            are NaN, on the host, and take no memory. Not in 4 bits.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one

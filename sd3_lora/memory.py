@@ -83,8 +83,14 @@ def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        if hasattr(torch.accelerator, "empty_host_cache"):  # since torch 2.10; else pinned memory is kept for later use
-            torch.accelerator.empty_host_cache()
+        _free_pinned_memory()
+
+
+def _free_pinned_memory() -> None:
+    if hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+    elif hasattr(torch._C, "_host_emptyCache"):  # what torch before 2.12 has instead
+        torch._C._host_emptyCache()
 
 
 class PeakSampler:

@@ -45,12 +45,13 @@ WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
+# A graph has pages of its own, and for the stream on which inputs leave and come as well.
+GRAPH_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # How many blocks' inputs are on the device at a time when they are sent to the host: this block's, the one that leaves,
 # and in backward the one that arrives.
 INPUTS_IN_FLIGHT = 3
-# Of the host's memory, what a streamed base leaves: for Python and its libraries, the inputs that are sent there, and
-# the piece that is in memory twice while it is pinned.
+# Of the host's memory, what a streamed base leaves: for Python and its libraries, and the inputs that are sent there.
 HOST_ROOM_BYTES = 2 * GIB
 
 
@@ -403,6 +404,8 @@ def _predict(
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
+    if offload_inputs and room_for_graph:
+        fragments += GRAPH_UNUSED_BYTES
     parts["unused between them"] = _unused(parts, base.streamed) + fragments
     where = base.streamed, base.from_files, base.host_bytes
     return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs, room_for_graph)

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from sd3_lora.command_line import UserError
 from sd3_lora.copy_stream import Copy, CopyStream
 from sd3_lora.memory import GIB, round_up
+from sd3_lora.tensor_files import TensorFiles
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -102,25 +104,28 @@ def stream_transformer(
 class PinnedPieces:
     """The matrices of each piece in the host's memory; pinned where the device is a GPU.
 
-    The layers' own memory is freed as it is taken over: beside all pieces there is one twice at most.
-
     Args:
-        pieces: whose matrices are taken over, and are left pointing at the host's buffers.
+        pieces: whose matrices are left pointing at it.
         device: that they will be copied to.
+        paths: the files of a transformer that was loaded with `unread_blocks`: the matrices are read from there, one at
+            a time, in the layers' dtype. Without any, the layers' own matrices are taken over: their memory is freed
+            meanwhile, so that beside all pieces there is one twice at most.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device):
+    def __init__(self, pieces: Sequence[Piece], device: torch.device, paths: Sequence[Path] = ()):
         self.sizes = [layout(piece.weights)[-1] for piece in pieces]
         self.host_bytes = pinned_bytes(self.sizes)
         self._buffers: list[torch.Tensor] = []
-        for piece, buffer in zip(pieces, pinned_buffers(self.sizes, device), strict=True):
-            for layer, view in zip(piece.layers, views(buffer, piece.weights), strict=True):
-                view.copy_(layer.weight.detach())
-                layer.weight.data = view
-            self._buffers.append(buffer)
+        with TensorFiles(paths) as files:
+            for piece, buffer in zip(pieces, pinned_buffers(self.sizes, device), strict=True):
+                found = [files.tensor(name) for name in piece.names] if paths else piece.weights
+                for layer, view, value in zip(piece.layers, views(buffer, piece.weights), found, strict=True):
+                    view.copy_(value)
+                    layer.weight.data = view
+                self._buffers.append(buffer)
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
@@ -132,7 +137,7 @@ class PinnedPieces:
 
 def _slabs(sizes: Sequence[int]) -> list[list[int]]:
     """The sizes, in their order, by the slab that they share."""
-    capacity = max(_SLAB_BYTES, _power_of_two(max(sizes)))
+    capacity = max(_SLAB_BYTES, _power_of_two(8 * max(sizes)))  # little of it is left over
     slabs: list[list[int]] = [[]]
     for size in sizes:
         if sum(slabs[-1]) + size > capacity:

@@ -84,15 +84,20 @@ def test_files_of_another_dtype_are_converted_as_they_are_read(
 ) -> None:
     paths = save_base(tmp_path, dtype=saved)
     results = []
-    for source in ("resident", "pinned", "mapped"):
-        transformer = make_unread(dtype=dtype) if source == "mapped" else make_transformer(dtype=dtype)
+    for source in ("resident", "pinned", "read and pinned", "mapped"):
+        unread = source in ("read and pinned", "mapped")
+        transformer = make_unread(dtype=dtype) if unread else make_transformer(dtype=dtype)
         with TensorFiles(paths) as weights:
             for name, parameter in transformer.named_parameters():
-                is_unread = source == "mapped" and name.startswith("transformer_blocks.") and parameter.dim() == 2
+                is_unread = unread and name.startswith("transformer_blocks.") and parameter.dim() == 2
                 if ".lora_" not in name and not is_unread:
                     parameter.data = weights.tensor(name.replace(".base_layer.", ".")).to(dtype)
         if source == "pinned":
             stream_transformer(transformer, CPU)
+        elif source == "read and pinned":
+            pieces = pieces_of(transformer.transformer_blocks)
+            stream_transformer(transformer, CPU, PinnedPieces(pieces, CPU, paths))
+            assert not any(weight.isnan().any() for piece in pieces for weight in piece.weights)
         elif source == "mapped":
             stream(transformer, paths)
         checkpoint_blocks(transformer, BLOCKS)

@@ -27,7 +27,7 @@ from sd3_lora.memory_plan import (
 )
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
-from sd3_lora.streaming import pinned_bytes, stream_transformer
+from sd3_lora.streaming import PinnedPieces, pinned_bytes, stream_transformer
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ def files() -> ModelFiles:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the fixed allowances, which are larger than the miniature; on a host that holds everything."""
-    monkeypatch.setattr(memory_plan, "UNUSED_BYTES", 0)
+    for allowance in ("UNUSED_BYTES", "GRAPH_UNUSED_BYTES"):
+        monkeypatch.setattr(memory_plan, allowance, 0)
     monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 1 << 40)
 
 
@@ -137,7 +138,8 @@ def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> N
     assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 8
     assert [plan.offload_inputs for plan in plans] == [*2 * [*[False] * 6, True], True]
     assert [plan.has_room_for_graph for plan in plans] == [True] * 14 + [False]
-    assert plans[-2].peak_bytes - plans[-1].peak_bytes == pytest.approx(memory_plan.WORKSPACE_BYTES, rel=0.01)
+    graph = memory_plan.WORKSPACE_BYTES + memory_plan.GRAPH_UNUSED_BYTES
+    assert plans[-2].peak_bytes - plans[-1].peak_bytes == pytest.approx(graph, rel=0.01)
     assert all(plan.base_precision is None for plan in plans)
     everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
     assert [plan.checkpointed for plan in everywhere] == [6, 6, 6, 6, 6]
@@ -341,7 +343,7 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
     )
     assert "plan: base unchanged, streamed from host memory piece by piece (" in run.out
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    assert [[type(source) for source in found] for found in sources] == [[MappedPieces], []]
+    assert [[type(source) for source in found] for found in sources] == [[MappedPieces], [PinnedPieces]]
 
 
 def test_plan_prints_and_writes_nothing(
@@ -419,10 +421,9 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [len(words) for words in streams] == [2]
+    assert [type(source) for _, _, source in streams] == [PinnedPieces]
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [len(words) for words in streams] == [2, 3]
-    assert isinstance(streams[1][2], MappedPieces)
+    assert [type(source) for _, _, source in streams] == [PinnedPieces, MappedPieces]
     assert draw("nf4", "--base_precision", "nf4") != resident

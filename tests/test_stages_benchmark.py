@@ -52,7 +52,8 @@ def test_latents_are_those_of_the_reference_s_way(rows: Callable[..., Rows]) -> 
         assert row["mean_relative"] < (0.01 if row["name"] == "fp16" else 0.001)
         assert row["mean_max"] > 0 or row["name"] == "fp32"
         assert row["std_relative"] < 0.01
-        assert row["ratio"] == pytest.approx(row["reference_s"] / row["elapsed_s"], rel=0.2)  # of rounded seconds
+        rounded = 0.005 * (2 + row["ratio"])
+        assert row["ratio"] * row["elapsed_s"] == pytest.approx(row["reference_s"], abs=rounded)
         assert 0 < row["encode_s"] < row["elapsed_s"]
 
 
@@ -69,13 +70,12 @@ def test_embeddings_are_those_of_the_stock_pipeline(rows: Callable[..., Rows]) -
 
 
 def test_encoders_are_compared_with_exact_float32(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = ((torch.float32, False, 1, ""), (torch.float16, True, 4, "cudnn.benchmark"))
+    cases = ((torch.float32, False, 1, ""), (torch.float16, True, 4, stages.SPREAD))
     monkeypatch.setattr(stages, "ENCODERS", cases)
     exact, half = rows("encoders")
     assert exact["mean_max"] == exact["std_max"] == 0
     assert 0 < half["mean_relative"] < 0.01
     assert half["ms_an_item"] > 0
-    assert not torch.backends.cudnn.benchmark
 
 
 def test_the_job_is_reckoned_to_500_steps(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
@@ -176,6 +178,50 @@ def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPa
     assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
     with pytest.raises(RuntimeError, match=reason):
         RecordedStep(compute, flat.grad, asked=True)(torch.ones(3))
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: replayed, the step is computed once more, or goes wrong."""
+
+    error = 0.0
+
+    def replay(self) -> None:
+        self.step._loss = self.step._compute(*self.step._inputs)
+        self.step._gradient += self.error
+
+
+@pytest.mark.parametrize("error", [0.0, 0.001, 0.1])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_replay_that_gives_other_numbers_is_not_used(
+    error: float, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    flat = flatten_parameters([parameter])
+    assert flat.grad is not None
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        loss = (parameter * x).sum()
+        loss.backward()
+        return loss.detach()
+
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    said: list[str] = []
+    step = RecordedStep(compute, flat.grad, asked, said.append)
+    monkeypatch.setattr(FakeGraph, "error", error)
+    monkeypatch.setattr(FakeGraph, "step", step, raising=False)
+    if error > 0.01 and asked:
+        with pytest.raises(RuntimeError, match="other numbers"):
+            step(torch.full((3,), 2.0))
+        return
+    assert step(torch.full((3,), 2.0)).item() == 6.0
+    assert flat.grad.tolist() == pytest.approx([2.0 + (error if error < 0.01 else 0)] * 3)
+    reason = "its replay gives other numbers than the plain step"
+    assert said == ([f"not replayed as a graph ({reason}); kernels are started one by one"] if error > 0.01 else [])
 
 
 @needs_gpu
