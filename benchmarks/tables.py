@@ -74,7 +74,7 @@ def memory_table(result: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     seen = set()
-    for row in result["rows"]:
+    for row in _measured_rows(result):
         what = _what(row)
         key = (what, row["model"], row["resolution"], row["batch"], row["rank"])
         if "measured_gib" not in row or key in seen:
@@ -99,7 +99,7 @@ def _what(row: dict[str, Any]) -> str:
     if row.get("script") == "inference.py":
         return f"{row['name'].replace('draw', 'a whole picture')}"
     base, _, blocks = row["plan"].partition("; ")
-    base = re.sub(r" block by block( \(.* pinned\))?$", "", base)  # pinned: not told by the first results
+    base = re.sub(r" (block by block|piece by piece \(.* pinned\))$", "", base)  # as the plan said it before and after
     base = base.removeprefix("base ").replace(", on the device", "").replace("unchanged", "16-bit")
     base = base.replace("16-bit, streamed from host memory", "16-bit streamed")
     return f"{base.replace('in 4 bits (nf4)', 'nf4')}, {blocks.split(' computed')[0]} anew"

@@ -14,7 +14,17 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 import tables
 
 
-@pytest.mark.parametrize(("document", "count"), [("README.md", 5), ("docs/memory.md", 2), ("miniature/README.md", 1)])
+@pytest.mark.parametrize(
+    ("document", "count"),
+    [
+        ("README.md", 5),
+        ("docs/memory.md", 3),
+        ("docs/stages.md", 2),
+        ("docs/scaling.md", 1),
+        ("docs/speed.md", 2),
+        ("miniature/README.md", 1),
+    ],
+)
 def test_each_table_of_a_document_is_what_its_command_prints(document, count, capsys):
     text = (PROJECT / document).read_text(encoding="utf-8")
     found = re.findall(r"<!-- python benchmarks/tables\.py (\S+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
