@@ -255,6 +255,7 @@ class StreamedBlocks:
         self._foreseen: list[int] = []
         self._asked: list[int] = []
         self._is_as_foreseen = True
+        self._was_recorded = False
         self.device_bytes = 2 * largest
         self.host_bytes = self._source.host_bytes
         self.copies = 0
@@ -274,9 +275,13 @@ class StreamedBlocks:
 
     def begin_pass(self) -> None:
         """Says that the transformer is called."""
-        if _is_recorded(self._device):
-            for slot in self._slots:  # the graph is to bring all that it needs, whatever is here when it is replayed
+        is_recorded = _is_recorded(self._device)
+        if is_recorded or self._was_recorded:
+            # A graph brings all that it needs, whatever is here when it is replayed; and nothing outside of it can wait
+            # for its copies.
+            for slot in self._slots:
                 slot.index = None
+        self._was_recorded = is_recorded
         has_gradient = torch.is_grad_enabled()
         self._asked = []
         self._foreseen = self._remembered[has_gradient]

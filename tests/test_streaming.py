@@ -454,6 +454,25 @@ def test_memory_is_pinned_for_a_gpu_and_a_driver_that_refuses_is_told(monkeypatc
     assert asked == [False, True]
 
 
+def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = make_transformer()
+    streamed = stream_transformer(transformer, CPU)
+    checkpoint_blocks(transformer, BLOCKS)
+    copies, loaded = [], []
+    monkeypatch.setattr(
+        streamed, "_load", lambda index, slot: loaded.append(index) or StreamedBlocks._load(streamed, index, slot)
+    )
+    for recorded in (False, False, False, True, True, False, False):
+        monkeypatch.setattr(sd3_lora.streaming, "_is_recorded", lambda _, recorded=recorded: recorded)
+        before = len(loaded)
+        transformer(**inputs(0, CPU)).sample.square().mean().backward()
+        copies.append(loaded[before:])
+    _, _, steady, first, second, after, again = copies
+    assert again == steady
+    assert first == second == [0, *steady[:-1]]  # nothing from before; nothing for what comes after
+    assert after == [0, *steady]
+
+
 # On a GPU
 
 
