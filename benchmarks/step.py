@@ -333,7 +333,8 @@ def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for case in (
         Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT),
-        Case("ours", 128, (), "miniature", 2, precision="no"),
+        Case("ours", 128, ours("off"), "miniature", 2, precision="no"),
+        Case("ours, compiled", 128, ours("blocks"), "miniature", 2, precision="no"),  # needs a C++ compiler
     ):
         output = folder / "output"
         shutil.rmtree(output, ignore_errors=True)
@@ -344,7 +345,7 @@ def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         if case.script:
             row = run_peer(case.script, [*shared, *data], output, flags)
         else:
-            row = run_miniature(shared, data, folder, flags)
+            row = run_miniature([*shared, *case.flags], data, folder, flags)
         rows.append({**asdict(case), **row})
     return rows
 
