@@ -186,7 +186,14 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     existing = read_existing(output_path, config.overwrite)
     kept = existing.precision if existing else None
     plan = choose_text_encoder_plan(
-        files, device, budget, config.max_sequence_length, config.t5_precision, config.t5_stream, kept
+        files,
+        device,
+        budget,
+        config.max_sequence_length,
+        config.t5_precision,
+        config.t5_stream,
+        kept,
+        min(len(roles), chunk_size(len(roles), processes.count)),
     )
     plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}

@@ -170,7 +170,9 @@ def embed(
     if not missing:
         print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
         return known
-    plan = choose_text_encoder_plan(files, device, budget, length, config.t5_precision, config.t5_stream)
+    plan = choose_text_encoder_plan(
+        files, device, budget, length, config.t5_precision, config.t5_stream, prompts=len(missing)
+    )
     print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
     return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]

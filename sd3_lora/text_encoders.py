@@ -60,6 +60,8 @@ class TextEncoderPlan:
         device: where they run.
         batch_size: prompts in one forward. Kernels round differently for another one (by 1e-6), so the answers are
             those of resident encoders with the same; the last batch has always been smaller.
+        kept_prompts: of so many prompts a streamed T5's hidden states stay on the device from half block to half block,
+            instead of going to the host and back; 0 for none.
     """
 
     t5_precision: T5Precision
@@ -67,6 +69,7 @@ class TextEncoderPlan:
     max_sequence_length: int
     device: torch.device
     batch_size: int = BATCH_SIZE
+    kept_prompts: int = 0
 
     @property
     def clip_dtype(self) -> torch.dtype:
@@ -75,10 +78,13 @@ class TextEncoderPlan:
 
     def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
         """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
+        width = files.read_config("text_encoder_3")["d_model"] if self.kept_prompts else 0
+        hidden = {"hidden states": self.kept_prompts * self.max_sequence_length * width * torch.float32.itemsize}
         return {
             "CUDA": budget.context_bytes,
             "text encoder": encoder_bytes(files, self),
             "working memory": working_bytes(files, self),
+            **(hidden if self.kept_prompts else {}),
         }
 
 
@@ -90,6 +96,7 @@ def choose_text_encoder_plan(
     asked: T5Precision | None,
     stream: bool,
     kept: str | None = None,
+    prompts: int = 0,
     say: Callable[[str], None] = print,
 ) -> TextEncoderPlan:
     """The plan that was asked for, or the default, made to fit the device.
@@ -104,6 +111,7 @@ def choose_text_encoder_plan(
         asked: `--t5_precision`, None for the default: the `kept` one, else int8 on a GPU and fp32 on a CPU.
         stream: `--t5_stream`.
         kept: the precision of an embeddings file that exists already.
+        prompts: the most that are encoded together; those of a streamed T5 stay on a GPU if they fit.
         say: told why the plan differs from the default.
 
     Raises:
@@ -133,6 +141,10 @@ def choose_text_encoder_plan(
             plan = replace(plan, t5_stream=True)
     if budget is None:
         return plan
+    if plan.t5_stream and device.type == "cuda":
+        resting = replace(plan, kept_prompts=prompts)
+        if sum(resting.predicted_parts(files, budget).values()) <= budget.total_bytes:
+            return resting
     while sum(plan.predicted_parts(files, budget).values()) > budget.total_bytes:
         if plan.batch_size == 1:
             raise too_small(f"T5 in {describe_t5(plan)}", sum(plan.predicted_parts(files, budget).values()))
@@ -350,7 +362,10 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
     dtype, device = DTYPES[plan.t5_precision], plan.device
     encoder = _empty_t5(files, dtype)
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
-        hidden = [weights.rows("shared.weight", ids).to(dtype) for ids in token_ids.split(plan.batch_size)]  # (B, T, D)
+        is_kept = len(token_ids) <= plan.kept_prompts
+        place = device if is_kept else torch.device("cpu")
+        pieces = token_ids.split(plan.batch_size)
+        hidden = [weights.rows("shared.weight", ids).to(place, dtype) for ids in pieces]  # (B, T, D)
         room = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
         position_bias = None  # (1, heads, T, T): made by the first block, shared by all
         halves = read_ahead(read_halves(weights, encoder.block))
@@ -359,10 +374,10 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
             for i, batch in enumerate(hidden):
                 states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)
                 position_bias = bias if position_bias is None else position_bias
-                if states.dtype == batch.dtype:
+                if states.dtype == batch.dtype and not is_kept:
                     batch.copy_(states)  # into memory that is there: to map pages anew takes longer than to copy
                 else:
-                    hidden[i] = states.cpu()
+                    hidden[i] = states.to(place)
                 del states
             half.leave()
         name = "final_layer_norm"

@@ -160,6 +160,8 @@ def test_streamed_t5_equals_the_resident_one_bit_for_bit(files: ModelFiles, prec
     assert whole.dtype == streamed.dtype
     assert torch.equal(whole, streamed)
     assert whole.abs().sum() > 0
+    kept = replace(plan(precision, stream=True), kept_prompts=len(ids))
+    assert torch.equal(encode_t5_streamed(files, ids, kept), whole)
 
 
 def test_streamed_t5_is_read_from_several_files(tiny_sd3: Path, files: ModelFiles, tmp_path: Path) -> None:
@@ -392,6 +394,20 @@ def test_streamed_within_a_budget_as_many_prompts_at_a_time_as_fit(
         seen.append(chosen.batch_size)
     assert list(dict.fromkeys(seen)) == sizes
     assert choose(big_files, CUDA, AMPLE, "fp16", True, length=length)[0].batch_size == BATCH_SIZE
+
+
+def test_hidden_states_stay_on_a_gpu_where_there_is_room(big_files: ModelFiles, files: ModelFiles) -> None:
+    def chosen(beyond: int, device: torch.device = CUDA) -> TextEncoderPlan:
+        budget = budget_of(big_files, "fp16", True, beyond)
+        return choose(big_files, device, budget, "fp16", True, None, 100)[0]
+
+    hidden = 100 * 77 * 4096 * 4
+    assert chosen(hidden).kept_prompts == 100
+    assert chosen(hidden).predicted_parts(big_files, AMPLE)["hidden states"] == hidden
+    assert chosen(hidden - 1) == chosen(0) == TextEncoderPlan("fp16", True, 77, CUDA)
+    assert "hidden states" not in chosen(0).predicted_parts(big_files, AMPLE)
+    assert chosen(hidden, CPU).kept_prompts == 0
+    assert choose(big_files, CUDA, AMPLE, "fp16", False, None, 100)[0].kept_prompts == 0  # resident
 
 
 @pytest.mark.parametrize("length", [77, 256])
