@@ -229,7 +229,7 @@ def load_denoiser(
     if plan.streamed:
         pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source)
+        stream_transformer(transformer, device, source, plan.buffers)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

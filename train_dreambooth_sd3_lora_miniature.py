@@ -402,7 +402,7 @@ def load_training(
     if plan.streamed:
         pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source)
+        stream_transformer(transformer, device, source, plan.buffers)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)

@@ -48,6 +48,8 @@ UNUSED_BYTES = 48 * 1024**2
 # A graph has pages of its own, and for the stream on which inputs leave and come as well.
 GRAPH_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
+# For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
+STREAM_BUFFERS = (6, 4, 3, 2)
 # How many blocks' inputs are on the device at a time when they are sent to the host: this block's, the one that leaves,
 # and in backward the one that arrives.
 INPUTS_IN_FLIGHT = 3
@@ -144,17 +146,23 @@ class BasePlan:
 
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        streamed: whether the blocks' frozen matrices stay on the host and visit the device.
+        buffers: for how many pieces of the blocks there is room on the device, which visit it from the host; 0 if all
+            are there.
         from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
         host_bytes: of the host's memory, what is pinned for them.
         parts: the predicted peak in bytes, by part.
     """
 
     base_precision: BasePrecision | None
-    streamed: bool
+    buffers: int
     from_files: bool
     host_bytes: int
     parts: dict[str, int]
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the blocks' frozen matrices stay on the host and visit the device."""
+        return self.buffers > 0
 
     @property
     def peak_bytes(self) -> int:
@@ -167,7 +175,8 @@ class BasePlan:
         if not self.streamed:
             return f"base {base}, on the device"
         source = "the weight files" if self.from_files else "host memory"
-        return f"base {base}, streamed from {source} piece by piece ({self.host_bytes / GIB:.1f} GiB pinned)"
+        held = f"{self.host_bytes / GIB:.1f} GiB pinned, {self.buffers} pieces on the device"
+        return f"base {base}, streamed from {source} piece by piece ({held})"
 
 
 @dataclass(frozen=True)
@@ -198,7 +207,7 @@ _Plan = TypeVar("_Plan", bound=BasePlan)
 def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, False, False, 0, {}, blocks if all_checkpointed else 0, blocks, False, True)
+    return TrainingPlan(precision, 0, False, 0, {}, blocks if all_checkpointed else 0, blocks, False, True)
 
 
 def plan_training(
@@ -245,7 +254,7 @@ def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | No
 class _Base(NamedTuple):
     """Where the base's weights are, and how many bytes of them."""
 
-    streamed: bool
+    buffers: int
     from_files: bool
     host_bytes: int
     device_bytes: int
@@ -256,17 +265,18 @@ def _place_base(
     dtype: torch.dtype,
     precision: BasePrecision | None,
     latent_size: tuple[int, int],
-    streamed: bool,
+    buffers: int,
 ) -> _Base:
-    """On the device; or, of the blocks' matrices, two buffers there, and all on the host, or in the files."""
+    """On the device; or, of the blocks' matrices, some buffers there, and all on the host, or in the files."""
     whole = base_bytes(files, dtype, precision, latent_size)
-    if not streamed:
-        return _Base(False, False, 0, whole)
+    if not buffers:
+        return _Base(0, False, 0, whole)
     pieces = streamed_bytes(files, dtype, precision)
     # No file holds 4-bit weights: they are made as they are loaded.
     from_files = precision is None and pinned_bytes(pieces) + HOST_ROOM_BYTES > available_host_bytes()
     pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
-    return _Base(True, from_files, pinned, whole - sum(pieces) + 2 * max(pieces))
+    buffers = min(buffers, len(pieces))
+    return _Base(buffers, from_files, pinned, whole - sum(pieces) + buffers * max(pieces))
 
 
 def plan_denoising(
@@ -287,21 +297,22 @@ def plan_denoising(
         UserError: nothing fits; says the smallest budget that would do.
     """
     if budget is None:
-        return BasePlan("nf4" if asked == "nf4" else None, False, False, 0, {})
+        return BasePlan("nf4" if asked == "nf4" else None, 0, False, 0, {})
     resident: list[BasePlan] = []
     streamed: list[BasePlan] = []
     for precision in _PRECISIONS[asked]:
         working = simulate_denoising(files.read_config("transformer"), shape, precision)
-        for is_streamed, found in ((False, resident), (True, streamed)):
-            base = _place_base(files, shape.dtype, precision, shape.latent_size, is_streamed)
+        for buffers in (0, *STREAM_BUFFERS):
+            base = _place_base(files, shape.dtype, precision, shape.latent_size, buffers)
             parts = {
                 "CUDA": budget.context_bytes,
                 "weights": base.device_bytes,
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
-            parts["unused between them"] = _unused(parts, is_streamed)
-            found.append(BasePlan(precision, is_streamed, base.from_files, base.host_bytes, parts))
+            parts["unused between them"] = _unused(parts, buffers > 0)
+            plan = BasePlan(precision, base.buffers, base.from_files, base.host_bytes, parts)
+            (streamed if buffers else resident).append(plan)
     chosen = _first_that_fits([*resident, *streamed], budget)
     if chosen:
         return chosen
@@ -370,14 +381,14 @@ def list_plans(
         most = count if all_checkpointed else count - 1
         place = partial(_place_base, files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
         plan = partial(_predict, step, shape, budget, precision)
-        on_device = place(streamed=False)
+        on_device = place(buffers=0)
         resident += [plan(on_device, k) for k in range(most if all_checkpointed else 0, most + 1)]
         resident.append(plan(on_device, most, offload_inputs=True))
         if can_stream:
-            visiting = place(streamed=True)
-            streamed += [plan(visiting, k) for k in range(most if all_checkpointed else 0, most + 1)]
-            streamed.append(plan(visiting, most, offload_inputs=True))
-            streamed.append(plan(visiting, most, offload_inputs=True, room_for_graph=False))
+            visiting = [place(buffers=buffers) for buffers in STREAM_BUFFERS]
+            streamed += [plan(visiting[0], k) for k in range(most if all_checkpointed else 0, most + 1)]
+            streamed += [plan(base, most, offload_inputs=True) for base in visiting]
+            streamed.append(plan(visiting[-1], most, offload_inputs=True, room_for_graph=False))
     return resident + streamed
 
 
@@ -406,8 +417,8 @@ def _predict(
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
     if offload_inputs and room_for_graph:
         fragments += GRAPH_UNUSED_BYTES
-    parts["unused between them"] = _unused(parts, base.streamed) + fragments
-    where = base.streamed, base.from_files, base.host_bytes
+    parts["unused between them"] = _unused(parts, base.buffers > 0) + fragments
+    where = base.buffers, base.from_files, base.host_bytes
     return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs, room_for_graph)
 
 

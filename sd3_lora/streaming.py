@@ -1,9 +1,12 @@
 """A frozen base whose matrices live on the host and visit the device, a piece of a block at a time.
 
 A piece is what one part of a block multiplies with: its attention, a feed-forward network, a modulation. The device
-holds two buffers, each as large as the largest piece. While a piece computes in one, the piece that is needed next is
-copied into the other. Forward needs the pieces first to last; backward computes a checkpointed block anew, and then
-needs its pieces last to first, to send gradients back through them.
+holds two buffers or more, each as large as the largest piece. While a piece computes in one, those that are needed
+next are copied into the others. Forward needs the pieces first to last; backward computes a checkpointed block anew,
+and then needs its pieces last to first, to send gradients back through them.
+
+Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
+With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention.
 """
 
 from __future__ import annotations
@@ -79,7 +82,7 @@ class PieceSource(Protocol):
 
 
 def stream_transformer(
-    transformer: SD3Transformer2DModel, device: torch.device, source: PieceSource | None = None
+    transformer: SD3Transformer2DModel, device: torch.device, source: PieceSource | None = None, buffers: int = 2
 ) -> StreamedBlocks:
     """Moves to the device all but the matrices of the blocks, which will visit it.
 
@@ -87,12 +90,13 @@ def stream_transformer(
         transformer: on the host, its LoRA attached. It must not be moved afterwards, nor get other layers.
         device: where it computes.
         source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
+        buffers: on the device.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
     pieces = pieces_of(transformer.transformer_blocks)
-    streamed = StreamedBlocks(pieces, device, source)
+    streamed = StreamedBlocks(pieces, device, source, buffers)
     visiting = {id(layer.weight) for piece in pieces for layer in piece.layers}
     for tensor in (*transformer.parameters(), *transformer.buffers()):
         if id(tensor) not in visiting:
@@ -228,35 +232,41 @@ class StreamedBlocks:
         pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
         device: where they compute.
         source: of the matrices; None for `PinnedPieces`.
+        buffers: on the device, 2 or more: while a piece computes in one, those that come next are copied into the
+            others.
 
     Attributes:
-        device_bytes: what the two buffers hold.
+        device_bytes: what the buffers hold.
         host_bytes: what of the host's memory the source has pinned.
         copies: how many pieces have been copied to the device so far.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device, source: PieceSource | None = None):
+    def __init__(
+        self, pieces: Sequence[Piece], device: torch.device, source: PieceSource | None = None, buffers: int = 2
+    ):
         self._source: PieceSource = source or PinnedPieces(pieces, device)
         self._like = [piece.weights for piece in pieces]
         self._device = device
         self._copy_stream = CopyStream(device)
         largest = max(self._source.sizes)
-        self._slots: list[_Slot] = []  # the least recently visited first
+        count = min(buffers, len(pieces))
+        self._slots: list[_Slot] = []  # the one used longest ago first
 
         def make_slots() -> None:
             # In the copy stream's pool: a copy that is under way when all this is dropped cannot hit others' memory.
             self._slots += [
-                _Slot(torch.empty(largest, dtype=torch.uint8, device=device), None, [], Copy()) for _ in range(2)
+                _Slot(torch.empty(largest, dtype=torch.uint8, device=device), None, [], Copy()) for _ in range(count)
             ]
 
         self._copy_stream.start(make_slots)
+        self._current: _Slot | None = None
         # By whether there is a gradient: the pieces that the last such pass asked for.
         self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
         self._foreseen: list[int] = []
         self._asked: list[int] = []
         self._is_as_foreseen = True
         self._was_recorded = False
-        self.device_bytes = 2 * largest
+        self.device_bytes = count * largest
         self.host_bytes = self._source.host_bytes
         self.copies = 0
         for index, piece in enumerate(pieces):
@@ -282,6 +292,7 @@ class StreamedBlocks:
             for slot in self._slots:
                 slot.index = None
         self._was_recorded = is_recorded
+        self._current = None
         has_gradient = torch.is_grad_enabled()
         self._asked = []
         self._foreseen = self._remembered[has_gradient]
@@ -290,49 +301,55 @@ class StreamedBlocks:
 
     def _weight(self, index: int, position: int) -> torch.Tensor:
         """A matrix on the device, for what is queued now."""
-        if self._slots[-1].index != index or not self._asked:
-            self._visit(index)
-        return self._slots[-1].weights[position]
+        if self._current is None or self._current.index != index:
+            self._current = self._visit(index)
+        return self._current.weights[position]
 
-    def _visit(self, index: int) -> None:
-        """Has piece `index` in the last slot, and starts to copy the piece that comes next into the other."""
-        place = next((place for place, slot in enumerate(self._slots) if slot.index == index), 0)
-        slot = self._slots[place]
-        if slot.index != index:
-            self._load(index, slot)
-        self._slots.append(self._slots.pop(place))
+    def _visit(self, index: int) -> _Slot:
+        """The slot of piece `index`, which is there for what is queued from now on; starts to copy what comes next."""
+        *coming, later = self._foresee(index)
+        wanted = [index, *(piece for piece in coming if piece is not None)]
+        slot = self._bring(index, wanted)
+        self._slots.remove(slot)
+        self._slots.append(slot)
         self._copy_stream.wait(slot.arrival)
-        following, upcoming = self._next_two(index)
-        if following is not None and not self._holds(following):
-            self._load(following, self._slots[0])
-        if upcoming is not None and not self._holds(upcoming):
-            self._source.announce(upcoming)
+        for piece in wanted[1:]:
+            self._bring(piece, wanted)
+        if later is not None and self._held(later) is None:
+            self._source.announce(later)
+        return slot
 
-    def _holds(self, index: int) -> bool:
-        return any(slot.index == index for slot in self._slots)
-
-    def _next_two(self, index: int) -> tuple[int | None, int | None]:
-        """The piece to copy while this one computes, and the one to copy after it; None where nobody knows."""
+    def _foresee(self, index: int) -> list[int | None]:
+        """The pieces after this one, as many as there are slots; None where nobody knows."""
         at = len(self._asked)
         self._asked.append(index)
         self._is_as_foreseen &= at < len(self._foreseen) and self._foreseen[at] == index
+        places = range(at + 1, at + 1 + len(self._slots))
         if not self._is_as_foreseen:
-            return None, None
-        if at + 1 == len(self._foreseen) and _is_recorded(self._device):
-            return None, None  # a graph ends with no copy under way
-        following, upcoming = (self._foreseen[(at + ahead) % len(self._foreseen)] for ahead in (1, 2))
-        return following, upcoming
+            return [None for _ in places]
+        count = len(self._foreseen)
+        if _is_recorded(self._device):  # a graph ends with no copy under way
+            return [self._foreseen[place] if place < count else None for place in places]
+        return [self._foreseen[place % count] for place in places]
 
-    def _load(self, index: int, slot: _Slot) -> None:
-        """Starts to copy piece `index` into the slot.
+    def _held(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.index == index), None)
+
+    def _bring(self, index: int, wanted: Sequence[int]) -> _Slot:
+        """The slot that holds piece `index`, or will: of those with no wanted piece, the one used longest ago.
 
         All that multiplies with what is there now has been queued: whoever asks for a matrix uses it at once.
         """
+        held = self._held(index)
+        if held:
+            return held
+        slot = next(slot for slot in self._slots if slot.index not in wanted)
         slot.index = None  # should the copy fail
         destination = slot.buffer[: self._source.sizes[index]]
         slot.arrival = self._copy_stream.start(lambda: self._source.fill(index, destination))
         slot.index, slot.weights = index, views(slot.buffer, self._like[index])
         self.copies += 1
+        return slot
 
 
 def _is_recorded(device: torch.device) -> bool:

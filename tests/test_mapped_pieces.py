@@ -217,9 +217,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         fill(self, index, destination)
         events.append(f"copy {index}")
 
-    def watch_visit(self: StreamedBlocks, index: int) -> None:
+    def watch_visit(self: StreamedBlocks, index: int) -> Any:
         events.append(f"visit {index}")
-        visit(self, index)
+        return visit(self, index)
 
     monkeypatch.setattr(MappedPieces, "_slot", watch_slot)
     monkeypatch.setattr(MappedPieces, "fill", watch_fill)

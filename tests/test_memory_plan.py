@@ -134,17 +134,18 @@ def test_more_budget_is_never_a_slower_plan(files: ModelFiles, asked: memory_pla
 @pytest.mark.usefixtures("small")
 def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> None:
     plans = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
-    assert [plan.checkpointed for plan in plans] == [*2 * [0, 1, 2, 3, 4, 5, 5], 5]
-    assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 8
-    assert [plan.offload_inputs for plan in plans] == [*2 * [*[False] * 6, True], True]
-    assert [plan.has_room_for_graph for plan in plans] == [True] * 14 + [False]
+    assert [plan.checkpointed for plan in plans] == [*2 * [0, 1, 2, 3, 4, 5, 5], 5, 5, 5, 5]
+    assert [plan.buffers for plan in plans] == [0] * 7 + [6] * 7 + [4, 3, 2, 2]
+    assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 11
+    assert [plan.offload_inputs for plan in plans] == [*2 * [*[False] * 6, True], *[True] * 4]
+    assert [plan.has_room_for_graph for plan in plans] == [True] * 17 + [False]
     graph = memory_plan.WORKSPACE_BYTES + memory_plan.GRAPH_UNUSED_BYTES
     assert plans[-2].peak_bytes - plans[-1].peak_bytes == pytest.approx(graph, rel=0.01)
     assert all(plan.base_precision is None for plan in plans)
     everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
-    assert [plan.checkpointed for plan in everywhere] == [6, 6, 6, 6, 6]
-    assert [plan.streamed for plan in everywhere] == [False, False, True, True, True]
-    assert [plan.offload_inputs for plan in everywhere] == [False, True, False, True, True]
+    assert [plan.checkpointed for plan in everywhere] == [6] * 8
+    assert [plan.buffers for plan in everywhere] == [0, 0, 6, 6, 4, 3, 2, 2]
+    assert [plan.offload_inputs for plan in everywhere] == [False, True, False, *[True] * 5]
     assert not any(plan.streamed for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, can_stream=False))
 
 
@@ -185,7 +186,10 @@ def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
     assert streamed.peak_bytes < resident.peak_bytes
     pieces = streamed_bytes(files, torch.float32)
     saved = resident.parts["weights"] - streamed.parts["weights"]
-    assert saved == sum(pieces) - 2 * max(pieces)
+    assert saved == sum(pieces) - 6 * max(pieces)
+    tight = plan_denoising(files, shape, budget_of(streamed.peak_bytes - 1))
+    assert tight.buffers == 4
+    assert resident.parts["weights"] - tight.parts["weights"] == sum(pieces) - 4 * max(pieces)
     assert plan_denoising(files, shape, None).parts == {}
     assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
 
@@ -207,10 +211,14 @@ def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monk
         assert mine.parts == theirs.parts
     (*_, plan) = (plan for plan in large if plan.streamed and plan.base_precision is None)
     assert plan.host_bytes == pinned_bytes(pieces)
-    assert plan.sentence().startswith("base unchanged, streamed from host memory piece by piece (0.0 GiB pinned); ")
+    assert plan.sentence().startswith(
+        "base unchanged, streamed from host memory piece by piece (0.0 GiB pinned, 2 pieces on "
+    )
     (*_, plan) = (plan for plan in small if plan.from_files)
     assert plan.host_bytes == pinned_bytes(3 * [max(pieces)])
-    assert plan.sentence().startswith("base unchanged, streamed from the weight files piece by piece (0.0 GiB pinned)")
+    assert plan.sentence().startswith(
+        "base unchanged, streamed from the weight files piece by piece (0.0 GiB pinned, 2 "
+    )
     assert {plan.host_bytes for plan in large if not plan.streamed} == {0}
 
 
@@ -281,7 +289,7 @@ def test_every_plan_trains_to_the_same_bits(
     plain = train(script, stage_one, tmp_path / "plain")
     assert "plan:" not in plain.out
     plans = script_plans(files)
-    for index in (0, 3, 6, 7, 9, 12, 13):
+    for index in (0, 3, 6, 7, 9, 13, 15, 17):
         folder = tmp_path / str(index)
         run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].peak_bytes))
         assert f"plan: {plans[index].sentence()}" in run.out
@@ -292,8 +300,8 @@ def test_every_plan_trains_to_the_same_bits(
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
         noted = json.loads((folder / "run.json").read_text())["plan"]
         assert noted["parts"] == plans[index].parts
-        assert (noted["checkpointed"], noted["streamed"]) == (plans[index].checkpointed, plans[index].streamed)
-    assert done.count(("streamed",)) == 4
+        assert (noted["checkpointed"], noted["buffers"]) == (plans[index].checkpointed, plans[index].buffers)
+    assert done.count(("streamed",)) == 5
 
 
 @pytest.mark.usefixtures("small")
@@ -324,7 +332,7 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
 ) -> None:
     import train_dreambooth_sd3_lora_miniature as training
 
-    sources: list[object] = []
+    sources: list[tuple] = []
     monkeypatch.setattr(
         training, "stream_transformer", lambda *words: sources.append(words[2:]) or stream_transformer(*words)
     )
@@ -343,7 +351,7 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
     )
     assert "plan: base unchanged, streamed from host memory piece by piece (" in run.out
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    assert [[type(source) for source in found] for found in sources] == [[MappedPieces], [PinnedPieces]]
+    assert [type(source) for source, _ in sources] == [MappedPieces, PinnedPieces]
 
 
 def test_plan_prints_and_writes_nothing(
@@ -422,9 +430,9 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [type(source) for _, _, source in streams] == [PinnedPieces]
+    assert [(type(source), buffers) for _, _, source, buffers in streams] == [(PinnedPieces, 6)]
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [type(source) for _, _, source in streams] == [PinnedPieces, MappedPieces]
+    assert [type(source) for _, _, source, _ in streams] == [PinnedPieces, MappedPieces]
     assert draw("nf4", "--base_precision", "nf4") != resident

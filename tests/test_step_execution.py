@@ -26,8 +26,8 @@ from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
 from training_runs import Script, train, training_script
 
-RESIDENT = TrainingPlan(None, False, False, 0, {}, 0, 24, False, True)
-STREAMED, NF4 = replace(RESIDENT, streamed=True), replace(RESIDENT, base_precision="nf4")
+RESIDENT = TrainingPlan(None, 0, False, 0, {}, 0, 24, False, True)
+STREAMED, NF4 = replace(RESIDENT, buffers=2), replace(RESIDENT, base_precision="nf4")
 FROM_FILES, TIGHT = replace(STREAMED, from_files=True), replace(STREAMED, has_room_for_graph=False)
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 

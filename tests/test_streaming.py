@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, partialmethod
 from typing import Any
@@ -50,16 +50,19 @@ def step_back(transformer: SD3Transformer2DModel, loss: torch.Tensor) -> list[to
 class PoisonedBlocks(StreamedBlocks):
     """A buffer is NaN from the moment that its piece may be overwritten; and the copy is late (`late_copies`)."""
 
-    def _load(self, index: int, slot: _Slot) -> None:
-        super()._load(index, slot)
-        slot.buffer.fill_(255)
+    def _bring(self, index: int, wanted: Sequence[int]) -> _Slot:
+        before = self.copies
+        slot = super()._bring(index, wanted)
+        if self.copies > before:
+            slot.buffer.fill_(255)
+        return slot
 
 
-def stream_poisoned(transformer: SD3Transformer2DModel, source: Any = None) -> StreamedBlocks:
+def stream_poisoned(transformer: SD3Transformer2DModel, source: Any = None, buffers: int = 2) -> StreamedBlocks:
     """`stream_transformer`; who would compute from the host's memory finds nothing there, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd3_lora.streaming, "StreamedBlocks", PoisonedBlocks)
-        streamed = stream_transformer(transformer, CPU, source)
+        streamed = stream_transformer(transformer, CPU, source, buffers)
     for piece in pieces_of(transformer.transformer_blocks):
         for layer in piece.layers:
             layer.weight.data = layer.weight.data[:0]
@@ -70,17 +73,18 @@ def stream_poisoned(transformer: SD3Transformer2DModel, source: Any = None) -> S
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5, 6])
-@pytest.mark.parametrize("stream", [lambda transformer: stream_transformer(transformer, CPU), stream_poisoned])
+@pytest.mark.parametrize(("late", "buffers"), [(False, 2), (True, 2), (True, 3), (True, 6), (True, 40)])
 def test_numbers_are_those_of_resident_blocks_however_early_or_late_the_copies(
-    layers: int, stream: Callable[[SD3Transformer2DModel], StreamedBlocks]
+    layers: int, late: bool, buffers: int
 ) -> None:
+    stream: Callable[..., StreamedBlocks] = stream_poisoned if late else partial(stream_transformer, device=CPU)
     plain = make_transformer(layers, 0.3)
     trained, drawn = train_steps(plain), draw(plain)
     for count, offload in ((count, offload) for count in range(layers + 1) for offload in (False, True)):
         transformer = make_transformer(layers, 0.3)
-        stream(transformer)
+        stream(transformer, source=None, buffers=buffers)
         checkpoint_blocks(transformer, count, offload)
-        with late_copies() if stream is stream_poisoned else nullcontext():
+        with late_copies() if late else nullcontext():
             assert train_steps(transformer).is_equal(trained), (count, offload)
             assert all(map(torch.equal, draw(transformer), drawn))
 
@@ -193,28 +197,30 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (PinnedPieces, "announce", "announce"),
     ):
 
-        def watch(whole: Callable[..., None], name: str, self: Any, index: int, *words: Any) -> None:
+        def watch(whole: Callable[..., Any], name: str, self: Any, index: int, *words: Any) -> Any:
             events.append(f"{name} {index}")
-            whole(self, index, *words)
+            return whole(self, index, *words)
 
         monkeypatch.setattr(owner, method, partialmethod(partial(watch, getattr(owner, method), name)))
     return events
 
 
-def foreseen(asked: list[int]) -> list[str]:
+def foreseen(asked: list[int], buffers: int = 2) -> list[str]:
     """The events of a pass that asks as the one before did: nothing waits for a copy that begins at its own visit."""
-    held: list[int] = []
-    for _ in range(2):
+    held: list[int | None] = [None] * buffers  # the one visited longest ago first
+    for _ in range(3):
         events = []
         for at, index in enumerate(asked):
-            following, upcoming = (asked[(at + ahead) % len(asked)] for ahead in (1, 2))
-            held = [index, *(other for other in held if other != index)][:2]
+            *coming, later = (asked[(at + ahead) % len(asked)] for ahead in range(1, buffers + 1))
             events.append(f"visit {index}")
-            if following not in held:
-                held[1:] = [following]
-                events.append(f"copy {following}")
-            if upcoming not in held:
-                events.append(f"announce {upcoming}")
+            for piece in (index, *coming):
+                if piece not in held:
+                    held[next(place for place in range(buffers) if held[place] not in (index, *coming))] = piece
+                    events.append(f"copy {piece}")
+                if piece == index:
+                    held = [*(other for other in held if other != index), index]
+            if later not in held:
+                events.append(f"announce {later}")
     return events
 
 
@@ -231,18 +237,31 @@ def test_the_first_forward_is_foreseen_and_the_first_backward_is_not(monkeypatch
     assert third == f"visit 0, {again}"
 
 
+@pytest.mark.parametrize("buffers", [2, 3, 4])
 @pytest.mark.parametrize(("layers", "count", "asked", "copies"), PASSES)
-def test_each_piece_is_copied_while_the_one_before_computes_and_announced_one_earlier(
-    layers: int, count: int, asked: list[int], copies: list[int], monkeypatch: pytest.MonkeyPatch
+def test_each_piece_is_copied_while_those_before_compute_and_announced_one_earlier(
+    layers: int, count: int, asked: list[int], copies: list[int], buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after the second step; and what a buffer holds is not copied."""
     events, found = watched(monkeypatch), []
     transformer = make_transformer(layers)
-    streamed = stream_transformer(transformer, CPU)
+    streamed = stream_transformer(transformer, CPU, None, buffers)
     checkpoint_blocks(transformer, count)
     train_steps(transformer, steps=4, between=lambda _: found.append((streamed.copies, len(events))))
-    assert [*(copied for copied, _ in found), streamed.copies] == copies
-    assert events[found[2][1] :] == 2 * foreseen(asked)
+    if buffers == 2:
+        assert [*(copied for copied, _ in found), streamed.copies] == copies
+    assert events[found[2][1] :] == 2 * foreseen(asked, buffers)
+
+
+def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> None:
+    """Forward, and anew; but the last block is there when backward begins, and the first when forward does."""
+    transformer = make_transformer()
+    streamed = stream_transformer(transformer, CPU, None, 6)
+    checkpoint_blocks(transformer, BLOCKS)
+    train_steps(transformer, steps=2)
+    before = streamed.copies
+    train_steps(transformer, steps=1)
+    assert streamed.copies - before == 2 * PIECES - 2 * 5
 
 
 @pytest.mark.parametrize("layers", [1, 6])
@@ -459,8 +478,9 @@ def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(m
     streamed = stream_transformer(transformer, CPU)
     checkpoint_blocks(transformer, BLOCKS)
     copies, loaded = [], []
+    source: Any = streamed._source
     monkeypatch.setattr(
-        streamed, "_load", lambda index, slot: loaded.append(index) or StreamedBlocks._load(streamed, index, slot)
+        source, "fill", lambda index, place: loaded.append(index) or PinnedPieces.fill(source, index, place)
     )
     for recorded in (False, False, False, True, True, False, False):
         monkeypatch.setattr(sd3_lora.streaming, "_is_recorded", lambda _, recorded=recorded: recorded)
