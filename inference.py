@@ -25,9 +25,10 @@ from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
 from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, DenoisingShape, plan_denoising
+from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, plan_denoising
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.pictures import PicturePlan, plan_pictures
+from sd3_lora.step_memory import DenoisingShape
 from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
 from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
 from sd3_lora.vae_norms import arrange_vae

@@ -50,13 +50,14 @@ from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, targe
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.memory_plan import CLIP_TOKENS, StepShape, TrainingPlan, plain_plan, plan_training
+from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
+from sd3_lora.step_memory import StepShape
 from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
 from sd3_lora.trackers import start_trackers
 from sd3_lora.training_config import (

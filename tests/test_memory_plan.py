@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sd3_lora import memory_plan
+from sd3_lora import memory_plan, step_memory
 from sd3_lora.base_weights import streamed_bytes
 from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, open_budget, sentence
 from sd3_lora.checkpointing import checkpoint_blocks
@@ -17,17 +17,16 @@ from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import GIB
 from sd3_lora.memory_plan import (
     BasePlan,
-    DenoisingShape,
-    StepShape,
     TrainingPlan,
     list_plans,
     plan_denoising,
     plan_training,
-    simulate_step,
 )
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
-from sd3_lora.streaming import PinnedPieces, pinned_bytes, stream_transformer
+from sd3_lora.step_memory import DenoisingShape, StepShape, simulate_step
+from sd3_lora.streaming import PinnedPieces, stream_transformer
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def budget_of(size: int) -> DeviceBudget:
 def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
     """Of all blocks, each checkpointed as it is in training."""
     with torch.device("meta"):
-        transformer = memory_plan.make_hollow(config, shape.dtype)
+        transformer = step_memory.make_hollow(config, shape.dtype)
         targets = target_modules(transformer, shape.layers, shape.blocks)
         attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
     transformer.train()
@@ -76,7 +75,7 @@ def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
     for module in (transformer, *transformer.transformer_blocks):
         stand_in_for_gpu(module, shape.dtype)
     with AllocationCounter() as counter:
-        memory_plan._forward(transformer, config, shape).backward()
+        step_memory._forward(transformer, config, shape).backward()
     return counter.peak
 
 

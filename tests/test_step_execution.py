@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +160,8 @@ class NoGraph:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
-def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_step() -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The sum of `x`, weighted by three ones that are trained; and their gradient."""
     parameter = torch.nn.Parameter(torch.ones(3))
     flat = flatten_parameters([parameter])
     assert flat.grad is not None
@@ -169,15 +171,20 @@ def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPa
         loss.backward()
         return loss.detach()
 
+    return compute, flat.grad
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, gradient = tiny_step()
     monkeypatch.setattr(torch.cuda, "Stream", NoGraph)
     said: list[str] = []
-    step = RecordedStep(compute, flat.grad, asked=False, say=said.append)
+    step = RecordedStep(compute, gradient, asked=False, say=said.append)
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
-    assert flat.grad.tolist() == [3.0] * 3
+    assert gradient.tolist() == [3.0] * 3
     reason = "operation not permitted when stream is capturing"
     assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
     with pytest.raises(RuntimeError, match=reason):
-        RecordedStep(compute, flat.grad, asked=True)(torch.ones(3))
+        RecordedStep(compute, gradient, asked=True)(torch.ones(3))
 
 
 class FakeGraph:
@@ -195,15 +202,7 @@ class FakeGraph:
 def test_a_replay_that_gives_other_numbers_is_not_used(
     error: float, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameter = torch.nn.Parameter(torch.ones(3))
-    flat = flatten_parameters([parameter])
-    assert flat.grad is not None
-
-    def compute(x: torch.Tensor) -> torch.Tensor:
-        loss = (parameter * x).sum()
-        loss.backward()
-        return loss.detach()
-
+    compute, gradient = tiny_step()
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
     for name in ("stream", "graph"):
@@ -211,7 +210,7 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     said: list[str] = []
-    step = RecordedStep(compute, flat.grad, asked, said.append)
+    step = RecordedStep(compute, gradient, asked, said.append)
     monkeypatch.setattr(FakeGraph, "error", error)
     monkeypatch.setattr(FakeGraph, "step", step, raising=False)
     if error > 0.01 and asked:
@@ -219,7 +218,7 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
             step(torch.full((3,), 2.0))
         return
     assert step(torch.full((3,), 2.0)).item() == 6.0
-    assert flat.grad.tolist() == pytest.approx([2.0 + (error if error < 0.01 else 0)] * 3)
+    assert gradient.tolist() == pytest.approx([2.0 + (error if error < 0.01 else 0)] * 3)
     reason = "its replay gives other numbers than the plain step"
     assert said == ([f"not replayed as a graph ({reason}); kernels are started one by one"] if error > 0.01 else [])
 

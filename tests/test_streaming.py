@@ -11,24 +11,19 @@ from typing import Any
 
 import sd3_lora.streaming
 from sd3_lora.checkpointing import checkpoint_blocks
-from sd3_lora.command_line import UserError
-from sd3_lora.lora import attach_lora, target_modules
+from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.streaming import (
-    Piece,
     PinnedPieces,
     StreamedBlocks,
     _Slot,
     pieces_of,
-    pinned_buffers,
-    pinned_bytes,
     stream_transformer,
 )
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from small_transformer import CPU, GPU, inputs, late_copies, make_transformer, needs_gpu, train_steps
-from torch.utils.checkpoint import checkpoint
+from small_transformer import CPU, inputs, late_copies, make_transformer, train_steps
 
 BLOCKS, PIECES = 6, 31
 
@@ -441,38 +436,6 @@ def test_what_is_dropped_is_gone_at_once(make: Callable[[], SD3Transformer2DMode
         assert [reference() for reference in held] == [None] * len(held)
 
 
-def test_pieces_share_slabs_of_a_power_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is what torch's allocator of pinned memory gives, whatever it is asked for."""
-    monkeypatch.setattr(sd3_lora.streaming, "_SLAB_BYTES", 4096)
-    sizes = 10 * [512]
-    buffers = list(pinned_buffers(sizes, CPU))
-    assert [buffer.numel() for buffer in buffers] == sizes
-    rooms = {buffer.untyped_storage().data_ptr(): buffer.untyped_storage().nbytes() for buffer in buffers}
-    assert list(rooms.values()) == [4096, 1024]
-    for buffer in buffers:
-        buffer.fill_(len(rooms))
-    assert all((buffer == len(rooms)).all() for buffer in buffers)
-    assert pinned_bytes(sizes) == 5120
-    assert pinned_bytes([512, 8000 * 512, 512]) == 8192 * 512  # larger slabs for larger pieces
-
-
-def test_memory_is_pinned_for_a_gpu_and_a_driver_that_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces, refused = (pieces_of(make_transformer().transformer_blocks) for _ in range(2))
-    asked, empty = [], torch.empty
-
-    def refuse(*size: Any, pin_memory: bool, **words: Any) -> torch.Tensor:
-        asked.append(pin_memory)
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory\nand much more")
-        return empty(*size, **words)
-
-    monkeypatch.setattr(torch, "empty", refuse)
-    PinnedPieces(pieces, CPU)
-    with pytest.raises(UserError, match=r"^the driver did not pin 0\.0 GiB .* \(CUDA error: out of memory\): close "):
-        PinnedPieces(refused, GPU)
-    assert asked == [False, True]
-
-
 def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU)
@@ -491,121 +454,3 @@ def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(m
     assert again == steady
     assert first == second == [0, *steady[:-1]]  # nothing from before; nothing for what comes after
     assert after == [0, *steady]
-
-
-# On a GPU
-
-
-def peak_mib(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 1024**2
-
-
-@needs_gpu
-@pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("count", [0, 1, 5, 6])
-@pytest.mark.parametrize("make", [make_transformer, make_nf4])
-def test_a_gpu_trains_the_same(make: Callable[..., SD3Transformer2DModel], count: int) -> None:
-    words: dict[str, Any] = {"dtype": torch.float16} | ({"device": GPU} if make is make_nf4 else {"dropout": 0.3})
-    plain = train_steps(make(**words).to(GPU), GPU, steps=5, dtype=torch.float16)
-    for offload in [False, True] if count else [False]:
-        transformer = make(**words)
-        stream_transformer(transformer, GPU)
-        checkpoint_blocks(transformer, count, offload)
-        assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
-
-
-@needs_gpu
-@pytest.mark.parametrize("make", [make_transformer, lambda: make_nf4(GPU, torch.float16)], ids=["plain", "nf4"])
-def test_what_is_on_the_gpu_from_the_start(make: Callable[[], SD3Transformer2DModel]) -> None:
-    transformer = make()
-    streamed = stream_transformer(transformer, GPU)
-    visiting = {id(layer.weight) for piece in pieces_of(transformer.transformer_blocks) for layer in piece.layers}
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        assert tensor.is_cuda == (id(tensor) not in visiting)
-        if hasattr(tensor, "quant_state"):
-            assert tensor.quant_state.absmax.is_cuda
-    assert all(slot.buffer.is_cuda for slot in streamed._slots)
-    source: Any = streamed._source
-    assert all(buffer.is_pinned() for buffer in source._buffers)
-
-
-@needs_gpu
-def test_a_gpu_draws_the_same() -> None:
-    plain = draw(make_transformer().to(GPU), 5, GPU)
-    transformer = make_transformer()
-    stream_transformer(transformer, GPU)
-    assert all(map(torch.equal, draw(transformer, 5, GPU), plain))
-
-
-@needs_gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_large_pieces_that_copy_slower_than_they_compute(checkpointed: bool) -> None:
-    """32 MiB a piece and a single row: a missing wait would read what is not there yet, or is there no more."""
-
-    def make() -> list[torch.nn.Linear]:
-        torch.manual_seed(0)
-        return [torch.nn.Linear(2896, 2896, bias=False).requires_grad_(False) for _ in range(12)]
-
-    def run(layers: list[torch.nn.Linear], begin_pass: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
-        made = []
-        for seed in range(4):
-            row = torch.randn(1, 2896, generator=torch.Generator().manual_seed(seed)).to(GPU).requires_grad_()
-            hidden = row
-            begin_pass()
-            for layer in layers:
-                multiply = partial(lambda layer, x: layer(x).tanh(), layer)
-                hidden = checkpoint(multiply, hidden, use_reentrant=False) if checkpointed else multiply(hidden)
-            hidden.sum().backward()
-            made += [hidden.detach().cpu(), row.grad.cpu()]
-        return made
-
-    expected = run([layer.to(GPU) for layer in make()])
-    layers = make()
-    streamed = StreamedBlocks([Piece((str(index),), (layer,)) for index, layer in enumerate(layers)], GPU)
-    assert all(map(torch.equal, run(layers, streamed.begin_pass), expected))
-    # The first forward's end copies the first piece again, for nothing; then backward and forward meet twice a pass.
-    assert streamed.copies == 12 + 1 + 11 + 3 * 20
-
-
-@needs_gpu
-@pytest.mark.parametrize("count", [0, 12])
-def test_the_peak_is_below_that_of_resident_blocks(count: int) -> None:
-    def make() -> SD3Transformer2DModel:
-        torch.manual_seed(0)
-        transformer = SD3Transformer2DModel(
-            num_layers=12,
-            num_attention_heads=8,
-            caption_projection_dim=512,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
-        )
-        attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=0)
-        checkpoint_blocks(transformer, count, offload_inputs=count > 0)
-        return transformer
-
-    def step(transformer: SD3Transformer2DModel) -> None:
-        transformer(
-            hidden_states=torch.randn(1, 16, 32, 32, device=GPU),
-            timestep=torch.tensor([500.0], device=GPU),
-            encoder_hidden_states=torch.randn(1, 77, 64, device=GPU),
-            pooled_projections=torch.randn(1, 64, device=GPU),
-        ).sample.square().mean().backward()
-
-    train_steps(make_transformer().to(GPU), GPU, steps=1)  # cuBLAS takes its workspaces
-    gc.collect()
-    before = torch.cuda.memory_allocated() / 1024**2
-    transformer = make()
-    streamed = stream_transformer(transformer, GPU)
-    streamed_mib = peak_mib(lambda: step(transformer)) - before
-    source: Any = streamed._source
-    saved_mib = (sum(source.sizes) - streamed.device_bytes) / 1024**2
-    transformer = streamed = None  # type: ignore[assignment]
-    gc.collect()
-    before = torch.cuda.memory_allocated() / 1024**2
-    transformer = make().to(GPU)
-    resident_mib = peak_mib(lambda: step(transformer)) - before
-    assert resident_mib - streamed_mib == pytest.approx(saved_mib, rel=0.1)
