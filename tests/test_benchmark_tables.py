@@ -11,6 +11,7 @@ from conftest import PROJECT
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
+import stream_buffers
 import tables
 
 
@@ -32,6 +33,13 @@ def test_each_table_of_a_document_is_what_its_command_prints(document, count, ca
     for path, shown in found:
         assert tables.main([str(PROJECT / path)]) == 0
         assert capsys.readouterr().out == shown + "\n"
+
+
+def test_the_reckoned_buffers_are_what_their_command_prints(capsys):
+    assert stream_buffers.main([]) == 0
+    assert f"<!-- python benchmarks/stream_buffers.py -->\n{capsys.readouterr().out}<!-- end -->" in (
+        PROJECT / "docs" / "memory.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_a_row_shows_time_and_peaks_and_the_last_line_where_they_come_from():
