@@ -12,7 +12,7 @@ With two buffers its copy, and the next one's, would be waited for; with six all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,12 +166,14 @@ class _Slot:
         index: of the piece in it, if any.
         weights: that piece's matrices, which lie in it.
         arrival: of the latest copy into it.
+        seen: by piece, how its matrices lie here: to make them takes longer than to start a copy.
     """
 
     buffer: torch.Tensor
-    index: int | None
-    weights: list[torch.Tensor]
-    arrival: Copy
+    index: int | None = None
+    weights: list[torch.Tensor] = field(default_factory=list)
+    arrival: Copy = field(default_factory=Copy)
+    seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class StreamedBlocks:
@@ -208,9 +210,7 @@ class StreamedBlocks:
 
         def make_slots() -> None:
             # In the copy stream's pool: a copy that is under way when all this is dropped cannot hit others' memory.
-            self._slots += [
-                _Slot(torch.empty(largest, dtype=torch.uint8, device=device), None, [], Copy()) for _ in range(count)
-            ]
+            self._slots += [_Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(count)]
 
         self._copy_stream.start(make_slots)
         self._current: _Slot | None = None
@@ -301,7 +301,9 @@ class StreamedBlocks:
         slot.index = None  # should the copy fail
         destination = slot.buffer[: self._source.sizes[index]]
         slot.arrival = self._copy_stream.start(lambda: self._source.fill(index, destination))
-        slot.index, slot.weights = index, views(slot.buffer, self._like[index])
+        if index not in slot.seen:
+            slot.seen[index] = views(slot.buffer, self._like[index])
+        slot.index, slot.weights = index, slot.seen[index]
         self.copies += 1
         return slot
 
@@ -312,6 +314,8 @@ def _is_recorded(device: torch.device) -> bool:
 
 def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     weight = ask()
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return torch.nn.functional.linear(x, weight, bias)  # nothing is saved
     place, start = weight.untyped_storage().data_ptr(), weight.storage_offset()
 
     def pack(saved: torch.Tensor) -> Any:
