@@ -19,7 +19,7 @@ import tables
     ("document", "count"),
     [
         ("README.md", 5),
-        ("docs/memory.md", 3),
+        ("docs/memory.md", 4),
         ("docs/stages.md", 2),
         ("docs/scaling.md", 1),
         ("docs/speed.md", 2),
