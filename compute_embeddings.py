@@ -193,7 +193,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         config.t5_precision,
         config.t5_stream,
         kept,
-        min(len(roles), chunk_size(len(roles), processes.count)),
+        prompts=min(len(roles), chunk_size(len(roles), processes.count)),
     )
     plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}

@@ -207,8 +207,9 @@ def load_denoiser(
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
     host_or_device = torch.device("cpu") if plan.streamed else device
-    unread = plan.streamed and plan.base_precision is None  # no file holds a base in 4 bits
-    transformer = load_transformer(files, host_or_device, dtype, plan.base_precision, latent_size, unread)
+    transformer = load_transformer(
+        files, host_or_device, dtype, plan.base_precision, latent_size, plan.leaves_blocks_unread
+    )
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -228,7 +229,8 @@ def load_denoiser(
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
     if plan.streamed:
-        pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
+        pieces = pieces_of(transformer.transformer_blocks)
+        paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
         stream_transformer(transformer, device, source, plan.buffers)
     pipeline.set_progress_bar_config(disable=True)

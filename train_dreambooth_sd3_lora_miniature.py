@@ -394,14 +394,14 @@ def load_training(
     device, processes = accelerator.device, accelerator.num_processes
     host_or_device = torch.device("cpu") if plan.streamed else device
     latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
-    unread = plan.streamed and plan.base_precision is None  # no file holds a base in 4 bits
     transformer = load_transformer(
-        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), unread
+        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), plan.leaves_blocks_unread
     )
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     if plan.streamed:
-        pieces, paths = pieces_of(transformer.transformer_blocks), files.weight_files("transformer") if unread else []
+        pieces = pieces_of(transformer.transformer_blocks)
+        paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
         stream_transformer(transformer, device, source, plan.buffers)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)

@@ -38,11 +38,12 @@ def device_bytes() -> int:
     return int(output.split()[0]) * 1024**2  # nvidia-smi counts MiB
 
 
-def measure(name: str, script: str, flags: Sequence[object], report: Path) -> dict[str, Any]:
-    """Runs one script and returns what it took; its own report is read from `report`."""
+def measure(name: str, script: str, flags: Sequence[object], report: Path, processes: int = 1) -> dict[str, Any]:
+    """Runs one script, with torchrun if in several processes, and returns what it took; its report is in `report`."""
     start = time.perf_counter()
+    shared = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     with PeakSampler(device_bytes) as sampler:
-        words = [sys.executable, str(PROJECT_FOLDER / script), *map(str, flags)]
+        words = [sys.executable, *shared, str(PROJECT_FOLDER / script), *map(str, flags)]
         finished = subprocess.run(words, capture_output=True, text=True, check=False)
     row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags))}
     row |= {"elapsed_s": round(time.perf_counter() - start, 2), "device_gib": round(sampler.peak / GIB, 2)}

@@ -18,13 +18,11 @@ import io
 import itertools
 import json
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,12 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from precompute_latents import MOST_THREADS, LatentConfig, decode
 from sd3_lora.devices import choose_device, cpu_cores
 from sd3_lora.embedding_store import EmbeddingStore
-from sd3_lora.images import hash_file, to_pixels
-from sd3_lora.memory import GIB, free_memory
-from sd3_lora.model_files import PROJECT_FOLDER
+from sd3_lora.images import hash_file
+from sd3_lora.memory import free_memory
 from sd3_lora.records import InstanceImage
-from sd3_lora.vae_norms import spread_group_norms
-from sd3_lora.vae_tiles import VaeTile
 
 import numpy as np
 import torch
@@ -50,19 +45,9 @@ from pipeline import measure
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, T5EncoderModel
 from transformers.utils import logging as transformers_logging
+from vae_rows import Pair, Row, decoder_rows, distance, encoder_rows, load_vae, timed
 
 PROMPT, SEQUENCE_LENGTH, STEPS = "a photo of sks dog", 77, 500
-Pair = tuple[torch.Tensor, torch.Tensor]  # a mean and a standard deviation, or an embedding and a pooled one
-Row = dict[str, Any]
-
-
-def timed(device: torch.device, work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What `work` gives, and the seconds until the device is done."""
-    start = time.perf_counter()
-    result = work(*arguments)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
 
 
 def call(script: str, words: Sequence[object]) -> float:
@@ -80,122 +65,6 @@ def call(script: str, words: Sequence[object]) -> float:
     if code:
         raise RuntimeError(err.getvalue().strip().splitlines()[-1])
     return time.perf_counter() - start
-
-
-def distance(found: Sequence[Pair], expected: Sequence[Pair], names: tuple[str, str]) -> Row:
-    """How far results are from each other: the furthest number, and the norm of the difference over the norm."""
-    numbers: Row = {}
-    for index, name in enumerate(names):
-        mine, theirs = (torch.cat([pair[index].float().flatten() for pair in pairs]) for pairs in (found, expected))
-        numbers[f"{name}_max"] = float(f"{(mine - theirs).abs().max():.3g}")
-        numbers[f"{name}_relative"] = float(f"{(mine - theirs).norm() / theirs.norm():.3g}")
-    return numbers
-
-
-# The VAE's encoder and decoder alone
-
-SPREAD = "norms spread"
-
-ENCODERS = (  # dtype, channels last, batch, and what else; the first is the reference's
-    (torch.float32, False, 1, ""),
-    (torch.float32, True, 1, ""),
-    (torch.float32, False, 1, SPREAD),
-    (torch.float32, True, 1, SPREAD),
-    (torch.float16, False, 1, ""),
-    (torch.float16, True, 1, ""),
-    (torch.float16, False, 1, SPREAD),
-    (torch.float16, True, 1, SPREAD),
-    (torch.float16, True, 4, SPREAD),
-    (torch.bfloat16, True, 1, SPREAD),
-    (torch.float16, True, 1, "compiled"),
-)
-DECODERS = (  # dtype, channels last, whether in tiles, and what else
-    (torch.float32, False, False, ""),
-    (torch.float32, True, False, ""),
-    (torch.float32, True, False, SPREAD),
-    (torch.float32, True, True, SPREAD),
-    (torch.float16, False, False, ""),
-    (torch.float16, True, False, SPREAD),
-    (torch.float16, True, True, SPREAD),
-)
-ROUNDS = 5
-
-
-def load_vae(arguments: argparse.Namespace, dtype: torch.dtype) -> AutoencoderKL:
-    """The model's VAE on the device."""
-    vae = AutoencoderKL.from_pretrained(arguments.model, subfolder="vae", torch_dtype=dtype)
-    return vae.to(arguments.device)
-
-
-@torch.no_grad()
-def posteriors(vae: AutoencoderKL, pixels: torch.Tensor, batch: int) -> list[Pair]:
-    """Of each picture the mean and the standard deviation, on the device."""
-    pairs: list[Pair] = []
-    for piece in pixels.split(batch):
-        posterior = vae.encode(piece.to(vae.dtype)).latent_dist
-        pairs += zip(posterior.mean, posterior.std, strict=True)
-    return pairs
-
-
-def encoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Milliseconds a picture in each setting, and how far its posteriors are from exact float32's, one at a time."""
-    device = arguments.device
-    photos = fabricate_photos(arguments.output_dir / "photos", 4, arguments.sizes[0])
-    config = LatentConfig(center_crop=True)
-    rgb = [decode(InstanceImage("", path, ""), config, arguments.resolution, ())[0].rgb for path in photos]
-    pixels = to_pixels(torch.stack(rgb)).to(device)  # (4, 3, R, R)
-    torch.backends.cudnn.allow_tf32 = False
-    exact = posteriors(load_vae(arguments, torch.float32), pixels.contiguous(), 1)
-    torch.backends.cudnn.allow_tf32 = True  # torch's default, for convolutions
-    for dtype, channels_last, batch, extra in ENCODERS:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        vae = load_vae(arguments, dtype).to(memory_format=layout)
-        laid_out = pixels.contiguous(memory_format=layout)
-        if extra == SPREAD:
-            spread_group_norms(vae)
-        if extra == "compiled":
-            vae.encoder = torch.compile(vae.encoder)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        found, first_s = timed(device, posteriors, vae, laid_out, batch)
-        seconds = [timed(device, posteriors, vae, laid_out, batch)[1] for _ in range(ROUNDS)]
-        row: Row = {"set": "encoders", "dtype": str(dtype).removeprefix("torch."), "channels_last": channels_last}
-        row |= {"batch": batch, "extra": extra, "first_s": round(first_s, 2)}
-        row |= {"ms_an_item": round(1000 * sorted(seconds)[ROUNDS // 2] / len(photos), 2)}
-        if device.type == "cuda":
-            held_gib = sum(weight.nbytes for weight in vae.parameters()) / GIB
-            row["beside_weights_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB - held_gib, 2)
-        yield row | distance(found, exact, ("mean", "std"))
-        del vae, found
-        free_memory(device)
-
-
-@torch.no_grad()
-def decoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """The VAE's decoder alone: milliseconds a picture, and its memory, in each dtype and layout, whole and in tiles."""
-    device, side = arguments.device, arguments.resolution
-    for dtype, channels_last, tiled, extra in DECODERS:
-        layout, tile_px = (
-            torch.channels_last if channels_last else torch.contiguous_format,
-            side // 2 if tiled else None,
-        )
-        vae = load_vae(arguments, dtype).to(memory_format=layout)
-        VaeTile(tile_px, 1, 0, 0).apply(vae)
-        if extra == SPREAD:
-            spread_group_norms(vae)
-        latents = torch.randn(1, vae.config.latent_channels, side // 8, side // 8, device=device, dtype=dtype)
-        held_gib = sum(weight.nbytes for weight in vae.parameters()) / GIB
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        timed(device, vae.decode, latents)
-        seconds = [timed(device, vae.decode, latents)[1] for _ in range(ROUNDS)]
-        row: Row = {"set": "decoders", "dtype": str(dtype).removeprefix("torch."), "channels_last": channels_last}
-        row |= {"tile_px": tile_px, "extra": extra, "ms_an_item": round(1000 * sorted(seconds)[ROUNDS // 2], 2)}
-        if device.type == "cuda":
-            row["beside_weights_gib"] = round(torch.cuda.max_memory_reserved(device) / GIB - held_gib, 2)
-        yield row
-        del vae
-        free_memory(device)
 
 
 # Pictures to latents
@@ -411,17 +280,15 @@ def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 # Several GPUs
 
 
-def shared_out(script: str, words: Sequence[object], processes: int, report: Path) -> Row:
-    """Runs a script in so many processes, as torchrun starts them; its own seconds and those of its longest stages."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
-    command = [sys.executable, *launch, PROJECT_FOLDER / f"{script}.py", *words]
-    start = time.perf_counter()
-    finished = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
-    row: Row = {"set": "gpus", "name": script, "gpus": processes, "elapsed_s": round(time.perf_counter() - start, 2)}
-    if finished.returncode:
-        return row | {"failed": finished.stderr.strip().splitlines()[-3:]}
-    stages = json.loads(report.read_text(encoding="utf-8"))["stages"]
-    return row | {"work_s": round(sum(stage["elapsed_s"] for stage in stages), 2)}
+def stored(embeddings: Path) -> list[str]:
+    """The captions in a file, sorted."""
+    with EmbeddingStore(embeddings) as store:
+        return sorted(prompt for prompt in store.prompts if prompt.startswith("number "))
+
+
+def stored_hashes(latents: Path) -> list[str]:
+    """Of which photos a cache has files, sorted."""
+    return sorted(path.stem for path in latents.glob("*.safetensors"))
 
 
 def gpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -429,26 +296,24 @@ def gpu_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     out, count = arguments.output_dir / "gpus", max(arguments.items)
     shutil.rmtree(out, ignore_errors=True)
     photos = fabricate_photos(out / "photos", count, arguments.sizes[0])
-    hashes = sorted(hash_file(photo) for photo in photos)
-    (out / "prompts.txt").write_text("\n".join(captions(count)), encoding="utf-8")
+    hashes, asked = sorted(hash_file(photo) for photo in photos), sorted(captions(count))
+    (out / "prompts.txt").write_text("\n".join(asked), encoding="utf-8")
     shared = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", out / "photos"]
     text = [*shared, "--instance_prompt", PROMPT, "--prompts_file", out / "prompts.txt", "--t5_stream"]
     text += ["--t5_precision", "fp16", "--max_sequence_length", SEQUENCE_LENGTH]
     pictures = [*shared, "--resolution", arguments.resolution, "--center_crop", "--vae_precision", "fp16"]
     for processes in (1, max(2, torch.cuda.device_count())):
         latents, embeddings = out / f"latents-{processes}", out / f"text-{processes}.parquet"
-        words = [*pictures, "--output_path", latents]
-        row = shared_out("precompute_latents", words, processes, latents / "run.json")
-        row |= {"items": count, "each_once": sorted(path.stem for path in latents.glob("*.safetensors")) == hashes}
-        yield row
-        row = shared_out(
-            "compute_embeddings", [*text, "--output_path", embeddings], processes, embeddings.with_suffix(".json")
-        )
-        if "failed" not in row:
-            with EmbeddingStore(embeddings) as store:
-                found = sorted(prompt for prompt in store.prompts if prompt.startswith("number "))
-            row |= {"items": count, "each_once": found == sorted(captions(count))}
-        yield row
+        for script, flags, output, report in (
+            ("precompute_latents", pictures, latents, latents / "run.json"),
+            ("compute_embeddings", text, embeddings, embeddings.with_suffix(".json")),
+        ):
+            row = measure(script, f"{script}.py", [*flags, "--output_path", output], report, processes)
+            row |= {"set": "gpus", "gpus": processes, "items": count}
+            if "failed" not in row:
+                row["work_s"] = round(sum(stage["elapsed_s"] for stage in row["stages"]), 2)
+                row["each_once"] = hashes == stored_hashes(output) if output == latents else asked == stored(output)
+            yield row
 
 
 SETS = {

@@ -1,7 +1,8 @@
 """Reckons how long a step of SD3-Medium takes whose base is streamed, by the number of buffers on the device.
 
-Without a GPU: pieces are copied one after another, and computed one after another, each when its copy has arrived; a
-copy begins when the visit that asked for it does. Norms and the like are left out, and so is a piece's own overlap.
+Without a GPU: `StreamedBlocks` itself says when which piece is copied. Pieces are copied one after another, and
+computed one after another, each when its copy has arrived; a copy begins when the visit that asked for it does. Norms
+and the like are left out.
 
     python benchmarks/stream_buffers.py --tflops 22 --gb_per_s 11
 """
@@ -11,11 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.streaming import layout, pieces_of
+from sd3_lora.streaming import Piece, StreamedBlocks, layout, pieces_of
 
 import random_sd3
 import torch
@@ -26,56 +28,75 @@ BACKWARD = {"attn": 2.2, "ff": 1.1, "ff_context": 1.1}  # times forward: fused a
 COUNTS = (2, 3, 4, 6, 10)
 
 
-def flops(part: str, tokens: int, width: int) -> float:
-    """Of a piece's forward, with what is computed beside its products where that counts: attention's scores."""
-    whole = tokens + TEXT_TOKENS
-    return {
-        "attn": 8 * whole * width**2 + 4 * whole**2 * width,
-        "ff": 16 * tokens * width**2,
-        "ff_context": 16 * TEXT_TOKENS * width**2,
-    }.get(part, 0.0)
+@dataclass(frozen=True)
+class Part:
+    """A piece of the real size.
+
+    Attributes:
+        block: that it is of.
+        name: of the part of the block.
+        size: in bytes.
+    """
+
+    block: int
+    name: str
+    size: int
+
+    def flops(self, tokens: int, width: int) -> float:
+        """Of its forward, with what is computed beside its products where that counts: attention's scores."""
+        whole = tokens + TEXT_TOKENS
+        return {
+            "attn": 8 * whole * width**2 + 4 * whole**2 * width,
+            "ff": 16 * tokens * width**2,
+            "ff_context": 16 * TEXT_TOKENS * width**2,
+        }.get(self.name, 0.0)
 
 
-def visits(parts: Sequence[Sequence[str]]) -> list[tuple[int, int, float]]:
-    """A step with every block computed anew: block, piece in it, and how many times its forward this visit takes."""
-    last = len(parts) - 1
-    found = [(block, index, 1.0) for block, own in enumerate(parts) for index in range(len(own))]
+def visits(parts: Sequence[Part]) -> list[tuple[int, float]]:
+    """A step with every block computed anew: which part, and how many times its forward this visit takes."""
+    found = [(index, 1.0) for index in range(len(parts))]
+    last = parts[-1].block
     for block in range(last, -1, -1):
-        own = parts[block]
+        own = [index for index, part in enumerate(parts) if part.block == block]
         if block < last:  # what the last block keeps is needed at once
-            found += [(block, index, 1.0) for index in range(len(own))]
-        found += [
-            (block, index, BACKWARD[own[index]]) for index in range(len(own) - 1, -1, -1) if own[index] in BACKWARD
-        ]
+            found += [(index, 1.0) for index in own]
+        found += [(index, BACKWARD[parts[index].name]) for index in reversed(own) if parts[index].name in BACKWARD]
     return found
 
 
-def step_s(
-    parts: Sequence[Sequence[str]],
-    copy_s: Sequence[Sequence[float]],
-    forward_s: Sequence[Sequence[float]],
-    buffers: int,
-) -> float:
-    """Seconds of the third step in a row."""
-    order = 3 * visits(parts)
-    held: list[tuple[int, int]] = []  # the one visited longest ago first
-    arrivals: dict[tuple[int, int], float] = {}
-    copied = computed = 0.0
+class Link:
+    """A source of pieces that only keeps the time: when the device is through, and when each piece has arrived."""
+
+    def __init__(self, parts: Sequence[Part], bytes_per_s: float):
+        self.sizes, self.host_bytes = [512] * len(parts), 0  # nothing is copied
+        self.computed = self._copied = 0.0
+        self.arrivals = [0.0] * len(parts)
+        self._copy_s = [part.size / bytes_per_s for part in parts]
+
+    def fill(self, index: int, _: torch.Tensor) -> None:
+        """A copy begins behind the one before, and behind what has been computed."""
+        self._copied = max(self._copied, self.computed) + self._copy_s[index]
+        self.arrivals[index] = self._copied
+
+    def announce(self, index: int) -> None:
+        """Changes nothing."""
+
+
+@torch.no_grad()
+def step_s(parts: Sequence[Part], forward_s: Sequence[float], bytes_per_s: float, buffers: int) -> float:
+    """Seconds of the third step in a row, when all is foreseen."""
+    layers = [torch.nn.Linear(1, 1).requires_grad_(False) for _ in parts]
+    link = Link(parts, bytes_per_s)
+    pieces = [Piece((part.name,), (layer,)) for part, layer in zip(parts, layers, strict=True)]
+    streamed = StreamedBlocks(pieces, torch.device("cpu"), link, buffers)
     ends = []
-    for at, (block, index, times) in enumerate(order):
-        wanted = [visit[:2] for visit in order[at : at + buffers]]
-        for piece in wanted:
-            if piece not in held:
-                if len(held) == buffers:
-                    held.remove(next(other for other in held if other not in wanted))
-                held.append(piece)
-                copied = max(copied, computed) + copy_s[piece[0]][piece[1]]
-                arrivals[piece] = copied
-        held.remove((block, index))
-        held.append((block, index))
-        computed = max(computed, arrivals[block, index]) + max(LAUNCH_S, times * forward_s[block][index])
-        ends.append(computed)
-    return ends[-1] - ends[len(ends) * 2 // 3 - 1]
+    for _ in range(3):
+        streamed.begin_pass()
+        for index, times in visits(parts):
+            layers[index](torch.zeros(1))
+            link.computed = max(link.computed, link.arrivals[index]) + max(LAUNCH_S, times * forward_s[index])
+        ends.append(link.computed)
+    return ends[-1] - ends[-2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,20 +108,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     with torch.device("meta"):
         transformer = random_sd3.make_transformer("sd3-medium").half().requires_grad_(False)
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    parts: list[list[str]] = [[] for _ in transformer.transformer_blocks]
-    copy_s: list[list[float]] = [[] for _ in parts]
+    parts = []
     for piece in pieces_of(transformer.transformer_blocks):
-        _, block, part, *_ = piece.names[0].split(".")
-        parts[int(block)].append(part)
-        copy_s[int(block)].append(layout(piece.weights)[-1] / arguments.gb_per_s / 1e9)
+        _, block, name, *_ = piece.names[0].split(".")
+        parts.append(Part(int(block), name, layout(piece.weights)[-1]))
     print(f"| s a step | {' | '.join(f'{count} buffers' for count in COUNTS)} | computation alone |")
     print("| --- |" + " ---: |" * (len(COUNTS) + 1))
     for resolution in (1024, 512):
-        tokens = (resolution // 16) ** 2
-        forward_s = [[flops(part, tokens, width) / arguments.tflops / 1e12 for part in own] for own in parts]
-        alone = sum(max(LAUNCH_S, times * forward_s[block][index]) for block, index, times in visits(parts))
-        times = [step_s(parts, copy_s, forward_s, count) for count in COUNTS]
-        print(f"| {resolution} px | {' | '.join(f'{seconds:.2f}' for seconds in (*times, alone))} |")
+        forward_s = [part.flops((resolution // 16) ** 2, width) / arguments.tflops / 1e12 for part in parts]
+        alone = sum(max(LAUNCH_S, times * forward_s[index]) for index, times in visits(parts))
+        seconds = [step_s(parts, forward_s, arguments.gb_per_s * 1e9, count) for count in COUNTS]
+        print(f"| {resolution} px | {' | '.join(f'{s:.2f}' for s in (*seconds, alone))} |")
     return 0
 
 

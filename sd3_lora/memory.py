@@ -89,7 +89,7 @@ def free_memory(device: torch.device) -> None:
 def _free_pinned_memory() -> None:
     if hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache()
-    elif hasattr(torch._C, "_host_emptyCache"):  # what torch before 2.12 has instead
+    elif hasattr(torch._C, "_host_emptyCache"):  # older ones
         torch._C._host_emptyCache()
 
 
@@ -129,8 +129,8 @@ class PeakSampler:
 def host_bytes() -> int:
     """Anonymous and pinned memory of this process, in bytes; its resident set where there is no /proc."""
     pinned = 0
-    if torch.cuda.is_initialized() and hasattr(torch.cuda, "host_memory_stats"):  # the driver's, not anonymous
-        pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    if torch.cuda.is_initialized() and hasattr(torch.cuda, "host_memory_stats_as_nested_dict"):  # the driver's
+        pinned = torch.cuda.host_memory_stats_as_nested_dict()["allocated_bytes"]["current"]
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

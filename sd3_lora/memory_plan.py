@@ -73,6 +73,11 @@ class BasePlan:
         return self.buffers > 0
 
     @property
+    def leaves_blocks_unread(self) -> bool:
+        """Whether what streams them reads them from the files. Of a base in 4 bits there is none."""
+        return self.streamed and self.base_precision is None
+
+    @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
         return sum(self.parts.values())
@@ -168,23 +173,19 @@ class _Base(NamedTuple):
     device_bytes: int
 
 
-def _place_base(
-    files: ModelFiles,
-    dtype: torch.dtype,
-    precision: BasePrecision | None,
-    latent_size: tuple[int, int],
-    buffers: int,
-) -> _Base:
-    """On the device; or, of the blocks' matrices, some buffers there, and all on the host, or in the files."""
-    whole = base_bytes(files, dtype, precision, latent_size)
-    if not buffers:
-        return _Base(0, False, 0, whole)
-    pieces = streamed_bytes(files, dtype, precision)
+def _places(
+    files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None, latent_size: tuple[int, int]
+) -> list[_Base]:
+    """On the device; then, of the blocks' matrices, as many buffers there as `STREAM_BUFFERS` says, and all on the host
+    or, if those are too many, in the files.
+    """
+    whole, pieces = base_bytes(files, dtype, precision, latent_size), streamed_bytes(files, dtype, precision)
     # No file holds 4-bit weights: they are made as they are loaded.
     from_files = precision is None and pinned_bytes(pieces) + HOST_ROOM_BYTES > available_host_bytes()
     pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
-    buffers = min(buffers, len(pieces))
-    return _Base(buffers, from_files, pinned, whole - sum(pieces) + buffers * max(pieces))
+    counts = [min(buffers, len(pieces)) for buffers in STREAM_BUFFERS]
+    visiting = [_Base(count, from_files, pinned, whole - sum(pieces) + count * max(pieces)) for count in counts]
+    return [_Base(0, False, 0, whole), *visiting]
 
 
 def plan_denoising(
@@ -206,25 +207,23 @@ def plan_denoising(
     """
     if budget is None:
         return BasePlan("nf4" if asked == "nf4" else None, 0, False, 0, {})
-    resident: list[BasePlan] = []
-    streamed: list[BasePlan] = []
+    plans: list[BasePlan] = []
     for precision in _PRECISIONS[asked]:
         working = simulate_denoising(files.read_config("transformer"), shape, precision)
-        for buffers in (0, *STREAM_BUFFERS):
-            base = _place_base(files, shape.dtype, precision, shape.latent_size, buffers)
+        for base in _places(files, shape.dtype, precision, shape.latent_size):
             parts = {
                 "CUDA": budget.context_bytes,
                 "weights": base.device_bytes,
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
-            parts["unused between them"] = _unused(parts, buffers > 0)
-            plan = BasePlan(precision, base.buffers, base.from_files, base.host_bytes, parts)
-            (streamed if buffers else resident).append(plan)
-    chosen = _first_that_fits([*resident, *streamed], budget)
+            parts["unused between them"] = _unused(parts, base.buffers > 0)
+            plans.append(BasePlan(precision, base.buffers, base.from_files, base.host_bytes, parts))
+    plans.sort(key=lambda plan: plan.streamed)  # 4 bits on the device before the exact ones are streamed
+    chosen = _first_that_fits(plans, budget)
     if chosen:
         return chosen
-    smallest = enough_gib(min(plan.peak_bytes for plan in (*resident, *streamed)))
+    smallest = enough_gib(min(plan.peak_bytes for plan in plans))
     raise UserError(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
         f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size"
@@ -246,14 +245,13 @@ def list_plans(
         step = simulate_step(files.read_config("transformer"), shape, precision)
         count = len(step.kept)
         most = count if all_checkpointed else count - 1
-        place = partial(_place_base, files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
+        counts = range(most if all_checkpointed else 0, most + 1)
+        on_device, *visiting = _places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
         plan = partial(_predict, step, shape, budget, precision)
-        on_device = place(buffers=0)
-        resident += [plan(on_device, k) for k in range(most if all_checkpointed else 0, most + 1)]
+        resident += [plan(on_device, k) for k in counts]
         resident.append(plan(on_device, most, offload_inputs=True))
         if can_stream:
-            visiting = [place(buffers=buffers) for buffers in STREAM_BUFFERS]
-            streamed += [plan(visiting[0], k) for k in range(most if all_checkpointed else 0, most + 1)]
+            streamed += [plan(visiting[0], k) for k in counts]
             streamed += [plan(base, most, offload_inputs=True) for base in visiting]
             streamed.append(plan(visiting[-1], most, offload_inputs=True, room_for_graph=False))
     return resident + streamed

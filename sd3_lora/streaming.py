@@ -11,6 +11,7 @@ With two buffers its copy, and the next one's, would be waited for; with six all
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -261,30 +262,30 @@ class StreamedBlocks:
 
     def _visit(self, index: int) -> _Slot:
         """The slot of piece `index`, which is there for what is queued from now on; starts to copy what comes next."""
-        *coming, later = self._foresee(index)
-        wanted = [index, *(piece for piece in coming if piece is not None)]
+        coming = self._foresee(index)
+        wanted = [index, *coming[: len(self._slots) - 1]]
         slot = self._bring(index, wanted)
         self._slots.remove(slot)
         self._slots.append(slot)
         self._copy_stream.wait(slot.arrival)
         for piece in wanted[1:]:
             self._bring(piece, wanted)
-        if later is not None and self._held(later) is None:
-            self._source.announce(later)
+        for piece in coming[len(self._slots) - 1 :]:
+            if self._held(piece) is None:
+                self._source.announce(piece)
         return slot
 
-    def _foresee(self, index: int) -> list[int | None]:
-        """The pieces after this one, as many as there are slots; None where nobody knows."""
+    def _foresee(self, index: int) -> list[int]:
+        """The pieces after this one: as many as there are slots, or as are known."""
         at = len(self._asked)
         self._asked.append(index)
         self._is_as_foreseen &= at < len(self._foreseen) and self._foreseen[at] == index
-        places = range(at + 1, at + 1 + len(self._slots))
         if not self._is_as_foreseen:
-            return [None for _ in places]
-        count = len(self._foreseen)
-        if _is_recorded(self._device):  # a graph ends with no copy under way
-            return [self._foreseen[place] if place < count else None for place in places]
-        return [self._foreseen[place % count] for place in places]
+            return []
+        coming = self._foreseen[at + 1 : at + 1 + len(self._slots)]
+        if not _is_recorded(self._device):  # a graph ends with no copy under way
+            coming += itertools.islice(itertools.cycle(self._foreseen), len(self._slots) - len(coming))
+        return coming
 
     def _held(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.index == index), None)

@@ -78,14 +78,14 @@ class TextEncoderPlan:
 
     def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
         """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
-        width = files.read_config("text_encoder_3")["d_model"] if self.kept_prompts else 0
-        hidden = {"hidden states": self.kept_prompts * self.max_sequence_length * width * torch.float32.itemsize}
-        return {
+        parts = {
             "CUDA": budget.context_bytes,
             "text encoder": encoder_bytes(files, self),
             "working memory": working_bytes(files, self),
-            **(hidden if self.kept_prompts else {}),
         }
+        if self.kept_prompts:
+            parts["hidden states"] = hidden_bytes(files, self, self.kept_prompts)
+        return parts
 
 
 def choose_text_encoder_plan(
@@ -141,15 +141,22 @@ def choose_text_encoder_plan(
             plan = replace(plan, t5_stream=True)
     if budget is None:
         return plan
-    if plan.t5_stream and device.type == "cuda":
-        resting = replace(plan, kept_prompts=prompts)
-        if sum(resting.predicted_parts(files, budget).values()) <= budget.total_bytes:
-            return resting
-    while sum(plan.predicted_parts(files, budget).values()) > budget.total_bytes:
+    peak = sum(plan.predicted_parts(files, budget).values())
+    rests = plan.t5_stream and device.type == "cuda"
+    if rests and peak + hidden_bytes(files, plan, prompts) <= budget.total_bytes:
+        return replace(plan, kept_prompts=prompts)
+    while peak > budget.total_bytes:
         if plan.batch_size == 1:
-            raise too_small(f"T5 in {describe_t5(plan)}", sum(plan.predicted_parts(files, budget).values()))
+            raise too_small(f"T5 in {describe_t5(plan)}", peak)
         plan = replace(plan, batch_size=plan.batch_size // 2)
+        peak = sum(plan.predicted_parts(files, budget).values())
     return plan
+
+
+def hidden_bytes(files: ModelFiles, plan: TextEncoderPlan, prompts: int) -> int:
+    """What so many prompts' hidden states take between T5's halves: float32 after the first `wo`."""
+    width = files.read_config("text_encoder_3")["d_model"]
+    return prompts * plan.max_sequence_length * width * torch.float32.itemsize
 
 
 def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:

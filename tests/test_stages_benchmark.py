@@ -17,6 +17,7 @@ from PIL import Image
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import stages
+import vae_rows
 from photos import fabricate_photos
 
 Rows = list[dict[str, Any]]
@@ -70,12 +71,25 @@ def test_embeddings_are_those_of_the_stock_pipeline(rows: Callable[..., Rows]) -
 
 
 def test_encoders_are_compared_with_exact_float32(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = ((torch.float32, False, 1, ""), (torch.float16, True, 4, stages.SPREAD))
-    monkeypatch.setattr(stages, "ENCODERS", cases)
+    cases = ((torch.float32, False, 1, ""), (torch.float16, True, 4, vae_rows.SPREAD))
+    monkeypatch.setattr(vae_rows, "ENCODERS", cases)
     exact, half = rows("encoders")
     assert exact["mean_max"] == exact["std_max"] == 0
     assert 0 < half["mean_relative"] < 0.01
     assert half["ms_an_item"] > 0
+
+
+def test_decoders_are_timed_whole_and_in_tiles(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = ((torch.float32, False, False, ""), (torch.float16, True, True, vae_rows.SPREAD))
+    monkeypatch.setattr(vae_rows, "DECODERS", cases)
+    tiles: list[int | None] = []
+    apply = vae_rows.VaeTile.apply
+    monkeypatch.setattr(vae_rows.VaeTile, "apply", lambda tile, vae: tiles.append(tile.side_px) or apply(tile, vae))
+    whole, tiled = rows("decoders")
+    assert (whole["dtype"], whole["tile_px"]) == ("float32", None)
+    assert (tiled["dtype"], tiled["tile_px"]) == ("float16", 32)
+    assert tiles == [None, 32]
+    assert min(whole["ms_an_item"], tiled["ms_an_item"]) > 0
 
 
 def test_the_job_is_reckoned_to_500_steps(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
