@@ -197,7 +197,7 @@ def weights_beside(components: Sequence[str], device: str) -> Iterator[dict[str,
     with torch.device("meta"):
         shapes = {name: [p.shape for p in random_sd3.make(name).parameters()] for name in components}
     held = [
-        torch.zeros(shape, dtype=torch.float32, device=choose_device(device))
+        torch.ones(shape, dtype=torch.float32, device=choose_device(device))  # zeros would be no memory on a host
         for found in shapes.values()
         for shape in found
     ]
