@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ import memory
 import picture
 import random_sd3
 import tables
+import torch
 
 TINY = {"num_layers": 4, "num_attention_heads": 2, "caption_projection_dim": 128, "pos_embed_max_size": 64}
 SMALL_CLIP = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,13 +111,29 @@ def test_the_ladder(rows, tmp_path: Path) -> None:
     assert not [row["failed"] for row in found if "failed" in row]
     assert all(row["step_ms"] > 0 for row in found[1:])
     assert found[1]["beside"] == ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
-    assert found[1]["host_gib"] > found[2]["host_gib"]
+    assert found[1]["beside_gib"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
+    assert list(found[2]["beside_gib"]) == ["vae"]
     assert [bool(row.get("refused")) for row in found] == [False] * 3 + [True] * 3
     assert "in 4 bits" in found[-1]["plan"]
     lines = table(tmp_path, "ladder-h100.json")
     assert len(lines) == 2 + 5 + 2  # the warm-up is not shown
     assert lines[3].startswith("| prompt embeddings cached | `compute_embeddings.py` | 0.00 | 0.")
     assert lines[3].endswith(" | exact |")
+
+
+def test_what_lies_beside_a_row_is_there_meanwhile(small: None) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.float32)
+
+    before = held()
+    with memory.weights_beside(("text_encoder", "vae"), "cpu") as gib:
+        beside = held() - before
+    assert held() == before
+    expected = {name: 4 * sum(p.numel() for p in random_sd3.make(name).parameters()) for name in gib}
+    assert list(gib) == ["text_encoder", "vae"]
+    assert beside == sum(expected.values()) > 10e6
+    assert gib == {name: round(size / 2**30, 3) for name, size in expected.items()}
 
 
 def test_text_encoders(rows, tmp_path: Path) -> None:
