@@ -206,10 +206,7 @@ def load_denoiser(
     """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
-    host_or_device = torch.device("cpu") if plan.streamed else device
-    transformer = load_transformer(
-        files, host_or_device, dtype, plan.base_precision, latent_size, plan.leaves_blocks_unread
-    )
+    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.visiting)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -229,10 +226,10 @@ def load_denoiser(
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
     if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks)
+        pieces = pieces_of(transformer.transformer_blocks, plan.visiting)
         paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source, plan.buffers)
+        stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -392,18 +392,16 @@ def load_training(
     """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
     files, lora, run = stage_one.files, flags.lora, flags.run
     device, processes = accelerator.device, accelerator.num_processes
-    host_or_device = torch.device("cpu") if plan.streamed else device
     latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
-    transformer = load_transformer(
-        files, host_or_device, dtype, plan.base_precision, (latent_side, latent_side), plan.leaves_blocks_unread
-    )
+    latent_size = (latent_side, latent_side)
+    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.visiting)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks)
+        pieces = pieces_of(transformer.transformer_blocks, plan.visiting)
         paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source, plan.buffers)
+        stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)

@@ -7,12 +7,11 @@ through several GiB; and its quantizer refuses a CPU. Here nothing is made that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from sd3_lora.command_line import UserError
-from sd3_lora.memory import round_up
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.tensor_files import TensorFiles
 
@@ -38,7 +37,7 @@ def load_transformer(
     dtype: torch.dtype,
     precision: BasePrecision | None = None,
     latent_size: tuple[int, int] | None = None,
-    unread_blocks: bool = False,
+    visiting: Collection[int] = (),
 ) -> SD3Transformer2DModel:
     """The transformer, frozen and in eval mode.
 
@@ -52,8 +51,8 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        unread_blocks: whether the matrices of the blocks stay in the files, for what streams them to read; here they
-            are NaN, on the host, and take no memory. Not in 4 bits.
+        visiting: the indices of blocks whose matrices will be streamed. They stay in the files for what does that to
+            read, and here are NaN, on the host, and take no memory; but in 4 bits they are on the host.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -73,7 +72,8 @@ def load_transformer(
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
         for name, shape in expected.items():
-            if unread_blocks and _is_linear_weight(name, shape):
+            visits = _is_linear_weight(name, shape) and int(name.split(".")[1]) in visiting
+            if visits and precision is None:
                 # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
                 _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))
                 continue
@@ -82,7 +82,7 @@ def load_transformer(
             if name == _POSITIONS and kept:
                 value = _middle(value, kept)
                 transformer.pos_embed.pos_embed_max_size = kept
-            value = value.to(device, dtype, copy=True)
+            value = value.to("cpu" if visits else device, dtype, copy=True)
             _set_tensor(transformer, name, value)
             del value  # before the next is read
     for name in not_in_files:
@@ -112,19 +112,6 @@ def base_bytes(
         _bytes_in_4_bits(shape.numel()) if is_4bit[name] else shape.numel() * dtype.itemsize
         for name, shape in shapes.items()
     )
-
-
-def streamed_bytes(files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None = None) -> list[int]:
-    """What `stream_transformer` copies of each piece, in bytes: of 4-bit weights not their scales, which stay."""
-    with TensorFiles(files.weight_files("transformer")) as weights:
-        shapes = weights.shapes()
-    sizes: dict[tuple[str, ...], int] = {}
-    for name, shape in shapes.items():
-        if _is_linear_weight(name, shape):
-            size = _values_in_4_bits(shape.numel()) if precision == "nf4" else shape.numel() * dtype.itemsize
-            piece = tuple(name.split(".")[1:3])  # its block and the part of it
-            sizes[piece] = sizes.get(piece, 0) + round_up(size)
-    return list(sizes.values())
 
 
 def _kept_positions(config: Mapping[str, Any], latent_size: tuple[int, int] | None) -> int | None:
@@ -237,13 +224,14 @@ def _is_linear_weight(name: str, shape: torch.Size) -> bool:
     return name.startswith(f"{_BLOCKS}.") and len(shape) == 2
 
 
-def _values_in_4_bits(numel: int) -> int:
+def values_in_4_bits(numel: int) -> int:
+    """The bytes of so many weights, without their scales."""
     return -(-numel // 2)
 
 
 def _bytes_in_4_bits(numel: int) -> int:
     """One weight's 4-bit values, its blocks' scales, and the tables that each layer has of its own."""
-    values, scales = _values_in_4_bits(numel), -(-numel // _BLOCK)
+    values, scales = values_in_4_bits(numel), -(-numel // _BLOCK)
     table = 16 * 4
     if not DOUBLE_QUANTIZATION:
         return values + 4 * scales + table

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sd3_lora.command_line import UserError
 from sd3_lora.copy_stream import Copy, CopyStream
+from sd3_lora.kept_modulations import KeptModulations
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -55,11 +57,12 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
         index = chosen.get(block)
         if index is None:
             return block(*inputs)
+        run_twice = partial(KeptModulations().run, block)
         if offload is None:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+            return checkpoint(run_twice, *inputs, use_reentrant=False, preserve_rng_state=draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(index):
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+            return checkpoint(run_twice, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 

@@ -4,18 +4,19 @@ The peak is the sum of CUDA's own memory, the base's weights, the LoRA with its 
 the activations that are kept for backward and the working memory beside them (`step_memory.py`).
 
 Of the measures that leave every number what it is, the fastest that fits is taken: compute k of the n blocks anew, as
-few as will do; then send the blocks' inputs to the host; then let the blocks' matrices visit the device
-(`streaming.py`), and try the same again. Weights in 4 bits change the numbers, and have to be asked for.
+few as will do; then send the blocks' inputs to the host; then let the matrices of blocks visit the device
+(`streaming.py`), of as few as will do, and compute k anew again: how many of each, is weighed by what the step computes
+and copies (`step_time.py`). Weights in 4 bits change the numbers, and have to be asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
-from sd3_lora.base_weights import BasePrecision, base_bytes, streamed_bytes
+from sd3_lora.base_weights import BasePrecision, base_bytes
 from sd3_lora.budget import DeviceBudget, enough_gib
 from sd3_lora.command_line import UserError
 from sd3_lora.mapped_pieces import ring_sizes
@@ -23,6 +24,7 @@ from sd3_lora.memory import GIB, available_host_bytes
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
+from sd3_lora.step_time import StepSize, model_costs, step_cost
 
 import torch
 
@@ -54,14 +56,17 @@ class BasePlan:
 
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        buffers: for how many pieces of the blocks there is room on the device, which visit it from the host; 0 if all
-            are there.
+        blocks: how many there are.
+        visiting: the indices of those whose matrices visit the device from the host; none if all are there.
+        buffers: for how many of their pieces there is room on the device.
         from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
         host_bytes: of the host's memory, what is pinned for them.
         parts: the predicted peak in bytes, by part.
     """
 
     base_precision: BasePrecision | None
+    blocks: int
+    visiting: tuple[int, ...]
     buffers: int
     from_files: bool
     host_bytes: int
@@ -69,8 +74,8 @@ class BasePlan:
 
     @property
     def streamed(self) -> bool:
-        """Whether the blocks' frozen matrices stay on the host and visit the device."""
-        return self.buffers > 0
+        """Whether any block's frozen matrices stay on the host and visit the device."""
+        return bool(self.visiting)
 
     @property
     def leaves_blocks_unread(self) -> bool:
@@ -89,7 +94,9 @@ class BasePlan:
             return f"base {base}, on the device"
         source = "the weight files" if self.from_files else "host memory"
         held = f"{self.host_bytes / GIB:.1f} GiB pinned, {self.buffers} pieces on the device"
-        return f"base {base}, streamed from {source} piece by piece ({held})"
+        some = len(self.visiting) < self.blocks
+        which = f"{len(self.visiting)} of its {self.blocks} blocks " if some else ""
+        return f"base {base}, {which}streamed from {source} piece by piece ({held})"
 
 
 @dataclass(frozen=True)
@@ -98,13 +105,11 @@ class TrainingPlan(BasePlan):
 
     Attributes:
         checkpointed: how many of the first blocks are computed anew in backward.
-        blocks: how many there are.
         offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
         has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes.
     """
 
     checkpointed: int
-    blocks: int
     offload_inputs: bool
     has_room_for_graph: bool
 
@@ -120,7 +125,7 @@ _Plan = TypeVar("_Plan", bound=BasePlan)
 def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, 0, False, 0, {}, blocks if all_checkpointed else 0, blocks, False, True)
+    return TrainingPlan(precision, blocks, (), 0, False, 0, {}, blocks if all_checkpointed else 0, False, True)
 
 
 def plan_training(
@@ -148,7 +153,7 @@ def plan_training(
     chosen = _first_that_fits(candidates, budget)
     if chosen:
         return chosen
-    smallest = enough_gib(min(plan.peak_bytes for plan in candidates))
+    smallest = enough_gib(candidates[-1].peak_bytes)
     remedy = f"type --vram_budget_gib {smallest}"
     if asked == "16bit":
         packed = list_plans(files, shape, budget, "nf4", all_checkpointed, can_stream)
@@ -167,25 +172,66 @@ def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | No
 class _Base(NamedTuple):
     """Where the base's weights are, and how many bytes of them."""
 
+    visiting: tuple[int, ...]
     buffers: int
     from_files: bool
     host_bytes: int
     device_bytes: int
 
 
-def _places(
-    files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None, latent_size: tuple[int, int]
-) -> list[_Base]:
-    """On the device; then, of the blocks' matrices, as many buffers there as `STREAM_BUFFERS` says, and all on the host
-    or, if those are too many, in the files.
+def visiting_blocks(count: int, staying: int) -> tuple[int, ...]:
+    """Those of `count` blocks that visit the device where `staying` stay there.
+
+    Spread evenly: while one that stays computes, a copy is under way.
     """
-    whole, pieces = base_bytes(files, dtype, precision, latent_size), streamed_bytes(files, dtype, precision)
-    # No file holds 4-bit weights: they are made as they are loaded.
-    from_files = precision is None and pinned_bytes(pieces) + HOST_ROOM_BYTES > available_host_bytes()
-    pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
-    counts = [min(buffers, len(pieces)) for buffers in STREAM_BUFFERS]
-    visiting = [_Base(count, from_files, pinned, whole - sum(pieces) + count * max(pieces)) for count in counts]
-    return [_Base(0, False, 0, whole), *visiting]
+    return tuple(i for i in range(count) if (i + 1) * staying // count == i * staying // count)
+
+
+class _Places:
+    """Where a model's weights may be.
+
+    Args:
+        files: the model.
+        dtype: of a base that is not in 4 bits.
+        precision: nf4, or None.
+        latent_size: height and width, in latent pixels.
+    """
+
+    def __init__(
+        self, files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None, latent_size: tuple[int, int]
+    ):
+        config = files.read_config("transformer")
+        self.blocks: int = config["num_layers"]
+        self.costs = model_costs(config, dtype, precision)
+        self._whole = base_bytes(files, dtype, precision, latent_size)
+        # No file holds 4-bit weights: they are made as they are loaded.
+        self._may_be_in_files = precision is None
+        self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
+
+    def on_device(self) -> _Base:
+        """All of them on the device."""
+        return _Base((), 0, False, 0, self._whole)
+
+    def streamed(self, staying: int, buffers: int) -> _Base:
+        """So many blocks on the device, and of the others' matrices so many pieces, or all if there are less.
+
+        All these are on the host or, if they are too many, in the files.
+        """
+        visiting = visiting_blocks(self.blocks, staying)
+        pieces = [piece.size for piece in self.costs if piece.block in visiting]
+        from_files = self._may_be_in_files and pinned_bytes(pieces) > self._host_bytes
+        pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
+        count = min(buffers, len(pieces))
+        return _Base(visiting, count, from_files, pinned, self._whole - sum(pieces) + count * max(pieces))
+
+
+def _only_smaller(plans: Iterable[_Plan]) -> list[_Plan]:
+    """Those that take less than every plan before them: no budget has use for the others."""
+    found: list[_Plan] = []
+    for plan in plans:
+        if not found or plan.peak_bytes < found[-1].peak_bytes:
+            found.append(plan)
+    return found
 
 
 def plan_denoising(
@@ -206,24 +252,30 @@ def plan_denoising(
         UserError: nothing fits; says the smallest budget that would do.
     """
     if budget is None:
-        return BasePlan("nf4" if asked == "nf4" else None, 0, False, 0, {})
+        blocks = files.read_config("transformer")["num_layers"]
+        return BasePlan("nf4" if asked == "nf4" else None, blocks, (), 0, False, 0, {})
     plans: list[BasePlan] = []
     for precision in _PRECISIONS[asked]:
         working = simulate_denoising(files.read_config("transformer"), shape, precision)
-        for base in _places(files, shape.dtype, precision, shape.latent_size):
+        places = _Places(files, shape.dtype, precision, shape.latent_size)
+        bases = [places.on_device()]
+        bases += [places.streamed(staying, STREAM_BUFFERS[0]) for staying in reversed(range(places.blocks))]
+        bases += [places.streamed(0, buffers) for buffers in STREAM_BUFFERS[1:]]
+        for base in bases:
             parts = {
                 "CUDA": budget.context_bytes,
                 "weights": base.device_bytes,
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
-            parts["unused between them"] = _unused(parts, base.buffers > 0)
-            plans.append(BasePlan(precision, base.buffers, base.from_files, base.host_bytes, parts))
-    plans.sort(key=lambda plan: plan.streamed)  # 4 bits on the device before the exact ones are streamed
+            parts["unused between them"] = _unused(parts, bool(base.visiting))
+            plans.append(BasePlan(precision, places.blocks, *base[:4], parts))
+    # 4 bits on the device before the exact ones are streamed.
+    plans = _only_smaller(sorted(plans, key=lambda plan: plan.streamed))
     chosen = _first_that_fits(plans, budget)
     if chosen:
         return chosen
-    smallest = enough_gib(min(plan.peak_bytes for plan in plans))
+    smallest = enough_gib(plans[-1].peak_bytes)
     raise UserError(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
         f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size"
@@ -238,23 +290,29 @@ def list_plans(
     all_checkpointed: bool,
     can_stream: bool,
 ) -> list[TrainingPlan]:
-    """All plans that may be taken, the fastest first."""
+    """All plans that may be taken, the fastest first; each takes less than those before it."""
     resident: list[TrainingPlan] = []
     streamed: list[TrainingPlan] = []
+    config = files.read_config("transformer")
+    size = StepSize.of(config, shape)
     for precision in _PRECISIONS[asked]:
-        step = simulate_step(files.read_config("transformer"), shape, precision)
-        count = len(step.kept)
+        step = simulate_step(config, shape, precision)
+        places = _Places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
+        count = places.blocks
         most = count if all_checkpointed else count - 1
         counts = range(most if all_checkpointed else 0, most + 1)
-        on_device, *visiting = _places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
         plan = partial(_predict, step, shape, budget, precision)
-        resident += [plan(on_device, k) for k in counts]
-        resident.append(plan(on_device, most, offload_inputs=True))
+        resident += [plan(places.on_device(), k) for k in counts]
+        resident.append(plan(places.on_device(), most, offload_inputs=True))
         if can_stream:
-            streamed += [plan(visiting[0], k) for k in counts]
-            streamed += [plan(base, most, offload_inputs=True) for base in visiting]
-            streamed.append(plan(visiting[-1], most, offload_inputs=True, room_for_graph=False))
-    return resident + streamed
+            bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
+            pairs = [(base, k) for base in bases for k in counts]
+            times = [step_cost(places.costs, size, k, base.visiting, base.from_files).time for base, k in pairs]
+            streamed += [plan(*pairs[i]) for i in sorted(range(len(pairs)), key=times.__getitem__)]
+            smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
+            streamed += [plan(base, most, offload_inputs=True) for base in smallest]
+            streamed.append(plan(smallest[-1], most, offload_inputs=True, room_for_graph=False))
+    return _only_smaller(resident + streamed)
 
 
 def _predict(
@@ -282,9 +340,8 @@ def _predict(
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
     if offload_inputs and room_for_graph:
         fragments += GRAPH_UNUSED_BYTES
-    parts["unused between them"] = _unused(parts, base.buffers > 0) + fragments
-    where = base.buffers, base.from_files, base.host_bytes
-    return TrainingPlan(precision, *where, parts, checkpointed, len(step.kept), offload_inputs, room_for_graph)
+    parts["unused between them"] = _unused(parts, bool(base.visiting)) + fragments
+    return TrainingPlan(precision, len(step.kept), *base[:4], parts, checkpointed, offload_inputs, room_for_graph)
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

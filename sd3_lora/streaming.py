@@ -1,24 +1,28 @@
 """A frozen base whose matrices live on the host and visit the device, a piece of a block at a time.
 
-A piece is what one part of a block multiplies with: its attention, a feed-forward network, a modulation. The device
+A piece is what one part of a block multiplies with, or half of that: an attention's inputs, a modulation. The device
 holds two buffers or more, each as large as the largest piece. While a piece computes in one, those that are needed
 next are copied into the others. Forward needs the pieces first to last; backward computes a checkpointed block anew,
 and then needs its pieces last to first, to send gradients back through them.
 
 Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
-With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention.
+With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention. And
+what it computed is kept for backward, which so need not copy it again (`kept_modulations.py`).
+
+Where the device has room for some blocks, those stay there whole, and the others' copies have their time too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from sd3_lora.copy_stream import Copy, CopyStream
+from sd3_lora.kept_modulations import kept_or_computed
 from sd3_lora.memory import round_up
 from sd3_lora.pinned_memory import pinned_buffers, pinned_bytes
 from sd3_lora.tensor_files import TensorFiles
@@ -30,7 +34,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The frozen linear layers of one part of a block.
+    """Frozen linear layers of one part of a block.
 
     Attributes:
         names: of their weights, as the transformer's files have them.
@@ -46,20 +50,43 @@ class Piece:
         return [layer.weight.detach() for layer in self.layers]
 
 
-def pieces_of(blocks: Sequence[torch.nn.Module]) -> list[Piece]:
-    """The pieces of all blocks, in the order in which forward needs them."""
+def pieces_of(blocks: Sequence[torch.nn.Module], visiting: Collection[int] | None = None) -> list[Piece]:
+    """The pieces of blocks, in the order in which forward needs them.
+
+    None has more weights than the largest matrix of all, for which there must be room.
+
+    Args:
+        blocks: of the transformer, with or without a LoRA.
+        visiting: the indices of those that are asked for; None for all.
+    """
     pieces = []
+    largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
     for index, block in enumerate(blocks):
+        if visiting is not None and index not in visiting:
+            continue
         for part, module in block.named_children():
-            found = {
+            room = 0
+            for name, layer in _frozen_layers(module):
                 # peft moves a layer that gets a LoRA into that as its base layer.
-                f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", "."): layer
-                for name, layer in module.named_modules()
-                if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
-            }
-            if found:
-                pieces.append(Piece(tuple(found), tuple(found.values())))
+                path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", ".")
+                if _size(layer) > room:
+                    pieces.append(Piece((), ()))
+                    room = largest
+                room -= _size(layer)
+                pieces[-1] = Piece((*pieces[-1].names, path), (*pieces[-1].layers, layer))
     return pieces
+
+
+def _frozen_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    return [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+    ]
+
+
+def _size(layer: torch.nn.Linear) -> int:
+    return layer.in_features * layer.out_features  # a weight in 4 bits has other sizes
 
 
 class PieceSource(Protocol):
@@ -81,20 +108,26 @@ class PieceSource(Protocol):
 
 
 def stream_transformer(
-    transformer: SD3Transformer2DModel, device: torch.device, source: PieceSource | None = None, buffers: int = 2
+    transformer: SD3Transformer2DModel,
+    device: torch.device,
+    source: PieceSource | None = None,
+    buffers: int = 2,
+    visiting: Collection[int] | None = None,
 ) -> StreamedBlocks:
-    """Moves to the device all but the matrices of the blocks, which will visit it.
+    """Moves to the device all but the matrices of blocks that will visit it.
 
     Args:
-        transformer: on the host, its LoRA attached. It must not be moved afterwards, nor get other layers.
+        transformer: these matrices on the host, its LoRA attached. It must not be moved afterwards, nor get other
+            layers.
         device: where it computes.
         source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
         buffers: on the device.
+        visiting: the indices of these blocks; None for all.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
-    pieces = pieces_of(transformer.transformer_blocks)
+    pieces = pieces_of(transformer.transformer_blocks, visiting)
     streamed = StreamedBlocks(pieces, device, source, buffers)
     visiting = {id(layer.weight) for piece in pieces for layer in piece.layers}
     for tensor in (*transformer.parameters(), *transformer.buffers()):
@@ -314,9 +347,9 @@ def _is_recorded(device: torch.device) -> bool:
 
 
 def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):  # nothing is saved
+        return kept_or_computed(ask, x, lambda: torch.nn.functional.linear(x, ask(), bias))
     weight = ask()
-    if not (x.requires_grad and torch.is_grad_enabled()):
-        return torch.nn.functional.linear(x, weight, bias)  # nothing is saved
     place, start = weight.untyped_storage().data_ptr(), weight.storage_offset()
 
     def pack(saved: torch.Tensor) -> Any:
@@ -361,4 +394,8 @@ def _forward_packed(
     ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any, dtype: torch.dtype, x: torch.Tensor
 ) -> torch.Tensor:
     bias = None if bias is None else bias.to(dtype)
-    return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)
+
+    def multiply() -> torch.Tensor:
+        return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)
+
+    return multiply() if x.requires_grad else kept_or_computed(ask, x, multiply)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora import base_weights
-from sd3_lora.base_weights import base_bytes, load_transformer, streamed_bytes
+from sd3_lora.base_weights import base_bytes, load_transformer
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, save_lora, target_modules
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.step_time import model_costs
 from sd3_lora.streaming import layout, pieces_of
 from sd3_lora.tensor_files import TensorFiles
 
@@ -458,8 +459,21 @@ def test_the_middle_of_the_positional_embedding_is_enough(model, size):
 @pytest.mark.parametrize("precision", [None, "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_is_streamed_of_each_piece_is_exact(model, dtype, precision):
-    """In any order, as a file's header has another."""
     transformer = load_transformer(files_of(model), CPU, dtype, precision)
     attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=0)
     sizes = [layout(piece.weights)[-1] for piece in pieces_of(transformer.transformer_blocks)]
-    assert sorted(streamed_bytes(files_of(model), dtype, precision)) == sorted(sizes)
+    costs = model_costs(files_of(model).read_config("transformer"), dtype, precision)
+    assert [cost.size for cost in costs] == sizes
+
+
+def test_4_bit_matrices_that_will_visit_are_on_the_host(model, monkeypatch):
+    """All else goes to the device, which here a stand-in for `Tensor.to` tells."""
+    to, sent = torch.Tensor.to, []
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *words, **more: sent.append((self.shape, words[0])) or to(self, *words, **more)
+    )
+    transformer = load_transformer(files_of(model), torch.device("cpu", 0), torch.float32, "nf4", visiting=(1,))
+    on_host = [shape for shape, place in sent if place == "cpu"]
+    matrices = [layer.weight for piece in pieces_of(transformer.transformer_blocks, (1,)) for layer in piece.layers]
+    assert len(on_host) == len(matrices)
+    assert all(layer.quant_type == "nf4" for layer in matrices)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora import memory_plan, step_memory
-from sd3_lora.base_weights import streamed_bytes
 from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, open_budget, sentence
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
@@ -21,11 +21,13 @@ from sd3_lora.memory_plan import (
     list_plans,
     plan_denoising,
     plan_training,
+    visiting_blocks,
 )
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.step_memory import DenoisingShape, StepShape, simulate_step
+from sd3_lora.step_time import StepSize, model_costs, step_cost
 from sd3_lora.streaming import PinnedPieces, stream_transformer
 
 import pytest
@@ -132,22 +134,88 @@ def test_more_budget_is_never_a_slower_plan(files: ModelFiles, asked: memory_pla
 
 @pytest.mark.usefixtures("small")
 def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> None:
+    """On the device, with more and more blocks anew; then fewer blocks there and more anew; then the last resorts."""
     plans = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
-    assert [plan.checkpointed for plan in plans] == [*2 * [0, 1, 2, 3, 4, 5, 5], 5, 5, 5, 5]
-    assert [plan.buffers for plan in plans] == [0] * 7 + [6] * 7 + [4, 3, 2, 2]
-    assert [plan.streamed for plan in plans] == [False] * 7 + [True] * 11
-    assert [plan.offload_inputs for plan in plans] == [*2 * [*[False] * 6, True], *[True] * 4]
-    assert [plan.has_room_for_graph for plan in plans] == [True] * 17 + [False]
-    graph = memory_plan.WORKSPACE_BYTES + memory_plan.GRAPH_UNUSED_BYTES
-    assert plans[-2].peak_bytes - plans[-1].peak_bytes == pytest.approx(graph, rel=0.01)
     assert all(plan.base_precision is None for plan in plans)
+    resident = [plan for plan in plans if not plan.streamed]
+    assert plans[: len(resident)] == resident
+    assert [plan.checkpointed for plan in resident] == [0, 1, 2, 3, 4, 5, 5]
+    assert [plan.offload_inputs for plan in resident] == [False] * 6 + [True]
+    peaks = [plan.peak_bytes for plan in plans]
+    assert peaks == sorted(set(peaks), reverse=True)
+
+    mixed, last = plans[len(resident) : -5], plans[-5:]
+    assert [plan.buffers for plan in mixed] == [6] * len(mixed)
+    config = files.read_config("transformer")
+    costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
+    times = [step_cost(costs, size, plan.checkpointed, plan.visiting, False).time for plan in mixed]
+    assert times == sorted(times)
+    ways = {(plan.visiting, plan.checkpointed) for plan in mixed}
+    assert len({way[0] for way in ways}) > 4
+    assert len({way[1] for way in ways}) > 2
+    assert len(mixed) == len(ways) > 10
+
+    assert {(plan.visiting, plan.checkpointed) for plan in last} == {(tuple(range(6)), 5)}
+    assert [plan.buffers for plan in last] == [6, 4, 3, 2, 2]
+    assert [plan.offload_inputs for plan in last] == [True] * 5
+    assert [plan.has_room_for_graph for plan in plans] == [True] * (len(plans) - 1) + [False]
+    graph = memory_plan.WORKSPACE_BYTES + memory_plan.GRAPH_UNUSED_BYTES
+    assert peaks[-2] - peaks[-1] == pytest.approx(graph, rel=0.01)
+
     everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
-    assert [plan.checkpointed for plan in everywhere] == [6] * 8
-    assert [plan.buffers for plan in everywhere] == [0, 0, 6, 6, 4, 3, 2, 2]
-    assert [plan.offload_inputs for plan in everywhere] == [False, True, False, *[True] * 5]
+    assert {plan.checkpointed for plan in everywhere} == {6}
     assert not any(plan.streamed for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, can_stream=False))
 
 
+def test_no_plan_is_left_out_that_a_budget_has_use_for(files: ModelFiles) -> None:
+    """Of all pairs of blocks that stay and blocks computed anew, for any budget the fastest that fits is listed."""
+    plans = [p for p in list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True) if p.streamed]
+    config = files.read_config("transformer")
+    costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
+    step = simulate_step(config, SHAPE, None)
+    places = memory_plan._Places(files, torch.float16, None, (8, 8))
+    pairs = []
+    for staying, k in itertools.product(range(6), range(6)):
+        base = places.streamed(staying, 6)
+        plan = memory_plan._predict(step, SHAPE, budget_of(1 << 40), None, base, k)
+        pairs.append((step_cost(costs, size, k, base.visiting, False).time, plan.peak_bytes, plan))
+    for budget in sorted(peak for _, peak, _ in pairs if peak < plans[0].peak_bytes):
+        fastest = min(time for time, peak, _ in pairs if peak <= budget)
+        listed = next(plan for plan in plans if plan.peak_bytes <= budget)
+        assert step_cost(costs, size, listed.checkpointed, listed.visiting, False).time == fastest
+
+
+@pytest.mark.parametrize("count", [1, 6, 24, 38])
+def test_the_blocks_that_stay_are_spread(count: int) -> None:
+    assert visiting_blocks(count, 0) == tuple(range(count))
+    for staying in range(count):
+        visiting = visiting_blocks(count, staying)
+        assert len(visiting) == count - staying
+        runs = "".join("v" if i in visiting else " " for i in range(count)).split()
+        assert max(map(len, runs)) - min(map(len, runs[:-1] or runs)) <= 1
+
+
+def test_what_a_step_computes_and_copies(files: ModelFiles) -> None:
+    """The miniature's width is 256; a block has 36 C^2 weights in matrices, 12 of them its modulations'."""
+    config, square, scores = files.read_config("transformer"), 256**2, 4 * 113**2 * 256
+    costs = model_costs(config, torch.float16, None)
+    size = StepSize.of(config, SHAPE)
+    assert size == StepSize(2, 16, 97, 256)
+    whole = 2 * ((8 + 16) * 113 * square + scores)
+    last = 2 * (8 * 113 * square + 16 * 16 * square + scores)
+    none = step_cost(costs, size, 0, (), False)
+    assert none.computed == pytest.approx(3 * (5 * whole + last), rel=1e-9)
+    assert none.copied == 0
+    two = step_cost(costs, size, 2, (1, 3), False)
+    assert two.computed - none.computed == pytest.approx(2 * whole, rel=1e-9)
+    assert two.copied == 2 * 2 * square * (12 + 2 * 24) * 2000  # two blocks, two bytes
+    assert two.time == (max(two.computed, two.copied), two.computed + two.copied)
+    assert step_cost(costs, size, 2, (1, 3), True).copied == 10 * two.copied
+    packed = model_costs(config, torch.float16, "nf4")
+    assert step_cost(packed, size, 2, (1, 3), False).copied == two.copied / 4
+
+
+@pytest.mark.usefixtures("small")
 def test_auto_takes_4_bits_rather_than_stream(files: ModelFiles) -> None:
     plans = list_plans(files, SHAPE, budget_of(1 << 40), "auto", False, True)
     kinds = list(dict.fromkeys((plan.streamed, plan.base_precision) for plan in plans))
@@ -183,37 +251,50 @@ def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
     streamed = plan_denoising(files, shape, budget_of(resident.peak_bytes - 1))
     assert streamed.streamed
     assert streamed.peak_bytes < resident.peak_bytes
-    pieces = streamed_bytes(files, torch.float32)
-    saved = resident.parts["weights"] - streamed.parts["weights"]
-    assert saved == sum(pieces) - 6 * max(pieces)
-    tight = plan_denoising(files, shape, budget_of(streamed.peak_bytes - 1))
-    assert tight.buffers == 4
-    assert resident.parts["weights"] - tight.parts["weights"] == sum(pieces) - 4 * max(pieces)
+    assert 0 < len(streamed.visiting) < 6
+    costs = model_costs(files.read_config("transformer"), torch.float32, None)
+    plan, found = streamed, []
+    while plan.buffers > 2:
+        found.append((len(plan.visiting), plan.buffers))
+        pieces = [piece.size for piece in costs if piece.block in plan.visiting]
+        saved = resident.parts["weights"] - plan.parts["weights"]
+        assert saved == sum(pieces) - plan.buffers * max(pieces)
+        plan = plan_denoising(files, shape, budget_of(plan.peak_bytes - 1))
+    assert found == [*((count, 6) for count in range(found[0][0], 7)), (6, 4), (6, 3)]
     assert plan_denoising(files, shape, None).parts == {}
     assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
 
 
+@pytest.mark.usefixtures("small")
 def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces = streamed_bytes(files, torch.float16)
+    costs = model_costs(files.read_config("transformer"), torch.float16, None)
+    pieces = [piece.size for piece in costs]
     enough = pinned_bytes(pieces) + memory_plan.HOST_ROOM_BYTES
 
-    def plans(available: int) -> list[BasePlan]:
+    def plans(available: int, asked: memory_plan.AskedPrecision = "auto") -> list[BasePlan]:
         monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: available)
-        listed = list_plans(files, SHAPE, budget_of(1 << 40), "auto", False, True)
+        listed = list_plans(files, SHAPE, budget_of(1 << 40), asked, False, True)
         return [*listed, plan_denoising(files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(1 << 40))]
 
-    large, small = plans(enough), plans(0)
+    def own_bytes(plan: BasePlan) -> int:
+        return pinned_bytes([piece.size for piece in costs if piece.block in plan.visiting])
+
+    large, small, between = plans(enough), plans(0), plans(enough - 1, "16bit")
     assert not any(plan.from_files for plan in large)
-    assert [plan.from_files for plan in plans(enough - 1)] == [plan.from_files for plan in small]
-    for mine, theirs in zip(small, large, strict=True):
-        assert mine.from_files == (theirs.streamed and theirs.base_precision is None)
-        assert mine.parts == theirs.parts
-    (*_, plan) = (plan for plan in large if plan.streamed and plan.base_precision is None)
+    for plan in (*small, *between):
+        exact = plan.streamed and plan.base_precision is None
+        assert plan.from_files == (exact and (plan in small or own_bytes(plan) == pinned_bytes(pieces)))
+        assert plan.from_files or not exact or plan.host_bytes == own_bytes(plan)
+    assert {plan.from_files for plan in between if plan.streamed and plan.base_precision is None} == {True, False}
+    assert large[-2].parts == small[-2].parts  # of the device's memory the host changes nothing
+    (*_, plan) = (plan for plan in large[:-1] if plan.streamed and plan.base_precision is None)
     assert plan.host_bytes == pinned_bytes(pieces)
     assert plan.sentence().startswith(
         "base unchanged, streamed from host memory piece by piece (0.0 GiB pinned, 2 pieces on "
     )
-    (*_, plan) = (plan for plan in small if plan.from_files)
+    some = next(plan for plan in between if plan.streamed)
+    assert some.sentence().startswith("base unchanged, 2 of its 6 blocks streamed from host memory piece by piece (")
+    (*_, plan) = (plan for plan in small[:-1] if plan.from_files)
     assert plan.host_bytes == pinned_bytes(3 * [max(pieces)])
     assert plan.sentence().startswith(
         "base unchanged, streamed from the weight files piece by piece (0.0 GiB pinned, 2 "
@@ -276,7 +357,7 @@ def test_every_plan_trains_to_the_same_bits(
     done: list[tuple] = []
 
     def stream(*words: object) -> None:
-        done.append(("streamed",))
+        done.append(("streamed", words[-1]))
         stream_transformer(*words)
 
     def checkpoint(transformer: torch.nn.Module, *words: object) -> None:
@@ -288,19 +369,24 @@ def test_every_plan_trains_to_the_same_bits(
     plain = train(script, stage_one, tmp_path / "plain")
     assert "plan:" not in plain.out
     plans = script_plans(files)
-    for index in (0, 3, 6, 7, 9, 13, 15, 17):
+    kept = [index for index, plan in enumerate(plans) if plan.buffers == 6 and not plan.offload_inputs]
+    some = {len(plans[index].visiting): index for index in kept}
+    chosen = [0, 3, 6, *some.values(), *range(len(plans) - 5, len(plans))]
+    assert len(some) > 4
+    for index in chosen:
         folder = tmp_path / str(index)
         run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].peak_bytes))
         assert f"plan: {plans[index].sentence()}" in run.out
         assert run.losses == plain.losses
         if plans[index].streamed:
-            assert done[-2] == ("streamed",)
+            assert done[-2] == ("streamed", plans[index].visiting)
         assert done[-1] == (plans[index].checkpointed, plans[index].offload_inputs)
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
         noted = json.loads((folder / "run.json").read_text())["plan"]
         assert noted["parts"] == plans[index].parts
         assert (noted["checkpointed"], noted["buffers"]) == (plans[index].checkpointed, plans[index].buffers)
-    assert done.count(("streamed",)) == 5
+        assert tuple(noted["visiting"]) == plans[index].visiting
+    assert sum(words[0] == "streamed" for words in done) == len(chosen) - 3
 
 
 @pytest.mark.usefixtures("small")
@@ -343,14 +429,15 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
     assert "plan: base unchanged, streamed from the weight files piece by piece (" in half.out
     noted = json.loads((half.folder / "run.json").read_text())["plan"]
     assert noted["from_files"]
-    assert noted["host_bytes"] == pinned_bytes(3 * [max(streamed_bytes(files, torch.float32))])
+    costs = model_costs(files.read_config("transformer"), torch.float32, None)
+    assert noted["host_bytes"] == pinned_bytes(3 * [max(piece.size for piece in costs)])
     assert half.losses == whole.losses[:2]
     run = train(
         script, stage_one, tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *budget
     )
     assert "plan: base unchanged, streamed from host memory piece by piece (" in run.out
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    assert [type(source) for source, _ in sources] == [MappedPieces, PinnedPieces]
+    assert [type(source) for source, *_ in sources] == [MappedPieces, PinnedPieces]
 
 
 def test_plan_prints_and_writes_nothing(
@@ -429,9 +516,10 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [(type(source), buffers) for _, _, source, buffers in streams] == [(PinnedPieces, 6)]
+    assert [(type(source), buffers) for _, _, source, buffers, _ in streams] == [(PinnedPieces, 6)]
+    assert 0 < len(streams[0][-1]) < 6  # some blocks stay
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [type(source) for _, _, source, _ in streams] == [PinnedPieces, MappedPieces]
+    assert [type(source) for _, _, source, *_ in streams] == [PinnedPieces, MappedPieces]
     assert draw("nf4", "--base_precision", "nf4") != resident

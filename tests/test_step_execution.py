@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
-from sd3_lora.memory_plan import TrainingPlan
+from sd3_lora.memory_plan import plain_plan
 from sd3_lora.optimizer import flatten_parameters
 from sd3_lora.step_execution import (
     COMPILE_FROM_MICRO_STEPS,
@@ -27,8 +27,8 @@ from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
 from training_runs import Script, train, training_script
 
-RESIDENT = TrainingPlan(None, 0, False, 0, {}, 0, 24, False, True)
-STREAMED, NF4 = replace(RESIDENT, buffers=2), replace(RESIDENT, base_precision="nf4")
+RESIDENT = plain_plan(24, "16bit", False)
+STREAMED, NF4 = replace(RESIDENT, visiting=(0, 1), buffers=2), replace(RESIDENT, base_precision="nf4")
 FROM_FILES, TIGHT = replace(STREAMED, from_files=True), replace(STREAMED, has_room_for_graph=False)
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 

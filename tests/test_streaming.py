@@ -16,6 +16,7 @@ from sd3_lora.streaming import (
     PinnedPieces,
     StreamedBlocks,
     _Slot,
+    layout,
     pieces_of,
     stream_transformer,
 )
@@ -23,7 +24,7 @@ from sd3_lora.streaming import (
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from small_transformer import CPU, inputs, late_copies, make_transformer, train_steps
+from small_transformer import CPU, WIDTH, inputs, late_copies, make_transformer, train_steps
 
 BLOCKS, PIECES = 6, 31
 
@@ -170,16 +171,47 @@ def test_every_matrix_of_the_blocks_is_in_one_piece_under_its_name_in_the_files(
         assert [weight.data_ptr() for weight in piece.weights] == [frozen[name].data_ptr() for name in piece.names]
 
 
+@pytest.mark.parametrize(("dual", "per_block"), [((), [1, 1, 6, 2, 1, 1, 1, 1]), ((0, 1), [1, 1, 8, 4, 2, 2])])
+def test_no_piece_is_larger_than_the_largest_matrix(dual: tuple[int, ...], per_block: list[int]) -> None:
+    """A modulation's: 6 C^2 weights, or 9 with dual attention; attention and feed-forward networks have 8."""
+    transformer = make_transformer(dual=dual)
+    pieces = pieces_of(transformer.transformer_blocks)
+    assert [len(piece.layers) for piece in pieces[: len(per_block)]] == per_block
+    sizes = [sum(weight.numel() for weight in piece.weights) for piece in pieces]
+    assert max(sizes) == (9 if dual else 6) * WIDTH**2
+    assert sum(sizes) == sum(weight.numel() for piece in pieces for weight in piece.weights)
+
+
+def test_some_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their matrices are sent to the device like all the rest, and are the same numbers there."""
+    plain, visiting = train_steps(make_transformer()), (0, 2, 3)
+    transformer = make_transformer()
+    own = pieces_of(transformer.transformer_blocks, visiting)
+    assert {name.split(".")[1] for piece in own for name in piece.names} == {"0", "2", "3"}
+    whole = {piece.names: piece.layers for piece in pieces_of(transformer.transformer_blocks)}
+    assert all(whole[piece.names] == piece.layers for piece in own)
+    staying = [w.data_ptr() for piece in pieces_of(transformer.transformer_blocks, (1, 4, 5)) for w in piece.weights]
+    sent, to = [], torch.Tensor.to
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, *words: sent.append(self.data_ptr()) or to(self, *words))
+        streamed = stream_transformer(transformer, CPU, buffers=3, visiting=visiting)
+    assert set(staying) < set(sent)
+    assert streamed.host_bytes == pinned_bytes([layout(piece.weights)[-1] for piece in own])
+    checkpoint_blocks(transformer, 4)
+    assert train_steps(transformer).is_equal(plain)
+    assert streamed.copies > len(own)
+
+
 # Copies
 
 # Of 11 pieces, where the last block has the last five. The first piece that a LoRA is before, or in, is the first
-# attention; and of a modulation's input nothing is trained.
+# attention. Of a modulation's input nothing is trained, and what it gave is kept where its block is computed anew.
 TWO_BLOCKS = list(range(11))
 PASSES = [
     (1, 0, [0, 1, 2, 3, 4, 2], [0, 7, 14, 20, 26]),
-    (1, 1, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 2], [0, 11, 23, 34, 45]),
+    (1, 1, [0, 1, 2, 3, 4, 2, 3, 4, 2], [0, 10, 20, 29, 38]),
     (2, 0, [*TWO_BLOCKS, 9, 8, 5, 4, 2], [0, 17, 33, 48, 63]),
-    (2, 2, [*TWO_BLOCKS, 6, 7, 8, 9, 10, 9, 8, 0, 1, 2, 3, 4, 5, 4, 2], [0, 25, 50, 74, 98]),
+    (2, 2, [*TWO_BLOCKS, 8, 9, 10, 9, 8, 2, 3, 4, 5, 4, 2], [0, 21, 42, 62, 82]),
 ]
 
 
@@ -249,14 +281,15 @@ def test_each_piece_is_copied_while_those_before_compute_and_announced_one_earli
 
 
 def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> None:
-    """Forward, and anew; but the last block is there when backward begins, and the first when forward does."""
+    """Forward, and anew but for the modulations; and each end's pieces are there when the other pass begins."""
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6)
     checkpoint_blocks(transformer, BLOCKS)
     train_steps(transformer, steps=2)
     before = streamed.copies
     train_steps(transformer, steps=1)
-    assert streamed.copies - before == 2 * PIECES - 2 * 5
+    modulations, last_blocks, first_blocks = 2 * BLOCKS, 2, 4
+    assert streamed.copies - before == 2 * PIECES - modulations - last_blocks - first_blocks
 
 
 @pytest.mark.parametrize("layers", [1, 6])

@@ -1,0 +1,139 @@
+"""How much a streamed step computes and copies: to tell which of two plans is the faster one, not how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sd3_lora.base_weights import BasePrecision, values_in_4_bits
+from sd3_lora.memory import round_up
+from sd3_lora.step_memory import StepShape, make_hollow
+from sd3_lora.streaming import Piece, pieces_of
+
+import torch
+
+# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s). An RTX 4060's eight lanes are as far behind
+# it; an H100 computes seven times as much in that time.
+FLOPS_A_BYTE = 2000
+# A solid-state disk reads a tenth of what the link copies.
+FILES_SLOWDOWN = 10
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How much goes through a step.
+
+    Attributes:
+        pictures: in a micro-batch.
+        tokens: of a picture.
+        text_tokens: of a prompt.
+        width: C, of the transformer.
+    """
+
+    pictures: int
+    tokens: int
+    text_tokens: int
+    width: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], shape: StepShape) -> StepSize:
+        """That of a training step."""
+        tokens = (shape.latent_side // config["patch_size"]) ** 2
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return cls(shape.batch_size, tokens, shape.text_tokens, width)
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """What a piece of the base takes to copy and to compute.
+
+    Attributes:
+        block: that it is of.
+        part: of that block, such as attn.
+        size: in bytes, as `layout` has them.
+        share: of the part's weights.
+    """
+
+    block: int
+    part: str
+    size: int
+    share: float
+
+    @property
+    def is_modulation(self) -> bool:
+        """Whether it computes with one row a picture."""
+        return self.part.startswith("norm")
+
+    def flops(self, size: StepSize) -> float:
+        """Of its forward, with its share of attention's scores."""
+        tokens, text_tokens, width = size.tokens, size.text_tokens, size.width
+        both = tokens + text_tokens
+        part = {
+            "attn": 8 * both * width**2 + 4 * both**2 * width,
+            "attn2": 8 * tokens * width**2 + 4 * tokens**2 * width,
+            "ff": 16 * tokens * width**2,
+            "ff_context": 16 * text_tokens * width**2,
+        }
+        return size.pictures * self.share * part.get(self.part, 0.0)
+
+
+def piece_costs(pieces: Sequence[Piece], bytes_of: Callable[[torch.nn.Linear], int]) -> list[PieceCost]:
+    """Those of pieces whose layers' matrices have so many bytes."""
+    sizes = [sum(round_up(bytes_of(layer)) for layer in piece.layers) for piece in pieces]
+    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in pieces]
+    whole: dict[tuple[str, ...], int] = {}
+    for part, size in zip(parts, sizes, strict=True):
+        whole[part] = whole.get(part, 0) + size
+    return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePrecision | None) -> list[PieceCost]:
+    """Those of all pieces of a model.
+
+    Of 4-bit weights their values alone are copied; the scales stay on the device.
+
+    Args:
+        config: of the transformer.
+        dtype: of a base that is not in 4 bits.
+        precision: nf4, or None.
+    """
+    hollow = make_hollow(dict(config), dtype)
+
+    def bytes_of(layer: torch.nn.Linear) -> int:
+        numel = layer.weight.numel()
+        return values_in_4_bits(numel) if precision == "nf4" else numel * dtype.itemsize
+
+    return piece_costs(pieces_of(hollow.transformer_blocks), bytes_of)
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step does, in FLOPs: copies are counted as what is computed in their time."""
+
+    computed: float
+    copied: float
+
+    @property
+    def time(self) -> tuple[float, float]:
+        """To compare two steps by: copies are hidden behind computation, or the other way round; then what is less."""
+        return max(self.computed, self.copied), self.computed + self.copied
+
+
+def step_cost(
+    costs: Sequence[PieceCost], size: StepSize, checkpointed: int, visiting: Collection[int], from_files: bool
+) -> StepCost:
+    """That of a micro-batch.
+
+    Args:
+        costs: of all pieces.
+        size: of the step.
+        checkpointed: how many of the first blocks are computed anew.
+        visiting: the blocks whose pieces visit the device.
+        from_files: whether they come from the weight files.
+    """
+    # Forward, twice that in backward, and forward anew.
+    computed = sum(piece.flops(size) * (4 if piece.block < checkpointed else 3) for piece in costs)
+    # Once in forward, and once in backward: computed anew, a block is still there for its gradients.
+    copied = sum(piece.size * (1 if piece.is_modulation else 2) for piece in costs if piece.block in visiting)
+    return StepCost(computed, copied * FLOPS_A_BYTE * (FILES_SLOWDOWN if from_files else 1))
