@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter, tree_map
 _IN_LOW_PRECISION = {
     torch.nn.functional.linear,
     torch.nn.functional.conv2d,
+    torch.addmm,
     torch.matmul,
     torch.bmm,
     torch.Tensor.matmul,

@@ -13,6 +13,7 @@ from sd3_lora.command_line import UserError
 from sd3_lora.lora import (
     DEFAULT_LAYERS,
     LORA_FILE,
+    AddedLora,
     attach_lora,
     check_lora_fits,
     find_lora,
@@ -26,8 +27,11 @@ import pytest
 import torch
 from conftest import PROMPT, Prepared
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import LoraConfig
+from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import Script, train
 
 RECORD = {"base_model": "tiny", "trigger": PROMPT, "instance_prompts": [PROMPT, "ein Röbötér"], "seed": 0}
@@ -53,9 +57,9 @@ def trained(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
     return transformer
 
 
-def output(transformer: SD3Transformer2DModel) -> torch.Tensor:
+def output(transformer: SD3Transformer2DModel, with_gradient: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
+    with torch.set_grad_enabled(with_gradient):
         return transformer(
             hidden_states=torch.randn(2, 16, 8, 8, generator=generator),
             timestep=torch.tensor([900.0, 100.0]),
@@ -141,6 +145,44 @@ def test_attached_in_float32_to_a_frozen_base(tiny_sd3: Path, dtype: torch.dtype
     frozen = {name: p for name, p in transformer.named_parameters() if not p.requires_grad}
     assert not any(".lora_" in name for name in frozen)
     assert {p.dtype for p in frozen.values()} == {dtype}
+
+
+@pytest.mark.parametrize(("alpha", "dropout"), [(4.0, 0.0), (12.0, 0.0), (12.0, 0.3)])
+def test_velocities_and_gradients_are_those_of_pefts_own_layers(
+    tiny_sd3: Path, alpha: float, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(expected: type) -> list[torch.Tensor]:
+        transformer = load_transformer(tiny_sd3)
+        parameters = attach_lora(transformer, target_modules(transformer, None, None), 4, alpha, dropout, seed=0)
+        layers = [module for module in transformer.modules() if isinstance(module, Linear)]
+        assert {type(layer) for layer in layers} == {expected}
+        generator = torch.Generator().manual_seed(1)
+        for parameter in parameters:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        torch.manual_seed(3)
+        velocity = output(transformer.train(), with_gradient=True)
+        velocity.square().mean().backward()
+        return [velocity.detach(), *(p.grad for p in parameters if p.grad is not None)]
+
+    mine = train(AddedLora)
+    monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda *_: None)
+    for found, expected in zip(mine, train(Linear), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6 * expected.abs().max().item() + 1e-9, rtol=1e-4)
+
+
+def test_three_products_and_nothing_else() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func._schema.name.removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    layer = AddedLora(torch.nn.Linear(8, 6), "default", LoraConfig(r=2), r=2, lora_alpha=6)
+    x = torch.randn(3, 5, 8)
+    with torch.no_grad(), Seen():
+        layer(x)
+    views = {"t", "view", "_unsafe_view", "transpose", "permute", "expand", "alias", "detach"}
+    assert [name for name in names if name not in views] == ["addmm", "mm", "addmm"]
 
 
 def test_b_is_zero_and_a_is_gaussian_by_the_seed(tiny_sd3: Path) -> None:
