@@ -33,7 +33,8 @@ def exchange_ms(accelerator: Accelerator, size_mib: int) -> float:
     def exchange() -> None:
         for _ in range(ROUNDS):
             gradient.copy_(accelerator.reduce(gradient, "mean"))
-        torch.cuda.synchronize()
+        if gradient.is_cuda:
+            torch.cuda.synchronize()
 
     exchange()  # connections are made
     start = time.perf_counter()

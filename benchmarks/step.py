@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,6 +103,14 @@ def sd35_cases() -> Iterator[Case]:
     """What SimpleTuner publishes 0.72 s for, on an H100: three pictures, rank 128, bf16."""
     for name, flags in (("ours, replayed", ours("graph")), ("ours, compiled and replayed", ours("blocks"))):
         yield Case(name, 1024, flags, "sd3.5-medium", 3, 128, "bf16")
+
+
+def cpu_cases() -> Iterator[Case]:
+    """Of the miniature, in float32."""
+    peer = Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT)
+    yield peer
+    yield replace(peer, name="ours", flags=ours("off"), script=None)
+    yield replace(peer, name="ours, compiled", flags=ours("blocks"), script=None)  # needs a C++ compiler
 
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -331,11 +339,9 @@ def cpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     for path in (model.parent / "examples" / "robot").glob("*.[jpw][pne][gb]*"):  # the peer opens whatever lies there
         shutil.copy(path, pictures)
     rows = []
-    for case in (
-        Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT),
-        Case("ours", 128, ours("off"), "miniature", 2, precision="no"),
-        Case("ours, compiled", 128, ours("blocks"), "miniature", 2, precision="no"),  # needs a C++ compiler
-    ):
+    for case in cpu_cases():
+        if case.script and not flags.peer:
+            continue
         output = folder / "output"
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir()

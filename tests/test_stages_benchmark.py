@@ -115,3 +115,14 @@ def test_photos_are_different_files_of_the_asked_size(tmp_path: Path) -> None:
     assert len({path.read_bytes() for path in paths}) == 6
     assert {Image.open(path).size for path in paths} == {(80, 60)}
     assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in paths]
+
+
+def test_processes_share_out_the_items_and_each_is_there_once(rows: Callable[..., Rows]) -> None:
+    found = rows("gpus")
+    assert [(row["name"], row["gpus"], row["each_once"]) for row in found] == [
+        ("precompute_latents", 1, True),
+        ("compute_embeddings", 1, True),
+        ("precompute_latents", 2, True),
+        ("compute_embeddings", 2, True),
+    ]
+    assert all(row["items"] == 3 and row["work_s"] > 0 for row in found)

@@ -1,0 +1,68 @@
+"""The step benchmark's rows, and the exchange's, on small models and a CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+import exchange
+import random_sd3
+import step
+
+TINY = {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "pos_embed_max_size": 64}
+
+
+def rows_of(tmp_path: Path, *words: object) -> list[dict]:
+    """What the command writes."""
+    shared = ["--models", tmp_path / "models", "--device", "cpu", "--warm", 1, "--steps", 4]
+    assert step.main([str(word) for word in (*words, *shared, "--result", tmp_path / "result.json")]) == 0
+    return json.loads((tmp_path / "result.json").read_text())["rows"]
+
+
+def test_a_step_of_sd3_takes_the_flops_that_its_sizes_say() -> None:
+    """24 blocks of width 1536 on 1024 and 154 tokens; what is not a block's is less than a percent."""
+    width, tokens, text = 1536, 32**2, step.TEXT_TOKENS
+    products = 24 * (8 + 16) * (tokens + text) * width**2 - 18 * text * width**2  # the last block drops its text
+    scores = 24 * 4 * (tokens + text) ** 2 * width
+    found = step.flops("sd3-medium", 512)
+    assert found["forward_tflop"] == pytest.approx((products + scores) / 1e12, rel=0.01)
+    assert found["step_tflop"] == pytest.approx(2 * found["forward_tflop"] + scores / 1e12, rel=0.1)
+    assert found["step_fused_tflop"] - found["step_tflop"] == pytest.approx(scores / 2 / 1e12, abs=0.002)
+
+
+def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
+    monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
+    monkeypatch.setattr(step, "save_short_text", lambda _: None)
+    ours = step.Case("ours", 64, step.ours("off", *step.ALL_BLOCKS), "tiny", 2, 2, "bf16")
+    refused = step.Case("ours", 64, step.ours("graph"), "tiny")
+    peer = step.Case("the peer", 64, model="tiny", script=step.REFERENCE)
+    monkeypatch.setitem(step.SETS, "batch", lambda: iter([ours, refused, peer]))
+    found, failed = rows_of(tmp_path, "batch")  # without --peer there is no row of theirs
+    assert found["ms"] > 0
+    assert found["ms_an_image"] == pytest.approx(found["ms"] / 2, abs=0.01)
+    assert found["said"] == ["each micro-step: plain kernels, started one by one"]
+    assert "failed" in failed
+
+
+def test_the_miniature_is_timed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [case for case in step.cpu_cases() if "compiled" not in case.name]
+    monkeypatch.setattr(step, "cpu_cases", lambda: iter(cases))
+    (row,) = rows_of(tmp_path, "cpu")
+    assert (row["name"], row["precision"]) == ("ours", "no")
+    assert row["ms"] > 1
+
+
+def test_one_process_sends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "SIZES_MIB", (1, 2))
+    assert exchange.main(["--result", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["gpus"] == 1
+    assert [(row["mib"], row["gb_per_s"]) for row in result["rows"]] == [(1, 0), (2, 0)]
+    assert all(row["ms"] > 0 for row in result["rows"])
