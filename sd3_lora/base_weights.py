@@ -52,7 +52,8 @@ def load_transformer(
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
         visiting: the indices of blocks whose matrices will be streamed. They stay in the files for what does that to
-            read, and here are NaN, on the host, and take no memory; but in 4 bits they are on the host.
+            read, and here are NaN, on the host, and take no memory; but in 4 bits they are on the host, and their scales
+            on the device.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -82,9 +83,12 @@ def load_transformer(
             if name == _POSITIONS and kept:
                 value = _middle(value, kept)
                 transformer.pos_embed.pos_embed_max_size = kept
-            value = value.to("cpu" if visits else device, dtype, copy=True)
+            value = value.to(device, dtype, copy=True)
             _set_tensor(transformer, name, value)
             del value  # before the next is read
+            if visits:  # only now: a GPU rounds the scales elsewhere than a CPU, and every plan is to have the same
+                weight = transformer.get_parameter(name)
+                weight.data = weight.data.to("cpu")
     for name in not_in_files:
         _set_tensor(transformer, name, transformer.get_buffer(name).to(device))  # its dtype is left, as diffusers does
     return transformer.eval()

@@ -467,13 +467,15 @@ def test_what_is_streamed_of_each_piece_is_exact(model, dtype, precision):
 
 
 def test_4_bit_matrices_that_will_visit_are_on_the_host(model, monkeypatch):
-    """All else goes to the device, which here a stand-in for `Tensor.to` tells."""
+    """Quantized on the device, which is a CPU here: what is sent to the host afterwards is told by `Tensor.to`."""
     to, sent = torch.Tensor.to, []
     monkeypatch.setattr(
-        torch.Tensor, "to", lambda self, *words, **more: sent.append((self.shape, words[0])) or to(self, *words, **more)
+        torch.Tensor, "to", lambda self, *words, **more: sent.append((self, words)) or to(self, *words, **more)
     )
-    transformer = load_transformer(files_of(model), torch.device("cpu", 0), torch.float32, "nf4", visiting=(1,))
-    on_host = [shape for shape, place in sent if place == "cpu"]
+    device = torch.device("cpu", 0)
+    transformer = load_transformer(files_of(model), device, torch.float32, "nf4", visiting=(1,))
+    on_host = [tensor for tensor, words in sent if words == ("cpu",)]
     matrices = [layer.weight for piece in pieces_of(transformer.transformer_blocks, (1,)) for layer in piece.layers]
-    assert len(on_host) == len(matrices)
-    assert all(layer.quant_type == "nf4" for layer in matrices)
+    assert {tensor.dtype for tensor in on_host} == {torch.uint8}
+    assert sorted(tensor.numel() for tensor in on_host) == sorted(weight.numel() for weight in matrices)
+    assert len(on_host) < len(weights_of(transformer))
