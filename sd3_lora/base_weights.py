@@ -52,8 +52,8 @@ def load_transformer(
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
         visiting: the indices of blocks whose matrices will be streamed. They stay in the files for what does that to
-            read, and here are NaN, on the host, and take no memory; but in 4 bits they are on the host, and their scales
-            on the device.
+            read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales on
+            the device.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one

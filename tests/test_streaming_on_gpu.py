@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from sd3_lora.base_weights import load_transformer
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.lora import attach_lora, target_modules
+from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.streaming import Piece, StreamedBlocks, pieces_of, stream_transformer
 
 import pytest
@@ -31,12 +33,15 @@ def peak_mib(work: Callable[[], object]) -> float:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("count", [0, 1, 5, 6])
 @pytest.mark.parametrize("make", [make_transformer, make_nf4])
-def test_a_gpu_trains_the_same(make: Callable[..., SD3Transformer2DModel], count: int) -> None:
+@pytest.mark.parametrize(("buffers", "visiting"), [(2, None), (6, None), (3, (0, 2, 3))])
+def test_a_gpu_trains_the_same(
+    make: Callable[..., SD3Transformer2DModel], count: int, buffers: int, visiting: tuple[int, ...] | None
+) -> None:
     words: dict[str, Any] = {"dtype": torch.float16} | ({"device": GPU} if make is make_nf4 else {"dropout": 0.3})
     plain = train_steps(make(**words).to(GPU), GPU, steps=5, dtype=torch.float16)
     for offload in [False, True] if count else [False]:
         transformer = make(**words)
-        stream_transformer(transformer, GPU)
+        stream_transformer(transformer, GPU, None, buffers, visiting)
         checkpoint_blocks(transformer, count, offload)
         assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
 
@@ -62,6 +67,25 @@ def test_a_gpu_draws_the_same() -> None:
     transformer = make_transformer()
     stream_transformer(transformer, GPU)
     assert all(map(torch.equal, draw(transformer, 5, GPU), plain))
+
+
+@needs_gpu
+def test_4_bit_weights_are_the_same_numbers_wherever_they_are() -> None:
+    files = ModelFiles(ModelConfig(str(MINIATURE)))
+    words = {
+        "hidden_states": torch.randn(1, 16, 8, 8, device=GPU, dtype=torch.float16),
+        "timestep": torch.tensor([500.0], device=GPU),
+        "encoder_hidden_states": torch.randn(1, 9, 256, device=GPU, dtype=torch.float16),
+        "pooled_projections": torch.randn(1, 192, device=GPU, dtype=torch.float16),
+    }
+    found = []
+    for visiting in ((), (1, 4), range(6)):
+        transformer = load_transformer(files, GPU, torch.float16, "nf4", visiting=visiting)
+        if visiting:
+            stream_transformer(transformer, GPU, visiting=visiting)
+        with torch.no_grad():
+            found.append(transformer(**words).sample)
+    assert all(torch.equal(velocity, found[0]) for velocity in found)
 
 
 @needs_gpu
