@@ -1,0 +1,33 @@
+"""What a streamed step computes and copies, by the sizes of its model."""
+
+from __future__ import annotations
+
+import json
+
+from sd3_lora.model_files import MINIATURE
+from sd3_lora.step_memory import StepShape
+from sd3_lora.step_time import StepSize, model_costs, step_cost
+
+import pytest
+import torch
+
+
+def test_what_a_step_computes_and_copies() -> None:
+    """The miniature's width is 256; a block has 36 C^2 weights in matrices, 12 of them its modulations'."""
+    config = json.loads((MINIATURE / "transformer" / "config.json").read_text())
+    square, scores = 256**2, 4 * 113**2 * 256
+    costs = model_costs(config, torch.float16, None)
+    size = StepSize.of(config, StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False))
+    assert size == StepSize(2, 16, 97, 256)
+    whole = 2 * ((8 + 16) * 113 * square + scores)
+    last = 2 * (8 * 113 * square + 16 * 16 * square + scores)
+    none = step_cost(costs, size, 0, (), False)
+    assert none.computed == pytest.approx(3 * (5 * whole + last), rel=1e-9)
+    assert none.copied == 0
+    two = step_cost(costs, size, 2, (1, 3), False)
+    assert two.computed - none.computed == pytest.approx(2 * whole, rel=1e-9)
+    assert two.copied == 2 * 2 * square * (12 + 2 * 24) * 2000  # two blocks, two bytes
+    assert two.time == (max(two.computed, two.copied), two.computed + two.copied)
+    assert step_cost(costs, size, 2, (1, 3), True).copied == 10 * two.copied
+    packed = model_costs(config, torch.float16, "nf4")
+    assert step_cost(packed, size, 2, (1, 3), False).copied == two.copied / 4
