@@ -26,7 +26,7 @@ from sd3_lora.command_line import (
     save_run,
 )
 from sd3_lora.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
-from sd3_lora.devices import DeviceConfig
+from sd3_lora.devices import DeviceConfig, planned_device
 from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.memory import StageReport
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
@@ -187,7 +187,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     kept = existing.precision if existing else None
     plan = choose_text_encoder_plan(
         files,
-        device,
+        planned_device(device_config.device, device, budget_config.plan),
         budget,
         config.max_sequence_length,
         config.t5_precision,

@@ -19,7 +19,7 @@ from sd3_lora.base_weights import load_transformer
 from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
 from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
 from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype
+from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype, planned_device
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.latent_cache import denormalize_latents
 from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
@@ -309,7 +309,8 @@ def run(argv: Sequence[str] | None) -> None:
     height, width = (size_px(getattr(config, flag), flag, loras, files) for flag in ("height", "width"))
     trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
     length = config.max_sequence_length or trained_length or 77
-    chosen = choose_training_dtype(config.mixed_precision, device)
+    planned = planned_device(device_config.device, device, budget_config.plan)
+    chosen = choose_training_dtype(config.mixed_precision, planned)
     channels, vae_scale = files.latent_channels_and_scale()
     latent_size = (height // vae_scale, width // vae_scale)
     plan = plan_of(files, config, loras, latent_size, CLIP_TOKENS + length, chosen.dtype, budget)

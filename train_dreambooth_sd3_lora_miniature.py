@@ -34,7 +34,7 @@ from sd3_lora.checkpoints import (
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.dataset import TrainingData
 from sd3_lora.defaults import say_miniature
-from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, one_thread
+from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, one_thread, planned_device
 from sd3_lora.draws import DataOrder, GlobalDraws
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.flow import (
@@ -533,7 +533,7 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature(SCRIPT)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
     asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
-    chosen = choose_training_dtype(asked, device)
+    chosen = choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -81,6 +81,11 @@ def one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def planned_device(asked: str, device: torch.device, planning: bool) -> torch.device:
+    """Whose precisions are the defaults: under --plan a GPU's, if it is not here, unless a CPU was asked for."""
+    return torch.device("cuda") if planning and asked != "cpu" else device
+
+
 def has_nvidia_gpu() -> bool:
     """Whether the driver shows a GPU, whatever torch can do with it."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
@@ -99,8 +104,8 @@ def choose_training_dtype(asked: str | None, device: torch.device) -> ChosenDtyp
         if asked == "bf16":
             return ChosenDtype(torch.bfloat16, "bf16: as asked")
         return ChosenDtype(torch.float32, "fp32: the exact and, on a CPU, the fast one")
-    # Without including_emulation=False a T4 says yes and then crawls.
-    native_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    # Without including_emulation=False a T4 says yes and then crawls. Of a GPU that is not here nothing is known.
+    native_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "no":
         return ChosenDtype(torch.float32, "fp32: as asked")
     if asked == "bf16" and not native_bf16:

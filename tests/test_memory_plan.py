@@ -376,6 +376,27 @@ def test_plan_prints_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_gpu_a_plan_is_one_for_a_gpu(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU's precisions, unless a CPU was asked for; and what is done here is done in a CPU's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sd3_lora.devices.has_nvidia_gpu", lambda: False)
+    words = ["--pretrained_model_name_or_path", MINIATURE, "--plan", "--vram_budget_gib", 4]
+    draw = [*words, "--prompt", "a fish"]
+
+    def said(name: str, *words: object) -> str:
+        result = script(name, *words)
+        assert result.code == 0, result.err
+        return result.out
+
+    assert "transformer in fp16: half the memory" in said(TRAINING_SCRIPT, *words)
+    assert "transformer in bf16: as asked" in said(TRAINING_SCRIPT, *words, "--mixed_precision", "bf16")
+    assert "transformer in fp32: the exact" in said(TRAINING_SCRIPT, *words, "--device", "cpu")
+    assert "transformer in fp16, base" in said("inference", *draw)
+    assert "transformer in fp32, base" in said("inference", *draw, "--device", "cpu")
+    assert "T5 in int8: CUDA 0.75" in said("compute_embeddings", *words)
+    assert "T5 in fp32: CUDA 0.75" in said("compute_embeddings", *words, "--device", "cpu")
+
+
 # What was measured
 
 

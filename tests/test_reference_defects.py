@@ -343,6 +343,7 @@ def test_20_the_licence_on_the_card_is_the_base_models(script, prepared: Prepare
 
 def test_21_a_t4_is_not_believed_to_have_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.cuda.is_bf16_supported() says True on it, by emulation."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     chosen = choose_training_dtype("bf16", torch.device("cuda"))
