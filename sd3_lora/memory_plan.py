@@ -326,8 +326,11 @@ def _predict(
     room_for_graph: bool = True,
 ) -> TrainingPlan:
     """The plan with its peak."""
-    # Beside each parameter its gradient, and two moments of the optimizer; 8-bit ones take 2 bytes and their scales.
-    of_a_parameter = 4 + 4 + (2.1 if shape.use_8bit_adam else 8)
+    # Beside each parameter its gradient, and two moments of the optimizer; 8-bit ones take 2 bytes and their scales,
+    # and in fp16 all that changes is there twice while a step may have to be undone.
+    moments = 2.1 if shape.use_8bit_adam else 8
+    undone = 4 + moments if shape.use_8bit_adam and shape.dtype == torch.float16 else 0
+    of_a_parameter = 4 + 4 + moments + undone
     activations, working = step.peak(checkpointed, offload_inputs)
     parts = {
         "CUDA": budget.context_bytes,

@@ -49,9 +49,9 @@ def make_optimizer(
         "eps": config.adam_epsilon,
     }
     if config.use_8bit_adam:
-        import bitsandbytes  # its import costs seconds, and only this needs it
+        from sd3_lora.adam_8bit import AdamW8bit  # its import costs seconds, and only this needs it
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit([flat], **options)
+        optimizer: torch.optim.Optimizer = AdamW8bit([flat], **options)
     else:
         # The fused one asks the device, not the host, whether the scaler found an infinity.
         optimizer = torch.optim.AdamW([flat], fused=flat.is_cuda, **options)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from sd3_lora.copy_stream import DeviceFlag
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.training_config import OptimizerConfig
 
 import pytest
 import torch
+from small_transformer import CPU, GPU, needs_gpu
 
 
 def two_parameters() -> list[torch.nn.Parameter]:
@@ -76,3 +79,63 @@ def test_the_scaler_skips_an_infinite_gradient() -> None:
     assert norm.item() == pytest.approx(0.5**0.5)  # unscaled before it is measured
     assert not skipped
     assert parameter.tolist() == pytest.approx([-0.5, -0.5])
+
+
+def eight_bit_run(
+    make: Callable[..., torch.optim.Optimizer], infinite: set[int], device: torch.device
+) -> tuple[list, list[int]]:
+    """Ten steps of a tensor with some blocks of 256, whose gradient is infinite in some; and how many had counted."""
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.nn.Parameter(torch.randn(5000, generator=generator).to(device))
+    flat.grad = torch.zeros_like(flat)
+    optimizer, scaler = make([flat], lr=0.1, weight_decay=0.01), torch.amp.GradScaler(device.type, init_scale=1024.0)
+    found, counted = [], []
+    for number in range(10):
+        scaler.scale(torch.zeros((), device=device))  # as backward would have asked for it
+        flat.grad.copy_(1024 * torch.randn(5000, generator=generator))
+        if number in infinite:
+            flat.grad[number] = math.inf
+        _, skipped = optimizer_step(flat, optimizer, scaler, 1.0)
+        assert bool(skipped) == (number in infinite)
+        names = ("state1", "state2", "absmax1", "absmax2")
+        state = [optimizer.state[flat][name].clone() for name in names if name in optimizer.state[flat]]
+        found.append((flat.detach().clone(), state))
+        if number % 3 == 2:
+            counted += [state["step"] for state in optimizer.state_dict()["state"].values()]
+    return found, counted
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("infinite", [set(), {0, 1, 5}, {9}, {2, 8}])
+def test_8_bit_steps_are_bitsandbytes_own_and_infinite_ones_are_undone(
+    infinite: set[int], device: torch.device
+) -> None:
+    from sd3_lora.adam_8bit import AdamW8bit
+
+    from bitsandbytes.optim import AdamW8bit as Own
+
+    (mine, counts), (theirs, expected) = (eight_bit_run(make, infinite, device) for make in (AdamW8bit, Own))
+    assert counts == expected
+    for step, ((flat, state), (own, their_state)) in enumerate(zip(mine, theirs, strict=True)):
+        assert torch.equal(flat, own), step
+        assert all(map(torch.equal, state, their_state)), step  # before its first step that counts, theirs has none
+
+
+def test_nobody_waits_in_an_8_bit_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither bitsandbytes for the device nor the scaler for its answer; that is asked for a step later."""
+    from sd3_lora.adam_8bit import AdamW8bit
+
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda _: pytest.fail("it waits"))
+    monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *_: pytest.fail("it waits"))
+    asked: list[int] = []
+    answer = DeviceFlag.__bool__
+    monkeypatch.setattr(DeviceFlag, "__bool__", lambda self: asked.append(id(self)) or answer(self))
+    flat = torch.nn.Parameter(torch.ones(300))
+    flat.grad = torch.ones_like(flat)
+    optimizer, scaler = AdamW8bit([flat], lr=0.1), torch.amp.GradScaler("cpu")
+    for number in range(3):
+        scaler.scale(torch.zeros(()))
+        before = optimizer._was_skipped
+        optimizer_step(flat, optimizer, scaler, 1.0)
+        assert asked[number - 1 :] == [id(before)] * min(1, number)
+        assert len(asked) == number
