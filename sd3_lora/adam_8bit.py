@@ -56,7 +56,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 before = [tensor.clone() for tensor in changed]
                 self.update_step(group, parameter, group_index, index)
                 for tensor, old in zip(changed, before, strict=True):
-                    tensor.copy_(torch.where(found_inf.bool(), old, tensor))
+                    torch.where(found_inf.bool(), old, tensor, out=tensor)
         if found_inf is not None:
             self._was_skipped = DeviceFlag.of(found_inf.bool())
 

@@ -213,7 +213,7 @@ class _Places:
         return _Base((), 0, False, 0, self._whole)
 
     def streamed(self, staying: int, buffers: int) -> _Base:
-        """So many blocks on the device, and of the others' matrices so many pieces, or all if there are less.
+        """So many blocks on the device, and of the others' matrices so many pieces, or all if there are fewer.
 
         All these are on the host or, if they are too many, in the files.
         """

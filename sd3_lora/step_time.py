@@ -13,8 +13,7 @@ from sd3_lora.streaming import Piece, pieces_of
 
 import torch
 
-# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s). An RTX 4060's eight lanes are as far behind
-# it; an H100 computes seven times as much in that time.
+# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s); of an H100 it would be seven times as much.
 FLOPS_A_BYTE = 2000
 # A solid-state disk reads a tenth of what the link copies.
 FILES_SLOWDOWN = 10
