@@ -15,22 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sd3_lora.base_weights import load_transformer
 from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
 from sd3_lora.checkpointing import checkpoint_blocks
-from sd3_lora.checkpoints import (
-    UnfinishedCheckpoint,
-    checkpoint_folders,
-    find_checkpoint,
-    read_state,
-    remove_old_checkpoints,
-    require_same_run,
-    write_state,
-)
+from sd3_lora.checkpoints import checkpoint_folders, find_checkpoint, read_state
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.dataset import TrainingData
 from sd3_lora.defaults import say_miniature
@@ -46,7 +38,7 @@ from sd3_lora.flow import (
     sample_table_indices,
 )
 from sd3_lora.latent_cache import normalize_latents, sample_posterior
-from sd3_lora.lora import LORA_FILE, attach_lora, lora_tensors, save_lora, target_modules
+from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
@@ -68,68 +60,14 @@ from sd3_lora.training_config import (
     RunConfig,
     TrainingFlags,
 )
+from sd3_lora.training_state import Outputs, Training
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from diffusers import SD3Transformer2DModel
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
-
-
-@dataclass
-class Training:
-    """All that changes from step to step, and is in a checkpoint."""
-
-    transformer: SD3Transformer2DModel
-    flat: torch.nn.Parameter
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
-    scaler: torch.amp.GradScaler
-    draws: GlobalDraws
-    order: DataOrder
-    step: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of this rank and of what the ranks share; tensors on the CPU."""
-        return {
-            "step": self.step,
-            "lora": lora_tensors(self.transformer),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "draws": self.draws.generator.get_state(),
-            "order": self.order.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from where `state_dict` was taken."""
-        self.step = state["step"]
-        parameters = dict(self.transformer.named_parameters())
-        for name, tensor in state["lora"].items():
-            parameters[name.replace(".weight", ".default.weight")].data.copy_(tensor)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.draws.generator.set_state(state["draws"])
-        self.order.load_state_dict(state["order"])
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of this process' own generators, from which dropout draws."""
-    state = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Goes on from where `random_state` was taken."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 class StepInputs(NamedTuple):
@@ -244,46 +182,6 @@ def run_signature(
         "--compile": execution.kernels,
         "--seed": seed,
     }
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where the run writes, and what it notes there."""
-
-    folder: Path
-    lora: LoraFlags
-    record: dict[str, Any]
-    signature: dict[str, Any]
-    limit: int | None
-
-    def save_lora(self, training: Training, folder: Path) -> Path:
-        """Writes the LoRA in diffusers' format, and reads it back."""
-        record = {**self.record, "steps": training.step}
-        return save_lora(folder, training.transformer, self.lora.rank, self.lora.alpha, record)
-
-    def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
-        """Writes a checkpoint on the first rank, with the random states of all."""
-        random_states = gather_object([random_state(accelerator.device)])
-        if accelerator.is_main_process:
-            with UnfinishedCheckpoint(self.folder, training.step) as folder:
-                self.save_lora(training, folder)
-                state = {**training.state_dict(), "random": random_states, "signature": self.signature}
-                write_state(folder, state)
-            remove_old_checkpoints(self.folder, self.limit)
-        accelerator.wait_for_everyone()
-
-    def load_checkpoint(
-        self, folder: Path, state: dict[str, Any], training: Training, accelerator: Accelerator
-    ) -> None:
-        """Goes on from a checkpoint, whose state has been read.
-
-        Raises:
-            UserError: it is of a run with other numbers.
-        """
-        require_same_run(state["signature"], self.signature, folder)
-        training.load_state_dict(state)
-        if accelerator.process_index < len(state["random"]):  # a rank that was not there then keeps its own
-            set_random_state(state["random"][accelerator.process_index], accelerator.device)
 
 
 def train(

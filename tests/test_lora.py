@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sd3_lora.lora
+import sd3_lora.training_state
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import (
     DEFAULT_LAYERS,
@@ -313,9 +314,7 @@ def test_a_trained_file_is_the_trained_transformer(
         kept.append(copy.deepcopy(transformer).eval())
         return original(folder, transformer, *words)
 
-    import train_dreambooth_sd3_lora_miniature as training
-
-    monkeypatch.setattr(training, "save_lora", keep)
+    monkeypatch.setattr(sd3_lora.training_state, "save_lora", keep)
     words = ["--rank", 2, "--lora_alpha", 16, "--learning_rate", 0.02, "--lora_dropout", 0.1]
     run = train(script, prepared, tmp_path, *words)
     loaded = load_transformer(prepared.model)
@@ -379,9 +378,10 @@ def test_the_lora_is_on_disk_before_anything_that_can_fail(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("after the last step")
 
-    for name in ("write_state", "write_model_card", "save_run"):
+    state = sd3_lora.training_state
+    for module, name in ((state, "write_state"), (training, "write_model_card"), (training, "save_run")):
         with monkeypatch.context() as patch:
-            patch.setattr(training, name, fail)
+            patch.setattr(module, name, fail)
             with pytest.raises(RuntimeError, match="after the last step"):
                 train(script, prepared, tmp_path / name)
         assert len(load_file(tmp_path / name / LORA_FILE)) == 30

@@ -15,12 +15,13 @@ from typing import Any
 
 from sd3_lora.checkpoints import read_state
 from sd3_lora.lora import LORA_FILE
+from sd3_lora.training_state import Outputs
 
 import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared
 from safetensors.torch import load_file
-from training_runs import Flags, Run, Script, patch_loss, private_copy, same_lora, train, training_script, use_float16
+from training_runs import Flags, Run, Script, patch_loss, private_copy, same_lora, train, use_float16
 
 
 class Interrupted(BaseException):
@@ -369,7 +370,7 @@ def test_more_processes_than_before(
     loaded: list[Any] = []
     training = SimpleNamespace(load_state_dict=loaded.append)
     folder = run.folder / "checkpoint-3"
-    outputs = training_script().Outputs(tmp_path, None, {}, read_state(folder)["signature"], None)
+    outputs = Outputs(tmp_path, None, {}, read_state(folder)["signature"], None)
     for rank in (0, 1):
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
         outputs.load_checkpoint(folder, read_state(folder), training, accelerator)
