@@ -101,7 +101,7 @@ def _what(row: dict[str, Any]) -> str:
     base, _, blocks = row["plan"].partition("; ")
     base = re.sub(r" (block by block|piece by piece \(.*\))$", "", base)  # as the plan said it before and after
     base = base.removeprefix("base ").replace(", on the device", "").replace("unchanged", "16-bit")
-    base = base.replace("16-bit, streamed from host memory", "16-bit streamed")
+    base = base.replace(" streamed from host memory", " streamed").replace("16-bit, streamed", "16-bit streamed")
     return f"{base.replace('in 4 bits (nf4)', 'nf4')}, {blocks.split(' computed')[0]} anew"
 
 

@@ -39,7 +39,8 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every parameter, whose gradient must be there."""
         self._settle()
-        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        found_inf = getattr(self, "found_inf", None)  # None without a scaler
+        skipped: Any = None if found_inf is None else found_inf.bool()
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()
@@ -49,16 +50,15 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
                 state = self.state[parameter]
                 if not state:
                     self.init_state(group, parameter, group_index, index)
-                changed = [parameter.data, *(state[name] for name in state if name.startswith(("state", "absmax")))]
-                if found_inf is None:
-                    self.update_step(group, parameter, group_index, index)
-                    continue
-                before = [tensor.clone() for tensor in changed]
+                before = []
+                if skipped is not None:
+                    changed = [state[name] for name in state if name.startswith(("state", "absmax"))]
+                    before = [(tensor, tensor.clone()) for tensor in (parameter.data, *changed)]
                 self.update_step(group, parameter, group_index, index)
-                for tensor, old in zip(changed, before, strict=True):
-                    torch.where(found_inf.bool(), old, tensor, out=tensor)
-        if found_inf is not None:
-            self._was_skipped = DeviceFlag.of(found_inf.bool())
+                for tensor, old in before:
+                    torch.where(skipped, old, tensor, out=tensor)
+        if skipped is not None:
+            self._was_skipped = DeviceFlag.of(skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with the steps that counted."""

@@ -35,11 +35,11 @@ def kept_or_computed(layer: Hashable, x: torch.Tensor, compute: Callable[[], tor
 
     Args:
         layer: that asks, once a run.
-        x: its input, of which nothing is trained: `(B, C)`, or of another number of dimensions, then nothing is kept.
+        x: its input: `(B, C)`. Of another number of dimensions, or where it has a gradient, nothing is kept.
         compute: gives what it gives.
     """
     results = _current.get()
-    if results is None or x.dim() != 2:
+    if results is None or x.dim() != 2 or x.requires_grad:
         return compute()
     if layer not in results:
         results[layer] = compute()

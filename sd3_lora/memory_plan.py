@@ -11,6 +11,7 @@ and copies (`step_time.py`). Weights in 4 bits change the numbers, and have to b
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from sd3_lora.memory import GIB, available_host_bytes
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
-from sd3_lora.step_time import StepSize, model_costs, step_cost
+from sd3_lora.step_time import StepCost, StepSize, computed_flops, copied_flops, model_costs
 
 import torch
 
@@ -170,7 +171,7 @@ def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | No
 
 
 class _Base(NamedTuple):
-    """Where the base's weights are, and how many bytes of them."""
+    """Where the base's weights are, first what a plan says of it, and how many bytes of them are on the device."""
 
     visiting: tuple[int, ...]
     buffers: int
@@ -306,9 +307,11 @@ def list_plans(
         resident.append(plan(places.on_device(), most, offload_inputs=True))
         if can_stream:
             bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
-            pairs = [(base, k) for base in bases for k in counts]
-            times = [step_cost(places.costs, size, k, base.visiting, base.from_files).time for base, k in pairs]
-            streamed += [plan(*pairs[i]) for i in sorted(range(len(pairs)), key=times.__getitem__)]
+            copied = [copied_flops(places.costs, base.visiting, base.from_files) for base in bases]
+            computed = [computed_flops(places.costs, size, k) for k in counts]
+            pairs = itertools.product(zip(bases, copied, strict=True), zip(counts, computed, strict=True))
+            ways = [(StepCost(flops, hidden).time, base, k) for (base, hidden), (k, flops) in pairs]
+            streamed += [plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0])]
             smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
             streamed += [plan(base, most, offload_inputs=True) for base in smallest]
             streamed.append(plan(smallest[-1], most, offload_inputs=True, room_for_graph=False))

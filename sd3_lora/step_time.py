@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sd3_lora.base_weights import BasePrecision, values_in_4_bits
 from sd3_lora.memory import round_up
 from sd3_lora.step_memory import StepShape, make_hollow
-from sd3_lora.streaming import Piece, pieces_of
+from sd3_lora.streaming import pieces_of
 
 import torch
 
@@ -77,16 +78,6 @@ class PieceCost:
         return size.pictures * self.share * part.get(self.part, 0.0)
 
 
-def piece_costs(pieces: Sequence[Piece], bytes_of: Callable[[torch.nn.Linear], int]) -> list[PieceCost]:
-    """Those of pieces whose layers' matrices have so many bytes."""
-    sizes = [sum(round_up(bytes_of(layer)) for layer in piece.layers) for piece in pieces]
-    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in pieces]
-    whole: dict[tuple[str, ...], int] = {}
-    for part, size in zip(parts, sizes, strict=True):
-        whole[part] = whole.get(part, 0) + size
-    return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
-
-
 def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePrecision | None) -> list[PieceCost]:
     """Those of all pieces of a model.
 
@@ -97,13 +88,17 @@ def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePr
         dtype: of a base that is not in 4 bits.
         precision: nf4, or None.
     """
-    hollow = make_hollow(dict(config), dtype)
-
-    def bytes_of(layer: torch.nn.Linear) -> int:
-        numel = layer.weight.numel()
-        return values_in_4_bits(numel) if precision == "nf4" else numel * dtype.itemsize
-
-    return piece_costs(pieces_of(hollow.transformer_blocks), bytes_of)
+    pieces = pieces_of(make_hollow(dict(config), dtype).transformer_blocks)
+    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in pieces]
+    counts = [[weight.numel() for weight in piece.weights] for piece in pieces]
+    sizes = [
+        sum(round_up(values_in_4_bits(n) if precision == "nf4" else n * dtype.itemsize) for n in piece)
+        for piece in counts
+    ]
+    whole: Counter[tuple[str, ...]] = Counter()
+    for part, size in zip(parts, sizes, strict=True):
+        whole[part] += size
+    return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -119,20 +114,26 @@ class StepCost:
         return max(self.computed, self.copied), self.computed + self.copied
 
 
-def step_cost(
-    costs: Sequence[PieceCost], size: StepSize, checkpointed: int, visiting: Collection[int], from_files: bool
-) -> StepCost:
-    """That of a micro-batch.
+def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int) -> float:
+    """What a micro-batch computes: forward, twice that in backward, and of the checkpointed blocks forward anew.
 
     Args:
         costs: of all pieces.
         size: of the step.
         checkpointed: how many of the first blocks are computed anew.
+    """
+    return sum(piece.flops(size) * (4 if piece.block < checkpointed else 3) for piece in costs)
+
+
+def copied_flops(costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool) -> float:
+    """What would be computed while a micro-batch's copies are under way.
+
+    A piece is copied once in forward, and once in backward: computed anew, a block is still there for its gradients.
+
+    Args:
+        costs: of all pieces.
         visiting: the blocks whose pieces visit the device.
         from_files: whether they come from the weight files.
     """
-    # Forward, twice that in backward, and forward anew.
-    computed = sum(piece.flops(size) * (4 if piece.block < checkpointed else 3) for piece in costs)
-    # Once in forward, and once in backward: computed anew, a block is still there for its gradients.
     copied = sum(piece.size * (1 if piece.is_modulation else 2) for piece in costs if piece.block in visiting)
-    return StepCost(computed, copied * FLOPS_A_BYTE * (FILES_SLOWDOWN if from_files else 1))
+    return copied * FLOPS_A_BYTE * (FILES_SLOWDOWN if from_files else 1)

@@ -59,7 +59,7 @@ def pieces_of(blocks: Sequence[torch.nn.Module], visiting: Collection[int] | Non
         blocks: of the transformer, with or without a LoRA.
         visiting: the indices of those that are asked for; None for all.
     """
-    pieces = []
+    groups: list[dict[str, torch.nn.Linear]] = []
     largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
     for index, block in enumerate(blocks):
         if visiting is not None and index not in visiting:
@@ -70,11 +70,11 @@ def pieces_of(blocks: Sequence[torch.nn.Module], visiting: Collection[int] | Non
                 # peft moves a layer that gets a LoRA into that as its base layer.
                 path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", ".")
                 if _size(layer) > room:
-                    pieces.append(Piece((), ()))
+                    groups.append({})
                     room = largest
                 room -= _size(layer)
-                pieces[-1] = Piece((*pieces[-1].names, path), (*pieces[-1].layers, layer))
-    return pieces
+                groups[-1][path] = layer
+    return [Piece(tuple(group), tuple(group.values())) for group in groups]
 
 
 def _frozen_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
@@ -398,4 +398,4 @@ def _forward_packed(
     def multiply() -> torch.Tensor:
         return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)
 
-    return multiply() if x.requires_grad else kept_or_computed(ask, x, multiply)
+    return kept_or_computed(ask, x, multiply)

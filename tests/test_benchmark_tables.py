@@ -57,3 +57,16 @@ def test_committed_results_say_where_they_were_made():
     for path in (PROJECT / "benchmarks" / "results").glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
         assert {"date", "machine", "versions"} <= result.keys(), path.name
+
+
+def test_a_plan_in_a_few_words():
+    held = "piece by piece (2.3 GiB pinned, 6 pieces on the device); 23 of 24 blocks computed anew in backward"
+    plans = {
+        "base unchanged, on the device; 3 of 24 blocks computed anew in backward": "16-bit, 3 of 24 blocks anew",
+        f"base unchanged, streamed from host memory {held}": "16-bit streamed, 23 of 24 blocks anew",
+        f"base unchanged, 14 of its 24 blocks streamed from host memory {held}": (
+            "16-bit, 14 of its 24 blocks streamed, 23 of 24 blocks anew"
+        ),
+        f"base in 4 bits (nf4), streamed from host memory {held}": "nf4, streamed, 23 of 24 blocks anew",
+    }
+    assert {plan: tables._what({"plan": plan}) for plan in plans} == plans

@@ -6,7 +6,7 @@ import json
 
 from sd3_lora.model_files import MINIATURE
 from sd3_lora.step_memory import StepShape
-from sd3_lora.step_time import StepSize, model_costs, step_cost
+from sd3_lora.step_time import StepCost, StepSize, computed_flops, copied_flops, model_costs
 
 import pytest
 import torch
@@ -21,13 +21,13 @@ def test_what_a_step_computes_and_copies() -> None:
     assert size == StepSize(2, 16, 97, 256)
     whole = 2 * ((8 + 16) * 113 * square + scores)
     last = 2 * (8 * 113 * square + 16 * 16 * square + scores)
-    none = step_cost(costs, size, 0, (), False)
+    none = StepCost(computed_flops(costs, size, 0), copied_flops(costs, (), False))
     assert none.computed == pytest.approx(3 * (5 * whole + last), rel=1e-9)
     assert none.copied == 0
-    two = step_cost(costs, size, 2, (1, 3), False)
+    two = StepCost(computed_flops(costs, size, 2), copied_flops(costs, (1, 3), False))
     assert two.computed - none.computed == pytest.approx(2 * whole, rel=1e-9)
     assert two.copied == 2 * 2 * square * (12 + 2 * 24) * 2000  # two blocks, two bytes
     assert two.time == (max(two.computed, two.copied), two.computed + two.copied)
-    assert step_cost(costs, size, 2, (1, 3), True).copied == 10 * two.copied
+    assert copied_flops(costs, (1, 3), True) == 10 * two.copied
     packed = model_costs(config, torch.float16, "nf4")
-    assert step_cost(packed, size, 2, (1, 3), False).copied == two.copied / 4
+    assert copied_flops(packed, (1, 3), False) == two.copied / 4
