@@ -6,6 +6,7 @@ Shapes: B batch, S text tokens, L image tokens, C channels of the transformer.
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -59,12 +60,22 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
             return block(*inputs)
         run_twice = partial(KeptModulations().run, block)
         if offload is None:
-            return checkpoint(run_twice, *inputs, use_reentrant=False, preserve_rng_state=draws)
+            return _checkpointed(run_twice, inputs, draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(index):
-            return checkpoint(run_twice, *inputs, use_reentrant=False, preserve_rng_state=draws)
+            return _checkpointed(run_twice, inputs, draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+def _checkpointed(run: Callable[..., Any], inputs: tuple[Any, ...], draws: bool) -> Any:
+    try:
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    except BaseException as error:
+        # torch 2.11 leaves its hooks in force for as long as the frames of the error live, and whoever handles it may
+        # compute something else meanwhile: a step that could not be recorded is computed as it is.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 class _InputOffload:

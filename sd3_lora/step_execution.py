@@ -115,6 +115,8 @@ def compile_blocks(transformer: SD3Transformer2DModel, asked: bool) -> None:
     """
     from torch import _dynamo  # its import costs seconds, and only this needs it
 
+    # After runs of other shapes in this process kernels would be made for any shape, and in the end none any more.
+    _dynamo.reset()
     _dynamo.config.suppress_errors = not asked
     for block in transformer.transformer_blocks:
         block.compile()

@@ -82,6 +82,40 @@ def test_a_count_that_the_transformer_does_not_have(count: int) -> None:
         checkpoint_blocks(make_transformer(), count)
 
 
+# What a failure leaves
+
+
+def leaky_checkpoint(function: Any, *inputs: Any, use_reentrant: bool, preserve_rng_state: bool) -> Any:
+    """As torch 2.11 has it: nothing takes the hooks back where the function fails."""
+    assert not use_reentrant
+    generator = torch.utils.checkpoint._checkpoint_without_reentrant_generator(
+        function, preserve_rng_state, torch.utils.checkpoint.noop_context_fn, "default", False, True, *inputs
+    )
+    next(generator)
+    result = function(*inputs)
+    next(generator, None)
+    return result
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["kept inputs", "offloaded inputs"])
+@pytest.mark.parametrize("leaky", [False, True], ids=["this torch", "torch 2.11"])
+def test_a_forward_that_fails_leaves_no_hooks(leaky: bool, offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train_steps(make_transformer())
+    if leaky:
+        monkeypatch.setattr(sd3_lora.checkpointing, "checkpoint", leaky_checkpoint)
+    failing = make_transformer()
+    checkpoint_blocks(failing, 6, offload)
+    failing.transformer_blocks[2].attn.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        failing(**inputs(0, CPU))
+    transformer = make_transformer()
+    checkpoint_blocks(transformer, 6, offload)
+    with count_visits(failing) as visits:
+        assert train_steps(transformer).is_equal(plain)
+    assert not visits
+    assert error.value.__traceback__  # whose frames have lived until here
+
+
 # Memory
 
 

@@ -110,6 +110,28 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None
             assert torch.allclose(mine.grad, theirs.grad, atol=1e-5)
 
 
+def test_blocks_are_compiled_whatever_was_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import _dynamo
+
+    sizes: list[list[int]] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> torch.fx.GraphModule:
+        sizes.append([size for example in examples for size in example.shape])
+        return graph
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=backend))
+    counts = []
+    with _dynamo.config.patch(recompile_limit=5):  # of a run there are four kinds
+        for step in (0, 2, 0, 2):  # of other numbers of tokens
+            transformer = make_transformer()
+            compile_blocks(transformer, asked=True)
+            transformer(**inputs(step, CPU))
+            counts.append(len(sizes))
+    assert counts == [4, 8, 12, 16]
+    assert all(isinstance(size, int) for found in sizes for size in found)  # none is a symbol
+
+
 def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
