@@ -42,6 +42,7 @@ from sd3_lora.embedding_store import write_embeddings
 from sd3_lora.images import crop_boxes
 from sd3_lora.latent_cache import LatentCache
 from sd3_lora.memory import GIB, PeakSampler, free_memory
+from sd3_lora.memory_plan import visiting_blocks
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
 
@@ -225,6 +226,37 @@ def step_times(case: Case) -> Iterator[list[float]]:
         yield times
 
 
+@contextlib.contextmanager
+def streamed_as(case: Case) -> Iterator[None]:
+    """Has the training script stream its base as the case says, every block but the last computed anew."""
+    if case.streamed is None:
+        yield
+        return
+    (buffers, staying), make_plan = case.streamed, script_of(case).make_plan
+
+    def plan(*words: Any) -> Any:
+        found = make_plan(*words)
+        visiting = visiting_blocks(found.blocks, staying)
+        return replace(found, visiting=visiting, buffers=buffers, checkpointed=found.blocks - 1, parts={})
+
+    with mock.patch.object(script_of(case), "make_plan", plan):
+        yield
+
+
+def link_gb_per_s() -> float:
+    """What is copied from pinned memory to the device in a second, in GB."""
+    host = torch.empty(256 * 1024**2, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    device.copy_(host, non_blocking=True)
+    events[0].record()
+    for _ in range(5):
+        device.copy_(host, non_blocking=True)
+    events[1].record()
+    events[1].synchronize()
+    return round(5 * len(host) / events[0].elapsed_time(events[1]) / 1e6, 1)
+
+
 def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[str, Any]:
     """Runs the script once; what it said of its memory and time.
 
@@ -247,6 +279,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         beside_gib = held.enter_context(weights_beside(case.beside, device))
         if case.efficient_attention and torch.cuda.is_available():
             held.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
+        held.enter_context(streamed_as(case))
         times = held.enter_context(step_times(case))
         sampler = held.enter_context(PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.1))
         said, refused = call(case, model, words, device)
@@ -262,6 +295,9 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         row["said"] = [line for line in said.splitlines() if " = " in line or "peak" in line]
         row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
     row |= {"beside_gib": beside_gib} if beside_gib else {}
+    if case.streamed:
+        row = {key: value for key, value in row.items() if key not in ("parts_gib", "predicted_gib")}  # of another plan
+        row["link_gb_per_s"] = link_gb_per_s() if torch.cuda.is_available() else None
     row["measured_gib"] = round(record["measured_bytes"] / GIB, 3)
     row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]

@@ -40,6 +40,7 @@ class Case:
         with_lora: whether the last row's LoRA is to be drawn with.
         exactness: against the row before it: exact, rounding or lossy.
         trick: the flag or script that makes the difference to the row before it.
+        streamed: with so many buffers and so many blocks that stay, whatever would be planned.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     with_lora: bool = False
     exactness: str | None = None
     trick: str = ""
+    streamed: tuple[int, int] | None = None
 
 
 def budget(gib: float, *more: str) -> tuple[str, ...]:
@@ -182,6 +184,14 @@ def saving_cases() -> Iterator[Case]:
     yield Case("a validation picture", "sd3-medium", flags=flags, script=DRAW, with_lora=True)
 
 
+def streaming_cases() -> Iterator[Case]:
+    """A streamed step by the buffers and the blocks on the device, beside the resident one: as `stream_buffers.py`."""
+    for resolution in (1024, 512):
+        yield Case("resident", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
+        for setting in ((2, 0), (3, 0), (4, 0), (6, 0), (6, 6), (6, 12), (6, 18)):
+            yield Case("streamed", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12, streamed=setting)
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "accuracy": accuracy_cases,
     "targets": target_cases,
@@ -191,4 +201,5 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "ladder": ladder_cases,
     "text": text_cases,
     "saving": saving_cases,
+    "streaming": streaming_cases,
 }

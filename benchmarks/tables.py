@@ -60,6 +60,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "ladder": ladder_table,
         "cards_run": cards_table,
         "saving": saving_table,
+        "streaming": streaming_table,
         "picture": picture_table,
         "stages": stages_table,
         "exchange": exchange_table,
@@ -84,6 +85,34 @@ def memory_table(result: dict[str, Any]) -> str:
         shape = f"{row['batch']}, {row['rank']}" if row.get("plan") else "–"
         lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
     return "\n".join([*lines, "", _measured_on(result)])
+
+
+def streaming_table(result: dict[str, Any]) -> str:
+    """For each size the time of a step by the buffers and the blocks on the device, as shares of the resident one's."""
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in _measured_rows(result):
+        rows.setdefault(row["resolution"], {})[_streamed_as(row)] = row
+    heads = list(dict.fromkeys(name for found in rows.values() for name in found if name != "resident"))
+    lines = [
+        f"| x resident | {' | '.join(heads)} | resident, ms |",
+        "| --- |" + " ---: |" * (len(heads) + 1),
+    ]
+    for resolution, found in rows.items():
+        whole = found["resident"]["step_ms"]
+        shares = [f"{found[name]['step_ms'] / whole:.2f}" if name in found else "–" for name in heads]
+        peaks = [f"{found[name]['measured_gib']:.2f}" if name in found else "–" for name in (*heads, "resident")]
+        lines.append(f"| {resolution} px | {' | '.join(shares)} | {whole:.0f} |")
+        lines.append(f"| GiB | {' | '.join(peaks)} |")
+    links = [row["link_gb_per_s"] for row in result["rows"] if row.get("link_gb_per_s")]
+    return "\n".join([*lines, "", f"The link copied {min(links):.0f} to {max(links):.0f} GB/s. {_measured_on(result)}"])
+
+
+def _streamed_as(row: dict[str, Any]) -> str:
+    """By its buffers and blocks, as `stream_buffers.py` names it."""
+    if not row.get("streamed"):
+        return "resident"
+    buffers, staying = row["streamed"]
+    return f"{buffers} buffers" + (f", {staying} blocks stay" if staying else "")
 
 
 def _measured_on(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sd3_lora.command_line import UserError
-from sd3_lora.memory import GIB, StageReport
+from sd3_lora.memory import GIB, StageReport, drop_workspaces
 
 import torch
 
@@ -162,6 +162,7 @@ def _context_bytes(device: torch.device) -> int:
             measured = after - before - torch.cuda.memory_reserved(device)
         _CONTEXTS[index] = max(measured, 0)
         del square
+        drop_workspaces()
     return _CONTEXTS[index]
 
 

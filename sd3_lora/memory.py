@@ -86,6 +86,14 @@ def free_memory(device: torch.device) -> None:
         _free_pinned_memory()
 
 
+def drop_workspaces() -> None:
+    """Has cuBLAS give up the workspaces that it keeps for each stream: it makes one where it needs one.
+
+    For a stream that was used before the work begins; another one's would lie beside it to the end.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 def _free_pinned_memory() -> None:
     if hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache()

@@ -25,7 +25,14 @@ from sd3_lora.memory import GIB, available_host_bytes
 from sd3_lora.model_files import ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
-from sd3_lora.step_time import StepCost, StepSize, computed_flops, copied_flops, model_costs
+from sd3_lora.step_time import (
+    StepCost,
+    StepSize,
+    computed_flops,
+    copied_flops,
+    measure_flops_a_byte,
+    model_costs,
+)
 
 import torch
 
@@ -36,14 +43,14 @@ _PRECISIONS: dict[AskedPrecision, list[BasePrecision | None]] = {
     "nf4": ["nf4"],
     "auto": [None, "nf4"],
 }
-# cuBLAS keeps a workspace for each stream that multiplies, 32 MiB on Hopper and 8 MiB before. A graph is recorded on a
-# stream of its own.
+# cuBLAS keeps a workspace for the stream that multiplies, 32 MiB on Hopper and 8 MiB on others.
 WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
 # A graph has pages of its own, and for the stream on which inputs leave and come as well.
-GRAPH_UNUSED_BYTES = 48 * 1024**2
+GRAPH_UNUSED_BYTES = 24 * 1024**2
+OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
@@ -307,7 +314,8 @@ def list_plans(
         resident.append(plan(places.on_device(), most, offload_inputs=True))
         if can_stream:
             bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
-            copied = [copied_flops(places.costs, base.visiting, base.from_files) for base in bases]
+            rate = measure_flops_a_byte(budget.device, shape.dtype)
+            copied = [copied_flops(places.costs, base.visiting, base.from_files, rate) for base in bases]
             computed = [computed_flops(places.costs, size, k) for k in counts]
             pairs = itertools.product(zip(bases, copied, strict=True), zip(counts, computed, strict=True))
             ways = [(StepCost(flops, hidden).time, base, k) for (base, hidden), (k, flops) in pairs]
@@ -340,12 +348,12 @@ def _predict(
         "weights": base.device_bytes,
         "LoRA and optimizer": int(step.lora / 4 * of_a_parameter),
         "activations": activations,
-        "working memory": working + WORKSPACE_BYTES * (2 if room_for_graph else 1),
+        "working memory": working + WORKSPACE_BYTES,
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
-    fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"]) + 24 * 1024**2
-    if offload_inputs and room_for_graph:
-        fragments += GRAPH_UNUSED_BYTES
+    fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
+    if room_for_graph:
+        fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
     parts["unused between them"] = _unused(parts, bool(base.visiting)) + fragments
     return TrainingPlan(precision, len(step.kept), *base[:4], parts, checkpointed, offload_inputs, room_for_graph)
 

@@ -1,21 +1,28 @@
-"""How much a streamed step computes and copies: to tell which of two plans is the faster one, not how long it takes."""
+"""How much a streamed step computes and copies: to tell which of two plans is the faster one, not how long it takes.
+
+How many FLOPs are worth a byte is measured where there is a GPU: 1,000 on one, 4,000 on another, few in float32.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sd3_lora.base_weights import BasePrecision, values_in_4_bits
-from sd3_lora.memory import round_up
+from sd3_lora.memory import drop_workspaces, free_memory, round_up
 from sd3_lora.step_memory import StepShape, make_hollow
 from sd3_lora.streaming import pieces_of
 
 import torch
 
-# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s); of an H100 it would be seven times as much.
-FLOPS_A_BYTE = 2000
+# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s), about: for a plan without a GPU.
+FLOPS_A_BYTE = 2048
+# Of the rate of a large product, what a step reaches on an H100, with its attention and its norms.
+STEP_SHARE = 0.4
 # A solid-state disk reads a tenth of what the link copies.
 FILES_SLOWDOWN = 10
 
@@ -125,7 +132,9 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int
     return sum(piece.flops(size) * (4 if piece.block < checkpointed else 3) for piece in costs)
 
 
-def copied_flops(costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool) -> float:
+def copied_flops(
+    costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool, flops_a_byte: int = FLOPS_A_BYTE
+) -> float:
     """What would be computed while a micro-batch's copies are under way.
 
     A piece is copied once in forward, and once in backward: computed anew, a block is still there for its gradients.
@@ -134,6 +143,52 @@ def copied_flops(costs: Sequence[PieceCost], visiting: Collection[int], from_fil
         costs: of all pieces.
         visiting: the blocks whose pieces visit the device.
         from_files: whether they come from the weight files.
+        flops_a_byte: of the device.
     """
     copied = sum(piece.size * (1 if piece.is_modulation else 2) for piece in costs if piece.block in visiting)
-    return copied * FLOPS_A_BYTE * (FILES_SLOWDOWN if from_files else 1)
+    return copied * flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
+
+
+@cache
+def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> int:
+    """What a step computes on the device while the link to it copies a byte from pinned memory: a power of two.
+
+    Measured in a tenth of a second, once; rounded, so that the same machine makes the same plan. Without a GPU a T4's.
+
+    Args:
+        device: that computes.
+        dtype: in which it multiplies.
+    """
+    if device.type != "cuda":
+        return FLOPS_A_BYTE
+    rate = STEP_SHARE * _flops_a_second(device, dtype) / _bytes_a_second(device)
+    drop_workspaces()
+    free_memory(device)
+    return 2 ** round(math.log2(rate))
+
+
+def _flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
+    rows, width = 4096, 1536  # of SD3-Medium at 1024 px
+    x, weight = (torch.zeros(size, width, dtype=dtype, device=device) for size in (rows, width))
+    return 2 * rows * width**2 / _seconds(lambda: torch.mm(x, weight))
+
+
+def _bytes_a_second(device: torch.device) -> float:
+    host = torch.empty(24 * 1024**2, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True))
+
+
+def _seconds(run: Callable[[], object], count: int = 10) -> float:
+    """Of one of so many calls, by the device's clock; the fastest of three rounds, since others may be using it."""
+    run()
+    seconds = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(count):
+            run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1000 / count)
+    return min(seconds)

@@ -71,6 +71,30 @@ def test_a_hollow_model_is_planned_as_a_whole_one_is(rows) -> None:
     assert set(trained["stage_s"]) == {"load transformer", "train"}
 
 
+def test_a_step_is_streamed_as_asked(rows) -> None:
+    resident, streamed, some = (
+        replace(case("--gradient_checkpointing", "--vram_budget_gib", "2"), steps=4, streamed=setting)
+        for setting in (None, (2, 0), (3, 2))
+    )
+    found = rows(replace(resident, name="resident"), streamed, some)
+    assert [row["plan"] for row in found] == [
+        "base unchanged, on the device; 4 of 4 blocks computed anew in backward",
+        "base unchanged, streamed from host memory piece by piece (0.0 GiB pinned, 2 pieces on the device); "
+        "3 of 4 blocks computed anew in backward",
+        "base unchanged, 2 of its 4 blocks streamed from host memory piece by piece (0.0 GiB pinned, 3 pieces on the "
+        "device); 3 of 4 blocks computed anew in backward",
+    ]
+    assert "predicted_gib" not in found[1]
+    assert all(row["step_ms"] > 0 for row in found)
+    result = {"machine": "M", "date": "D", "versions": dict.fromkeys(("torch", "diffusers", "bitsandbytes"), "1")}
+    for row, ms in zip(found, (100, 170, 125), strict=True):
+        row |= {"step_ms": ms, "measured_gib": ms / 100, "link_gb_per_s": 50.2}
+    lines = tables.streaming_table({**result, "rows": found}).splitlines()
+    assert lines[0] == "| x resident | 2 buffers | 3 buffers, 2 blocks stay | resident, ms |"
+    assert lines[2:4] == ["| 64 px | 1.70 | 1.25 | 100 |", "| GiB | 1.70 | 1.25 | 1.00 |"]
+    assert lines[-1].startswith("The link copied 50 to 50 GB/s. M, D, torch 1,")
+
+
 def test_the_other_scripts_tell_their_predictions(rows) -> None:
     drawn, encoded = rows(
         case("--vram_budget_gib", "2", "--num_steps", "1", script="inference.py"),
