@@ -162,7 +162,7 @@ def _context_bytes(device: torch.device) -> int:
             measured = after - before - torch.cuda.memory_reserved(device)
         _CONTEXTS[index] = max(measured, 0)
         del square
-        drop_workspaces()
+        drop_workspaces(device)
     return _CONTEXTS[index]
 
 

@@ -86,12 +86,13 @@ def free_memory(device: torch.device) -> None:
         _free_pinned_memory()
 
 
-def drop_workspaces() -> None:
-    """Has cuBLAS give up the workspaces that it keeps for each stream: it makes one where it needs one.
+def drop_workspaces(device: torch.device) -> None:
+    """Has cuBLAS give up the workspaces that it keeps for each stream; where it needs one it makes it.
 
-    For a stream that was used before the work begins; another one's would lie beside it to the end.
+    Else that of a stream on which nothing is computed any more would stay to the end.
     """
-    torch._C._cuda_clearCublasWorkspaces()
+    if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _free_pinned_memory() -> None:

@@ -48,8 +48,8 @@ WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
-# A graph has pages of its own, and for the stream on which inputs leave and come as well.
-GRAPH_UNUSED_BYTES = 24 * 1024**2
+# A graph has a workspace and pages of its own, and for the stream on which inputs leave and come as well.
+GRAPH_UNUSED_BYTES = 56 * 1024**2
 OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd3_lora.command_line import UserError
-from sd3_lora.memory import free_memory
+from sd3_lora.memory import drop_workspaces, free_memory
 from sd3_lora.memory_plan import TrainingPlan
 
 import torch
@@ -175,6 +175,7 @@ class RecordedStep:
             expected = [tensor.to("cpu", copy=True) for tensor in (loss, self._gradient)]
             del loss
             # The graph has memory of its own: what that run took goes back first, or the peak would double.
+            drop_workspaces(device)
             free_memory(device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=aside):

@@ -162,7 +162,7 @@ def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> int:
     if device.type != "cuda":
         return FLOPS_A_BYTE
     rate = STEP_SHARE * _flops_a_second(device, dtype) / _bytes_a_second(device)
-    drop_workspaces()
+    drop_workspaces(device)
     free_memory(device)
     return 2 ** round(math.log2(rate))
 

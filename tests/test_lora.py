@@ -148,10 +148,13 @@ def test_attached_in_float32_to_a_frozen_base(tiny_sd3: Path, dtype: torch.dtype
     assert {p.dtype for p in frozen.values()} == {dtype}
 
 
+@pytest.mark.parametrize("spare", [0, 4], ids=["rank 4", "multiplied as 8"])
 @pytest.mark.parametrize(("alpha", "dropout"), [(4.0, 0.0), (12.0, 0.0), (12.0, 0.3)])
 def test_velocities_and_gradients_are_those_of_pefts_own_layers(
-    tiny_sd3: Path, alpha: float, dropout: float, monkeypatch: pytest.MonkeyPatch
+    tiny_sd3: Path, alpha: float, dropout: float, spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sd3_lora.lora, "_spare_rank", lambda *_: spare)
+
     def train(expected: type) -> list[torch.Tensor]:
         transformer = load_transformer(tiny_sd3)
         parameters = attach_lora(transformer, target_modules(transformer, None, None), 4, alpha, dropout, seed=0)
@@ -169,6 +172,11 @@ def test_velocities_and_gradients_are_those_of_pefts_own_layers(
     monkeypatch.setattr(LoraConfig, "_register_custom_module", lambda *_: None)
     for found, expected in zip(mine, train(Linear), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6 * expected.abs().max().item() + 1e-9, rtol=1e-4)
+
+
+def test_ranks_that_tensor_cores_take() -> None:
+    for device, spare in (("cuda", [7, 4, 1, 0, 7, 0]), ("cpu", [0] * 6), ("meta", [0] * 6)):
+        assert [sd3_lora.lora._spare_rank(rank, torch.device(device)) for rank in (1, 4, 7, 8, 9, 128)] == spare
 
 
 def test_three_products_and_nothing_else() -> None:
