@@ -96,6 +96,8 @@ class _InputOffload:
 
     def hooks(self, index: int) -> saved_tensors_hooks:
         """What block `index` is to be run under."""
+        if index == 0:  # there are some only if the last pass failed, and perhaps was recorded: nobody can wait for it
+            self._leaving.clear()
         self._let_go()
         inputs = _BlockInputs(self, self._before, index == self._last)
         # Weak, here and from block to block: the graph alone holds them, so they go when it goes.

@@ -48,9 +48,8 @@ WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
-# A graph has a workspace and pages of its own, and for the stream on which inputs leave and come as well.
-GRAPH_UNUSED_BYTES = 56 * 1024**2
-OFFLOAD_UNUSED_BYTES = 48 * 1024**2
+# A recorded step has pages of its own for the stream on which inputs leave and come.
+GRAPH_UNUSED_BYTES = 40 * 1024**2
 UNUSED_SHARE = 0.005
 # For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
@@ -114,7 +113,8 @@ class TrainingPlan(BasePlan):
     Attributes:
         checkpointed: how many of the first blocks are computed anew in backward.
         offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
-        has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes.
+        has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes; else it may be
+            recorded, or may not.
     """
 
     checkpointed: int
@@ -352,8 +352,8 @@ def _predict(
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
-    if room_for_graph:
-        fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
+    if offload_inputs and room_for_graph:
+        fragments += GRAPH_UNUSED_BYTES
     parts["unused between them"] = _unused(parts, bool(base.visiting)) + fragments
     return TrainingPlan(precision, len(step.kept), *base[:4], parts, checkpointed, offload_inputs, room_for_graph)
 

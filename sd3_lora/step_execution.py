@@ -8,6 +8,7 @@ kernels, which round elsewhere.
 from __future__ import annotations
 
 import importlib.util
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -77,8 +78,8 @@ def choose_execution(
         if device.type != "cuda"
         else "the host reads what visits the device from files"
         if plan.from_files
-        else "its graph does not fit into the budget"
-        if not plan.has_room_for_graph
+        else "its graph may not fit into the budget"  # under auto it is tried, and the step computed as it is if not
+        if asked == "graph" and not plan.has_room_for_graph
         else "dropout is drawn by the host"
         if dropout
         else ""
@@ -190,6 +191,7 @@ class RecordedStep:
                 raise
             self._may_record = False
             self._inputs, graph = (), None
+            traceback.clear_frames(error.__traceback__)  # which hold what was computed
             free_memory(device)
             self._say(f"not replayed as a graph ({str(error).splitlines()[0]}); kernels are started one by one")
         finally:

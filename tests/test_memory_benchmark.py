@@ -190,8 +190,8 @@ def test_the_largest_size_that_fits_a_card(rows, tmp_path: Path, monkeypatch: py
     cases = list(memory.SETS["cards_run"]())
     assert [case.model for case in cases] == ["tiny"] * 8 + ["sd3-medium"] * 8  # each model once a process
     assert cases[-1].efficient_attention
-    small = replace(cases[0], batch=4, flags=("--vram_budget_gib", "0.92"))
-    refused = replace(cases[1], flags=("--vram_budget_gib", "0.8"))
+    small = replace(cases[0], batch=4, flags=("--vram_budget_gib", "0.88"))
+    refused = replace(cases[1], flags=("--vram_budget_gib", "0.78"))
     t4 = replace(cases[7], flags=("--vram_budget_gib", "1.2"))
     first, second, third = rows(small, refused, t4)
     assert (first["resolution"], third["resolution"]) == (64, 512)
