@@ -48,8 +48,9 @@ WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
-# A recorded step has pages of its own for the stream on which inputs leave and come.
-GRAPH_UNUSED_BYTES = 40 * 1024**2
+# A recorded step has pages of its own, and more for the stream on which inputs leave and come.
+GRAPH_UNUSED_BYTES = 8 * 1024**2
+OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
@@ -352,8 +353,8 @@ def _predict(
     }
     # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
-    if offload_inputs and room_for_graph:
-        fragments += GRAPH_UNUSED_BYTES
+    if room_for_graph:
+        fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
     parts["unused between them"] = _unused(parts, bool(base.visiting)) + fragments
     return TrainingPlan(precision, len(step.kept), *base[:4], parts, checkpointed, offload_inputs, room_for_graph)
 

@@ -191,9 +191,11 @@ class RecordedStep:
                 raise
             self._may_record = False
             self._inputs, graph = (), None
-            traceback.clear_frames(error.__traceback__)  # which hold what was computed
+            cause = error.__context__ or error  # the recording's end may fail for what failed in it
+            for found in (error, cause):
+                traceback.clear_frames(found.__traceback__)  # which hold what was computed
             free_memory(device)
-            self._say(f"not replayed as a graph ({str(error).splitlines()[0]}); kernels are started one by one")
+            self._say(f"not replayed as a graph ({str(cause).splitlines()[0]}); kernels are started one by one")
         finally:
             self._gradient.zero_()
 

@@ -47,7 +47,7 @@ def files() -> ModelFiles:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the fixed allowances, which are larger than the miniature; on a host that holds everything."""
-    for allowance, size in (("UNUSED_BYTES", 0), ("GRAPH_UNUSED_BYTES", 512)):
+    for allowance, size in (("UNUSED_BYTES", 0), ("GRAPH_UNUSED_BYTES", 512), ("OFFLOAD_UNUSED_BYTES", 0)):
         monkeypatch.setattr(memory_plan, allowance, size)
     monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 1 << 40)
 
@@ -139,7 +139,7 @@ def test_opening_a_budget_leaves_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPa
     assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.parametrize(("offload", "mib"), [(False, 0), (True, 40)])
+@pytest.mark.parametrize(("offload", "mib"), [(False, 8), (True, 8 + 48)])
 def test_a_graph_takes_memory_of_its_own(files: ModelFiles, offload: bool, mib: int) -> None:
     places = memory_plan._Places(files, torch.float16, None, (8, 8))
     step = simulate_step(files.read_config("transformer"), SHAPE, None)

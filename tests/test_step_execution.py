@@ -182,6 +182,16 @@ class NoGraph:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
+class NoMemory:
+    """Stands for CUDA where memory runs out, and the recording then cannot be ended."""
+
+    def __init__(self, *_: object, **__: object):
+        try:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory\nmore")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+
 def tiny_step() -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     """The sum of `x`, weighted by three ones that are trained; and their gradient."""
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -196,16 +206,21 @@ def tiny_step() -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     return compute, flat.grad
 
 
-def test_a_step_that_cannot_be_recorded_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stand_in", "reason"),
+    [(NoGraph, "operation not permitted when stream is capturing"), (NoMemory, "CUDA out of memory")],
+)
+def test_a_step_that_cannot_be_recorded_is_computed(
+    stand_in: type, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compute, gradient = tiny_step()
-    monkeypatch.setattr(torch.cuda, "Stream", NoGraph)
+    monkeypatch.setattr(torch.cuda, "Stream", stand_in)
     said: list[str] = []
     step = RecordedStep(compute, gradient, asked=False, say=said.append)
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert gradient.tolist() == [3.0] * 3
-    reason = "operation not permitted when stream is capturing"
     assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
-    with pytest.raises(RuntimeError, match=reason):
+    with pytest.raises(RuntimeError, match="capturing"):
         RecordedStep(compute, gradient, asked=True)(torch.ones(3))
 
 
