@@ -254,7 +254,10 @@ def _card_cell(row: dict[str, Any]) -> str:
     if "plan" not in row or "failed" in row:
         return "–"
     anew, count = re.findall(r"(\d+) of (\d+) blocks", row["plan"])[0]
-    how = "streamed" if "streamed" in row["plan"] else f"{anew}/{count} anew"
+    how = f"{anew}/{count} anew"
+    if "streamed" in row["plan"]:
+        some = re.search(r"(\d+) of its (\d+) blocks streamed", row["plan"])
+        how = (f"{some[1]}/{some[2]} streamed" if some else "streamed") + (f", {how}" if anew != "0" else "")
     return f"{row['resolution']} px: {row['driver_gib']:.1f} GiB, {how}, {row['step_ms'] / 1000:.2f} s"
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sd3_lora.base_weights import BasePrecision, values_in_4_bits
 from sd3_lora.memory import drop_workspaces, free_memory, round_up
@@ -22,7 +22,7 @@ import torch
 # What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s), about: for a plan without a GPU.
 FLOPS_A_BYTE = 2048
 # Of the rate of a large product, what a step reaches on an H100, with its attention and its norms.
-STEP_SHARE = 0.4
+STEP_SHARE = 0.45
 # A solid-state disk reads a tenth of what the link copies.
 FILES_SLOWDOWN = 10
 
@@ -108,20 +108,31 @@ def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePr
     return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
 
 
+class Passes(NamedTuple):
+    """FLOPs of the two passes of a step."""
+
+    forward: float
+    backward: float
+
+
 @dataclass(frozen=True)
 class StepCost:
-    """What a step does, in FLOPs: copies are counted as what is computed in their time."""
+    """What a step does: copies are counted as what is computed in their time."""
 
-    computed: float
-    copied: float
+    computed: Passes
+    copied: Passes
 
     @property
     def time(self) -> tuple[float, float]:
-        """To compare two steps by: copies are hidden behind computation, or the other way round; then what is less."""
-        return max(self.computed, self.copied), self.computed + self.copied
+        """To compare two steps by: in each pass the longer of both hides the other; then what is less.
+
+        Forward copies most and computes least. What backward leaves of the link's time comes too late for it.
+        """
+        longer = map(max, self.computed, self.copied)
+        return sum(longer), sum(self.computed) + sum(self.copied)
 
 
-def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int) -> float:
+def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int) -> Passes:
     """What a micro-batch computes: forward, twice that in backward, and of the checkpointed blocks forward anew.
 
     Args:
@@ -129,15 +140,18 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int
         size: of the step.
         checkpointed: how many of the first blocks are computed anew.
     """
-    return sum(piece.flops(size) * (4 if piece.block < checkpointed else 3) for piece in costs)
+    forward = sum(piece.flops(size) for piece in costs)
+    anew = sum(piece.flops(size) for piece in costs if piece.block < checkpointed)
+    return Passes(forward, 2 * forward + anew)
 
 
 def copied_flops(
-    costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool, flops_a_byte: int = FLOPS_A_BYTE
-) -> float:
+    costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool, flops_a_byte: float = FLOPS_A_BYTE
+) -> Passes:
     """What would be computed while a micro-batch's copies are under way.
 
-    A piece is copied once in forward, and once in backward: computed anew, a block is still there for its gradients.
+    A piece is copied once in each pass: computed anew, a block is still there for its gradients. What a modulation gave
+    is kept.
 
     Args:
         costs: of all pieces.
@@ -145,15 +159,18 @@ def copied_flops(
         from_files: whether they come from the weight files.
         flops_a_byte: of the device.
     """
-    copied = sum(piece.size * (1 if piece.is_modulation else 2) for piece in costs if piece.block in visiting)
-    return copied * flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
+    copied = [piece for piece in costs if piece.block in visiting]
+    slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
+    twice = sum(piece.size for piece in copied if not piece.is_modulation)
+    return Passes(slower * sum(piece.size for piece in copied), slower * twice)
 
 
 @cache
-def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> int:
-    """What a step computes on the device while the link to it copies a byte from pinned memory: a power of two.
+def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> float:
+    """What a step computes on the device while the link to it copies a byte from pinned memory.
 
-    Measured in a tenth of a second, once; rounded, so that the same machine makes the same plan. Without a GPU a T4's.
+    Measured in a tenth of a second, once; a power of the square root of two, so that the same machine makes the same
+    plan. Without a GPU a T4's.
 
     Args:
         device: that computes.
@@ -164,7 +181,7 @@ def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> int:
     rate = STEP_SHARE * _flops_a_second(device, dtype) / _bytes_a_second(device)
     drop_workspaces(device)
     free_memory(device)
-    return 2 ** round(math.log2(rate))
+    return 2 ** (round(2 * math.log2(rate)) / 2)
 
 
 def _flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
