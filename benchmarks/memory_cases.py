@@ -127,7 +127,6 @@ def ladder_cases() -> Iterator[Case]:
     fp32, fp16 = ("--mixed_precision", "no"), ("--mixed_precision", "fp16")
     text = ("text_encoder", "text_encoder_2", "text_encoder_3")
     adam = {"use_8bit_adam": False}
-    nf4, budgeted = "--base_precision nf4", "--vram_budget_gib"
     yield replace(row("warm-up", "", "exact"), steps=2)
     yield row("everything at once, in float32", "", "exact", *fp32, **adam, beside=(*text, "vae"))
     yield row("prompt embeddings cached", "compute_embeddings.py", "exact", *fp32, **adam, beside=("vae",))
@@ -135,14 +134,11 @@ def ladder_cases() -> Iterator[Case]:
     yield row("base in fp16", "--mixed_precision fp16", "rounding", *fp16, **adam)
     yield row("Adam's state in 8 bits", "--use_8bit_adam", "lossy", *fp16)
     yield row("all blocks computed anew", ALL_BLOCKS[0], "exact", *fp16, *ALL_BLOCKS)
-    yield row("base in 4 bits", nf4, "lossy", *fp16, *ALL_BLOCKS, *NF4)
-    yield row("instead: fp16 base streamed", f"{budgeted} 2.2", "exact", *fp16, *budget(2.2))
-    smallest = {"smallest": True}
-    yield row("block inputs on the host", budgeted, "exact", *fp16, *budget(1.0), **smallest)
+    yield row("base in 4 bits", "--base_precision nf4", "lossy", *fp16, *ALL_BLOCKS, *NF4)
+    yield row("instead: fp16 base streamed", "--vram_budget_gib 2.2", "exact", *fp16, *budget(2.2))
+    yield row("block inputs on the host", "--vram_budget_gib", "exact", *fp16, *budget(1.0), smallest=True)
     small = {"smallest": True, "resolution": 512}
     yield row("512 px, fp16 base streamed", "--resolution 512", "lossy", *fp16, *budget(1.0), **small)
-    yield row("4-bit base streamed", f"{nf4} {budgeted}", "lossy", *fp16, *budget(1.0, *NF4), **smallest)
-    yield row("512 px, 4-bit base streamed", f"{nf4} --resolution 512", "lossy", *fp16, *budget(1.0, *NF4), **small)
 
 
 def text_cases() -> Iterator[Case]:
