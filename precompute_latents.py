@@ -179,17 +179,9 @@ class EncodedBatch:
     arrived: torch.cuda.Event | None
 
     def posteriors(self) -> Iterator[tuple[Crop, LatentPosterior]]:
-        """Waits for the copies, and gives each crop its own.
-
-        Raises:
-            UserError: one is not finite, as an fp16 VAE may make it.
-        """
+        """Waits for the copies, and gives each crop its own."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        for crop, mean, std in zip(self.crops, self.means, self.stds, strict=True):
-            if not (mean.isfinite().all() and std.isfinite().all()):
-                remedy = "remove it" if mean.dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
-                raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {mean.dtype}: {remedy}")
         for crop, mean, std in zip(self.crops, self.means, self.stds, strict=True):
             yield crop, LatentPosterior(crop.image.image_id, crop.box.name, mean, std)
 
@@ -218,6 +210,20 @@ def one_late(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
         previous = batch
     if previous is not None:
         yield previous
+
+
+def store(cache: LatentCache, crop: Crop, posteriors: Sequence[LatentPosterior], tile_px: int | None) -> None:
+    """Writes a picture's file.
+
+    Raises:
+        UserError: a posterior is not finite, as an fp16 VAE may make it.
+    """
+    for posterior in posteriors:
+        if not (posterior.mean.isfinite().all() and posterior.std.isfinite().all()):
+            dtype = posterior.mean.dtype
+            remedy = "remove it" if dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
+            raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {dtype}: {remedy}")
+    cache.add(crop.image, crop.picture_size, posteriors, tile_px)
 
 
 def load_vae(files: ModelFiles, precision: str, device: torch.device, tile: VaeTile) -> AutoencoderKL:
@@ -260,7 +266,7 @@ def encode_missing(
                 found[posterior.image_id].append(posterior)
                 if len(found[posterior.image_id]) == crop.siblings:
                     own = found.pop(posterior.image_id)
-                    writes.append(writer.submit(cache.add, crop.image, crop.picture_size, own, tile.side_px))
+                    writes.append(writer.submit(store, cache, crop, own, tile.side_px))
             while len(writes) > WRITES_AHEAD:
                 writes.popleft().result()
         for write in writes:

@@ -19,10 +19,10 @@ import tables
     ("document", "count"),
     [
         ("README.md", 5),
-        ("docs/memory.md", 4),
-        ("docs/stages.md", 2),
+        ("docs/memory.md", 5),
+        ("docs/stages.md", 3),
         ("docs/scaling.md", 1),
-        ("docs/speed.md", 2),
+        ("docs/speed.md", 1),
         ("miniature/README.md", 1),
     ],
 )

@@ -19,6 +19,7 @@ from sd3_lora.images import (
     list_images,
     mirrored,
     open_rgb,
+    pixels_of,
     to_pixels,
 )
 
@@ -504,6 +505,22 @@ def test_pixel_values() -> None:
     picture = Image.new("RGB", (8, 8), (255, 0, 51))
     pixels = to_pixels(crop_rgb(picture, crop_boxes(8, 8, 4, 1, flip=False)[0]))
     assert torch.equal(pixels[:, 0, 0], torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 5), (1024, 1024), (2100, 2100)])
+def test_pixels_are_those_that_numpy_gives(width: int, height: int) -> None:
+    """The last is larger than what Pillow holds in one piece."""
+    numbers = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(numbers.numpy())
+    pixels = pixels_of(picture)
+    picture.putpixel((0, 0), (0, 0, 0))  # they are a copy
+    assert torch.equal(pixels, numbers)
+    assert pixels.is_contiguous()
+
+
+def test_pixels_do_not_go_through_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3_lora.images.np.array", None)
+    assert pixels_of(Image.new("RGB", (64, 64), (1, 2, 3)))[3, 5].tolist() == [1, 2, 3]
 
 
 def test_a_very_long_picture_costs_no_more_than_its_crop() -> None:

@@ -138,7 +138,7 @@ def test_the_ladder(rows, tmp_path: Path) -> None:
     assert found[1]["beside_gib"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     assert list(found[2]["beside_gib"]) == ["vae"]
     assert [bool(row.get("refused")) for row in found] == [False] * 4 + [True] * 2
-    assert "in 4 bits" in found[3]["plan"]
+    assert found[3]["trick"] == "--base_precision nf4"
     lines = table(tmp_path, "ladder-h100.json")
     assert len(lines) == 2 + 5 + 2  # the warm-up is not shown
     assert lines[3].startswith("| prompt embeddings cached | `compute_embeddings.py` | 0.00 | 0.")
