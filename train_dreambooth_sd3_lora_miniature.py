@@ -46,9 +46,10 @@ from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_tra
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
+from sd3_lora.recorded import Recorded
 from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
-from sd3_lora.step_execution import RecordedStep, StepExecution, choose_execution, compile_blocks
+from sd3_lora.step_execution import StepExecution, choose_execution, compile_blocks
 from sd3_lora.step_memory import StepShape
 from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
 from sd3_lora.trackers import start_trackers
@@ -220,7 +221,8 @@ def train(
         training.scaler.scale(loss / window).backward()
         return loss.detach()
 
-    step = RecordedStep(compute, flat.grad, execution.asked, accelerator.print) if execution.recorded else compute
+    recorded = Recorded(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
+    step = recorded if execution.recorded else compute
     queued: PendingStep | None = None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
 

@@ -16,6 +16,7 @@ from sd3_lora.captions import instance_images
 from sd3_lora.images import BrokenImage, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.latent_cache import LatentCache
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.vae_tiles import VaeTile
 
 import pytest
 import torch
@@ -135,9 +136,9 @@ def test_batches_are_whole_across_pictures(
     sizes: list[int] = []
     encode = precompute_latents.encode
 
-    def watched(vae: Any, crops: Any) -> Any:
+    def watched(compute: Any, crops: Any, device: Any) -> Any:
         sizes.append(len(crops))
-        return encode(vae, crops)
+        return encode(compute, crops, device)
 
     monkeypatch.setattr(precompute_latents, "encode", watched)
     assert "wrote 18 crops of 12 pictures" in run("--vae_batch_size", 4).out
@@ -197,3 +198,38 @@ def test_float16_is_within_the_stated_tolerance() -> None:
         found[dtype] = posterior.latent_dist.mean.float(), posterior.latent_dist.std.float()
     for half, exact in zip(found[torch.float16], found[torch.float32], strict=True):
         assert 0 < (half - exact).norm() / exact.norm() < 0.005
+
+
+@pytest.mark.parametrize("count", [15, 16])
+def test_many_pictures_are_recorded_on_a_gpu(
+    count: int, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the recorder, as there is no GPU: every batch goes through it."""
+    recorded: list[int] = []
+
+    class Recorder:
+        def __init__(self, compute: Any, device: torch.device, **_: object):
+            assert device.type == "cuda"
+            self.compute = compute
+
+        def __call__(self, rgb: torch.Tensor) -> torch.Tensor:
+            recorded.append(len(rgb))
+            return self.compute(rgb)
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    save_pictures(pictures, [(64, 64)] * count)
+    images, _ = instance_images(pictures, "a photo of sks", False, None)
+    files = ModelFiles(ModelConfig(str(tiny_sd3)))
+    config = LatentConfig(resolution=64)
+    cache = LatentCache(tmp_path, files.provenance(["vae"], "fp32", 64), "white")
+    monkeypatch.setattr(precompute_latents, "Recorded", Recorder)
+    load, encode = precompute_latents.load_vae, precompute_latents.encode
+    monkeypatch.setattr(precompute_latents, "load_vae", lambda a, b, _, c: load(a, b, torch.device("cpu"), c))
+    monkeypatch.setattr(precompute_latents, "encode", lambda a, b, _: encode(a, b, torch.device("cpu")))
+    tile = VaeTile(None, 4, 0, 0)
+    made, broken = precompute_latents.encode_missing(
+        files, images, config, 64, cache, torch.device("cuda"), tile, threads=2
+    )
+    assert (made, broken) == (count, [])
+    assert recorded == ([4, 4, 4, 4] if count == 16 else [])

@@ -54,9 +54,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, str]]]:
     calls: list[list[tuple[str, str]]] = []
     encode = precompute_latents.encode
 
-    def watched(vae: AutoencoderKL, crops: list[Any]) -> Any:
+    def watched(compute: Any, crops: list[Any], device: torch.device) -> Any:
         calls.append([(crop.image.path.name, crop.box.name) for crop in crops])
-        return encode(vae, crops)
+        return encode(compute, crops, device)
 
     monkeypatch.setattr(precompute_latents, "encode", watched)
     return calls
