@@ -41,10 +41,11 @@ from sd3_lora.devices import choose_device
 from sd3_lora.embedding_store import write_embeddings
 from sd3_lora.images import crop_boxes
 from sd3_lora.latent_cache import LatentCache
-from sd3_lora.memory import GIB, PeakSampler, free_memory
+from sd3_lora.memory import GIB, PeakSampler, drop_workspaces, free_memory
 from sd3_lora.memory_plan import visiting_blocks
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
+from sd3_lora.step_time import measure_flops_a_byte
 
 import random_sd3
 import torch
@@ -266,7 +267,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         return plan_case(case, hollow_model(models, case.model), device)
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
-        torch._C._cuda_clearCublasWorkspaces()  # one for each stream of the last row
+        drop_workspaces(choose_device(device))  # one for each stream of the last row
     model = (with_text_encoders if case.script == EMBED else model_folder)(models, case.model)
     output = trained_folder(models) if case.script == TRAIN else models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
@@ -298,6 +299,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     if case.streamed:
         row = {key: value for key, value in row.items() if key not in ("parts_gib", "predicted_gib")}  # of another plan
         row["link_gb_per_s"] = link_gb_per_s() if torch.cuda.is_available() else None
+        row["flops_a_byte"] = round(measure_flops_a_byte(choose_device(device), torch.float16))
     row["measured_gib"] = round(record["measured_bytes"] / GIB, 3)
     row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]
