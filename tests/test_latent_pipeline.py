@@ -22,6 +22,8 @@ import pytest
 import torch
 from conftest import PROJECT, Result, save_pictures
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from small_transformer import needs_gpu
 
 CENTER = LatentConfig(center_crop=True)
 
@@ -233,3 +235,24 @@ def test_many_pictures_are_recorded_on_a_gpu(
     )
     assert (made, broken) == (count, [])
     assert recorded == ([4, 4, 4, 4] if count == 16 else [])
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_gpu_gives_the_same_recorded_and_not(
+    precision: str, run: Callable[..., Result], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In batches of 5, of which the last has 2."""
+    found = []
+    for name, least in (("recorded", 12), ("plain", 13)):
+        monkeypatch.setattr(precompute_latents, "RECORD_FROM", least)
+        words = ["--device", "cuda", "--vae_batch_size", 5, "--vae_precision", precision]
+        said = run(*words, "--output_path", tmp_path / name)
+        assert "wrote 12 crops" in said.out
+        assert "not replayed" not in said.out
+        found.append({path.name: load_file(path) for path in sorted((tmp_path / name).glob("*.safetensors"))})
+    recorded, plain = found
+    assert len(recorded) == 12
+    assert recorded.keys() == plain.keys()
+    for name, tensors in recorded.items():
+        assert all(torch.equal(tensor, plain[name][key]) for key, tensor in tensors.items())
