@@ -13,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -221,8 +221,9 @@ def train(
         training.scaler.scale(loss / window).backward()
         return loss.detach()
 
-    recorded = Recorded(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
-    step = recorded if execution.recorded else compute
+    step: Callable[..., torch.Tensor] = compute
+    if execution.recorded:
+        step = Recorded(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
     queued: PendingStep | None = None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
 

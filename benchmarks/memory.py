@@ -45,7 +45,7 @@ from sd3_lora.memory import GIB, PeakSampler, drop_workspaces, free_memory
 from sd3_lora.memory_plan import visiting_blocks
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.records import InstanceImage, LatentPosterior, PromptEmbedding
-from sd3_lora.step_time import measure_flops_a_byte
+from sd3_lora.step_time import bytes_a_second, measure_flops_a_byte
 
 import random_sd3
 import torch
@@ -244,20 +244,6 @@ def streamed_as(case: Case) -> Iterator[None]:
         yield
 
 
-def link_gb_per_s() -> float:
-    """What is copied from pinned memory to the device in a second, in GB."""
-    host = torch.empty(256 * 1024**2, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty_like(host, device="cuda")
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    device.copy_(host, non_blocking=True)
-    events[0].record()
-    for _ in range(5):
-        device.copy_(host, non_blocking=True)
-    events[1].record()
-    events[1].synchronize()
-    return round(5 * len(host) / events[0].elapsed_time(events[1]) / 1e6, 1)
-
-
 def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[str, Any]:
     """Runs the script once; what it said of its memory and time.
 
@@ -298,8 +284,9 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row |= {"beside_gib": beside_gib} if beside_gib else {}
     if case.streamed:
         row = {key: value for key, value in row.items() if key not in ("parts_gib", "predicted_gib")}  # of another plan
-        row["link_gb_per_s"] = link_gb_per_s() if torch.cuda.is_available() else None
-        row["flops_a_byte"] = round(measure_flops_a_byte(choose_device(device), torch.float16))
+        gpu = choose_device(device)
+        row["link_gb_per_s"] = round(bytes_a_second(gpu) / 1e9, 1) if gpu.type == "cuda" else None
+        row["flops_a_byte"] = round(measure_flops_a_byte(gpu, torch.float16))
     row["measured_gib"] = round(record["measured_bytes"] / GIB, 3)
     row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]

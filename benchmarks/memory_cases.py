@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import random_sd3
+from stream_buffers import SETTINGS
 
 EMBED, LATENTS, TRAIN, DRAW = (
     "compute_embeddings.py",
@@ -184,7 +185,7 @@ def streaming_cases() -> Iterator[Case]:
     """A streamed step by the buffers and the blocks on the device, beside the resident one: as `stream_buffers.py`."""
     for resolution in (1024, 512):
         yield Case("resident", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
-        for setting in ((2, 0), (3, 0), (4, 0), (6, 0), (6, 6), (6, 12), (6, 18)):
+        for setting in SETTINGS:
             yield Case("streamed", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12, streamed=setting)
 
 

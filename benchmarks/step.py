@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.devices import choose_device
 from sd3_lora.memory import free_memory
+from sd3_lora.step_time import device_seconds
 
 import pandas as pd
 import random_sd3
@@ -412,22 +413,10 @@ def attention_rows() -> list[dict[str, Any]]:
         kernels: list[SDPBackend | None] = [None, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
         for kernel in (*kernels, SDPBackend.EFFICIENT_ATTENTION):
             with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
-                ms = statistics.median(timed_ms(run) for _ in range(3))
+                ms = 1000 * statistics.median(device_seconds(run, 20) for _ in range(3))
             name = kernel.name.lower() if kernel else "torch's choice"
             rows.append({"set": "attention", "name": name, "resolution": resolution, "kernel_ms": round(ms, 3)})
     return rows
-
-
-def timed_ms(run: Callable[[], None], count: int = 20) -> float:
-    """Milliseconds of one of so many calls, by the device's clock."""
-    run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(count):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / count
 
 
 def main(argv: Sequence[str] | None = None) -> int:

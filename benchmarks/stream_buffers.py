@@ -22,11 +22,13 @@ from sd3_lora.streaming import Piece, StreamedBlocks
 
 import random_sd3
 import torch
+from tables import streamed_as
 
 TEXT_TOKENS = 154
 LAUNCH_S = 30e-6  # the least that a piece takes
 BACKWARD = {"attn": 2.2, "ff": 1.1, "ff_context": 1.1}  # times forward: fused attention computes its scores again
-STAYING = (6, 12, 18)  # blocks, beside the most buffers
+# Buffers, and blocks that stay beside the most of them.
+SETTINGS = (*((count, 0) for count in sorted(STREAM_BUFFERS)), *((max(STREAM_BUFFERS), stay) for stay in (6, 12, 18)))
 
 
 def visits(parts: Sequence[PieceCost]) -> list[tuple[int, float]]:
@@ -92,16 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         transformer = random_sd3.make_transformer("sd3-medium")
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     parts = model_costs(transformer.config, torch.float16, None)
-    most = max(STREAM_BUFFERS)
-    settings = [*((count, 0) for count in sorted(STREAM_BUFFERS)), *((most, staying) for staying in STAYING)]
-    heads = [f"{count} buffers" + (f", {staying} blocks stay" if staying else "") for count, staying in settings]
+    heads = [streamed_as(*setting) for setting in SETTINGS]
     print(f"| s a step | {' | '.join(heads)} | computation alone |")
     print("| --- |" + " ---: |" * (len(heads) + 1))
     for resolution in (1024, 512):
         size = StepSize(1, (resolution // 16) ** 2, TEXT_TOKENS, width)
         forward_s = [part.flops(size) / arguments.tflops / 1e12 for part in parts]
         alone = sum(max(LAUNCH_S, times * forward_s[index]) for index, times in visits(parts))
-        seconds = [step_s(parts, forward_s, arguments.gb_per_s * 1e9, *setting) for setting in settings]
+        seconds = [step_s(parts, forward_s, arguments.gb_per_s * 1e9, *setting) for setting in SETTINGS]
         print(f"| {resolution} px | {' | '.join(f'{s:.2f}' for s in (*seconds, alone))} |")
     return 0
 

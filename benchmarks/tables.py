@@ -91,7 +91,8 @@ def streaming_table(result: dict[str, Any]) -> str:
     """For each size the time of a step by the buffers and the blocks on the device, as shares of the resident one's."""
     rows: dict[int, dict[str, dict[str, Any]]] = {}
     for row in _measured_rows(result):
-        rows.setdefault(row["resolution"], {})[_streamed_as(row)] = row
+        name = streamed_as(*row["streamed"]) if row.get("streamed") else "resident"
+        rows.setdefault(row["resolution"], {})[name] = row
     heads = list(dict.fromkeys(name for found in rows.values() for name in found if name != "resident"))
     lines = [
         f"| x resident | {' | '.join(heads)} | resident, ms |",
@@ -107,11 +108,8 @@ def streaming_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"The link copied {min(links):.0f} to {max(links):.0f} GB/s. {_measured_on(result)}"])
 
 
-def _streamed_as(row: dict[str, Any]) -> str:
-    """By its buffers and blocks, as `stream_buffers.py` names it."""
-    if not row.get("streamed"):
-        return "resident"
-    buffers, staying = row["streamed"]
+def streamed_as(buffers: int, staying: int) -> str:
+    """A setting's name."""
     return f"{buffers} buffers" + (f", {staying} blocks stay" if staying else "")
 
 

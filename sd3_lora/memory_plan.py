@@ -12,7 +12,8 @@ and copies (`step_time.py`). Weights in 4 bits change the numbers, and have to b
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
@@ -158,14 +159,13 @@ def plan_training(
     Raises:
         UserError: nothing fits; says the smallest budget that would do, and whether nf4 would.
     """
-    candidates = list_plans(files, shape, budget, asked, all_checkpointed, can_stream)
-    chosen = _first_that_fits(candidates, budget)
-    if chosen:
-        return chosen
-    smallest = enough_gib(candidates[-1].peak_bytes)
+    for plan in each_plan(files, shape, budget, asked, all_checkpointed, can_stream):
+        if plan.peak_bytes <= budget.total_bytes:
+            return plan
+    smallest = enough_gib(plan.peak_bytes)
     remedy = f"type --vram_budget_gib {smallest}"
     if asked == "16bit":
-        packed = list_plans(files, shape, budget, "nf4", all_checkpointed, can_stream)
+        packed = each_plan(files, shape, budget, "nf4", all_checkpointed, can_stream)
         if _first_that_fits(packed, budget):
             remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
     raise UserError(
@@ -174,7 +174,7 @@ def plan_training(
     )
 
 
-def _first_that_fits(plans: Sequence[_Plan], budget: DeviceBudget) -> _Plan | None:
+def _first_that_fits(plans: Iterable[_Plan], budget: DeviceBudget) -> _Plan | None:
     return next((plan for plan in plans if plan.peak_bytes <= budget.total_bytes), None)
 
 
@@ -234,13 +234,13 @@ class _Places:
         return _Base(visiting, count, from_files, pinned, self._whole - sum(pieces) + count * max(pieces))
 
 
-def _only_smaller(plans: Iterable[_Plan]) -> list[_Plan]:
+def _only_smaller(plans: Iterable[_Plan]) -> Iterator[_Plan]:
     """Those that take less than every plan before them: no budget has use for the others."""
-    found: list[_Plan] = []
+    smallest = math.inf
     for plan in plans:
-        if not found or plan.peak_bytes < found[-1].peak_bytes:
-            found.append(plan)
-    return found
+        if plan.peak_bytes < smallest:
+            smallest = plan.peak_bytes
+            yield plan
 
 
 def plan_denoising(
@@ -280,7 +280,7 @@ def plan_denoising(
             parts["unused between them"] = _unused(parts, bool(base.visiting))
             plans.append(BasePlan(precision, places.blocks, *base[:4], parts))
     # 4 bits on the device before the exact ones are streamed.
-    plans = _only_smaller(sorted(plans, key=lambda plan: plan.streamed))
+    plans = list(_only_smaller(sorted(plans, key=lambda plan: plan.streamed)))
     chosen = _first_that_fits(plans, budget)
     if chosen:
         return chosen
@@ -291,40 +291,53 @@ def plan_denoising(
     )
 
 
-def list_plans(
+def each_plan(
     files: ModelFiles,
     shape: StepShape,
     budget: DeviceBudget,
     asked: AskedPrecision,
     all_checkpointed: bool,
     can_stream: bool,
-) -> list[TrainingPlan]:
-    """All plans that may be taken, the fastest first; each takes less than those before it."""
-    resident: list[TrainingPlan] = []
-    streamed: list[TrainingPlan] = []
+) -> Iterator[TrainingPlan]:
+    """All plans that may be taken, the fastest first; each takes less than those before it.
+
+    One after another: who has memory enough does not wait until the others are reckoned, and the GPU timed for them.
+    """
+    return _only_smaller(_all_plans(files, shape, budget, asked, all_checkpointed, can_stream))
+
+
+def _all_plans(
+    files: ModelFiles,
+    shape: StepShape,
+    budget: DeviceBudget,
+    asked: AskedPrecision,
+    all_checkpointed: bool,
+    can_stream: bool,
+) -> Iterator[TrainingPlan]:
     config = files.read_config("transformer")
-    size = StepSize.of(config, shape)
+    count: int = config["num_layers"]
+    most = count if all_checkpointed else count - 1
+    counts = range(most if all_checkpointed else 0, most + 1)
+    planners: list[tuple[_Places, partial[TrainingPlan]]] = []
     for precision in _PRECISIONS[asked]:
-        step = simulate_step(config, shape, precision)
         places = _Places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
-        count = places.blocks
-        most = count if all_checkpointed else count - 1
-        counts = range(most if all_checkpointed else 0, most + 1)
-        plan = partial(_predict, step, shape, budget, precision)
-        resident += [plan(places.on_device(), k) for k in counts]
-        resident.append(plan(places.on_device(), most, offload_inputs=True))
-        if can_stream:
-            bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
-            rate = measure_flops_a_byte(budget.device, shape.dtype)
-            copied = [copied_flops(places.costs, base.visiting, base.from_files, rate) for base in bases]
-            computed = [computed_flops(places.costs, size, k) for k in counts]
-            pairs = itertools.product(zip(bases, copied, strict=True), zip(counts, computed, strict=True))
-            ways = [(StepCost(flops, hidden).time, base, k) for (base, hidden), (k, flops) in pairs]
-            streamed += [plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0])]
-            smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
-            streamed += [plan(base, most, offload_inputs=True) for base in smallest]
-            streamed.append(plan(smallest[-1], most, offload_inputs=True, room_for_graph=False))
-    return _only_smaller(resident + streamed)
+        plan = partial(_predict, simulate_step(config, shape, precision), shape, budget, precision)
+        planners.append((places, plan))
+        yield from (plan(places.on_device(), k) for k in counts)
+        yield plan(places.on_device(), most, offload_inputs=True)
+    if not can_stream:
+        return
+    size, rate = StepSize.of(config, shape), measure_flops_a_byte(budget.device, shape.dtype)
+    for places, plan in planners:
+        bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
+        copied = [copied_flops(places.costs, base.visiting, base.from_files, rate) for base in bases]
+        computed = [computed_flops(places.costs, size, k) for k in counts]
+        pairs = itertools.product(zip(bases, copied, strict=True), zip(counts, computed, strict=True))
+        ways = [(StepCost(flops, hidden).time, base, k) for (base, hidden), (k, flops) in pairs]
+        yield from (plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
+        smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
+        yield from (plan(base, most, offload_inputs=True) for base in smallest)
+        yield plan(smallest[-1], most, offload_inputs=True, room_for_graph=False)
 
 
 def _predict(

@@ -161,8 +161,8 @@ def copied_flops(
     """
     copied = [piece for piece in costs if piece.block in visiting]
     slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
-    twice = sum(piece.size for piece in copied if not piece.is_modulation)
-    return Passes(slower * sum(piece.size for piece in copied), slower * twice)
+    in_backward = sum(piece.size for piece in copied if not piece.is_modulation)
+    return Passes(slower * sum(piece.size for piece in copied), slower * in_backward)
 
 
 @cache
@@ -178,7 +178,7 @@ def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type != "cuda":
         return FLOPS_A_BYTE
-    rate = STEP_SHARE * _flops_a_second(device, dtype) / _bytes_a_second(device)
+    rate = STEP_SHARE * _flops_a_second(device, dtype) / bytes_a_second(device)
     drop_workspaces(device)
     free_memory(device)
     return 2 ** (round(2 * math.log2(rate)) / 2)
@@ -190,22 +190,25 @@ def _flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * rows * width**2 / _seconds(lambda: torch.mm(x, weight))
 
 
-def _bytes_a_second(device: torch.device) -> float:
+def bytes_a_second(device: torch.device) -> float:
+    """What a GPU's link copies from pinned memory."""
     host = torch.empty(24 * 1024**2, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
     return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True))
 
 
-def _seconds(run: Callable[[], object], count: int = 10) -> float:
-    """Of one of so many calls, by the device's clock; the fastest of three rounds, since others may be using it."""
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of three rounds, since others may be using the device."""
+    return min(device_seconds(run, 10) for _ in range(3))
+
+
+def device_seconds(run: Callable[[], object], count: int) -> float:
+    """Of one of so many calls, by the GPU's clock; beside them there is one before."""
     run()
-    seconds = []
-    for _ in range(3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1000 / count)
-    return min(seconds)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / count

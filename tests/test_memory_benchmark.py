@@ -131,14 +131,15 @@ def table(tmp_path: Path, name: str) -> list[str]:
 
 def test_the_ladder(rows, tmp_path: Path) -> None:
     cases = [tiny(case) for case in memory.SETS["ladder"]() if case.exactness != "rounding"]
-    found = rows(*cases[:3], cases[-4], *cases[-2:])
+    nf4 = replace(cases[-4], flags=(*cases[-4].flags, "--vram_budget_gib", "3"))
+    found = rows(*cases[:3], nf4, *cases[-2:])
     assert not [row["failed"] for row in found if "failed" in row]
     assert all(row["step_ms"] > 0 for row in found[1:])
     assert found[1]["beside"] == ["text_encoder", "text_encoder_2", "text_encoder_3", "vae"]
     assert found[1]["beside_gib"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     assert list(found[2]["beside_gib"]) == ["vae"]
     assert [bool(row.get("refused")) for row in found] == [False] * 4 + [True] * 2
-    assert found[3]["trick"] == "--base_precision nf4"
+    assert "in 4 bits" in found[3]["plan"]
     lines = table(tmp_path, "ladder-h100.json")
     assert len(lines) == 2 + 5 + 2  # the warm-up is not shown
     assert lines[3].startswith("| prompt embeddings cached | `compute_embeddings.py` | 0.00 | 0.")

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 from sd3_lora import memory_plan
@@ -18,7 +19,7 @@ from sd3_lora.memory import GIB, drop_workspaces
 from sd3_lora.memory_plan import (
     BasePlan,
     TrainingPlan,
-    list_plans,
+    each_plan,
     plan_denoising,
     plan_training,
     visiting_blocks,
@@ -57,6 +58,10 @@ def budget_of(size: int) -> DeviceBudget:
 
 
 # The plan
+
+
+def list_plans(*words: Any, **more: Any) -> list[TrainingPlan]:
+    return list(each_plan(*words, **more))
 
 
 def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
@@ -163,6 +168,9 @@ def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(files: ModelFiles, m
         staying.append(sum(plan.blocks - len(plan.visiting) for plan in plans))
         anew.append(sum(plan.checkpointed for plan in plans))
         measure.assert_called_with(CPU, torch.float16)
+        measure.reset_mock()
+        plan_training(files, SHAPE, budget_of(max(plan.peak_bytes for plan in exact)))
+        measure.assert_not_called()  # all is on the device
     assert staying == sorted(staying)
     assert anew == sorted(anew)
     assert staying[0] < staying[-1]

@@ -84,7 +84,7 @@ def test_without_a_gpu_a_t4_is_planned_for() -> None:
 @pytest.mark.parametrize(("tflops", "gb", "rate"), [(20, 40, 256), (20, 26, 362), (20, 17, 512), (580, 55, 4096)])
 def test_what_was_measured_is_rounded(tflops: int, gb: int, rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_time, "_flops_a_second", lambda *_: tflops * 1e12)
-    monkeypatch.setattr(step_time, "_bytes_a_second", lambda *_: gb * 1e9)
+    monkeypatch.setattr(step_time, "bytes_a_second", lambda *_: gb * 1e9)
     for name in ("drop_workspaces", "free_memory"):
         monkeypatch.setattr(step_time, name, lambda *_: None)
     measure_flops_a_byte.cache_clear()
