@@ -13,8 +13,9 @@ import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from sd3_lora.draws import DataOrder, GlobalDraws
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.flow import (
     FlowConfig,
-    NoiseTable,
     flow_matching_loss,
     interpolate,
     load_noise_table,
@@ -45,6 +45,7 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.modulations_ahead import ModulationsAhead
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.recorded import Recorded
 from sd3_lora.records import TrainingBatch
@@ -94,39 +95,83 @@ class StepInputs(NamedTuple):
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
 
+    @property
+    def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the blocks' modulations are made of."""
+        return self.timesteps, self.pooled_prompt_embeds
 
-def draw_inputs(
-    batch: TrainingBatch,
-    draws: GlobalDraws,
-    table: NoiseTable,
-    flow: FlowConfig,
-    vae_config: dict[str, Any],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> StepInputs:
-    """Draws the posterior's sample, the noise and its level on the host; nothing here waits for the device."""
-    posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
-    indices = sample_table_indices(draws.global_batch_size, table, flow, draws.generator)[draws.mine]  # (B,)
-    raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
-    on_host = StepInputs(
-        normalize_latents(raw_latents, vae_config),
-        noise,
-        table.sigmas[indices].view(-1, 1, 1, 1),
-        table.timesteps[indices],
-        batch.prompt_embeds.to(dtype),
-        batch.pooled_prompt_embeds.to(dtype),
-        batch.loss_weights,
-    )
-    if device.type != "cuda":
-        return on_host
-    return StepInputs(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host))
+
+class MicroBatches:
+    """A run's micro-batches in their order, drawn on the host before their turn; nothing here waits for the device.
+
+    Args:
+        training: whose draws and order they come from.
+        data: what stage one left.
+        stage_one: the model's configs.
+        flow: how noise levels are drawn.
+        dtype: of the transformer.
+        device: where the step is computed.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        data: TrainingData,
+        stage_one: StageOne,
+        flow: FlowConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self._draws, self._order, self._data = training.draws, training.order, data
+        self._flow, self._dtype, self._device = flow, dtype, device
+        self._vae_config = stage_one.files.read_config("vae")
+        self._table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
+        self._early = 2 if training.ahead else 1  # what is computed for the next one needs to know it
+        self._drawn: deque[tuple[StepInputs, list[str]]] = deque()
+
+    def draw_ahead(self, left: int) -> None:
+        """Of the `left` that may be drawn, as many as are needed early."""
+        while len(self._drawn) < min(left, self._early):
+            chosen = self._order.take(self._draws.global_batch_size)[self._draws.mine]
+            with one_thread(self._device):
+                batch = self._data.batch(chosen, self._draws.uniform())
+                inputs = self._draw_inputs(batch)
+            self._drawn.append((inputs, [self._data.images[i].path.name for i in chosen]))
+
+    def take(self) -> tuple[StepInputs, list[str], StepInputs | None]:
+        """The one whose turn it is, its pictures' names, and the next one if it was drawn."""
+        inputs, names = self._drawn.popleft()
+        return inputs, names, self._drawn[0][0] if self._drawn else None
+
+    def _draw_inputs(self, batch: TrainingBatch) -> StepInputs:
+        """Draws the posterior's sample, the noise and its level."""
+        draws, table, flow = self._draws, self._table, self._flow
+        posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
+        indices = sample_table_indices(draws.global_batch_size, table, flow, draws.generator)[draws.mine]  # (B,)
+        raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
+        on_host = StepInputs(
+            normalize_latents(raw_latents, self._vae_config),
+            noise,
+            table.sigmas[indices].view(-1, 1, 1, 1),
+            table.timesteps[indices],
+            batch.prompt_embeds.to(self._dtype),
+            batch.pooled_prompt_embeds.to(self._dtype),
+            batch.loss_weights,
+        )
+        if self._device.type != "cuda":
+            return on_host
+        return StepInputs(*(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in on_host))
+
+
+def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """What the transformer is called in."""
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def micro_step(model: torch.nn.Module, inputs: StepInputs, flow: FlowConfig, dtype: torch.dtype) -> torch.Tensor:
     """The loss of one micro-batch, a float32 scalar."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
-    autocast = torch.autocast(inputs.latents.device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with autocast:
+    with precision(inputs.latents.device, dtype):
         velocity = model(
             hidden_states=noisy_latents.to(dtype),
             timestep=inputs.timesteps,
@@ -201,24 +246,17 @@ def train(
 
     Returns the milliseconds of a step, without the first ones where there are more: those load, record and compile.
 
-    The host runs ahead of the device: it draws the next micro-batch while the device computes, and learns one step
-    late whether the scaler skipped a step.
+    The host runs ahead of the device: it draws the next micro-batch while the device computes (two, where modulations
+    are computed ahead), and learns one step late whether the scaler skipped a step.
     """
-    run, flow, draws = flags.run, flags.flow, training.draws
-    vae_config = stage_one.files.read_config("vae")
-    table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
+    run, flow, ahead = flags.run, flags.flow, training.ahead
     model, flat, window = training.transformer.train(), training.flat, run.gradient_accumulation_steps
-
-    def draw() -> tuple[StepInputs, list[str]]:
-        chosen = training.order.take(draws.global_batch_size)[draws.mine]
-        names = [data.images[i].path.name for i in chosen]
-        with one_thread(accelerator.device):
-            batch = data.batch(chosen, draws.uniform())
-            return draw_inputs(batch, draws, table, flow, vae_config, dtype, accelerator.device), names
+    batches = MicroBatches(training, data, stage_one, flow, dtype, accelerator.device)
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
-        loss = micro_step(model, StepInputs(*inputs), flow, dtype)
-        training.scaler.scale(loss / window).backward()
+        with ahead.in_force() if ahead else nullcontext():
+            loss = micro_step(model, StepInputs(*inputs), flow, dtype)
+            training.scaler.scale(loss / window).backward()
         return loss.detach()
 
     step: Callable[..., torch.Tensor] = compute
@@ -236,19 +274,23 @@ def train(
 
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     with tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process) as bar:
-        drawn = draw()
         while training.step < steps:
             training.step += 1
             at_end = training.step == steps
             at_checkpoint = training.step % run.checkpointing_steps == 0 and not at_end
+            # Nothing is drawn past a checkpoint, which is to say where the draws stand.
+            steps_to_save = min(steps - training.step, -training.step % run.checkpointing_steps)
             losses, seen = [], []
             for index in range(window):
-                inputs, names = drawn
+                left = window * (steps_to_save + 1) - index
+                batches.draw_ahead(left)
+                inputs, names, coming = batches.take()
+                if ahead:
+                    with precision(accelerator.device, dtype):
+                        ahead.turn(inputs.modulating, coming.modulating if coming else None)
                 losses.append(step(*inputs))
                 seen += names
-                # Not past a checkpoint, which is to say where the draws stand.
-                if index < window - 1 or not (at_checkpoint or at_end):
-                    drawn = draw()
+                batches.draw_ahead(left - 1)  # while the device computes
             settle()
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
                 flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
@@ -266,7 +308,6 @@ def train(
                 marks.append((training.step, time.perf_counter()))
             if at_checkpoint:
                 outputs.save_checkpoint(training, accelerator)
-                drawn = draw()
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -298,11 +339,14 @@ def load_training(
     transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.visiting)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
+    ahead = None
     if plan.streamed:
         pieces = pieces_of(transformer.transformer_blocks, plan.visiting)
         paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
+        streamed = stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
+        if plan.modulated_ahead:
+            ahead = ModulationsAhead(transformer, streamed, plan.modulated_ahead)
     checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)
@@ -317,6 +361,7 @@ def load_training(
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
         DataOrder(pictures, seed),
+        ahead,
     )
     accelerator.print(
         f"LoRA: {flat.numel() / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}"

@@ -32,13 +32,16 @@ SETTINGS = (*((count, 0) for count in sorted(STREAM_BUFFERS)), *((max(STREAM_BUF
 
 
 def visits(parts: Sequence[PieceCost]) -> list[tuple[int, float]]:
-    """A step with every block computed anew: which part, and how many times its forward this visit takes."""
-    found = [(index, 1.0) for index in range(len(parts))]
+    """A step with every block but the last computed anew: which part, and how many times its forward this visit takes.
+
+    Their modulations were computed in the step before, and are computed here for the next one (`ModulationsAhead`).
+    """
     last = parts[-1].block
+    found = [(index, 1.0) for index, part in enumerate(parts) if part.block == last or not part.is_modulation]
     for block in range(last, -1, -1):
         own = [index for index, part in enumerate(parts) if part.block == block]
-        if block < last:  # what the last block keeps is needed at once, and what a modulation gave is kept
-            found += [(index, 1.0) for index in own if not parts[index].is_modulation]
+        if block < last:
+            found += [(index, 1.0) for index in own]
         found += [(index, BACKWARD[parts[index].part]) for index in reversed(own) if parts[index].part in BACKWARD]
     return found
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from sd3_lora.command_line import UserError
 from sd3_lora.copy_stream import Copy, CopyStream
-from sd3_lora.kept_modulations import KeptModulations
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -58,19 +56,18 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
         index = chosen.get(block)
         if index is None:
             return block(*inputs)
-        run_twice = partial(KeptModulations().run, block)
         if offload is None:
-            return _checkpointed(run_twice, inputs, draws)
+            return _checkpointed(block, inputs, draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(index):
-            return _checkpointed(run_twice, inputs, draws)
+            return _checkpointed(block, inputs, draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
 
-def _checkpointed(run: Callable[..., Any], inputs: tuple[Any, ...], draws: bool) -> Any:
+def _checkpointed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) -> Any:
     try:
-        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=draws)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     except BaseException as error:
         # torch 2.11 leaves its hooks in force for as long as the frames of the error live, and whoever handles it may
         # compute something else meanwhile: a step that could not be recorded is computed as it is.

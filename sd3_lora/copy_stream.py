@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class CopyStream:
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        _copy_streams.add(self)
 
     def start(self, copy: Callable[[], object]) -> Copy:
         """Runs `copy` after everything that has been queued on the device so far, but beside what is queued later.
@@ -55,6 +57,24 @@ class CopyStream:
         """Makes what is queued on the device from now on wait for `copy`."""
         if copy.done is not None:
             torch.cuda.current_stream(self._device).wait_event(copy.done)
+
+    def join_recording(self) -> None:
+        """Has the recording that is under way, if any, wait for what it has copied."""
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            is_recorded = torch.cuda.is_current_stream_capturing()
+        if is_recorded:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+_copy_streams: weakref.WeakSet[CopyStream] = weakref.WeakSet()
+
+
+def join_recorded_copies() -> None:
+    """Makes a recording that is given up wait for the copies that it has begun: without that it cannot be ended."""
+    for copies in list(_copy_streams):
+        copies.join_recording()
 
 
 @dataclass(frozen=True)

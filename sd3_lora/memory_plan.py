@@ -123,6 +123,11 @@ class TrainingPlan(BasePlan):
     offload_inputs: bool
     has_room_for_graph: bool
 
+    @property
+    def modulated_ahead(self) -> list[int]:
+        """The blocks that visit the device in backward anyway, before they are needed: see `ModulationsAhead`."""
+        return [block for block in self.visiting if block < self.checkpointed]
+
     def sentence(self) -> str:
         """What is kept where, in words."""
         inputs = ", their inputs sent to the host" if self.offload_inputs else ""
@@ -330,10 +335,11 @@ def _all_plans(
     size, rate = StepSize.of(config, shape), measure_flops_a_byte(budget.device, shape.dtype)
     for places, plan in planners:
         bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
-        copied = [copied_flops(places.costs, base.visiting, base.from_files, rate) for base in bases]
         computed = [computed_flops(places.costs, size, k) for k in counts]
-        pairs = itertools.product(zip(bases, copied, strict=True), zip(counts, computed, strict=True))
-        ways = [(StepCost(flops, hidden).time, base, k) for (base, hidden), (k, flops) in pairs]
+        ways = []
+        for base, (k, flops) in itertools.product(bases, zip(counts, computed, strict=True)):
+            copied = copied_flops(places.costs, base.visiting, k, base.from_files, rate)
+            ways.append((StepCost(flops, copied).time, base, k))
         yield from (plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
         smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
         yield from (plan(base, most, offload_inputs=True) for base in smallest)

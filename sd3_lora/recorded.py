@@ -10,6 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 
+from sd3_lora.copy_stream import join_recorded_copies
 from sd3_lora.memory import drop_workspaces, free_memory
 
 import torch
@@ -73,9 +74,7 @@ class Recorded:
             # The graph has memory of its own: what that run took goes back first, or the peak would double.
             drop_workspaces(self._device)
             free_memory(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=aside):
-                self._result = self._compute(*self._inputs)
+            graph = self._capture(aside)
             self._clear()
             graph.replay()
             if not all(map(_is_close, (self._result.cpu(), *(tensor.cpu() for tensor in self._changed)), expected)):
@@ -84,7 +83,6 @@ class Recorded:
         except RuntimeError as error:
             if self._asked:
                 raise
-            graph = None
             cause = error.__context__ or error  # the recording's end may fail for what failed in it
             for found in (error, cause):
                 traceback.clear_frames(found.__traceback__)  # which hold what was computed
@@ -93,12 +91,27 @@ class Recorded:
         finally:
             self._clear()
 
+    def _capture(self, aside: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        failure: Exception | None = None
+        with torch.cuda.graph(graph, stream=aside):
+            try:
+                self._result = self._compute(*self._inputs)
+            except Exception as error:
+                # With copies under way its end would fail too, and keep its memory and its stream for ever.
+                join_recorded_copies()
+                failure = error
+        if failure is not None:
+            raise failure
+        return graph
+
     def _clear(self) -> None:
         for tensor in self._changed:
             tensor.zero_()
 
     def _give_up(self) -> None:
         self._may_record, self._graph, self._inputs, self._result = False, None, (), torch.empty(())
+        drop_workspaces(self._device)  # the recording's lies in the graph's memory, which could not go before it
         free_memory(self._device)
 
 

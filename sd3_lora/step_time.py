@@ -126,7 +126,7 @@ class StepCost:
     def time(self) -> tuple[float, float]:
         """To compare two steps by: in each pass the longer of both hides the other; then what is less.
 
-        Forward copies most and computes least. What backward leaves of the link's time comes too late for it.
+        What one leaves of the link's time is of no use to the other.
         """
         longer = map(max, self.computed, self.copied)
         return sum(longer), sum(self.computed) + sum(self.copied)
@@ -146,23 +146,29 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int
 
 
 def copied_flops(
-    costs: Sequence[PieceCost], visiting: Collection[int], from_files: bool, flops_a_byte: float = FLOPS_A_BYTE
+    costs: Sequence[PieceCost],
+    visiting: Collection[int],
+    checkpointed: int,
+    from_files: bool,
+    flops_a_byte: float = FLOPS_A_BYTE,
 ) -> Passes:
     """What would be computed while a micro-batch's copies are under way.
 
-    A piece is copied once in each pass: computed anew, a block is still there for its gradients. What a modulation gave
-    is kept.
+    A piece is copied once in each pass: computed anew, a block is still there for its gradients. A modulation is copied
+    once a step: in backward, for the next one, where its block is computed anew; else in forward.
 
     Args:
         costs: of all pieces.
         visiting: the blocks whose pieces visit the device.
+        checkpointed: how many of the first blocks are computed anew.
         from_files: whether they come from the weight files.
         flops_a_byte: of the device.
     """
     copied = [piece for piece in costs if piece.block in visiting]
     slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
-    in_backward = sum(piece.size for piece in copied if not piece.is_modulation)
-    return Passes(slower * sum(piece.size for piece in copied), slower * in_backward)
+    forward = sum(piece.size for piece in copied if not (piece.is_modulation and piece.block < checkpointed))
+    backward = sum(piece.size for piece in copied if not (piece.is_modulation and piece.block >= checkpointed))
+    return Passes(slower * forward, slower * backward)
 
 
 @cache

@@ -6,8 +6,8 @@ next are copied into the others. Forward needs the pieces first to last; backwar
 and then needs its pieces last to first, to send gradients back through them.
 
 Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
-With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention. And
-what it computed is kept for backward, which so need not copy it again (`kept_modulations.py`).
+With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention.
+Training needs them once a step: in backward, for the next one (`modulations_ahead.py`).
 
 Where the device has room for some blocks, those stay there whole, and the others' copies have their time too.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sd3_lora.copy_stream import Copy, CopyStream
-from sd3_lora.kept_modulations import kept_or_computed
 from sd3_lora.memory import round_up
 from sd3_lora.pinned_memory import pinned_buffers, pinned_bytes
 from sd3_lora.tensor_files import TensorFiles
@@ -271,8 +270,11 @@ class StreamedBlocks:
                     forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
                 layer.forward = forward  # type: ignore[method-assign]
 
-    def begin_pass(self) -> None:
-        """Says that the transformer is called."""
+    def begin_pass(self, is_foreseen: bool = True) -> None:
+        """Says that the transformer is called, or something else: for that nothing is copied ahead.
+
+        So no copy is under way when it is through.
+        """
         is_recorded = _is_recorded(self._device)
         if is_recorded or self._was_recorded:
             # A graph brings all that it needs, whatever is here when it is replayed; and nothing outside of it can wait
@@ -281,11 +283,12 @@ class StreamedBlocks:
                 slot.index = None
         self._was_recorded = is_recorded
         self._current = None
-        has_gradient = torch.is_grad_enabled()
-        self._asked = []
-        self._foreseen = self._remembered[has_gradient]
-        self._remembered[has_gradient] = self._asked  # backward asks on
+        self._asked, self._foreseen = [], []
         self._is_as_foreseen = True
+        if is_foreseen:
+            has_gradient = torch.is_grad_enabled()
+            self._foreseen = self._remembered[has_gradient]
+            self._remembered[has_gradient] = self._asked  # backward asks on
 
     def _weight(self, index: int, position: int) -> torch.Tensor:
         """A matrix on the device, for what is queued now."""
@@ -348,7 +351,7 @@ def _is_recorded(device: torch.device) -> bool:
 
 def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     if not (x.requires_grad and torch.is_grad_enabled()):  # nothing is saved
-        return kept_or_computed(ask, x, lambda: torch.nn.functional.linear(x, ask(), bias))
+        return torch.nn.functional.linear(x, ask(), bias)
     weight = ask()
     place, start = weight.untyped_storage().data_ptr(), weight.storage_offset()
 
@@ -394,8 +397,4 @@ def _forward_packed(
     ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any, dtype: torch.dtype, x: torch.Tensor
 ) -> torch.Tensor:
     bias = None if bias is None else bias.to(dtype)
-
-    def multiply() -> torch.Tensor:
-        return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)
-
-    return kept_or_computed(ask, x, multiply)
+    return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)

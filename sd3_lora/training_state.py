@@ -9,6 +9,7 @@ from typing import Any
 from sd3_lora.checkpoints import UnfinishedCheckpoint, remove_old_checkpoints, require_same_run, write_state
 from sd3_lora.draws import DataOrder, GlobalDraws
 from sd3_lora.lora import lora_tensors, save_lora
+from sd3_lora.modulations_ahead import ModulationsAhead
 from sd3_lora.training_config import LoraFlags
 
 import torch
@@ -19,7 +20,7 @@ from diffusers import SD3Transformer2DModel
 
 @dataclass
 class Training:
-    """All that changes from step to step, and is in a checkpoint."""
+    """All that changes from step to step, and is in a checkpoint but for `ahead`, which follows from it."""
 
     transformer: SD3Transformer2DModel
     flat: torch.nn.Parameter
@@ -28,6 +29,7 @@ class Training:
     scaler: torch.amp.GradScaler
     draws: GlobalDraws
     order: DataOrder
+    ahead: ModulationsAhead | None = None
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:

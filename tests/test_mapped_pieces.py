@@ -250,7 +250,7 @@ def read_ahead(events: list[str]) -> list[str]:
     [
         (None, [*range(11)]),
         (0, [*range(11), 9, 8, 5, 4, 2]),
-        (2, [*range(11), 8, 9, 10, 9, 8, 2, 3, 4, 5, 4, 2]),
+        (2, [*range(11), *range(6, 11), 9, 8, *range(6), 4, 2]),
     ],
     ids=["drawing", "training", "training anew"],
 )

@@ -28,7 +28,7 @@ from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.step_time import PieceCost, StepCost, StepSize, computed_flops, copied_flops, model_costs
-from sd3_lora.streaming import PinnedPieces, stream_transformer
+from sd3_lora.streaming import PinnedPieces, StreamedBlocks, stream_transformer
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def list_plans(*words: Any, **more: Any) -> list[TrainingPlan]:
 
 def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
     """What its place in the order is by."""
-    copied = copied_flops(costs, plan.visiting, plan.from_files)
+    copied = copied_flops(costs, plan.visiting, plan.checkpointed, plan.from_files)
     return StepCost(computed_flops(costs, size, plan.checkpointed), copied).time
 
 
@@ -328,9 +328,9 @@ def test_every_plan_trains_to_the_same_bits(
 
     done: list[tuple] = []
 
-    def stream(*words: object) -> None:
+    def stream(*words: object) -> StreamedBlocks:
         done.append(("streamed", words[-1]))
-        stream_transformer(*words)
+        return stream_transformer(*words)
 
     def checkpoint(transformer: torch.nn.Module, *words: object) -> None:
         done.append(words)

@@ -37,17 +37,17 @@ def seen(training, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """What each micro-step of a run saw."""
     drawn: list[object] = []
     calls: list[dict[str, object]] = []
-    draw, step = training.draw_inputs, training.micro_step
+    draw, step = training.MicroBatches._draw_inputs, training.micro_step
 
-    def draw_spy(batch, *rest):
+    def draw_spy(self, batch):
         drawn.append(batch)
-        return draw(batch, *rest)
+        return draw(self, batch)
 
     def spy(model, *rest):
         calls.append({"model": model, "batch": drawn.pop(0)})
         return step(model, *rest)
 
-    monkeypatch.setattr(training, "draw_inputs", draw_spy)
+    monkeypatch.setattr(training.MicroBatches, "_draw_inputs", draw_spy)
     monkeypatch.setattr(training, "micro_step", spy)
     return calls
 

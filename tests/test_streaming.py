@@ -205,13 +205,13 @@ def test_some_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 # Copies
 
 # Of 11 pieces, where the last block has the last five. The first piece that a LoRA is before, or in, is the first
-# attention. Of a modulation's input nothing is trained, and what it gave is kept where its block is computed anew.
+# attention.
 TWO_BLOCKS = list(range(11))
 PASSES = [
     (1, 0, [0, 1, 2, 3, 4, 2], [0, 7, 14, 20, 26]),
-    (1, 1, [0, 1, 2, 3, 4, 2, 3, 4, 2], [0, 10, 20, 29, 38]),
+    (1, 1, [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 2], [0, 11, 23, 34, 45]),
     (2, 0, [*TWO_BLOCKS, 9, 8, 5, 4, 2], [0, 17, 33, 48, 63]),
-    (2, 2, [*TWO_BLOCKS, 8, 9, 10, 9, 8, 2, 3, 4, 5, 4, 2], [0, 21, 42, 62, 82]),
+    (2, 2, [*TWO_BLOCKS, *TWO_BLOCKS[6:], 9, 8, *TWO_BLOCKS[:6], 4, 2], [0, 25, 50, 74, 98]),
 ]
 
 
@@ -281,15 +281,15 @@ def test_each_piece_is_copied_while_those_before_compute_and_announced_one_earli
 
 
 def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> None:
-    """Forward, and anew but for the modulations; and each end's pieces are there when the other pass begins."""
+    """Forward, and anew; and each end's pieces are there when the other pass begins."""
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6)
     checkpoint_blocks(transformer, BLOCKS)
     train_steps(transformer, steps=2)
     before = streamed.copies
     train_steps(transformer, steps=1)
-    modulations, last_blocks, first_blocks = 2 * BLOCKS, 2, 4
-    assert streamed.copies - before == 2 * PIECES - modulations - last_blocks - first_blocks
+    last_blocks, first_blocks = 5, 5
+    assert streamed.copies - before == 2 * PIECES - last_blocks - first_blocks
 
 
 @pytest.mark.parametrize("layers", [1, 6])
