@@ -29,6 +29,7 @@ from sd3_lora.step_memory import DenoisingShape, StepMemory, StepShape, simulate
 from sd3_lora.step_time import (
     StepCost,
     StepSize,
+    block_sizes,
     computed_flops,
     copied_flops,
     measure_flops_a_byte,
@@ -217,6 +218,7 @@ class _Places:
         config = files.read_config("transformer")
         self.blocks: int = config["num_layers"]
         self.costs = model_costs(config, dtype, precision)
+        self.block_sizes = block_sizes(self.costs)
         self._whole = base_bytes(files, dtype, precision, latent_size)
         # No file holds 4-bit weights: they are made as they are loaded.
         self._may_be_in_files = precision is None
@@ -338,7 +340,7 @@ def _all_plans(
         computed = [computed_flops(places.costs, size, k) for k in counts]
         ways = []
         for base, (k, flops) in itertools.product(bases, zip(counts, computed, strict=True)):
-            copied = copied_flops(places.costs, base.visiting, k, base.from_files, rate)
+            copied = copied_flops(places.block_sizes, base.visiting, k, base.from_files, rate)
             ways.append((StepCost(flops, copied).time, base, k))
         yield from (plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
         smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]

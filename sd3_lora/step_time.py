@@ -145,8 +145,23 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int
     return Passes(forward, 2 * forward + anew)
 
 
+class BlockSize(NamedTuple):
+    """Bytes of a block's pieces."""
+
+    modulations: int
+    others: int
+
+
+def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
+    """Those of all blocks, by their pieces."""
+    sizes = [[0, 0] for _ in range(costs[-1].block + 1)]
+    for piece in costs:
+        sizes[piece.block][0 if piece.is_modulation else 1] += piece.size
+    return [BlockSize(*size) for size in sizes]
+
+
 def copied_flops(
-    costs: Sequence[PieceCost],
+    sizes: Sequence[BlockSize],
     visiting: Collection[int],
     checkpointed: int,
     from_files: bool,
@@ -158,17 +173,17 @@ def copied_flops(
     once a step: in backward, for the next one, where its block is computed anew; else in forward.
 
     Args:
-        costs: of all pieces.
+        sizes: of all blocks.
         visiting: the blocks whose pieces visit the device.
         checkpointed: how many of the first blocks are computed anew.
         from_files: whether they come from the weight files.
         flops_a_byte: of the device.
     """
-    copied = [piece for piece in costs if piece.block in visiting]
+    both = sum(sizes[block].others for block in visiting)
+    forward = sum(sizes[block].modulations for block in visiting if block >= checkpointed)
+    backward = sum(sizes[block].modulations for block in visiting if block < checkpointed)
     slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
-    forward = sum(piece.size for piece in copied if not (piece.is_modulation and piece.block < checkpointed))
-    backward = sum(piece.size for piece in copied if not (piece.is_modulation and piece.block >= checkpointed))
-    return Passes(slower * forward, slower * backward)
+    return Passes(slower * (both + forward), slower * (both + backward))
 
 
 @cache

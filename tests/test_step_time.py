@@ -13,6 +13,7 @@ from sd3_lora.step_time import (
     Passes,
     StepCost,
     StepSize,
+    block_sizes,
     computed_flops,
     copied_flops,
     measure_flops_a_byte,
@@ -38,20 +39,26 @@ def test_what_a_step_computes_and_copies() -> None:
     assert size == StepSize(2, 16, 97, 256)
     whole = 2 * ((8 + 16) * 113 * square + scores)
     last = 2 * (8 * 113 * square + 16 * 16 * square + scores)
-    none = StepCost(computed_flops(costs, size, 0), copied_flops(costs, (), 0, False))
+    none = StepCost(computed_flops(costs, size, 0), copied_flops(block_sizes(costs), (), 0, False))
     assert none.computed == pytest.approx((5 * whole + last, 2 * (5 * whole + last)), rel=1e-9)
     assert none.copied == (0, 0)
-    two = StepCost(computed_flops(costs, size, 2), copied_flops(costs, (1, 3), 2, False))
+    two = StepCost(computed_flops(costs, size, 2), copied_flops(block_sizes(costs), (1, 3), 2, False))
     assert two.computed.forward == none.computed.forward
     assert two.computed.backward - none.computed.backward == pytest.approx(2 * whole, rel=1e-9)
     # Two blocks, two bytes: the first one's modulations are copied in backward, the second one's in forward.
     assert two.copied == (2 * square * (2 * 24 + 12) * 2048, 2 * square * (2 * 24 + 12) * 2048)
-    assert copied_flops(costs, (1, 3), 4, False) == (2 * 2 * square * 24 * 2048, 2 * 2 * square * (12 + 24) * 2048)
-    assert copied_flops(costs, (1, 3), 0, False) == (2 * 2 * square * (12 + 24) * 2048, 2 * 2 * square * 24 * 2048)
-    assert copied_flops(costs, (1, 3), 2, True) == tuple(10 * flops for flops in two.copied)
-    assert copied_flops(costs, (1, 3), 2, False, 4096) == tuple(2 * flops for flops in two.copied)
+    assert copied_flops(block_sizes(costs), (1, 3), 4, False) == (
+        2 * 2 * square * 24 * 2048,
+        2 * 2 * square * (12 + 24) * 2048,
+    )
+    assert copied_flops(block_sizes(costs), (1, 3), 0, False) == (
+        2 * 2 * square * (12 + 24) * 2048,
+        2 * 2 * square * 24 * 2048,
+    )
+    assert copied_flops(block_sizes(costs), (1, 3), 2, True) == tuple(10 * flops for flops in two.copied)
+    assert copied_flops(block_sizes(costs), (1, 3), 2, False, 4096) == tuple(2 * flops for flops in two.copied)
     packed = model_costs(config, torch.float16, "nf4")
-    assert copied_flops(packed, (1, 3), 2, False) == tuple(flops / 4 for flops in two.copied)
+    assert copied_flops(block_sizes(packed), (1, 3), 2, False) == tuple(flops / 4 for flops in two.copied)
 
 
 def test_in_each_pass_the_longer_of_both_counts() -> None:
@@ -76,7 +83,7 @@ def test_what_was_measured_is_in_that_order(resolution: int) -> None:
     rate = whole / resident["step_ms"] / streamed[0]["link_gb_per_s"] / 1e6
     for row in streamed:
         visiting = visiting_blocks(24, row["streamed"][1])
-        cost = StepCost(computed_flops(costs, size, 23), copied_flops(costs, visiting, 23, False, rate))
+        cost = StepCost(computed_flops(costs, size, 23), copied_flops(block_sizes(costs), visiting, 23, False, rate))
         assert cost.time[0] / whole == pytest.approx(row["step_ms"] / resident["step_ms"], rel=0.12)
 
 
