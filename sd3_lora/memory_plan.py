@@ -126,7 +126,7 @@ class TrainingPlan(BasePlan):
 
     @property
     def modulated_ahead(self) -> list[int]:
-        """The blocks that visit the device in backward anyway, before they are needed: see `ModulationsAhead`."""
+        """The blocks that visit the device and are computed anew: for those there are `ModulationsAhead`."""
         return [block for block in self.visiting if block < self.checkpointed]
 
     def sentence(self) -> str:

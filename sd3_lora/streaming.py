@@ -277,15 +277,15 @@ class StreamedBlocks:
         """
         is_recorded = _is_recorded(self._device)
         if is_recorded or self._was_recorded:
-            # A graph brings all that it needs, whatever is here when it is replayed; and nothing outside of it can wait
-            # for its copies.
+            # A graph brings all that it needs, whatever is here when it is replayed; nothing outside of it can wait for
+            # its copies, and each replay leaves other pieces here than are noted.
             for slot in self._slots:
                 slot.index = None
-        self._was_recorded = is_recorded
         self._current = None
         self._asked, self._foreseen = [], []
         self._is_as_foreseen = True
         if is_foreseen:
+            self._was_recorded = is_recorded
             has_gradient = torch.is_grad_enabled()
             self._foreseen = self._remembered[has_gradient]
             self._remembered[has_gradient] = self._asked  # backward asks on

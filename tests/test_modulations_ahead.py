@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import sd3_lora.streaming
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.lora import LORA_FILE, attach_lora
 from sd3_lora.memory import drop_workspaces, free_memory
@@ -191,6 +192,27 @@ def test_a_batch_that_comes_again_unannounced_is_not_taken_for_what_was_to_come(
     assert is_equal(found[1], found[0])
     assert is_equal(found[3], found[0])
     assert not any(map(torch.equal, found[2], found[0]))
+
+
+def test_what_replays_left_in_the_buffers_is_not_taken_for_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay says nothing of what it copies; and so few pieces would all still be there."""
+    transformer, plain = make_transformer(), make_transformer()
+    streamed = stream_transformer(transformer, CPU, None, 6, [0])
+    ahead = ModulationsAhead(transformer, streamed, [0])
+    checkpoint_blocks(transformer, BLOCKS)
+    words, found = inputs(0, CPU), []
+    for _ in range(3):
+        ahead.turn((words["timestep"].clone(), words["pooled_projections"]), None)
+        found.append([given.clone() for given in ahead._given])
+        if len(found) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(sd3_lora.streaming, "_is_recorded", lambda _: True)
+                transformer(**words)
+        for slot in streamed._slots:
+            slot.buffer.fill_(255)
+    assert is_equal(found[1], found[0])
+    assert is_equal(found[2], found[0])
+    assert is_equal(draw(transformer), draw(plain))
 
 
 def test_outside_of_a_step_the_layers_compute_what_they_always_did() -> None:
