@@ -45,7 +45,7 @@ from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.modulations_ahead import ModulationsAhead
+from sd3_lora.modulations_ahead import Modulating, ModulationsAhead
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.recorded import Recorded
 from sd3_lora.records import TrainingBatch
@@ -96,7 +96,7 @@ class StepInputs(NamedTuple):
     loss_weights: torch.Tensor
 
     @property
-    def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def modulating(self) -> Modulating:
         """What the blocks' modulations are made of."""
         return self.timesteps, self.pooled_prompt_embeds
 
@@ -277,9 +277,9 @@ def train(
         while training.step < steps:
             training.step += 1
             at_end = training.step == steps
-            at_checkpoint = training.step % run.checkpointing_steps == 0 and not at_end
             # Nothing is drawn past a checkpoint, which is to say where the draws stand.
             steps_to_save = min(steps - training.step, -training.step % run.checkpointing_steps)
+            at_checkpoint = steps_to_save == 0 and not at_end
             losses, seen = [], []
             for index in range(window):
                 left = window * (steps_to_save + 1) - index

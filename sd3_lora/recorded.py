@@ -74,7 +74,14 @@ class Recorded:
             # The graph has memory of its own: what that run took goes back first, or the peak would double.
             drop_workspaces(self._device)
             free_memory(self._device)
-            graph = self._capture(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=aside):
+                try:
+                    self._result = self._compute(*self._inputs)
+                except BaseException:
+                    # With copies under way its end would fail too, and keep its memory and its stream for ever.
+                    join_recorded_copies()
+                    raise
             self._clear()
             graph.replay()
             if not all(map(_is_close, (self._result.cpu(), *(tensor.cpu() for tensor in self._changed)), expected)):
@@ -83,6 +90,7 @@ class Recorded:
         except RuntimeError as error:
             if self._asked:
                 raise
+            graph = None
             cause = error.__context__ or error  # the recording's end may fail for what failed in it
             for found in (error, cause):
                 traceback.clear_frames(found.__traceback__)  # which hold what was computed
@@ -90,20 +98,6 @@ class Recorded:
             self._say(f"not replayed as a graph ({str(cause).splitlines()[0]}); kernels are started one by one")
         finally:
             self._clear()
-
-    def _capture(self, aside: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        failure: Exception | None = None
-        with torch.cuda.graph(graph, stream=aside):
-            try:
-                self._result = self._compute(*self._inputs)
-            except Exception as error:
-                # With copies under way its end would fail too, and keep its memory and its stream for ever.
-                join_recorded_copies()
-                failure = error
-        if failure is not None:
-            raise failure
-        return graph
 
     def _clear(self) -> None:
         for tensor in self._changed:

@@ -16,6 +16,7 @@ from sd3_lora.memory import drop_workspaces, free_memory
 from sd3_lora.modulations_ahead import Modulating, ModulationsAhead
 from sd3_lora.recorded import Recorded
 from sd3_lora.streaming import StreamedBlocks, pieces_of, stream_transformer
+from train_dreambooth_sd3_lora_miniature import precision
 
 import pytest
 import torch
@@ -50,13 +51,10 @@ def train_ahead(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
-    def precision() -> Any:
-        return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
     def compute(*tensors: torch.Tensor) -> torch.Tensor:
         words = dict(zip(batches[0], tensors, strict=True))
         with ahead.in_force() if ahead else nullcontext():
-            with precision():
+            with precision(device, dtype):
                 velocity = transformer(**words, return_dict=False)[0]
             loss = (velocity.float() - words["hidden_states"].float()).square().mean()
             loss.backward()
@@ -65,7 +63,7 @@ def train_ahead(
     step_of, found = wrap(compute), []
     for step, words in enumerate(batches):
         if ahead:
-            with precision():
+            with precision(device, dtype):
                 is_known = step + 1 < steps and step not in unknown
                 ahead.turn(modulating[step], modulating[step + 1] if is_known else None)
         found.append(step_of(*words.values()).cpu())

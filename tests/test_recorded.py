@@ -66,6 +66,35 @@ def test_a_step_that_cannot_be_recorded_is_computed(
         Recorded(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
 
+def test_a_recording_that_fails_waits_for_its_copies_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else CUDA could not end it; and what failed is what is said, whatever its end says."""
+    events: list[str] = []
+
+    class Recording:
+        def __enter__(self) -> None:
+            events.append("begun")
+
+        def __exit__(self, *_: object) -> None:
+            events.append("ended")
+            raise RuntimeError("capturing stream has unjoined work")
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        if events == ["begun"]:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return 2 * x
+
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Recording())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr("sd3_lora.recorded.join_recorded_copies", lambda: events.append("joined"))
+    said: list[str] = []
+    assert Recorded(compute, CPU, say=said.append)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert events == ["begun", "joined", "ended"]
+    assert said == ["not replayed as a graph (CUDA out of memory); kernels are started one by one"]
+
+
 class FakeGraph:
     """Stands for a CUDA graph: replayed, the step is computed once more, or goes wrong."""
 
