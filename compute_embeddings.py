@@ -9,7 +9,10 @@ no later stage ever loads T5's 4.8 billion parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +30,8 @@ from sd3_lora.command_line import (
 )
 from sd3_lora.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
 from sd3_lora.devices import DeviceConfig, planned_device
-from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.embedding_parts import EmbeddingParts
+from sd3_lora.embedding_store import EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.memory import StageReport
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.processes import Processes, in_processes
@@ -125,34 +129,49 @@ def chunk_size(prompts: int, processes: int) -> int:
     return min(PROMPTS_PER_CHUNK, -(-each // CLIP_BATCH_SIZE) * CLIP_BATCH_SIZE)
 
 
-def encode_missing(
+def find_missing(
+    prompts: Sequence[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
+) -> tuple[list[str], list[int]]:
+    """The prompts that neither the output nor a part has, and the numbers of the parts that are there."""
+    done = parts.prompts()
+    if existing:
+        with EmbeddingStore(output_path) as store:
+            done |= set(store.prompts)
+    return [prompt for prompt in prompts if prompt not in done], parts.numbers()
+
+
+def in_chunks(missing: Sequence[str], there: Sequence[int], processes: int) -> dict[int, Sequence[str]]:
+    """The prompts of each part that is to be made, by its number: those after the last that is there."""
+    size = chunk_size(len(missing), processes)
+    chunks = (missing[i : i + size] for i in range(0, len(missing), size))
+    return dict(enumerate(chunks, start=max(there, default=-1) + 1))  # a discarded part leaves a gap: no counting
+
+
+def encode_chunks(
     files: ModelFiles,
     plan: TextEncoderPlan,
-    prompts: Sequence[str],
-    first_part: int,
+    chunks: Mapping[int, Sequence[str]],
     parts: EmbeddingParts,
     reports: list[StageReport],
     processes: Processes,
 ) -> None:
     """Encodes this process' share chunk by chunk; each chunk is on disk before the next begins."""
-    size = chunk_size(len(prompts), processes.count)
-    chunks = [prompts[i : i + size] for i in range(0, len(prompts), size)]
-    own = processes.share(list(enumerate(chunks, start=first_part)))
+    own = processes.share(list(chunks.items()))
     for number, chunk in tqdm(own, desc="chunks", unit="chunk", disable=len(own) < 2):
         prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
-        rows = zip(chunk, prompt_embeds, pooled, strict=True)
-        parts.add(number, [PromptEmbedding(prompt, (), (), embeds, pool) for prompt, embeds, pool in rows])
+        parts.add(number, chunk, prompt_embeds, pooled)
 
 
-def find_missing(
-    prompts: Iterable[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
-) -> tuple[list[str], int]:
-    """The prompts that neither the output nor a part has, and the number of the next part."""
-    done = parts.prompts()
-    if existing:
-        with EmbeddingStore(output_path) as store:
-            done |= set(store.prompts)
-    return [prompt for prompt in prompts if prompt not in done], parts.next_number()
+@contextmanager
+def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
+    """Does `work` beside what the block does; the event that it is given is set if the block fails."""
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield thread.submit(work, given_up)
+        except BaseException:
+            given_up.set()
+            raise
 
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
@@ -209,21 +228,28 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         )
 
     parts = EmbeddingParts(output_path, provenance)
-    missing, first_part = processes.from_first(lambda: find_missing(roles, output_path, existing, parts))
+    missing, there = processes.from_first(lambda: find_missing(list(roles), output_path, existing, parts))
+    chunks = in_chunks(missing, there, processes.count)
     print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
     reports: list[StageReport] = []
-    encode_missing(files, plan, missing, first_part, parts, reports, processes)
-    processes.gather(None)  # all parts are written
-    if not processes.is_first:
-        return
 
-    def rows():
-        yield from parts.read_all()
+    def rows(given_up: threading.Event) -> Iterator[PromptEmbedding]:
+        yield from parts.read([*there, *chunks], given_up)
         if existing:
             with EmbeddingStore(output_path) as store:
                 yield from store.read_all()
 
-    count = write_embeddings(output_path, provenance, with_uses(rows(), roles, image_ids))
+    def write(given_up: threading.Event) -> int:
+        if not processes.is_first:
+            return 0
+        return write_embeddings(output_path, provenance, with_uses(rows(given_up), roles, image_ids))
+
+    with in_thread(write) as written:  # the file grows by one chunk while the next is encoded
+        encode_chunks(files, plan, chunks, parts, reports, processes)
+        processes.gather(None)  # all parts are there
+    count = written.result()
+    if not processes.is_first:
+        return
     parts.remove()
     size_mib = output_path.stat().st_size / 1024**2
     measured = budget.used_bytes(reports) if budget else 0

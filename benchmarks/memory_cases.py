@@ -159,7 +159,7 @@ def text_cases() -> Iterator[Case]:
         yield row("streamed", *tight, smallest=True)
     long = ("--max_sequence_length", "256")
     yield row("streamed", *tight, *long, prompts=MANY_PROMPTS, smallest=True)
-    yield row("streamed, 8 prompts at a time", "--t5_stream", *long, prompts=MANY_PROMPTS)
+    yield row("streamed, in large batches", "--t5_stream", *long, prompts=MANY_PROMPTS)
     yield row("resident", *long, prompts=MANY_PROMPTS)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +23,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.budget import driver_bytes
 from sd3_lora.devices import choose_device
-from sd3_lora.memory import GIB, PeakSampler, free_memory
+from sd3_lora.memory import free_memory
 from sd3_lora.model_files import PROJECT_FOLDER
 
 from evaluate import VERSIONS, circumstances
 from memory import with_text_encoders
+from pipeline import run_process
 
 PROMPT = "a photo of sks dog"
 STOCK = "diffusers' pipeline, model offload"
@@ -57,13 +56,9 @@ def measure(name: str, words: Sequence[object], output: Path) -> dict[str, Any]:
     """Runs the command in a new process; how long it took, and the most that it had of the device."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    before = driver_bytes(0) or 0
-    start = time.perf_counter()
-    with PeakSampler(lambda: driver_bytes(0) or 0) as sampler:
-        finished = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
-    row: dict[str, Any] = {"name": name, "elapsed_s": round(time.perf_counter() - start, 2)}
-    row["device_gib"] = round((sampler.peak - before) / GIB, 2)
-    if finished.returncode or not list(output.rglob("*.png")):
+    took, finished = run_process(words)
+    row: dict[str, Any] = {"name": name, **took}
+    if "failed" in row or not list(output.rglob("*.png")):
         return row | {"failed": finished.stderr.strip().splitlines()[-3:]}
     if (output / "run.json").is_file():
         stages = json.loads((output / "run.json").read_text(encoding="utf-8"))["stages"]

@@ -1,7 +1,7 @@
 """The four scripts one after another on a model, each in its own process, with the peaks of each stage.
 
-`device` is the most that the driver said was in use while the script ran (the CUDA context included, and whatever
-else uses the GPU); `allocated` and `host` are the scripts' own figures.
+`device` is the most that the driver said was in use while the script ran, less what was before (the CUDA context
+included; nothing else may use the GPU); `allocated` and `host` are the scripts' own figures.
 
     python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
     python benchmarks/pipeline.py --model /tmp/sd3-medium --instance_data_dir dog --resolution 1024
@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.budget import driver_bytes
 from sd3_lora.devices import choose_device
 from sd3_lora.memory import GIB, PeakSampler
 from sd3_lora.model_files import PROJECT_FOLDER
@@ -29,26 +30,31 @@ import torch
 from evaluate import VERSIONS, circumstances
 
 
-def device_bytes() -> int:
-    """What the driver says is in use on the first GPU, by all processes; 0 without one."""
-    if not torch.cuda.is_available():
-        return 0
-    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    output = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    return int(output.split()[0]) * 1024**2  # nvidia-smi counts MiB
+def in_use() -> int:
+    """Bytes of the first GPU, by all processes."""
+    return (driver_bytes(0) or 0) if torch.cuda.is_available() else 0
+
+
+def run_process(words: Sequence[object]) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """Runs Python with these words: what that took of time and of the first GPU, and what came out.
+
+    Of the GPU it is the most that the driver said was in use meanwhile, less what was before; 0 without one.
+    """
+    before, start = in_use(), time.perf_counter()
+    with PeakSampler(in_use) as sampler:
+        finished = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+    row: dict[str, Any] = {"elapsed_s": round(time.perf_counter() - start, 2)}
+    row |= {"device_gib": round((sampler.peak - before) / GIB, 2)}
+    return row | ({"failed": finished.stderr.strip().splitlines()[-1:]} if finished.returncode else {}), finished
 
 
 def measure(name: str, script: str, flags: Sequence[object], report: Path, processes: int = 1) -> dict[str, Any]:
     """Runs one script, with torchrun if in several processes, and returns what it took; its report is in `report`."""
-    start = time.perf_counter()
     shared = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    with PeakSampler(device_bytes) as sampler:
-        words = [sys.executable, *shared, str(PROJECT_FOLDER / script), *map(str, flags)]
-        finished = subprocess.run(words, capture_output=True, text=True, check=False)
-    row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags))}
-    row |= {"elapsed_s": round(time.perf_counter() - start, 2), "device_gib": round(sampler.peak / GIB, 2)}
-    if finished.returncode:
-        return row | {"failed": finished.stderr.strip().splitlines()[-1:]}
+    took, finished = run_process([*shared, PROJECT_FOLDER / script, *flags])
+    row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags)), **took}
+    if "failed" in row:
+        return row
     stages = json.loads(report.read_text(encoding="utf-8"))["stages"]
     row["stages"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in stages]
     row["allocated_gib"] = round(max((stage["peak_device_gib"] for stage in stages), default=0.0), 2)

@@ -6,7 +6,7 @@ all encoders. It is measured on the first `--reference_items`, and its time for 
 The scripts' times are of their whole `main`, what they load and write included, the libraries' import not.
 
     python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
-    python benchmarks/stages.py encoders latents text job --model /tmp/sd3-medium --result FILE
+    python benchmarks/stages.py encoders latents text job --model /tmp/sd3-medium --peer ../diffusers --result FILE
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from precompute_latents import MOST_THREADS, LatentConfig, decode
 from sd3_lora.devices import choose_device, cpu_cores
 from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
-from sd3_lora.memory import free_memory
+from sd3_lora.memory import GIB, free_memory
 from sd3_lora.records import InstanceImage
 
 import numpy as np
@@ -41,13 +41,13 @@ from diffusers.utils import logging as diffusers_logging
 from evaluate import VERSIONS, circumstances
 from photos import fabricate_photos
 from PIL import Image, ImageOps
-from pipeline import measure
+from pipeline import measure, run_process
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 from vae_rows import Pair, Row, decoder_rows, distance, encoder_rows, load_vae, timed
 
-PROMPT, SEQUENCE_LENGTH, STEPS = "a photo of sks dog", 77, 500
+PROMPT, SEQUENCE_LENGTH, STEPS, ACCUMULATION = "a photo of sks dog", 77, 500, 4
 
 
 def call(script: str, words: Sequence[object]) -> float:
@@ -207,9 +207,11 @@ def embed(arguments: argparse.Namespace, prompts: Sequence[str], flags: Sequence
     words += ["--max_sequence_length", SEQUENCE_LENGTH, "--device", arguments.device.type, *flags]
     elapsed_s = call("compute_embeddings", words)
     stages: dict[str, float] = {}
-    for stage in json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["stages"]:
+    run = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    for stage in run["stages"]:
         stages[stage["name"]] = round(stages.get(stage["name"], 0) + stage["elapsed_s"], 2)
     row: Row = {"set": "text", "items": len(prompts), "elapsed_s": round(elapsed_s, 2), "stage_s": stages}
+    row |= {f"{name}_gib": round(run[f"{name}_bytes"] / GIB, 2) for name in ("predicted", "measured")}
     return row | {"ms_an_item": round(1000 * elapsed_s / len(prompts), 1)}, output
 
 
@@ -225,7 +227,7 @@ def text_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     each_s = few_s / len(few)
     row: Row = {"set": "text", "name": "reference", "items": len(few), "load_s": round(load_s, 2)}
     yield row | {"ms_an_item": round(1000 * each_s, 1)}
-    for precision, count in itertools.product(("fp16", "int8"), arguments.items):
+    for precision, count in itertools.product(arguments.t5_precisions, arguments.items):
         flags = ["--t5_precision", precision, *(["--t5_stream"] if precision == "fp16" else [])]
         row, path = embed(arguments, captions(count), flags)
         with EmbeddingStore(path) as store:
@@ -238,43 +240,72 @@ def text_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 # The whole job
 
 
+REFERENCE = "examples/research_projects/sd3_lora_colab"
+WARM = 5  # steps before the clock starts
+
+
 def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Five photos to a LoRA, each script a process of its own; `job_s` is what 500 steps would have made of it."""
+    """Five photos to a LoRA, each script a process of its own: ours, and the reference's with the same settings."""
     out = arguments.output_dir / "job"
     shutil.rmtree(out, ignore_errors=True)
-    fabricate_photos(out / "photos", 5, arguments.sizes[-1])
+    photos = out / "photos"
+    for path in fabricate_photos(photos, 5, arguments.sizes[-1]):
+        path.rename(path.with_suffix(".jpeg"))  # the reference looks for no other
+    training = ["--resolution", arguments.resolution, "--mixed_precision", "fp16", "--use_8bit_adam"]
+    training += ["--gradient_accumulation_steps", ACCUMULATION, "--train_batch_size", 1, "--seed", 0]
+    training += ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", photos]
+    training += ["--instance_prompt", PROMPT, "--learning_rate", "5e-5", "--lr_scheduler", "constant"]
+    jobs = {"ours": our_scripts}
+    if arguments.peer:
+        jobs["the reference"] = reference_scripts
+    found: dict[str, float] = {}
+    for whose, scripts in jobs.items():
+        rows = []
+        for row in scripts(arguments, out, [*training, "--rank", 4, "--lr_warmup_steps", 0]):
+            rows.append(row)
+            yield {"set": "job", **row, "name": f"{whose}: {row['name']}"}
+        if any("failed" in row for row in rows):
+            continue
+        elapsed_s, last = sum(row["elapsed_s"] for row in rows), rows[-1]
+        found[whose] = elapsed_s + (STEPS - last["steps"]) * last["ms_a_step"] / 1000
+        row = {"set": "job", "name": f"{whose}: photos to LoRA", "elapsed_s": round(elapsed_s, 1)}
+        yield row | {"job_s": round(found[whose], 1), "ratio": round(found[whose] / found["ours"], 2)}
+
+
+def our_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[object]) -> Iterator[Row]:
+    """Stage one's two scripts and training."""
     device = ["--device", arguments.device.type]
     shared = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", out / "photos", *device]
-    prompt = ["--instance_prompt", PROMPT]
     embeddings, latents, lora = out / "embeddings.parquet", out / "latents", out / "lora"
-    training = [*shared, *prompt, "--data_df_path", embeddings, "--latents_path", latents, "--output_dir", lora]
-    training += ["--resolution", arguments.resolution, "--mixed_precision", "fp16", "--use_8bit_adam"]
-    training += ["--gradient_accumulation_steps", 4, "--max_train_steps", arguments.steps, "--report_to", "none"]
-    training += ["--seed", 0]
-    scripts: list[tuple[str, list[object], Path]] = [
-        ("compute_embeddings.py", [*shared, *prompt, "--output_path", embeddings], embeddings.with_suffix(".json")),
-        (
-            "precompute_latents.py",
-            [*shared, "--resolution", arguments.resolution, "--output_path", latents],
-            latents / "run.json",
-        ),
-        ("train_dreambooth_sd3_lora_miniature.py", training, lora / "run.json"),
-    ]
-    elapsed_s, step_s = 0.0, 0.0
-    for script, flags, report in scripts:
-        row = measure(script.removesuffix(".py"), script, flags, report)
-        elapsed_s += row["elapsed_s"]
-        for line in row.get("said", ()):
-            if " ms a step" in line:
-                step_s = float(line.split(" ms a step")[0]) / 1000
-        yield {"set": "job", **row}
-    yield {
-        "set": "job",
-        "name": "photos to LoRA",
-        "steps": arguments.steps,
-        "elapsed_s": round(elapsed_s, 1),
-        "job_s": round(elapsed_s + (STEPS - arguments.steps) * step_s, 1),
-    }
+    words = [*shared, "--instance_prompt", PROMPT, "--output_path", embeddings]
+    yield measure("compute_embeddings", "compute_embeddings.py", words, embeddings.with_suffix(".json"))
+    words = [*shared, "--resolution", arguments.resolution, "--output_path", latents]
+    yield measure("precompute_latents", "precompute_latents.py", words, latents / "run.json")
+    words = [*training, *device, "--data_df_path", embeddings, "--latents_path", latents, "--output_dir", lora]
+    words += ["--max_train_steps", arguments.steps, "--report_to", "none"]
+    row = measure("training", "train_dreambooth_sd3_lora_miniature.py", words, lora / "run.json")
+    if "failed" not in row:
+        ms = json.loads((lora / "run.json").read_text(encoding="utf-8"))["ms_a_step"]
+        row |= {"steps": arguments.steps, "ms_a_step": round(ms, 1)}
+    yield row
+
+
+def reference_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[object]) -> Iterator[Row]:
+    """Its embeddings and its training, which encodes its photos with the VAE whenever it needs them."""
+    here, folder = Path(__file__).parent, arguments.peer / REFERENCE
+    embeddings, report = out / "reference.parquet", out / "reference.json"
+    words = [here / "reference_embeddings.py", arguments.model, folder / "compute_embeddings.py"]
+    words += ["--prompt", PROMPT, "--local_data_dir", out / "photos", "--output_path", embeddings]
+    yield {"name": "compute_embeddings", **run_process(words)[0]}
+    words = [here / "timed_peer.py", "to_the_end", WARM, arguments.peer_steps, report]
+    words += [folder / "train_dreambooth_lora_sd3_miniature.py", *training, "--gradient_checkpointing"]
+    words += ["--data_df_path", embeddings, "--output_dir", out / "reference"]
+    words += ["--max_train_steps", arguments.peer_steps, "--report_to", "tensorboard"]
+    row: Row = {"name": "training", **run_process(words)[0]}
+    if "failed" not in row:
+        ms = json.loads(report.read_text(encoding="utf-8"))["ms"]
+        row |= {"steps": arguments.peer_steps, "ms_a_step": round(ms, 1)}
+    yield row
 
 
 # Several GPUs
@@ -342,7 +373,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference_items", type=int, default=50, help="How many the reference's way is measured on.")
     parser.add_argument("--sizes", type=size_of, nargs="+", default=[(1600, 1200), (4000, 3000)], help="Of the photos.")
     parser.add_argument("--vae_precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=["fp16", "fp32"])
-    parser.add_argument("--steps", type=int, default=20, help="Of the job; its time for 500 is reckoned from them.")
+    parser.add_argument("--t5_precisions", nargs="+", choices=["fp16", "int8"], default=["fp16", "int8"])
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of the job; with fewer its time for 500 is reckoned.")
+    parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it the job is ours alone.")
+    parser.add_argument("--peer_steps", type=int, default=30, help="Of the reference's job, reckoned to 500.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cuda or cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/stages"))

@@ -1,6 +1,7 @@
-"""Prints a result as the Markdown table that the documents show.
+"""Prints a result as the Markdown table that the documents show, or has the documents show it.
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
+python benchmarks/tables.py --fill README.md docs/*.md
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dreambooth_scores import table
+
+
+PROJECT = Path(__file__).resolve().parent.parent
+# In a document: the command with the result's path, the table, the end.
+NAMED = re.compile(r"(<!-- python benchmarks/tables\.py (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def pipeline_table(result: dict[str, Any]) -> str:
@@ -295,7 +301,8 @@ _STAGES = {
     | {"mean off by": "mean_relative", "std off by": "std_relative"},
     "text": {"captions to embeddings": "name", "captions": "items", "seconds": "elapsed_s", "ms each": "ms_an_item"}
     | {"the reference's way, s": "reference_s", "ratio": "ratio", "off by": "embeds_relative"},
-    "job": {"the whole job": "name", "seconds": "elapsed_s", "with 500 steps": "job_s"},
+    "job": {"the whole job": "name", "steps": "steps", "ms a step": "ms_a_step", "seconds": "elapsed_s"}
+    | {"with 500 steps, s": "job_s", "times ours": "ratio", "device GiB": "device_gib"},
     "gpus": {"stage one": "name", "GPUs": "gpus", "items": "items", "seconds": "elapsed_s", "at work": "work_s"}
     | {"each once": "each_once"},
 }
@@ -307,7 +314,7 @@ def stages_table(result: dict[str, Any]) -> str:
     for name, columns in _STAGES.items():
         rows = [row for row in result["rows"] if row["set"] == name and "failed" not in row]
         shown = {title: key for title, key in columns.items() if any(row.get(key) not in (None, "") for row in rows)}
-        if rows:
+        if any(row.get("name") != "reference" for row in rows):  # alone, where the time was up, it says nothing
             lines = [f"| {' | '.join(shown)} |", "|" + " --- |" * len(shown)]
             lines += [f"| {' | '.join(_stage_cell(key, row.get(key)) for key in shown.values())} |" for row in rows]
             tables.append("\n".join(lines))
@@ -336,11 +343,25 @@ def exchange_table(result: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="A JSON file of results/.")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of results/, or Markdown files to fill.")
+    parser.add_argument("--fill", action="store_true", help="Put into the Markdown files the tables that they name.")
     flags = parser.parse_args(argv)
-    result = json.loads(flags.result.read_text(encoding="utf-8"))
-    print(printer(flags.result.name)(result))
+    for path in flags.files:
+        if flags.fill:
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            print(printed(path))
     return 0
+
+
+def printed(path: Path) -> str:
+    """The table of a result."""
+    return printer(path.name)(json.loads(path.read_text(encoding="utf-8")))
+
+
+def filled(text: str) -> str:
+    """A document in which each table stands that a comment above it names by its command."""
+    return NAMED.sub(lambda found: f"{found[1]}{printed(PROJECT / found[2])}\n{found[4]}", text)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python benchmarks/timed_peer.py WARM STEPS REPORT SCRIPT [its flags]
 
-The report is one JSON line; the script is left after STEPS steps, before whatever it does at its end. It needs torch
-and accelerate alone, because the script may have a Python of its own.
+The report is one JSON line, written after STEPS steps; then the script is left, unless the word before WARM is
+`to_the_end`. It needs torch and accelerate alone, because the script may have a Python of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import runpy
 import sys
@@ -48,7 +49,9 @@ class Clock:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the script until the clock has seen enough."""
+    """Runs the script until the clock has seen enough, or to its end."""
+    to_the_end = argv[0] == "to_the_end"
+    argv = argv[to_the_end:]
     warm, steps, report, script = int(argv[0]), int(argv[1]), Path(argv[2]), argv[3]
     clock = Clock(warm, steps)
     take_step = AcceleratedOptimizer.step
@@ -58,15 +61,15 @@ def main(argv: list[str]) -> None:
         if self.gradient_state.sync_gradients:
             clock.tick()
             if clock.count == steps:
-                raise Enough
+                report.write_text(json.dumps(clock.report()), encoding="utf-8")
+                if not to_the_end:
+                    raise Enough
         return result
 
     AcceleratedOptimizer.step = step
     sys.argv = [script, *argv[4:]]
-    try:
+    with contextlib.suppress(Enough):
         runpy.run_path(script, run_name="__main__")
-    except Enough:
-        report.write_text(json.dumps(clock.report()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,58 +188,6 @@ def _row_table(embedding: PromptEmbedding, schema: pa.Schema) -> pa.Table:
         fixed(embedding.pooled_prompt_embeds),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
-
-
-class EmbeddingParts:
-    """The finished chunks of a run that is under way: small embeddings files in a folder beside the output.
-
-    Args:
-        output_path: the embeddings file that the parts will become.
-        provenance: parts of any other are discarded.
-    """
-
-    def __init__(self, output_path: Path, provenance: Provenance):
-        self.folder = output_path.with_name(f"{output_path.name}.parts")
-        self.provenance = provenance
-        for path in self._paths():
-            try:
-                with EmbeddingStore(path) as part:
-                    usable = part.provenance.difference(provenance, "max_sequence_length") is None
-            except UserError:
-                usable = False
-            if not usable:
-                path.unlink(missing_ok=True)  # another process may have been faster
-
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("part-*.parquet"))
-
-    def prompts(self) -> set[str]:
-        """The prompts that are done."""
-        done: set[str] = set()
-        for path in self._paths():
-            with EmbeddingStore(path) as part:
-                done.update(part.prompts)
-        return done
-
-    def next_number(self) -> int:
-        """The first after the last: a discarded part leaves a gap, and counting would overwrite a finished one."""
-        paths = self._paths()
-        return int(paths[-1].stem.removeprefix("part-")) + 1 if paths else 0
-
-    def add(self, number: int, embeddings: Sequence[PromptEmbedding]) -> None:
-        """Stores one chunk under a number that no other has; they are read in the order of the numbers."""
-        self.folder.mkdir(exist_ok=True)
-        write_embeddings(self.folder / f"part-{number:06d}.parquet", self.provenance, embeddings)
-
-    def read_all(self) -> Iterator[PromptEmbedding]:
-        """All rows of all parts."""
-        for path in self._paths():
-            with EmbeddingStore(path) as part:
-                yield from part.read_all()
-
-    def remove(self) -> None:
-        """Deletes the parts, once the output is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def with_uses(

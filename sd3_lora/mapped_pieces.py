@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sd3_lora.packed_tensors import layout, views
 from sd3_lora.pinned_memory import pinned_buffers, pinned_bytes
-from sd3_lora.streaming import Piece, layout, views
+from sd3_lora.streaming import Piece
 from sd3_lora.tensor_files import TensorFiles
 
 import torch

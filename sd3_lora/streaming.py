@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sd3_lora.copy_stream import Copy, CopyStream
-from sd3_lora.memory import round_up
+from sd3_lora.packed_tensors import layout, views
 from sd3_lora.pinned_memory import pinned_buffers, pinned_bytes
 from sd3_lora.tensor_files import TensorFiles
 
@@ -168,26 +168,6 @@ class PinnedPieces:
 
     def announce(self, index: int) -> None:
         """Changes nothing: every piece is here."""
-
-
-def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """The offset of each tensor in a buffer that holds them all, and at the end the buffer's size, in bytes.
-
-    Where torch's allocator would begin a tensor: kernels are chosen by alignment too, and are to be the same.
-    """
-    offsets = [0]
-    for tensor in tensors:
-        end = offsets[-1] + tensor.numel() * tensor.element_size()
-        offsets.append(round_up(end))
-    return offsets
-
-
-def views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of the same shapes and dtypes, which lie in `buffer`."""
-    return [
-        buffer[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
-        for offset, tensor in zip(layout(tensors), tensors, strict=False)
-    ]
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sd3_lora.streaming import layout, views
+from sd3_lora.packed_tensors import layout, views
 from sd3_lora.tensor_files import TensorFiles
 
 import torch

@@ -49,6 +49,10 @@ class TensorFiles:
         """Every tensor's shape, from the headers alone."""
         return {name: torch.Size(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}
 
+    def dtypes(self) -> dict[str, str]:
+        """Every tensor's dtype as safetensors names it, such as F16, from the headers alone."""
+        return {name: handle.get_slice(name).get_dtype() for name, handle in self._handles.items()}
+
     def require_unchanged(self) -> None:
         """Checks that the files are those that were opened: a mapped one that was cut short would kill the process.
 

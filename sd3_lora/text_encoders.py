@@ -6,7 +6,8 @@ P pooled width (the two CLIPs' projections side by side).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from accelerate import cpu_offload
 from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
+    CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -34,9 +36,11 @@ from transformers import (
 )
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
-BATCH_SIZE = 8  # prompts in one forward: past this a 77-token batch keeps even a large GPU busy
+BATCH_SIZE = 8  # prompts in one forward of T5: with 77 tokens each they keep even a large GPU busy
+# But a host that takes 30 µs to start a kernel does not keep up with it: where there is room, fewer and larger batches.
+LARGE_BATCH_SIZE = 32
 # The CLIPs are small for a GPU, and a streamed one is copied to it whole for each batch: so many times as many prompts
-# as T5 takes. 32 of them and CLIP-G's hidden states, which are all kept, still take less than T5 does.
+# as T5 takes, up to 32. Those, and CLIP-G's hidden states, which are all kept, still take less than T5 does.
 CLIP_BATCHES = 4
 CLIP_BATCH_SIZE = CLIP_BATCHES * BATCH_SIZE
 # cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and what the allocator's pages leave unused.
@@ -58,10 +62,12 @@ class TextEncoderPlan:
         t5_stream: whether half a block of T5 is on the device at a time, and one layer of the CLIPs.
         max_sequence_length: T5 tokens, 1 to 512.
         device: where they run.
-        batch_size: prompts in one forward. Kernels round differently for another one (by 1e-6), so the answers are
-            those of resident encoders with the same; the last batch has always been smaller.
+        batch_size: prompts in one forward of T5. Kernels round differently for another one (by 1e-6), so the answers
+            are those of resident encoders with the same; the last batch has always been smaller.
         kept_prompts: of so many prompts a streamed T5's hidden states stay on the device from half block to half block,
             instead of going to the host and back; 0 for none.
+        whole_clips: whether the CLIPs are on the device whole though T5 is streamed; else they come again for each
+            batch.
     """
 
     t5_precision: T5Precision
@@ -70,6 +76,12 @@ class TextEncoderPlan:
     device: torch.device
     batch_size: int = BATCH_SIZE
     kept_prompts: int = 0
+    whole_clips: bool = False
+
+    @property
+    def clip_batch_size(self) -> int:
+        """Prompts in one forward of a CLIP."""
+        return min(CLIP_BATCH_SIZE, CLIP_BATCHES * self.batch_size)
 
     @property
     def clip_dtype(self) -> torch.dtype:
@@ -78,14 +90,14 @@ class TextEncoderPlan:
 
     def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
         """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
-        parts = {
-            "CUDA": budget.context_bytes,
-            "text encoder": encoder_bytes(files, self),
-            "working memory": working_bytes(files, self),
-        }
+        cuda = {"CUDA": budget.context_bytes}
+        parts = cuda | {"text encoder": encoder_bytes(files, self), "working memory": working_bytes(files, self)}
         if self.kept_prompts:
             parts["hidden states"] = hidden_bytes(files, self, self.kept_prompts)
-        return parts
+        if not self.whole_clips:
+            return parts
+        clips = cuda | {"text encoder": clip_bytes(files, self), "working memory": clip_working_bytes(files, self)}
+        return max(parts, clips, key=lambda found: sum(found.values()))
 
 
 def choose_text_encoder_plan(
@@ -101,7 +113,8 @@ def choose_text_encoder_plan(
 ) -> TextEncoderPlan:
     """The plan that was asked for, or the default, made to fit the device.
 
-    Streamed within a budget, as many prompts go through at a time as fit: 8, 4, 2 or 1.
+    As many prompts go through at a time as fit: on a GPU up to 32, else 8, and where a streamed T5 has too little
+    room for these 4, 2 or 1.
 
     Args:
         files: the model.
@@ -126,9 +139,10 @@ def choose_text_encoder_plan(
     plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
     free = budget.tensor_bytes if budget else psutil.virtual_memory().available
     if not stream:
-        needed = encoder_bytes(files, plan) + working_bytes(files, plan)
-        if needed <= free:
-            return plan
+        for candidate in (_in_large_batches(plan, prompts), plan):
+            needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
+            if needed <= free:
+                return candidate
         shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are left for it"
         if precision == "nf4":
             raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
@@ -139,17 +153,38 @@ def choose_text_encoder_plan(
         else:  # the same numbers; also what goes on with a file that was streamed before
             say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
             plan = replace(plan, t5_stream=True)
-    if budget is None:
-        return plan
-    peak = sum(plan.predicted_parts(files, budget).values())
-    rests = plan.t5_stream and device.type == "cuda"
-    if rests and peak + hidden_bytes(files, plan, prompts) <= budget.total_bytes:
-        return replace(plan, kept_prompts=prompts)
-    while peak > budget.total_bytes:
+    return _within(plan, files, budget, prompts) if budget else plan
+
+
+def _in_large_batches(plan: TextEncoderPlan, prompts: int) -> TextEncoderPlan:
+    """The plan for so many prompts, for a device that has room; a CPU gains nothing by it."""
+    size = min(LARGE_BATCH_SIZE, -(-prompts // BATCH_SIZE) * BATCH_SIZE)
+    return replace(plan, batch_size=size) if size > BATCH_SIZE and plan.device.type == "cuda" else plan
+
+
+def _within(plan: TextEncoderPlan, files: ModelFiles, budget: DeviceBudget, prompts: int) -> TextEncoderPlan:
+    """A streaming plan as fast as the budget allows.
+
+    Raises:
+        UserError: not even one prompt at a time fits.
+    """
+
+    def peak(of: TextEncoderPlan) -> int:
+        return sum(of.predicted_parts(files, budget).values())
+
+    while peak(plan) > budget.total_bytes:
         if plan.batch_size == 1:
-            raise too_small(f"T5 in {describe_t5(plan)}", peak)
+            raise too_small(f"T5 in {describe_t5(plan)}", peak(plan))
         plan = replace(plan, batch_size=plan.batch_size // 2)
-        peak = sum(plan.predicted_parts(files, budget).values())
+    if plan.device.type == "cuda" and plan.batch_size == BATCH_SIZE:
+        # What saves time, the most of it first. Of few prompts a CLIP comes to the device once either way.
+        for faster in (
+            lambda plan: replace(plan, kept_prompts=prompts),
+            lambda plan: replace(plan, whole_clips=prompts > CLIP_BATCH_SIZE),
+            lambda plan: _in_large_batches(plan, prompts),
+        ):
+            if peak(faster(plan)) <= budget.total_bytes:
+                plan = faster(plan)
     return plan
 
 
@@ -163,18 +198,38 @@ def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
     """The most weights that are on the device at once, from the shapes in the files' headers.
 
     Of encoders that are resident, the largest encoder; of streamed ones, T5's largest half block or a CLIP's largest
-    matrix.
+    matrix. A streamed T5's are larger than any matrix of CLIPs that come whole.
     """
     if plan.t5_stream:
-        largest = half_bytes(_empty_t5(files, DTYPES[plan.t5_precision]).block)
-    else:
-        largest = t5_device_bytes(files, plan.t5_precision)
+        t5 = half_bytes(_empty_t5(files, DTYPES[plan.t5_precision]).block)
+        return max(t5, *(max(sizes) for sizes in _clip_sizes(files, plan)))
+    return max(t5_device_bytes(files, plan.t5_precision), clip_bytes(files, plan))
+
+
+def clip_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """The larger CLIP's weights."""
+    return max(sum(sizes) for sizes in _clip_sizes(files, plan))
+
+
+def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
+    """For each CLIP, what each of its weights takes, from the shapes in the files' headers."""
+    found = []
     for component in ("text_encoder", "text_encoder_2"):
         files.component(component)
         with TensorFiles(files.weight_files(component)) as weights:
-            sizes = [plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()]
-        largest = max(largest, max(sizes) if plan.t5_stream else sum(sizes))
-    return largest
+            found.append([plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()])
+    return found
+
+
+def clip_working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """What a batch takes beside the larger CLIP's weights: every layer's hidden states, and its way through one."""
+    config = CLIPTextConfig.from_dict(files.read_config("text_encoder_2"))
+    tokens = plan.clip_batch_size * config.max_position_embeddings
+    states = tokens * config.hidden_size * plan.clip_dtype.itemsize
+    # Within a layer: what came in and its norm; queries, keys, values, and what attention makes of them; then twice
+    # as wide as the layer is inside, before and after the activation, which has one more of them while it computes.
+    inside = 6 * states + 3 * tokens * config.intermediate_size * plan.clip_dtype.itemsize
+    return (config.num_hidden_layers + 1) * states + inside + _MARGIN_BYTES + _LOADING_BYTES
 
 
 def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
@@ -243,22 +298,19 @@ def encode_prompts(
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
             tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
-            outputs = encode_clip(encoder, tokenizer, prompts, clip_tokens, plan)
-            clip_hidden.append(to_float16(outputs[0], prompts, name))
-            pooled.append(to_float16(outputs[1], prompts, name))
-            del encoder, outputs
+            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
+            clip_hidden.append(hidden)
+            pooled.append(projected)
+            del encoder
 
-    with memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports):
+    with (
+        memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
+        tensor_cores_for_wo(files, plan.t5_precision),
+    ):
         tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
         token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
-        if plan.t5_stream:
-            t5_hidden = encode_t5_streamed(files, token_ids, plan)
-        else:
-            encoder = load_t5(files, plan)
-            pieces = batches(token_ids, plan.batch_size)
-            t5_hidden = torch.cat([encoder(ids.to(plan.device))[0].cpu() for ids in pieces])
-            del encoder
-        t5_hidden = to_float16(t5_hidden, prompts, "T5")
+        encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
+        (t5_hidden,) = rounded(zip(encode_t5(files, token_ids, plan)), prompts, "T5")
 
     clips = torch.cat(clip_hidden, dim=-1)  # (N, 77, D1 + D2)
     clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (N, 77, D)
@@ -271,6 +323,50 @@ def describe_t5(plan: TextEncoderPlan) -> str:
         return plan.t5_precision
     few = f", {plan.batch_size} prompt{'s'[: plan.batch_size - 1]} at a time" if plan.batch_size < BATCH_SIZE else ""
     return f"{plan.t5_precision}, one block at a time{few}"
+
+
+@contextmanager
+def tensor_cores_for_wo(files: ModelFiles, precision: T5Precision) -> Iterator[None]:
+    """Has T5's `wo`, in float32 whatever the precision, multiplied by tensor cores where that rounds no factor.
+
+    They round factors to TF32, a float16's ten bits in a float32's range. In 16 bits and fewer what `wo` multiplies was
+    a float16 before; and so was its weight, or a bfloat16, where the model's files have it so.
+    """
+    files.component("text_encoder_3")  # downloaded and looked at now, if need be
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+        dtypes = weights.dtypes()
+    is_exact = precision != "fp32" and all(
+        dtype in ("F16", "BF16") for name, dtype in dtypes.items() if name.endswith(".wo.weight")
+    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or is_exact
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def rounded(
+    batches: Iterable[Sequence[torch.Tensor]], prompts: Sequence[str], encoder: str
+) -> tuple[torch.Tensor, ...]:
+    """What an encoder gives, batch by batch, as float16 on the CPU.
+
+    Args:
+        batches: tensors `(B, ...)`, alike in number; they are rounded on their device, which is fast.
+        prompts: N, in the batches' order.
+        encoder: its name.
+
+    Returns:
+        As many tensors `(N, ...)`.
+
+    Raises:
+        UserError: as `to_float16`.
+    """
+    found = []
+    for values in batches:
+        own, prompts = prompts[: len(values[0])], prompts[len(values[0]) :]
+        found.append([to_float16(each, own, encoder).cpu() for each in values])
+    return tuple(torch.cat(each) for each in zip(*found, strict=True))
 
 
 def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> torch.Tensor:
@@ -310,11 +406,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
 
 
 def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
-    """One CLIP text encoder: on the plan's device, or, where T5 is streamed, one layer at a time on it."""
+    """One CLIP text encoder: on the plan's device, whole or, as T5 is streamed, one layer at a time."""
     encoder = CLIPTextModelWithProjection.from_pretrained(
         files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
     )
-    if plan.t5_stream:
+    if plan.t5_stream and not plan.whole_clips:
         return cpu_offload(encoder, execution_device=plan.device)
     return encoder.to(plan.device)
 
@@ -325,14 +421,11 @@ def encode_clip(
     prompts: Sequence[str],
     length: int,
     plan: TextEncoderPlan,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The penultimate hidden states `(N, 77, d)` and the pooled projections `(N, p)` on the CPU."""
-    hidden, pooled = [], []
-    for ids in batches(tokenize(tokenizer, prompts, length), CLIP_BATCHES * plan.batch_size):
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields each batch's penultimate hidden states `(B, 77, d)` and pooled projections `(B, p)`, on the device."""
+    for ids in batches(tokenize(tokenizer, prompts, length), plan.clip_batch_size):
         output = encoder(ids.to(plan.device), output_hidden_states=True)
-        hidden.append(output.hidden_states[-2].cpu())
-        pooled.append(output.text_embeds.cpu())
-    return torch.cat(hidden), torch.cat(pooled)
+        yield output.hidden_states[-2], output.text_embeds
 
 
 def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
@@ -352,7 +445,15 @@ def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
 
 
 @torch.no_grad()
-def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> torch.Tensor:
+def encode_t5_resident(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> Iterator[torch.Tensor]:
+    """Yields the hidden states `(B, T, D)` of token ids `(N, T)`, batch by batch, on the device."""
+    encoder = load_t5(files, plan)
+    for ids in batches(token_ids, plan.batch_size):
+        yield encoder(ids.to(plan.device))[0]
+
+
+@torch.no_grad()
+def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> Iterator[torch.Tensor]:
     """T5 with half a block on the device at a time, read straight from the safetensors files.
 
     All prompts pass one half while the next is read, in the batches of the resident encoder, through transformers' own
@@ -363,8 +464,8 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
         token_ids: `(N, T)`.
         plan: precision fp16 or fp32, the batch size, and the device.
 
-    Returns:
-        Hidden states `(N, T, D)` on the CPU, in the dtype of the resident encoder's output.
+    Yields:
+        Hidden states `(B, T, D)` on the device, in the dtype of the resident encoder's output.
     """
     dtype, device = DTYPES[plan.t5_precision], plan.device
     encoder = _empty_t5(files, dtype)
@@ -391,7 +492,8 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
         value = weights.tensor(f"encoder.{name}.weight").to(device, dtype, copy=True)
         norm = encoder.get_submodule(name)
         norm.weight = torch.nn.Parameter(value, requires_grad=False)
-        return torch.cat([norm(batch.to(device)).cpu() for batch in hidden])
+        for batch in hidden:
+            yield norm(batch.to(device))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from sd3_lora.base_weights import base_bytes, load_transformer
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import AddedLora, attach_lora, save_lora, target_modules
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.packed_tensors import layout
 from sd3_lora.step_time import model_costs
-from sd3_lora.streaming import layout, pieces_of
+from sd3_lora.streaming import pieces_of
 from sd3_lora.tensor_files import TensorFiles
 
 import bitsandbytes

@@ -20,7 +20,7 @@ import tables
     [
         ("README.md", 5),
         ("docs/memory.md", 8),
-        ("docs/stages.md", 3),
+        ("docs/stages.md", 6),
         ("docs/scaling.md", 1),
         ("docs/speed.md", 1),
         ("miniature/README.md", 1),
@@ -33,6 +33,15 @@ def test_each_table_of_a_document_is_what_its_command_prints(document, count, ca
     for path, shown in found:
         assert tables.main([str(PROJECT / path)]) == 0
         assert capsys.readouterr().out == shown + "\n"
+
+
+def test_a_document_is_filled_with_the_tables_that_it_names(tmp_path):
+    text = (PROJECT / "docs" / "stages.md").read_text(encoding="utf-8")
+    (tmp_path / "old.md").write_text(re.sub(r"^\| .*$", "| an old row |", text, flags=re.MULTILINE), encoding="utf-8")
+    assert "| an old row |" in (tmp_path / "old.md").read_text(encoding="utf-8")
+    assert tables.main(["--fill", str(tmp_path / "old.md")]) == 0
+    tables_of = tables.NAMED.findall
+    assert tables_of((tmp_path / "old.md").read_text(encoding="utf-8")) == tables_of(text)
 
 
 def test_the_reckoned_buffers_are_what_their_command_prints(capsys):

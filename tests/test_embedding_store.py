@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.command_line import UserError
-from sd3_lora.embedding_store import EmbeddingParts, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.embedding_store import EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.records import PromptEmbedding, Provenance
 
 import numpy as np
@@ -218,48 +218,6 @@ def test_with_uses_gives_the_rows_this_run_s_uses_and_keeps_the_others() -> None
         ("old", (), ()),
     ]
     assert all(torch.equal(r.prompt_embeds, given.prompt_embeds) for r, given in zip(rows, given_rows, strict=True))
-
-
-# The parts of a run under way
-
-
-@pytest.fixture
-def parts(tmp_path: Path) -> EmbeddingParts:
-    parts = EmbeddingParts(tmp_path / "out.parquet", PROVENANCE)
-    assert parts.prompts() == set()
-    assert not parts.folder.exists()
-    for r in ROWS[:3]:
-        parts.add(parts.next_number(), [r])
-    return parts
-
-
-def test_parts_are_found_again_and_removed(parts: EmbeddingParts, tmp_path: Path) -> None:
-    again = EmbeddingParts(tmp_path / "out.parquet", replace(PROVENANCE, versions={}))
-    assert again.prompts() == {r.prompt for r in ROWS[:3]}
-    again.add(again.next_number(), [ROWS[3]])
-    assert all(same(found, r) for found, r in zip(again.read_all(), ROWS, strict=True))
-    again.remove()
-    assert list(tmp_path.iterdir()) == []
-    again.remove()
-
-
-@pytest.mark.parametrize("change", [{"precision": "nf4"}, {"size": 20}, {"config_hash": "d"}, {"revision": "other"}])
-def test_parts_made_otherwise_are_discarded(parts: EmbeddingParts, tmp_path: Path, change: dict[str, Any]) -> None:
-    other = EmbeddingParts(tmp_path / "out.parquet", replace(PROVENANCE, **change))
-    assert other.prompts() == set()
-    assert list(parts.folder.iterdir()) == []
-
-
-def test_a_part_that_is_not_whole_is_discarded_and_no_other_is_overwritten(
-    parts: EmbeddingParts, tmp_path: Path
-) -> None:
-    first = min(parts.folder.iterdir())
-    first.write_bytes(first.read_bytes()[:50])
-    again = EmbeddingParts(tmp_path / "out.parquet", PROVENANCE)
-    assert again.prompts() == {ROWS[1].prompt, ROWS[2].prompt}
-    again.add(again.next_number(), [ROWS[0]])
-    assert again.prompts() == {r.prompt for r in ROWS[:3]}
-    assert len(list(again.read_all())) == 3
 
 
 def test_the_next_rows_are_read_while_one_is_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from sd3_lora.command_line import UserError
 from sd3_lora.lora import attach_lora, lora_tensors, target_modules
 from sd3_lora.mapped_pieces import RING_SIZE, MappedPieces
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.packed_tensors import views
 from sd3_lora.pinned_memory import pinned_bytes
-from sd3_lora.streaming import Piece, PinnedPieces, StreamedBlocks, pieces_of, stream_transformer, views
+from sd3_lora.streaming import Piece, PinnedPieces, StreamedBlocks, pieces_of, stream_transformer
 from sd3_lora.tensor_files import TensorFiles
 
 import pytest

@@ -10,7 +10,14 @@ from typing import Any
 from unittest.mock import MagicMock
 
 from sd3_lora import memory_plan
-from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, BudgetConfig, DeviceBudget, open_budget, sentence
+from sd3_lora.budget import (
+    ASSUMED_CONTEXT_BYTES,
+    BudgetConfig,
+    DeviceBudget,
+    _context_bytes,
+    open_budget,
+    sentence,
+)
 from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
 from sd3_lora.lora import LORA_FILE
@@ -144,6 +151,20 @@ def test_no_plan_is_left_out_that_a_budget_has_use_for(files: ModelFiles) -> Non
         fastest = min(time for time, peak in pairs if peak <= budget)
         listed = next(plan for plan in plans if plan.peak_bytes <= budget)
         assert time_of(listed, costs, size) == fastest
+
+
+@pytest.mark.parametrize(("was_there", "gib"), [(False, 0.5), (True, 0.75)])
+def test_a_context_that_was_there_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch, was_there: bool, gib: float
+) -> None:
+    """As in a process of several, which has chosen its GPU before; what it adds now would be far too little."""
+    used = iter([int(3 * GIB), int((3.15 if was_there else 3.5) * GIB)])
+    monkeypatch.setattr("sd3_lora.budget._CONTEXTS", {})
+    monkeypatch.setattr("sd3_lora.budget.driver_bytes", lambda index: next(used))
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: was_there, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    assert _context_bytes(torch.device("cpu", 0)) == int(gib * GIB)
 
 
 @needs_gpu

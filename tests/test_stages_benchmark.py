@@ -92,18 +92,78 @@ def test_decoders_are_timed_whole_and_in_tiles(rows: Callable[..., Rows], monkey
     assert min(whole["ms_an_item"], tiled["ms_an_item"]) > 0
 
 
-def test_the_job_is_reckoned_to_500_steps(rows: Callable[..., Rows], monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(name: str, script: str, flags: list[object], report: Path) -> dict[str, Any]:
-        assert importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags]) == 0
-        assert report.is_file()
-        return {"name": name, "elapsed_s": 10.0, "said": ["200 ms a step, 0 steps skipped"] if "train" in name else []}
+def measured_here(name: str, script: str, flags: list[object], report: Path) -> dict[str, Any]:
+    """In this process; ten seconds each."""
+    assert importlib.import_module(script.removesuffix(".py")).main([str(flag) for flag in flags]) == 0
+    assert report.is_file()
+    return {"name": name, "elapsed_s": 10.0}
 
-    monkeypatch.setattr(stages, "measure", measure)
+
+def test_the_job_is_reckoned_to_500_steps(
+    rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "measure", measured_here)
     *scripts, whole = rows("job", "--steps", 2)
     assert [row["name"] for row in scripts] == [
-        "compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature",
+        "ours: compute_embeddings", "ours: precompute_latents", "ours: training",
     ]  # fmt: skip
-    assert (whole["steps"], whole["elapsed_s"], whole["job_s"]) == (2, 30.0, 129.6)  # + 498 · 0.2
+    run = json.loads((tmp_path / "out" / "job" / "lora" / "run.json").read_text())
+    assert run["flags"]["gradient_accumulation_steps"] == 4
+    assert (whole["elapsed_s"], whole["ratio"]) == (30.0, 1.0)
+    assert whole["job_s"] == pytest.approx(30 + 498 * run["ms_a_step"] / 1000, abs=0.1)
+
+
+EMBEDS = """
+import sys
+from transformers import T5EncoderModel
+from diffusers import StableDiffusion3Pipeline
+t5 = T5EncoderModel.from_pretrained("stabilityai/some-name", subfolder="text_encoder_3", load_in_8bit=True)
+assert type(t5.encoder.block[0].layer[0].SelfAttention.q).__name__ == "Linear8bitLt"
+without = {"transformer": None, "vae": None}
+pipeline = StableDiffusion3Pipeline.from_pretrained("stabilityai/some-name", text_encoder_3=t5, **without)
+assert pipeline.text_encoder_3 is t5
+open(sys.argv[sys.argv.index("--output_path") + 1], "w").write("embeddings")
+"""
+TRAINS = """
+import sys, time, torch
+from accelerate import Accelerator
+value = lambda flag: sys.argv[sys.argv.index(flag) + 1]
+assert open(value("--data_df_path")).read() == "embeddings"
+accelerator = Accelerator(gradient_accumulation_steps=int(value("--gradient_accumulation_steps")), cpu=True)
+layer, data = torch.nn.Linear(2, 2), torch.utils.data.DataLoader(torch.ones(80, 2))
+layer, data, optimizer = accelerator.prepare(layer, data, torch.optim.SGD(layer.parameters(), lr=0.1))
+steps = 0
+for batch in data:
+    with accelerator.accumulate(layer):
+        accelerator.backward(layer(batch).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    if accelerator.sync_gradients:
+        steps += 1
+        time.sleep(0.5 if steps == 6 else 0)
+    if steps == int(value("--max_train_steps")):
+        break
+open(value("--output_dir"), "w").write(str(steps))
+"""
+
+
+def test_the_reference_s_job_is_run_to_its_end_and_timed_from_outside(
+    rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "measure", measured_here)
+    folder = tmp_path / "clone" / stages.REFERENCE
+    folder.mkdir(parents=True)
+    (folder / "compute_embeddings.py").write_text(EMBEDS)
+    (folder / "train_dreambooth_lora_sd3_miniature.py").write_text(TRAINS)
+    *_, ours, embedding, training, whole = rows("job", "--steps", 2, "--peer", tmp_path / "clone", "--peer_steps", 10)
+    assert [row["name"] for row in (embedding, training, whole)] == [
+        f"the reference: {name}" for name in ("compute_embeddings", "training", "photos to LoRA")
+    ]
+    assert (tmp_path / "out" / "job" / "reference").read_text() == "10"  # what comes after the last timed step
+    assert 100 <= training["ms_a_step"] < 200  # half a second within the five steps after the five that warm it up
+    both = embedding["elapsed_s"] + training["elapsed_s"]
+    assert whole["job_s"] == pytest.approx(both + 490 * training["ms_a_step"] / 1000, abs=0.2)
+    assert whole["ratio"] == pytest.approx(whole["job_s"] / ours["job_s"], rel=0.01)
 
 
 def test_no_row_is_begun_after_the_time(rows: Callable[..., Rows]) -> None:

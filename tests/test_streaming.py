@@ -11,12 +11,12 @@ from typing import Any
 
 import sd3_lora.streaming
 from sd3_lora.checkpointing import checkpoint_blocks
+from sd3_lora.packed_tensors import layout
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.streaming import (
     PinnedPieces,
     StreamedBlocks,
     _Slot,
-    layout,
     pieces_of,
     stream_transformer,
 )

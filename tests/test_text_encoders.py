@@ -88,6 +88,10 @@ def resident(files: ModelFiles, precision: str, ids: torch.Tensor) -> torch.Tens
     return torch.cat([encoder(batch)[0] for batch in ids.split(BATCH_SIZE)])
 
 
+def t5_streamed(*args: Any) -> torch.Tensor:
+    return torch.cat(list(encode_t5_streamed(*args)))
+
+
 # The stock pipeline's numbers
 
 
@@ -156,12 +160,12 @@ def test_a_prompt_too_long_for_an_encoder_is_named(files: ModelFiles, capsys: py
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_streamed_t5_equals_the_resident_one_bit_for_bit(files: ModelFiles, precision: str) -> None:
     ids = t5_ids(files)
-    whole, streamed = resident(files, precision, ids), encode_t5_streamed(files, ids, plan(precision, stream=True))
+    whole, streamed = resident(files, precision, ids), t5_streamed(files, ids, plan(precision, stream=True))
     assert whole.dtype == streamed.dtype
     assert torch.equal(whole, streamed)
     assert whole.abs().sum() > 0
     kept = replace(plan(precision, stream=True), kept_prompts=len(ids))
-    assert torch.equal(encode_t5_streamed(files, ids, kept), whole)
+    assert torch.equal(t5_streamed(files, ids, kept), whole)
 
 
 def test_streamed_t5_is_read_from_several_files(tiny_sd3: Path, files: ModelFiles, tmp_path: Path) -> None:
@@ -171,7 +175,7 @@ def test_streamed_t5_is_read_from_several_files(tiny_sd3: Path, files: ModelFile
     shards = ModelFiles(ModelConfig(str(tmp_path / "model")))
     assert len(shards.weight_files("text_encoder_3")) > 1
     ids = t5_ids(files)
-    assert torch.equal(encode_t5_streamed(shards, ids, plan(stream=True)), resident(files, "fp32", ids))
+    assert torch.equal(t5_streamed(shards, ids, plan(stream=True)), resident(files, "fp32", ids))
 
 
 def test_a_streamed_block_leaves_the_device_before_the_next_comes(
@@ -193,7 +197,7 @@ def test_a_streamed_block_leaves_the_device_before_the_next_comes(
         lambda module, args: count(module, args) if module in blocks else None
     )
     try:
-        encode_t5_streamed(files, t5_ids(files), plan(stream=True))
+        t5_streamed(files, t5_ids(files), plan(stream=True))
     finally:
         handle.remove()
     assert resident_blocks == [1] * len(blocks) * 2 * 2  # two batches through both halves of each of three blocks
@@ -206,7 +210,7 @@ def test_fewer_prompts_at_a_time_equal_a_resident_encoder_with_the_same(files: M
     whole = load_t5(files, plan())
     with torch.no_grad():
         expected = torch.cat([whole(batch)[0] for batch in ids.split(size)])
-    assert torch.equal(encode_t5_streamed(files, ids, replace(plan(stream=True), batch_size=size)), expected)
+    assert torch.equal(t5_streamed(files, ids, replace(plan(stream=True), batch_size=size)), expected)
     few, many = (encode_prompts(files, PROMPTS, replace(plan(stream=True), batch_size=n), []) for n in (size, 8))
     torch.testing.assert_close(few, many, rtol=0, atol=2e-3)  # one place of float16
 
@@ -220,13 +224,13 @@ def test_a_streamed_clip_is_off_the_device_between_its_layers_and_equals_the_res
     streamed = load_clip(files, "text_encoder_2", plan(stream=True))
     assert {p.device.type for p in whole.parameters()} == {"cpu"}
     assert {p.device.type for p in streamed.parameters()} == {"meta"}
-    expected = encode_clip(whole, tokenizer, PROMPTS, 77, plan())
+    expected = next(encode_clip(whole, tokenizer, PROMPTS, 77, plan()))
     resident_layers: list[int] = []
     handle = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, args: resident_layers.append(sum(p.device.type != "meta" for p in streamed.parameters()))
     )
     try:
-        found = encode_clip(streamed, tokenizer, PROMPTS, 77, plan(stream=True))
+        found = next(encode_clip(streamed, tokenizer, PROMPTS, 77, plan(stream=True)))
     finally:
         handle.remove()
     assert max(resident_layers) <= 2  # a weight and its bias
@@ -281,6 +285,75 @@ def test_the_bytes_that_t5_will_take_are_known_beforehand(wide_files: ModelFiles
     assert t5_device_bytes(wide_files, precision) == pytest.approx(taken, rel=0.03)
 
 
+@pytest.fixture(scope="module")
+def half_files(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """With T5's weights in float16, as SD3 has them."""
+    folder = tmp_path_factory.mktemp("half") / "model"
+    shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("text_encoder_3"))
+    T5EncoderModel.from_pretrained(tiny_sd3 / "text_encoder_3").half().save_pretrained(folder / "text_encoder_3")
+    return ModelFiles(ModelConfig(str(folder)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tensor_cores_multiply_wo_where_they_round_no_factor(
+    files: ModelFiles, half_files: ModelFiles, stream: bool
+) -> None:
+    multiplied: dict[str, bool] = {}
+
+    def note(module: torch.nn.Module, _: Any) -> None:
+        if type(module).__name__ in ("T5DenseGatedActDense", "CLIPMLP"):
+            multiplied[type(module).__name__] = torch.backends.cuda.matmul.allow_tf32
+
+    def seen(of: ModelFiles, precision: str) -> dict[str, bool]:
+        multiplied.clear()
+        encode_prompts(of, PROMPTS[:2], plan(precision, stream), [])
+        assert not torch.backends.cuda.matmul.allow_tf32
+        return dict(multiplied)
+
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False  # torch's default; another test may have left it otherwise
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    try:
+        assert seen(half_files, "fp16") == {"CLIPMLP": False, "T5DenseGatedActDense": True}
+        assert not any(seen(half_files, "fp32").values())  # what comes to `wo` has all of float32's bits
+        assert not any(seen(files, "fp16").values())  # its weights have
+    finally:
+        handle.remove()
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_what_wo_multiplies_was_float16_before(half_files: ModelFiles, precision: str) -> None:
+    factors: list[torch.Tensor] = []
+    encoder = load_t5(half_files, plan(precision))
+    for block in encoder.encoder.block:
+        wo = block.layer[1].DenseReluDense.wo
+        wo.register_forward_pre_hook(lambda module, inputs: factors.extend([inputs[0], module.weight]))
+    with torch.no_grad():
+        encoder(t5_ids(half_files))
+    assert {factor.dtype for factor in factors} == {torch.float32}
+    assert len(factors) == 2 * len(encoder.encoder.block)
+    exact = [torch.equal(factor.half().float(), factor) for factor in factors]
+    assert exact == [precision == "fp16", True] * (len(exact) // 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_product_of_float16_numbers_is_as_exact_by_tensor_cores(half_files: ModelFiles) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight = (torch.randn(n, 10240, device="cuda", generator=generator).half().float() for n in (64, 512))
+
+    def error(factor: torch.Tensor) -> float:
+        exact = x.double() @ factor.double().t()
+        return relative_error(torch.nn.functional.linear(x, factor).double(), exact)
+
+    plain, odd = error(weight), error(weight * (1 + 2**-12))
+    with text_encoders.tensor_cores_for_wo(half_files, "fp16"):
+        assert error(weight) < 3e-6
+        has_tensor_cores = torch.cuda.get_device_capability() >= (8, 0)
+        assert (error(weight * (1 + 2**-12)) > 1e-5) == has_tensor_cores  # where a factor has more bits, they show
+    assert max(plain, odd) < 3e-6
+
+
 def test_a_number_beyond_float16_names_its_prompt() -> None:
     values = torch.ones(3, 2, 2)
     assert torch.equal(to_float16(values, ["a", "b", "c"], "T5"), values.half())
@@ -290,6 +363,17 @@ def test_a_number_beyond_float16_names_its_prompt() -> None:
         values[1, 1, 0] = bad
         with pytest.raises(UserError, match=r"T5 gives .* for the prompt 'b', which float16 cannot hold: type"):
             to_float16(values, ["a", "b", "c"], "T5")
+
+
+def test_a_number_beyond_float16_names_its_prompt_in_a_later_batch() -> None:
+    prompts = list("abcdefg")
+    values = torch.arange(14.0).reshape(7, 2)
+    hidden, pooled = text_encoders.rounded(zip(values.split(3), (2 * values).split(3), strict=True), prompts, "T5")
+    assert torch.equal(hidden, values.half())
+    assert torch.equal(pooled, (2 * values).half())
+    values[5, 1] = 1e6
+    with pytest.raises(UserError, match="for the prompt 'f'"):
+        text_encoders.rounded(zip(values.split(3), strict=True), prompts, "T5")
 
 
 # The plan
@@ -408,6 +492,55 @@ def test_hidden_states_stay_on_a_gpu_where_there_is_room(big_files: ModelFiles, 
     assert "hidden states" not in chosen(0).predicted_parts(big_files, AMPLE)
     assert chosen(hidden, CPU).kept_prompts == 0
     assert choose(big_files, CUDA, AMPLE, "fp16", False, None, 100)[0].kept_prompts == 0  # resident
+
+
+@pytest.mark.parametrize(("precision", "stream"), [("fp16", True), ("int8", False)])
+def test_many_prompts_go_in_larger_batches_where_there_is_room(
+    big_files: ModelFiles, precision: str, stream: bool
+) -> None:
+    def size(prompts: int, beyond: int = 8 * GIB, device: torch.device = CUDA) -> int:
+        budget = budget_of(big_files, precision, stream, beyond, device)
+        return choose(big_files, device, budget, precision, stream, None, prompts)[0].batch_size
+
+    assert [size(prompts) for prompts in (0, 1, 8, 9, 20, 25, 32, 512)] == [8, 8, 8, 16, 24, 32, 32, 32]
+    assert size(30, 10 * 1024**2) == size(30, device=CPU) == 8
+    # The CLIPs take no more at a time than they did.
+    assert [TextEncoderPlan("fp16", True, 77, CUDA, n).clip_batch_size for n in (1, 8, 16, 32)] == [4, 32, 32, 32]
+
+
+def test_the_clips_come_whole_where_there_is_room_and_more_than_one_batch(
+    big_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = 49408 * 1280 + 1280 * 1280 + 32 * (4 * 1280**2 + 2 * 5120 * 1280)  # CLIP-G's weights
+    clip_config = {"num_hidden_layers": 32, "hidden_size": 1280, "intermediate_size": 5120}
+    read_config = ModelFiles.read_config
+    monkeypatch.setattr(
+        ModelFiles, "read_config", lambda s, c: clip_config if c == "text_encoder_2" else read_config(s, c)
+    )
+
+    def chosen(gib: float, prompts: int = 100, device: torch.device = CUDA) -> TextEncoderPlan:
+        return choose(big_files, device, DeviceBudget(int(gib * GIB), CONTEXT, device), "fp16", True, None, prompts)[0]
+
+    parts = chosen(4).predicted_parts(big_files, AMPLE)
+    assert chosen(4).whole_clips
+    assert parts["text encoder"] == 2 * clips
+    states = 32 * 77 * 1280 * 2
+    assert parts["working memory"] - 33 * states == pytest.approx(0.5 * GIB, abs=0.1 * GIB)
+    needed = sum(parts.values()) / GIB
+    assert chosen(needed + 0.001).whole_clips
+    assert chosen(needed - 0.001) == replace(chosen(4), whole_clips=False)  # T5's states still stay
+    assert not chosen(4, prompts=32).whole_clips
+    assert not chosen(4, device=CPU).whole_clips
+    # With many prompts T5 and its hidden states take more than a CLIP.
+    assert chosen(8, prompts=2000).predicted_parts(big_files, AMPLE)["hidden states"] == 2000 * 77 * 4096 * 4
+
+
+def test_whole_clips_are_not_offloaded_and_give_the_same_numbers(files: ModelFiles) -> None:
+    whole = replace(plan("fp16", stream=True), whole_clips=True)
+    assert {p.device.type for p in load_clip(files, "text_encoder_2", whole).parameters()} == {"cpu"}
+    found, expected = (encode_prompts(files, PROMPTS, p, []) for p in (whole, plan("fp16", stream=True)))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("length", [77, 256])
