@@ -36,14 +36,8 @@ from sd3_lora.memory import StageReport
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.processes import Processes, in_processes
 from sd3_lora.records import InstanceImage, PromptEmbedding, Provenance
-from sd3_lora.text_encoders import (
-    CLIP_BATCH_SIZE,
-    TextEncoderPlan,
-    choose_text_encoder_plan,
-    describe_t5,
-    encode_prompts,
-    report_identifier,
-)
+from sd3_lora.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan, choose_text_encoder_plan, describe_t5
+from sd3_lora.text_encoders import encode_prompts, report_identifier
 
 from tqdm import tqdm
 
@@ -162,6 +156,16 @@ def encode_chunks(
         parts.add(number, chunk, prompt_embeds, pooled)
 
 
+def rows_of(
+    parts: EmbeddingParts, numbers: Sequence[int], existing_path: Path | None, given_up: threading.Event
+) -> Iterator[PromptEmbedding]:
+    """The rows of all parts, each as it comes, and then those that the file has already."""
+    yield from parts.read(numbers, given_up)
+    if existing_path:
+        with EmbeddingStore(existing_path) as store:
+            yield from store.read_all()
+
+
 @contextmanager
 def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
     """Does `work` beside what the block does; the event that it is given is set if the block fails."""
@@ -203,17 +207,15 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         print(line)
 
     existing = read_existing(output_path, config.overwrite)
-    kept = existing.precision if existing else None
-    plan = choose_text_encoder_plan(
-        files,
-        planned_device(device_config.device, device, budget_config.plan),
-        budget,
+    planned_for = planned_device(device_config.device, device, budget_config.plan)
+    asked = (
         config.max_sequence_length,
         config.t5_precision,
         config.t5_stream,
-        kept,
-        prompts=min(len(roles), chunk_size(len(roles), processes.count)),
+        existing.precision if existing else None,
     )
+    together = min(len(roles), chunk_size(len(roles), processes.count))
+    plan = choose_text_encoder_plan(files, planned_for, budget, *asked, prompts=together)
     plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}
     if budget:
@@ -233,18 +235,12 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
     reports: list[StageReport] = []
 
-    def rows(given_up: threading.Event) -> Iterator[PromptEmbedding]:
-        yield from parts.read([*there, *chunks], given_up)
-        if existing:
-            with EmbeddingStore(output_path) as store:
-                yield from store.read_all()
-
     def write(given_up: threading.Event) -> int:
-        if not processes.is_first:
-            return 0
-        return write_embeddings(output_path, provenance, with_uses(rows(given_up), roles, image_ids))
+        rows = rows_of(parts, [*there, *chunks], output_path if existing else None, given_up)
+        return write_embeddings(output_path, provenance, with_uses(rows, roles, image_ids))
 
-    with in_thread(write) as written:  # the file grows by one chunk while the next is encoded
+    # The first one's file grows by one chunk while the next is encoded.
+    with in_thread(write if processes.is_first else lambda _: 0) as written:
         encode_chunks(files, plan, chunks, parts, reports, processes)
         processes.gather(None)  # all parts are there
     count = written.result()

@@ -30,7 +30,8 @@ from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check
 from sd3_lora.pictures import PicturePlan, plan_pictures
 from sd3_lora.step_memory import DenoisingShape
 from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
-from sd3_lora.text_encoders import choose_text_encoder_plan, describe_t5, encode_prompts
+from sd3_lora.text_encoder_plan import choose_text_encoder_plan, describe_t5
+from sd3_lora.text_encoders import encode_prompts
 from sd3_lora.vae_norms import arrange_vae
 from sd3_lora.vae_tiles import choose_tile
 

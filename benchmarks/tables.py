@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dreambooth_scores import table
 
-
 PROJECT = Path(__file__).resolve().parent.parent
 # In a document: the command with the result's path, the table, the end.
 NAMED = re.compile(r"(<!-- python benchmarks/tables\.py (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.text_encoders import CLIP_BATCH_SIZE, TextEncoderPlan, encode_clip, load_clip
+from sd3_lora.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan
+from sd3_lora.text_encoders import encode_clip, load_clip
 
 import pytest
 import torch

@@ -15,7 +15,8 @@ from sd3_lora.embedding_store import EmbeddingStore
 from sd3_lora.images import hash_file
 from sd3_lora.memory import GIB
 from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
-from sd3_lora.text_encoders import TextEncoderPlan, encode_prompts, encoder_bytes, working_bytes
+from sd3_lora.text_encoder_plan import TextEncoderPlan, encoder_bytes, working_bytes
+from sd3_lora.text_encoders import encode_prompts
 
 import pytest
 import torch

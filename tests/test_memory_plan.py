@@ -5,44 +5,35 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 from sd3_lora import memory_plan
 from sd3_lora.budget import (
     ASSUMED_CONTEXT_BYTES,
     BudgetConfig,
-    DeviceBudget,
     _context_bytes,
     open_budget,
     sentence,
 )
-from sd3_lora.checkpointing import checkpoint_blocks
 from sd3_lora.command_line import UserError
-from sd3_lora.lora import LORA_FILE
-from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import GIB, drop_workspaces
 from sd3_lora.memory_plan import (
     BasePlan,
     TrainingPlan,
-    each_plan,
     plan_denoising,
     plan_training,
     visiting_blocks,
 )
 from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
-from sd3_lora.step_memory import DenoisingShape, StepMemory, StepShape, simulate_step
+from sd3_lora.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.step_time import PieceCost, StepCost, StepSize, block_sizes, computed_flops, copied_flops, model_costs
-from sd3_lora.streaming import PinnedPieces, StreamedBlocks, stream_transformer
 
 import pytest
 import torch
-from conftest import PROJECT, TRAINING_SCRIPT, save_pictures
-from PIL import Image
+from conftest import PROJECT
+from miniature_plans import budget_of, list_plans, plan_without_allowances
 from small_transformer import CPU, GPU, needs_gpu
-from training_runs import Flags, Script, same_lora, train
 
 SHAPE = StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False)
 
@@ -54,33 +45,10 @@ def files() -> ModelFiles:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the fixed allowances, which are larger than the miniature; on a host that holds everything.
-
-    What was simulated once is not simulated again: that takes most of a plan's time.
-    """
-    for allowance, size in (("UNUSED_BYTES", 0), ("GRAPH_UNUSED_BYTES", 512), ("OFFLOAD_UNUSED_BYTES", 0)):
-        monkeypatch.setattr(memory_plan, allowance, size)
-    monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 1 << 40)
-    known: dict[str, StepMemory] = {}
-
-    def simulate(*words: Any) -> StepMemory:
-        key = repr(words)
-        if key not in known:
-            known[key] = simulate_step(*words)
-        return known[key]
-
-    monkeypatch.setattr(memory_plan, "simulate_step", simulate)
-
-
-def budget_of(size: int) -> DeviceBudget:
-    return DeviceBudget(size, ASSUMED_CONTEXT_BYTES, CPU)
+    plan_without_allowances(monkeypatch)
 
 
 # The plan
-
-
-def list_plans(*words: Any, **more: Any) -> list[TrainingPlan]:
-    return list(each_plan(*words, **more))
 
 
 def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
@@ -323,165 +291,6 @@ def test_a_budget_on_a_cpu_is_planned_as_on_a_gpu() -> None:
     assert sentence({"weights": GIB, "nothing": 0, "rest": GIB // 2}) == "weights 1.00 + rest 0.50 = 1.50 GiB"
 
 
-# The script
-
-
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Flags:
-    """Of the miniature: three pictures at 64 px, T5 length 20."""
-    import compute_embeddings
-    import precompute_latents
-
-    folder = tmp_path_factory.mktemp("miniature")
-    pictures = folder / "pictures"
-    save_pictures(pictures, [(64, 64)] * 3)
-    model = ["--pretrained_model_name_or_path", str(MINIATURE), "--instance_data_dir", str(pictures), "--device", "cpu"]
-    text = ["--instance_prompt", "a photo of sks fish", "--max_sequence_length", "20"]
-    assert compute_embeddings.main([*model, *text, "--output_path", str(folder / "e.parquet")]) == 0
-    assert precompute_latents.main([*model, "--resolution", "64", "--output_path", str(folder / "latents")]) == 0
-    words = [*model[:4], "--instance_prompt", "a photo of sks fish", "--data_df_path", folder / "e.parquet"]
-    words += ["--latents_path", folder / "latents", "--resolution", 64, "--report_to", "none", "--seed", 0]
-    return Flags([*words, "--learning_rate", 0.01, "--lora_dropout", 0.2])
-
-
-def script_plans(files: ModelFiles, asked: memory_plan.AskedPrecision = "16bit") -> list[TrainingPlan]:
-    shape = StepShape(1, 8, 97, None, None, 4, 0.2, torch.float32, False)
-    return list_plans(files, shape, budget_of(1 << 40), asked, False, True)
-
-
-def gib(size: int) -> str:
-    return repr((size + 1) / GIB)
-
-
-@pytest.mark.usefixtures("small")
-def test_every_plan_trains_to_the_same_bits(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import train_dreambooth_sd3_lora_miniature as training
-
-    done: list[tuple] = []
-
-    def stream(*words: object) -> StreamedBlocks:
-        done.append(("streamed", words[-1]))
-        return stream_transformer(*words)
-
-    def checkpoint(transformer: torch.nn.Module, *words: object) -> None:
-        done.append(words)
-        checkpoint_blocks(transformer, *words)
-
-    monkeypatch.setattr(training, "stream_transformer", stream)
-    monkeypatch.setattr(training, "checkpoint_blocks", checkpoint)
-    plain = train(script, stage_one, tmp_path / "plain")
-    assert "plan:" not in plain.out
-    plans = script_plans(files)
-    kept = [index for index, plan in enumerate(plans) if plan.buffers == 6 and not plan.offload_inputs]
-    some = {len(plans[index].visiting): index for index in kept}
-    chosen = [0, 3, 6, *some.values(), *range(len(plans) - 5, len(plans))]
-    assert len(some) > 4
-    for index in chosen:
-        folder = tmp_path / str(index)
-        run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].peak_bytes))
-        assert f"plan: {plans[index].sentence()}" in run.out
-        assert run.losses == plain.losses
-        if plans[index].streamed:
-            assert done[-2] == ("streamed", plans[index].visiting)
-        assert done[-1] == (plans[index].checkpointed, plans[index].offload_inputs)
-        assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
-        noted = json.loads((folder / "run.json").read_text())["plan"]
-        assert noted["parts"] == plans[index].parts
-        assert (noted["checkpointed"], noted["buffers"]) == (plans[index].checkpointed, plans[index].buffers)
-        assert tuple(noted["visiting"]) == plans[index].visiting
-    assert sum(words[0] == "streamed" for words in done) == len(chosen) - 3
-
-
-@pytest.mark.usefixtures("small")
-def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path
-) -> None:
-    streamed, packed = script_plans(files)[-1], script_plans(files, "nf4")[-1]
-    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
-    halves = [stage_one, tmp_path / "halves"]
-    train(script, *halves, "--max_train_steps", 2, "--vram_budget_gib", gib(streamed.peak_bytes))
-    run = train(script, *halves, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    refused = train(
-        script, *halves, "--max_train_steps", 5, "--resume_from_checkpoint", "latest", "--base_precision", "nf4", code=2
-    )
-    assert "--base_precision 16bit, not nf4" in refused.err
-
-    words = ["--base_precision", "nf4", "--max_train_steps", 2]
-    plain = train(script, stage_one, tmp_path / "nf4", *words)
-    assert plain.losses != whole.losses[:2]
-    run = train(script, stage_one, tmp_path / "streamed nf4", *words, "--vram_budget_gib", gib(packed.peak_bytes))
-    assert run.losses == plain.losses
-
-
-@pytest.mark.usefixtures("small")
-def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import train_dreambooth_sd3_lora_miniature as training
-
-    sources: list[tuple] = []
-    monkeypatch.setattr(
-        training, "stream_transformer", lambda *words: sources.append(words[2:]) or stream_transformer(*words)
-    )
-    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
-    budget = ["--vram_budget_gib", gib(script_plans(files)[-1].peak_bytes)]
-    with monkeypatch.context() as patch:
-        patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
-        half = train(script, stage_one, tmp_path / "halves", "--max_train_steps", 2, *budget)
-    assert "plan: base unchanged, streamed from the weight files piece by piece (" in half.out
-    noted = json.loads((half.folder / "run.json").read_text())["plan"]
-    assert noted["from_files"]
-    costs = model_costs(files.read_config("transformer"), torch.float32, None)
-    assert noted["host_bytes"] == pinned_bytes(3 * [max(piece.size for piece in costs)])
-    assert half.losses == whole.losses[:2]
-    run = train(
-        script, stage_one, tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *budget
-    )
-    assert "plan: base unchanged, streamed from host memory piece by piece (" in run.out
-    assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
-    assert [type(source) for source, *_ in sources] == [MappedPieces, PinnedPieces]
-
-
-def test_plan_prints_and_writes_nothing(
-    script: Script, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import train_dreambooth_sd3_lora_miniature as training
-
-    for name in ("load_transformer", "open_data"):
-        monkeypatch.setattr(training, name, None)
-    monkeypatch.chdir(tmp_path)
-    words = ["--pretrained_model_name_or_path", MINIATURE, "--output_dir", "lora", "--device", "cpu"]
-    result = script(TRAINING_SCRIPT, *words, "--plan", "--vram_budget_gib", "2")
-    assert result.code == 0, result.err
-    assert "plan: base unchanged, on the device; 0 of 6 blocks computed anew in backward\n" in result.out
-    assert re.search(r"predicted peak: CUDA 0.75 \+ weights .* = 0\.\d\d GiB\n", result.out)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_a_gpu_a_plan_is_one_for_a_gpu(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU's precisions, unless a CPU was asked for; and what is done here is done in a CPU's."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sd3_lora.devices.has_nvidia_gpu", lambda: False)
-    words = ["--pretrained_model_name_or_path", MINIATURE, "--plan", "--vram_budget_gib", 4]
-    draw = [*words, "--prompt", "a fish"]
-
-    def said(name: str, *words: object) -> str:
-        result = script(name, *words)
-        assert result.code == 0, result.err
-        return result.out
-
-    assert "transformer in fp16: half the memory" in said(TRAINING_SCRIPT, *words)
-    assert "transformer in bf16: as asked" in said(TRAINING_SCRIPT, *words, "--mixed_precision", "bf16")
-    assert "transformer in fp32: the exact" in said(TRAINING_SCRIPT, *words, "--device", "cpu")
-    assert "transformer in fp16, base" in said("inference", *draw)
-    assert "transformer in fp32, base" in said("inference", *draw, "--device", "cpu")
-    assert "T5 in int8: CUDA 0.75" in said("compute_embeddings", *words)
-    assert "T5 in fp32: CUDA 0.75" in said("compute_embeddings", *words, "--device", "cpu")
-
-
 # What was measured
 
 
@@ -496,40 +305,3 @@ def test_the_predictions_of_training_were_within_8_percent_of_what_was_measured(
     configurations, *kinds = [len({tuple(row[name] for name in names) for row in rows}) for names in shapes]
     assert configurations >= 16
     assert kinds == [3, 3, 3, 2]
-
-
-@pytest.mark.usefixtures("small")
-def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import inference
-
-    monkeypatch.setattr(memory_plan, "WORKSPACE_BYTES", 0)
-    streams: list[tuple] = []
-    monkeypatch.setattr(
-        inference, "stream_transformer", lambda *words: streams.append(words) or stream_transformer(*words)
-    )
-    lora = train(script, stage_one, tmp_path / "lora", "--max_train_steps", 1)
-    words = ["--pretrained_model_name_or_path", MINIATURE, "--lora", lora.folder, "--prompt", "a photo of sks fish"]
-    words += ["--data_df_path", stage_one.flags[stage_one.flags.index("--data_df_path") + 1], "--device", "cpu"]
-    words += ["--num_steps", 2, "--guidance", 3]
-
-    def draw(name: str, *more: object) -> bytes:
-        result = script("inference", *words, "--outdir", tmp_path / name, *more)
-        assert result.code == 0, result.err
-        (path,) = (tmp_path / name).glob("*/img_00.png")
-        with Image.open(path) as picture:
-            return picture.tobytes()
-
-    resident = draw("resident")
-    shape = DenoisingShape(2, (8, 8), 97, torch.float32, lora.folder.joinpath(LORA_FILE).stat().st_size)
-    whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
-    assert streams == []
-    assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [(type(source), buffers) for _, _, source, buffers, _ in streams] == [(PinnedPieces, 6)]
-    assert 0 < len(streams[0][-1]) < 6  # some blocks stay
-    with monkeypatch.context() as patch:
-        patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
-        assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
-    assert [type(source) for _, _, source, *_ in streams] == [PinnedPieces, MappedPieces]
-    assert draw("nf4", "--base_precision", "nf4") != resident

@@ -14,7 +14,8 @@ from sd3_lora import model_files
 from sd3_lora.command_line import UserError
 from sd3_lora.model_files import MINIATURE, TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
 from sd3_lora.records import Provenance
-from sd3_lora.text_encoders import TextEncoderPlan, load_clip
+from sd3_lora.text_encoder_plan import TextEncoderPlan
+from sd3_lora.text_encoders import load_clip
 
 import pytest
 import torch

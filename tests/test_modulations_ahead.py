@@ -11,7 +11,7 @@ from typing import Any
 
 import sd3_lora.streaming
 from sd3_lora.checkpointing import checkpoint_blocks
-from sd3_lora.lora import LORA_FILE, attach_lora
+from sd3_lora.lora import attach_lora
 from sd3_lora.memory import drop_workspaces, free_memory
 from sd3_lora.modulations_ahead import Modulating, ModulationsAhead
 from sd3_lora.recorded import Recorded
@@ -22,9 +22,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from small_transformer import CPU, GPU, inputs, late_copies, make_transformer, needs_gpu
-from test_memory_plan import files, gib, script_plans, small, stage_one  # noqa: F401
 from test_streaming import BLOCKS, draw, make_nf4, stream_poisoned, watched
-from training_runs import Flags, Script, same_lora, train
 
 
 def modulating_of(words: dict[str, torch.Tensor], step: int) -> Modulating:
@@ -237,33 +235,6 @@ def test_nothing_holds_itself() -> None:
         assert [reference() for reference in held] == [None] * len(held)
     finally:
         gc.enable()
-
-
-@pytest.mark.usefixtures("small")
-def test_in_training_past_checkpoints_and_when_resumed(
-    script: Script,
-    files: Any,  # noqa: F811
-    stage_one: Flags,  # noqa: F811
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two micro-batches a step, a checkpoint every two steps: after each of them nobody had known what comes."""
-    turns: list[tuple[Modulating, Modulating | None]] = []
-    turn = ModulationsAhead.turn
-    monkeypatch.setattr(ModulationsAhead, "turn", lambda self, *words: turns.append(words) or turn(self, *words))
-    budget = ["--vram_budget_gib", gib(script_plans(files)[-1].peak_bytes)]
-    words = ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 2]
-    plain = train(script, stage_one, tmp_path / "plain", *words, "--max_train_steps", 5)
-    assert not turns
-    whole = train(script, stage_one, tmp_path / "whole", *words, *budget, "--max_train_steps", 5)
-    assert [coming is None for _, coming in turns] == 2 * [False, False, False, True] + [False, True]
-    assert all(turns[i][1][0] is turns[i + 1][0][0] for i in range(9) if turns[i][1])
-    halves = [stage_one, tmp_path / "halves", *words, *budget]
-    train(script, *halves, "--max_train_steps", 3)
-    resumed = train(script, *halves, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
-    for run in (whole, resumed):
-        assert run.losses == plain.losses
-        assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
 
 
 @needs_gpu

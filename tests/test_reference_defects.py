@@ -15,7 +15,8 @@ from sd3_lora.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.flow import FlowConfig, flow_matching_loss, load_noise_table
 from sd3_lora.model_card import licence_of
 from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.text_encoders import TextEncoderPlan, load_t5
+from sd3_lora.text_encoder_plan import TextEncoderPlan
+from sd3_lora.text_encoders import load_t5
 
 import pyarrow.parquet as pq
 import pytest

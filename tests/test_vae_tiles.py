@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sd3_lora import memory_plan, text_encoders, vae_tiles
+from sd3_lora import memory_plan, text_encoder_plan, vae_tiles
 from sd3_lora.budget import BudgetConfig, DeviceBudget, open_budget
 from sd3_lora.command_line import UserError
 from sd3_lora.images import open_rgb
@@ -315,7 +315,7 @@ def test_a_picture_is_decoded_within_a_budget(
 def test_a_new_prompt_is_encoded_within_the_same_budget(
     script: Callable[..., Result], prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_encoders, "_MARGIN_BYTES", GIB // 4)  # a tiny T5 would fit wherever the VAE does
+    monkeypatch.setattr(text_encoder_plan, "_MARGIN_BYTES", GIB // 4)  # a tiny T5 would fit wherever the VAE does
     flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
     flags += ["--outdir", tmp_path / "drawn", "--num_steps", 1, "--max_sequence_length", 20, "--prompt", "unknown"]
     result = script("inference", *flags, "--device", "cpu", "--vram_budget_gib", 0.9)  # enough to decode 64 px
