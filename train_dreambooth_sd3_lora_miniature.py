@@ -13,12 +13,11 @@ import os
 import random
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sd3_lora.base_weights import load_transformer
 from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
@@ -27,28 +26,21 @@ from sd3_lora.checkpoints import checkpoint_folders, find_checkpoint, read_state
 from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.dataset import TrainingData
 from sd3_lora.defaults import say_miniature
-from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, one_thread, planned_device
+from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, planned_device
 from sd3_lora.draws import DataOrder, GlobalDraws
 from sd3_lora.embedding_store import EmbeddingStore
-from sd3_lora.flow import (
-    FlowConfig,
-    flow_matching_loss,
-    interpolate,
-    load_noise_table,
-    sample_table_indices,
-)
-from sd3_lora.latent_cache import normalize_latents, sample_posterior
+from sd3_lora.flow import FlowConfig, flow_matching_loss, interpolate
 from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
 from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import StageReport, memory_stage
 from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
+from sd3_lora.micro_batches import MicroBatches, StepInputs
 from sd3_lora.model_card import write_model_card
 from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.modulations_ahead import Modulating, ModulationsAhead
+from sd3_lora.modulations_ahead import ModulationsAhead
 from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
 from sd3_lora.recorded import Recorded
-from sd3_lora.records import TrainingBatch
 from sd3_lora.stage_one import StageOne
 from sd3_lora.step_execution import StepExecution, choose_execution, compile_blocks
 from sd3_lora.step_memory import StepShape
@@ -70,97 +62,6 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
-
-
-class StepInputs(NamedTuple):
-    """What a micro-step computes from, on the device.
-
-    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
-
-    Attributes:
-        latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
-        noise: likewise.
-        sigmas: `(B, 1, 1, 1)` float32.
-        timesteps: `(B,)` float32.
-        prompt_embeds: `(B, S, D)` in the transformer's dtype.
-        pooled_prompt_embeds: `(B, P)` likewise.
-        loss_weights: `(B,)` float32.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    sigmas: torch.Tensor
-    timesteps: torch.Tensor
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
-    loss_weights: torch.Tensor
-
-    @property
-    def modulating(self) -> Modulating:
-        """What the blocks' modulations are made of."""
-        return self.timesteps, self.pooled_prompt_embeds
-
-
-class MicroBatches:
-    """A run's micro-batches in their order, drawn on the host before their turn; nothing here waits for the device.
-
-    Args:
-        training: whose draws and order they come from.
-        data: what stage one left.
-        stage_one: the model's configs.
-        flow: how noise levels are drawn.
-        dtype: of the transformer.
-        device: where the step is computed.
-    """
-
-    def __init__(
-        self,
-        training: Training,
-        data: TrainingData,
-        stage_one: StageOne,
-        flow: FlowConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self._draws, self._order, self._data = training.draws, training.order, data
-        self._flow, self._dtype, self._device = flow, dtype, device
-        self._vae_config = stage_one.files.read_config("vae")
-        self._table = load_noise_table(stage_one.files.read_scheduler_config(), flow.timestep_shift)
-        self._early = 2 if training.ahead else 1  # what is computed for the next one needs to know it
-        self._drawn: deque[tuple[StepInputs, list[str]]] = deque()
-
-    def draw_ahead(self, left: int) -> None:
-        """Of the `left` that may be drawn, as many as are needed early."""
-        while len(self._drawn) < min(left, self._early):
-            chosen = self._order.take(self._draws.global_batch_size)[self._draws.mine]
-            with one_thread(self._device):
-                batch = self._data.batch(chosen, self._draws.uniform())
-                inputs = self._draw_inputs(batch)
-            self._drawn.append((inputs, [self._data.images[i].path.name for i in chosen]))
-
-    def take(self) -> tuple[StepInputs, list[str], StepInputs | None]:
-        """The one whose turn it is, its pictures' names, and the next one if it was drawn."""
-        inputs, names = self._drawn.popleft()
-        return inputs, names, self._drawn[0][0] if self._drawn else None
-
-    def _draw_inputs(self, batch: TrainingBatch) -> StepInputs:
-        """Draws the posterior's sample, the noise and its level."""
-        draws, table, flow = self._draws, self._table, self._flow
-        posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
-        indices = sample_table_indices(draws.global_batch_size, table, flow, draws.generator)[draws.mine]  # (B,)
-        raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
-        on_host = StepInputs(
-            normalize_latents(raw_latents, self._vae_config),
-            noise,
-            table.sigmas[indices].view(-1, 1, 1, 1),
-            table.timesteps[indices],
-            batch.prompt_embeds.to(self._dtype),
-            batch.pooled_prompt_embeds.to(self._dtype),
-            batch.loss_weights,
-        )
-        if self._device.type != "cuda":
-            return on_host
-        return StepInputs(*(tensor.pin_memory().to(self._device, non_blocking=True) for tensor in on_host))
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from sd3_lora import micro_batches
 from sd3_lora.devices import choose_training_dtype
 from sd3_lora.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.flow import FlowConfig, flow_matching_loss, load_noise_table
@@ -72,9 +73,11 @@ def test_01_t5_in_int8_loads(script, prepared: Prepared, tmp_path: Path) -> None
 def test_02_the_shift_is_subtracted(script, prepared, tmp_path, training, monkeypatch) -> None:
     """Latents are multiplied by the scale alone, and sit +0.093 off what inference decodes."""
     raw, normalized = [], []
-    sample, normalize = training.sample_posterior, training.normalize_latents
-    monkeypatch.setattr(training, "sample_posterior", lambda *a: raw.append(sample(*a)) or raw[-1])
-    monkeypatch.setattr(training, "normalize_latents", lambda *a: normalized.append(normalize(*a)) or normalized[-1])
+    sample, normalize = micro_batches.sample_posterior, micro_batches.normalize_latents
+    monkeypatch.setattr(micro_batches, "sample_posterior", lambda *a: raw.append(sample(*a)) or raw[-1])
+    monkeypatch.setattr(
+        micro_batches, "normalize_latents", lambda *a: normalized.append(normalize(*a)) or normalized[-1]
+    )
     flags = [*prepared.flags, "--output_dir", tmp_path, "--max_train_steps", 1]
     assert script(TRAINING_SCRIPT, *flags).code == 0
     torch.testing.assert_close(normalized[0], (raw[0] - 0.0609) * 1.5305, rtol=0, atol=1e-6)
