@@ -168,11 +168,13 @@ def rows_of(
 
 @contextmanager
 def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
-    """Does `work` beside what the block does; the event that it is given is set if the block fails."""
+    """Does `work` beside what the block does, and waits for it; the event that it is given says that it need not."""
     given_up = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         try:
-            yield thread.submit(work, given_up)
+            working = thread.submit(work, given_up)
+            yield working
+            working.exception()  # waits
         except BaseException:
             given_up.set()
             raise

@@ -27,7 +27,7 @@ _LOOK_AGAIN_S = 0.05
 
 
 class GivenUpError(Exception):
-    """The parts that are waited for will not come."""
+    """The rows that are asked for will not come, or are not wanted any more."""
 
 
 class EmbeddingParts:
@@ -93,10 +93,10 @@ class EmbeddingParts:
 
         Args:
             numbers: of the parts, in the order of the rows.
-            given_up: set when no more parts will be added.
+            given_up: set when no more parts will be added, or nobody wants the rows any more.
 
         Raises:
-            GivenUpError: it was set before all were there.
+            GivenUpError: it was set before the last row.
         """
         for number in numbers:
             while not self._path(number).exists():
@@ -105,6 +105,8 @@ class EmbeddingParts:
             with _open(self._path(number)) as (tensors, metadata):
                 embeds, pooled = tensors.get_slice("prompt_embeds"), tensors.get_slice("pooled_prompt_embeds")
                 for row, prompt in enumerate(metadata["prompts"]):
+                    if given_up.is_set():
+                        raise GivenUpError
                     yield PromptEmbedding(prompt, (), (), embeds[row], pooled[row])
 
     def remove(self) -> None:

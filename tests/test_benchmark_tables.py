@@ -37,11 +37,11 @@ def test_each_table_of_a_document_is_what_its_command_prints(document, count, ca
 
 def test_a_document_is_filled_with_the_tables_that_it_names(tmp_path):
     text = (PROJECT / "docs" / "stages.md").read_text(encoding="utf-8")
-    (tmp_path / "old.md").write_text(re.sub(r"^\| .*$", "| an old row |", text, flags=re.MULTILINE), encoding="utf-8")
-    assert "| an old row |" in (tmp_path / "old.md").read_text(encoding="utf-8")
-    assert tables.main(["--fill", str(tmp_path / "old.md")]) == 0
-    tables_of = tables.NAMED.findall
-    assert tables_of((tmp_path / "old.md").read_text(encoding="utf-8")) == tables_of(text)
+    old = tmp_path / "old.md"
+    old.write_text(tables.NAMED.sub(r"\1\4", text), encoding="utf-8")
+    assert len(old.read_text(encoding="utf-8")) < len(text) - 3000
+    assert tables.main(["--fill", str(old)]) == 0
+    assert old.read_text(encoding="utf-8") == text
 
 
 def test_the_reckoned_buffers_are_what_their_command_prints(capsys):

@@ -121,6 +121,31 @@ def test_whoever_waits_is_told_that_no_more_will_come(parts: EmbeddingParts) -> 
             coming.result(timeout=20)
 
 
+def test_rows_end_when_they_are_not_wanted_any_more(parts: EmbeddingParts) -> None:
+    given_up = threading.Event()
+    rows = parts.read([0, 1], given_up)
+    assert next(rows).prompt == CHUNKS[0][0]
+    given_up.set()  # as by whoever interrupts the writing of the last chunk
+    with pytest.raises(GivenUpError):
+        next(rows)
+
+
+def test_whoever_is_interrupted_while_it_waits_gives_up_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def work(given_up: threading.Event) -> int:
+        seen.append(given_up.wait(timeout=20))
+        return 0
+
+    def interrupted(_: compute_embeddings.Future) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compute_embeddings.Future, "exception", interrupted)
+    with pytest.raises(KeyboardInterrupt), compute_embeddings.in_thread(work):
+        pass
+    assert seen == [True]
+
+
 # Through the script
 
 
