@@ -269,7 +269,8 @@ def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
         elapsed_s, last = sum(row["elapsed_s"] for row in rows), rows[-1]
         found[whose] = elapsed_s + (STEPS - last["steps"]) * last["ms_a_step"] / 1000
         row = {"set": "job", "name": f"{whose}: photos to LoRA", "elapsed_s": round(elapsed_s, 1)}
-        yield row | {"job_s": round(found[whose], 1), "ratio": round(found[whose] / found["ours"], 2)}
+        row["job_s"] = round(found[whose], 1)
+        yield row | ({"ratio": round(found[whose] / found["ours"], 2)} if "ours" in found else {})
 
 
 def our_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[object]) -> Iterator[Row]:
