@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -124,7 +124,7 @@ def chunk_size(prompts: int, processes: int) -> int:
 
 
 def find_missing(
-    prompts: Sequence[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
+    prompts: Iterable[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
 ) -> tuple[list[str], list[int]]:
     """The prompts that neither the output nor a part has, and the numbers of the parts that are there."""
     done = parts.prompts()
@@ -209,15 +209,16 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         print(line)
 
     existing = read_existing(output_path, config.overwrite)
-    planned_for = planned_device(device_config.device, device, budget_config.plan)
-    asked = (
+    plan = choose_text_encoder_plan(
+        files,
+        planned_device(device_config.device, device, budget_config.plan),
+        budget,
         config.max_sequence_length,
         config.t5_precision,
         config.t5_stream,
         existing.precision if existing else None,
+        prompts=min(len(roles), chunk_size(len(roles), processes.count)),
     )
-    together = min(len(roles), chunk_size(len(roles), processes.count))
-    plan = choose_text_encoder_plan(files, planned_for, budget, *asked, prompts=together)
     plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}
     if budget:
@@ -232,7 +233,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         )
 
     parts = EmbeddingParts(output_path, provenance)
-    missing, there = processes.from_first(lambda: find_missing(list(roles), output_path, existing, parts))
+    missing, there = processes.from_first(lambda: find_missing(roles, output_path, existing, parts))
     chunks = in_chunks(missing, there, processes.count)
     print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
     reports: list[StageReport] = []

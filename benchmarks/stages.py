@@ -43,6 +43,7 @@ from photos import fabricate_photos
 from PIL import Image, ImageOps
 from pipeline import measure, run_process
 from safetensors.torch import load_file
+from step import REFERENCE
 from transformers import BitsAndBytesConfig, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 from vae_rows import Pair, Row, decoder_rows, distance, encoder_rows, load_vae, timed
@@ -240,7 +241,6 @@ def text_rows(arguments: argparse.Namespace) -> Iterator[Row]:
 # The whole job
 
 
-REFERENCE = "examples/research_projects/sd3_lora_colab"
 WARM = 5  # steps before the clock starts
 
 
@@ -293,13 +293,13 @@ def our_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[obj
 
 def reference_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[object]) -> Iterator[Row]:
     """Its embeddings and its training, which encodes its photos with the VAE whenever it needs them."""
-    here, folder = Path(__file__).parent, arguments.peer / REFERENCE
+    here, script = Path(__file__).parent, arguments.peer / REFERENCE
     embeddings, report = out / "reference.parquet", out / "reference.json"
-    words = [here / "reference_embeddings.py", arguments.model, folder / "compute_embeddings.py"]
+    words = [here / "reference_embeddings.py", arguments.model, script.with_name("compute_embeddings.py")]
     words += ["--prompt", PROMPT, "--local_data_dir", out / "photos", "--output_path", embeddings]
     yield {"name": "compute_embeddings", **run_process(words)[0]}
-    words = [here / "timed_peer.py", "to_the_end", WARM, arguments.peer_steps, report]
-    words += [folder / "train_dreambooth_lora_sd3_miniature.py", *training, "--gradient_checkpointing"]
+    words = [here / "timed_peer.py", "to_the_end", WARM, arguments.peer_steps, report, script, *training]
+    words += ["--gradient_checkpointing"]
     words += ["--data_df_path", embeddings, "--output_dir", out / "reference"]
     words += ["--max_train_steps", arguments.peer_steps, "--report_to", "tensorboard"]
     row: Row = {"name": "training", **run_process(words)[0]}

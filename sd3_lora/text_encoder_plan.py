@@ -170,8 +170,9 @@ def _within(plan: TextEncoderPlan, files: ModelFiles, budget: DeviceBudget, prom
             lambda plan: replace(plan, whole_clips=prompts > CLIP_BATCH_SIZE),
             lambda plan: _in_large_batches(plan, prompts),
         ):
-            if peak(faster(plan)) <= budget.total_bytes:
-                plan = faster(plan)
+            candidate = faster(plan)
+            if candidate != plan and peak(candidate) <= budget.total_bytes:  # a peak is simulated
+                plan = candidate
     return plan
 
 

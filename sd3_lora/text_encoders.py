@@ -67,7 +67,7 @@ def encode_prompts(
         tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
         token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
-        (t5_hidden,) = rounded(zip(encode_t5(files, token_ids, plan)), prompts, "T5")
+        (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
 
     clips = torch.cat(clip_hidden, dim=-1)  # (N, 77, D1 + D2)
     clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (N, 77, D)

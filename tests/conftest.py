@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,22 @@ def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def miniature_files() -> Any:
+    """The bundled miniature, as `ModelFiles`."""
+    from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+
+    return ModelFiles(ModelConfig(str(MINIATURE)))
+
+
+@pytest.fixture
+def without_allowances(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans leave out the fixed allowances, which are larger than the miniature."""
+    from miniature_plans import plan_without_allowances
+
+    plan_without_allowances(monkeypatch)
 
 
 def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:

@@ -78,15 +78,19 @@ def test_parts_made_otherwise_are_discarded(parts: EmbeddingParts, tmp_path: Pat
     assert list(parts.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"cut", None])
+@pytest.mark.parametrize("length", [0, 7, 50, -1])
 def test_a_part_that_is_not_whole_is_discarded_and_no_other_is_overwritten(
-    parts: EmbeddingParts, tmp_path: Path, content: bytes | None
+    parts: EmbeddingParts, tmp_path: Path, length: int
 ) -> None:
     first = min(parts.folder.iterdir())
-    first.write_bytes(first.read_bytes()[:-1] if content is None else content)
+    first.write_bytes(first.read_bytes()[:length])
     again = EmbeddingParts(tmp_path / "out.parquet", PROVENANCE)
     assert again.prompts() == set(CHUNKS[1])
-    assert list(compute_embeddings.in_chunks(CHUNKS[0], again.numbers(), 1)) == [2]  # not 1, which is there
+    (number,) = compute_embeddings.in_chunks(CHUNKS[0], again.numbers(), 1)
+    assert number == 2  # not 1, which is there
+    again.add(number, CHUNKS[0], *values_of(CHUNKS[0]))
+    assert again.prompts() == {*CHUNKS[0], *CHUNKS[1]}
+    assert [row.prompt for row in read(again, *again.numbers())] == [*CHUNKS[1], *CHUNKS[0]]
 
 
 def test_an_interrupted_write_leaves_no_part(parts: EmbeddingParts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from sd3_lora.memory_plan import (
     plan_training,
     visiting_blocks,
 )
-from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.model_files import ModelFiles
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.step_time import PieceCost, StepCost, StepSize, block_sizes, computed_flops, copied_flops, model_costs
@@ -32,20 +32,10 @@ from sd3_lora.step_time import PieceCost, StepCost, StepSize, block_sizes, compu
 import pytest
 import torch
 from conftest import PROJECT
-from miniature_plans import budget_of, list_plans, plan_without_allowances
+from miniature_plans import budget_of, list_plans
 from small_transformer import CPU, GPU, needs_gpu
 
 SHAPE = StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False)
-
-
-@pytest.fixture(scope="module")
-def files() -> ModelFiles:
-    return ModelFiles(ModelConfig(str(MINIATURE)))
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_without_allowances(monkeypatch)
 
 
 # The plan
@@ -58,23 +48,23 @@ def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple
 
 
 @pytest.mark.parametrize("asked", ["16bit", "nf4", "auto"])
-@pytest.mark.usefixtures("small")
-def test_more_budget_is_never_a_slower_plan(files: ModelFiles, asked: memory_plan.AskedPrecision) -> None:
-    plans = list_plans(files, SHAPE, budget_of(1 << 40), asked, False, True)
+@pytest.mark.usefixtures("without_allowances")
+def test_more_budget_is_never_a_slower_plan(miniature_files: ModelFiles, asked: memory_plan.AskedPrecision) -> None:
+    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), asked, False, True)
     peaks = sorted(plan.peak_bytes for plan in plans)
     places = []
     for size in range(peaks[0], peaks[-1] + 1, (peaks[-1] - peaks[0]) // 40):
-        chosen = plan_training(files, SHAPE, budget_of(size), asked)
+        chosen = plan_training(miniature_files, SHAPE, budget_of(size), asked)
         assert chosen.peak_bytes <= size
         places.append(plans.index(chosen))
     assert places == sorted(places, reverse=True)
     assert len(set(places)) > 5
 
 
-@pytest.mark.usefixtures("small")
-def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> None:
+@pytest.mark.usefixtures("without_allowances")
+def test_exact_measures_come_in_the_order_of_their_speed(miniature_files: ModelFiles) -> None:
     """On the device, with more and more blocks anew; then fewer blocks there and more anew; then the last resorts."""
-    plans = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
+    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True)
     assert all(plan.base_precision is None for plan in plans)
     resident = [plan for plan in plans if not plan.streamed]
     assert plans[: len(resident)] == resident
@@ -85,7 +75,7 @@ def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> N
 
     mixed, last = plans[len(resident) : -5], plans[-5:]
     assert [plan.buffers for plan in mixed] == [6] * len(mixed)
-    config = files.read_config("transformer")
+    config = miniature_files.read_config("transformer")
     costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
     times = [time_of(plan, costs, size) for plan in mixed]
     assert times == sorted(times)
@@ -98,19 +88,21 @@ def test_exact_measures_come_in_the_order_of_their_speed(files: ModelFiles) -> N
     assert [plan.buffers for plan in last] == [6, 4, 3, 2, 2]
     assert [plan.offload_inputs for plan in last] == [True] * 5
     assert [plan.has_room_for_graph for plan in plans] == [True] * (len(plans) - 1) + [False]
-    everywhere = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", True, True)
+    everywhere = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", True, True)
     assert {plan.checkpointed for plan in everywhere} == {6}
-    assert not any(plan.streamed for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, can_stream=False))
+    assert not any(
+        plan.streamed for plan in list_plans(miniature_files, SHAPE, budget_of(1), "16bit", False, can_stream=False)
+    )
 
 
-@pytest.mark.usefixtures("small")
-def test_no_plan_is_left_out_that_a_budget_has_use_for(files: ModelFiles) -> None:
+@pytest.mark.usefixtures("without_allowances")
+def test_no_plan_is_left_out_that_a_budget_has_use_for(miniature_files: ModelFiles) -> None:
     """Of all pairs of blocks that stay and blocks computed anew, for any budget the fastest that fits is listed."""
-    plans = [p for p in list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True) if p.streamed]
-    config = files.read_config("transformer")
+    plans = [p for p in list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True) if p.streamed]
+    config = miniature_files.read_config("transformer")
     costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
     step = simulate_step(config, SHAPE, None)
-    places = memory_plan._Places(files, torch.float16, None, (8, 8))
+    places = memory_plan._Places(miniature_files, torch.float16, None, (8, 8))
     pairs = []
     for staying, k in itertools.product(range(6), range(6)):
         plan = memory_plan._predict(step, SHAPE, budget_of(1 << 40), None, places.streamed(staying, 6), k)
@@ -146,9 +138,9 @@ def test_opening_a_budget_leaves_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("offload", "mib"), [(False, 8), (True, 8 + 48)])
-def test_a_graph_takes_memory_of_its_own(files: ModelFiles, offload: bool, mib: int) -> None:
-    places = memory_plan._Places(files, torch.float16, None, (8, 8))
-    step = simulate_step(files.read_config("transformer"), SHAPE, None)
+def test_a_graph_takes_memory_of_its_own(miniature_files: ModelFiles, offload: bool, mib: int) -> None:
+    places = memory_plan._Places(miniature_files, torch.float16, None, (8, 8))
+    step = simulate_step(miniature_files.read_config("transformer"), SHAPE, None)
     with_it, without = (
         memory_plan._predict(step, SHAPE, budget_of(1 << 40), None, places.streamed(0, 2), 5, offload, room).peak_bytes
         for room in (True, False)
@@ -156,21 +148,23 @@ def test_a_graph_takes_memory_of_its_own(files: ModelFiles, offload: bool, mib: 
     assert with_it - without == mib * 1024**2
 
 
-@pytest.mark.usefixtures("small")
-def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("without_allowances")
+def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(
+    miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a copy costs, counted in FLOPs, is the GPU's own; of the same memory they make different use."""
     staying, anew = [], []
-    exact = list_plans(files, SHAPE, budget_of(1 << 40), "16bit", False, True)
+    exact = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True)
     budgets = [plan.peak_bytes for plan in exact if plan.streamed and not plan.offload_inputs]
     for rate in (1, 10, 20, 40, 1000):
         measure = MagicMock(return_value=rate)
         monkeypatch.setattr(memory_plan, "measure_flops_a_byte", measure)
-        plans = [plan_training(files, SHAPE, budget_of(size)) for size in budgets]
+        plans = [plan_training(miniature_files, SHAPE, budget_of(size)) for size in budgets]
         staying.append(sum(plan.blocks - len(plan.visiting) for plan in plans))
         anew.append(sum(plan.checkpointed for plan in plans))
         measure.assert_called_with(CPU, torch.float16)
         measure.reset_mock()
-        plan_training(files, SHAPE, budget_of(max(plan.peak_bytes for plan in exact)))
+        plan_training(miniature_files, SHAPE, budget_of(max(plan.peak_bytes for plan in exact)))
         measure.assert_not_called()  # all is on the device
     assert staying == sorted(staying)
     assert anew == sorted(anew)
@@ -188,66 +182,71 @@ def test_the_blocks_that_stay_are_spread(count: int) -> None:
         assert max(map(len, runs)) - min(map(len, runs[:-1] or runs)) <= 1
 
 
-@pytest.mark.usefixtures("small")
-def test_auto_takes_4_bits_rather_than_stream(files: ModelFiles) -> None:
-    plans = list_plans(files, SHAPE, budget_of(1 << 40), "auto", False, True)
+@pytest.mark.usefixtures("without_allowances")
+def test_auto_takes_4_bits_rather_than_stream(miniature_files: ModelFiles) -> None:
+    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "auto", False, True)
     kinds = list(dict.fromkeys((plan.streamed, plan.base_precision) for plan in plans))
     assert kinds == [(False, None), (False, "nf4"), (True, None), (True, "nf4")]
 
 
-def test_where_nothing_fits_the_sentence_names_what_would(files: ModelFiles) -> None:
+def test_where_nothing_fits_the_sentence_names_what_would(miniature_files: ModelFiles) -> None:
     with pytest.raises(UserError) as error:
-        plan_training(files, SHAPE, budget_of(GIB // 2))
+        plan_training(miniature_files, SHAPE, budget_of(GIB // 2))
     asked = re.search(r"--vram_budget_gib ([\d.]+)", str(error.value))
     assert asked, error.value
-    assert plan_training(files, SHAPE, budget_of(int(float(asked[1]) * GIB)))
+    assert plan_training(miniature_files, SHAPE, budget_of(int(float(asked[1]) * GIB)))
     with pytest.raises(
         UserError, match=r"denoise a picture, which takes at least [\d.]+ GiB here: type --vram_budget_gib"
     ):
-        plan_denoising(files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(GIB // 2))
+        plan_denoising(miniature_files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(GIB // 2))
 
 
-@pytest.mark.usefixtures("small")
-def test_4_bits_are_offered_where_they_would_do(files: ModelFiles) -> None:
-    exact = min(plan.peak_bytes for plan in list_plans(files, SHAPE, budget_of(1), "16bit", False, True))
-    packed = min(plan.peak_bytes for plan in list_plans(files, SHAPE, budget_of(1), "nf4", False, True))
+@pytest.mark.usefixtures("without_allowances")
+def test_4_bits_are_offered_where_they_would_do(miniature_files: ModelFiles) -> None:
+    exact = min(plan.peak_bytes for plan in list_plans(miniature_files, SHAPE, budget_of(1), "16bit", False, True))
+    packed = min(plan.peak_bytes for plan in list_plans(miniature_files, SHAPE, budget_of(1), "nf4", False, True))
     assert packed < exact
     with pytest.raises(UserError, match="add --base_precision nf4"):
-        plan_training(files, SHAPE, budget_of(packed))
+        plan_training(miniature_files, SHAPE, budget_of(packed))
 
 
-@pytest.mark.usefixtures("small")
-def test_drawing_streams_where_the_base_does_not_fit(files: ModelFiles) -> None:
+@pytest.mark.usefixtures("without_allowances")
+def test_drawing_streams_where_the_base_does_not_fit(miniature_files: ModelFiles) -> None:
     shape = DenoisingShape(2, (16, 16), 154, torch.float32, 0)
-    resident = plan_denoising(files, shape, budget_of(1 << 40))
+    resident = plan_denoising(miniature_files, shape, budget_of(1 << 40))
     assert not resident.streamed
-    streamed = plan_denoising(files, shape, budget_of(resident.peak_bytes - 1))
+    streamed = plan_denoising(miniature_files, shape, budget_of(resident.peak_bytes - 1))
     assert streamed.streamed
     assert streamed.peak_bytes < resident.peak_bytes
     assert 0 < len(streamed.visiting) < 6
-    costs = model_costs(files.read_config("transformer"), torch.float32, None)
+    costs = model_costs(miniature_files.read_config("transformer"), torch.float32, None)
     plan, found = streamed, []
     while plan.buffers > 2:
         found.append((len(plan.visiting), plan.buffers))
         pieces = [piece.size for piece in costs if piece.block in plan.visiting]
         saved = resident.parts["weights"] - plan.parts["weights"]
         assert saved == sum(pieces) - plan.buffers * max(pieces)
-        plan = plan_denoising(files, shape, budget_of(plan.peak_bytes - 1))
+        plan = plan_denoising(miniature_files, shape, budget_of(plan.peak_bytes - 1))
     assert found == [*((count, 6) for count in range(found[0][0], 7)), (6, 4), (6, 3)]
-    assert plan_denoising(files, shape, None).parts == {}
-    assert plan_denoising(files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
+    assert plan_denoising(miniature_files, shape, None).parts == {}
+    assert plan_denoising(miniature_files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
 
 
-@pytest.mark.usefixtures("small")
-def test_a_host_that_is_too_small_streams_from_the_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = model_costs(files.read_config("transformer"), torch.float16, None)
+@pytest.mark.usefixtures("without_allowances")
+def test_a_host_that_is_too_small_streams_from_the_files(
+    miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = model_costs(miniature_files.read_config("transformer"), torch.float16, None)
     pieces = [piece.size for piece in costs]
     enough = pinned_bytes(pieces) + memory_plan.HOST_ROOM_BYTES
 
     def plans(available: int, asked: memory_plan.AskedPrecision = "auto") -> list[BasePlan]:
         monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: available)
-        listed = list_plans(files, SHAPE, budget_of(1 << 40), asked, False, True)
-        return [*listed, plan_denoising(files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(1 << 40))]
+        listed = list_plans(miniature_files, SHAPE, budget_of(1 << 40), asked, False, True)
+        return [
+            *listed,
+            plan_denoising(miniature_files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(1 << 40)),
+        ]
 
     def own_bytes(plan: BasePlan) -> int:
         return pinned_bytes([piece.size for piece in costs if piece.block in plan.visiting])

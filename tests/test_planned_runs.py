@@ -13,7 +13,7 @@ from sd3_lora.lora import LORA_FILE
 from sd3_lora.mapped_pieces import MappedPieces
 from sd3_lora.memory import GIB
 from sd3_lora.memory_plan import TrainingPlan, plan_denoising
-from sd3_lora.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.model_files import MINIATURE, ModelFiles
 from sd3_lora.modulations_ahead import Modulating, ModulationsAhead
 from sd3_lora.pinned_memory import pinned_bytes
 from sd3_lora.step_memory import DenoisingShape, StepShape
@@ -23,19 +23,9 @@ from sd3_lora.streaming import PinnedPieces, StreamedBlocks, stream_transformer
 import pytest
 import torch
 from conftest import TRAINING_SCRIPT, save_pictures
-from miniature_plans import budget_of, list_plans, plan_without_allowances
+from miniature_plans import budget_of, list_plans
 from PIL import Image
 from training_runs import Flags, Script, same_lora, train
-
-
-@pytest.fixture(scope="module")
-def files() -> ModelFiles:
-    return ModelFiles(ModelConfig(str(MINIATURE)))
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_without_allowances(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +46,18 @@ def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Flags:
     return Flags([*words, "--learning_rate", 0.01, "--lora_dropout", 0.2])
 
 
-def script_plans(files: ModelFiles, asked: memory_plan.AskedPrecision = "16bit") -> list[TrainingPlan]:
+def script_plans(miniature_files: ModelFiles, asked: memory_plan.AskedPrecision = "16bit") -> list[TrainingPlan]:
     shape = StepShape(1, 8, 97, None, None, 4, 0.2, torch.float32, False)
-    return list_plans(files, shape, budget_of(1 << 40), asked, False, True)
+    return list_plans(miniature_files, shape, budget_of(1 << 40), asked, False, True)
 
 
 def gib(size: int) -> str:
     return repr((size + 1) / GIB)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("without_allowances")
 def test_every_plan_trains_to_the_same_bits(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_dreambooth_sd3_lora_miniature as training
 
@@ -85,7 +75,7 @@ def test_every_plan_trains_to_the_same_bits(
     monkeypatch.setattr(training, "checkpoint_blocks", checkpoint)
     plain = train(script, stage_one, tmp_path / "plain")
     assert "plan:" not in plain.out
-    plans = script_plans(files)
+    plans = script_plans(miniature_files)
     kept = [index for index, plan in enumerate(plans) if plan.buffers == 6 and not plan.offload_inputs]
     some = {len(plans[index].visiting): index for index in kept}
     chosen = [0, 3, 6, *some.values(), *range(len(plans) - 5, len(plans))]
@@ -106,11 +96,11 @@ def test_every_plan_trains_to_the_same_bits(
     assert sum(words[0] == "streamed" for words in done) == len(chosen) - 3
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("without_allowances")
 def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path
+    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path
 ) -> None:
-    streamed, packed = script_plans(files)[-1], script_plans(files, "nf4")[-1]
+    streamed, packed = script_plans(miniature_files)[-1], script_plans(miniature_files, "nf4")[-1]
     whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
     halves = [stage_one, tmp_path / "halves"]
     train(script, *halves, "--max_train_steps", 2, "--vram_budget_gib", gib(streamed.peak_bytes))
@@ -128,9 +118,9 @@ def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
     assert run.losses == plain.losses
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("without_allowances")
 def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_dreambooth_sd3_lora_miniature as training
 
@@ -139,14 +129,14 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
         training, "stream_transformer", lambda *words: sources.append(words[2:]) or stream_transformer(*words)
     )
     whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
-    budget = ["--vram_budget_gib", gib(script_plans(files)[-1].peak_bytes)]
+    budget = ["--vram_budget_gib", gib(script_plans(miniature_files)[-1].peak_bytes)]
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
         half = train(script, stage_one, tmp_path / "halves", "--max_train_steps", 2, *budget)
     assert "plan: base unchanged, streamed from the weight files piece by piece (" in half.out
     noted = json.loads((half.folder / "run.json").read_text())["plan"]
     assert noted["from_files"]
-    costs = model_costs(files.read_config("transformer"), torch.float32, None)
+    costs = model_costs(miniature_files.read_config("transformer"), torch.float32, None)
     assert noted["host_bytes"] == pinned_bytes(3 * [max(piece.size for piece in costs)])
     assert half.losses == whole.losses[:2]
     run = train(
@@ -194,10 +184,10 @@ def test_without_a_gpu_a_plan_is_one_for_a_gpu(script: Script, monkeypatch: pyte
     assert "T5 in fp32: CUDA 0.75" in said("compute_embeddings", *words, "--device", "cpu")
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("without_allowances")
 def test_in_training_past_checkpoints_and_when_resumed(
     script: Script,
-    files: Any,
+    miniature_files: ModelFiles,
     stage_one: Flags,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -206,7 +196,7 @@ def test_in_training_past_checkpoints_and_when_resumed(
     turns: list[tuple[Modulating, Modulating | None]] = []
     turn = ModulationsAhead.turn
     monkeypatch.setattr(ModulationsAhead, "turn", lambda self, *words: turns.append(words) or turn(self, *words))
-    budget = ["--vram_budget_gib", gib(script_plans(files)[-1].peak_bytes)]
+    budget = ["--vram_budget_gib", gib(script_plans(miniature_files)[-1].peak_bytes)]
     words = ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 2]
     plain = train(script, stage_one, tmp_path / "plain", *words, "--max_train_steps", 5)
     assert not turns
@@ -221,9 +211,9 @@ def test_in_training_past_checkpoints_and_when_resumed(
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("without_allowances")
 def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
-    script: Script, files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import inference
 
@@ -246,7 +236,7 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
 
     resident = draw("resident")
     shape = DenoisingShape(2, (8, 8), 97, torch.float32, lora.folder.joinpath(LORA_FILE).stat().st_size)
-    whole = plan_denoising(files, shape, budget_of(1 << 40)).peak_bytes
+    whole = plan_denoising(miniature_files, shape, budget_of(1 << 40)).peak_bytes
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
     assert [(type(source), buffers) for _, _, source, buffers, _ in streams] == [(PinnedPieces, 6)]

@@ -151,10 +151,10 @@ def test_the_reference_s_job_is_run_to_its_end_and_timed_from_outside(
     rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "measure", measured_here)
-    folder = tmp_path / "clone" / stages.REFERENCE
-    folder.mkdir(parents=True)
-    (folder / "compute_embeddings.py").write_text(EMBEDS)
-    (folder / "train_dreambooth_lora_sd3_miniature.py").write_text(TRAINS)
+    script = tmp_path / "clone" / stages.REFERENCE
+    script.parent.mkdir(parents=True)
+    script.with_name("compute_embeddings.py").write_text(EMBEDS)
+    script.write_text(TRAINS)
     *_, ours, embedding, training, whole = rows("job", "--steps", 2, "--peer", tmp_path / "clone", "--peer_steps", 10)
     assert [row["name"] for row in (embedding, training, whole)] == [
         f"the reference: {name}" for name in ("compute_embeddings", "training", "photos to LoRA")

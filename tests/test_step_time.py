@@ -67,14 +67,14 @@ def test_in_each_pass_the_longer_of_both_counts() -> None:
     assert StepCost(Passes(10, 30), Passes(8, 16)).time == (10 + 30, 64)
 
 
-@pytest.mark.parametrize(("resolution", "count"), [(1024, 4), (512, 4)])
-def test_what_was_measured_is_in_that_order(resolution: int, count: int) -> None:
+@pytest.mark.parametrize("resolution", [1024, 512])
+def test_what_was_measured_is_in_that_order(resolution: int) -> None:
     """Of the committed times on an H200, relative to the resident step's."""
     result = json.loads((PROJECT / "benchmarks" / "results" / "streaming-h200.json").read_text())
     rows = [row for row in result["rows"] if row["resolution"] == resolution]
     (resident,) = [row for row in rows if not row["streamed"]]
     streamed = [row for row in rows if row["streamed"] and row["streamed"][0] == 6]
-    assert len(streamed) == count
+    assert len(streamed) == 4
     with torch.device("meta"):
         transformer = random_sd3.make_transformer("sd3-medium")
     costs = model_costs(dict(transformer.config), torch.float16, None)
