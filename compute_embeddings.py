@@ -17,9 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from sd3_lora.budget import FEW_KERNELS_BYTES, BudgetConfig, compared, open_budget, sentence
-from sd3_lora.captions import instance_images
-from sd3_lora.command_line import (
+from sd3_lora.common.command_line import (
     UserError,
     command,
     exit_code,
@@ -28,16 +26,18 @@ from sd3_lora.command_line import (
     require_writable_folder,
     save_run,
 )
-from sd3_lora.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
-from sd3_lora.devices import DeviceConfig, planned_device
-from sd3_lora.embedding_parts import EmbeddingParts
-from sd3_lora.embedding_store import EmbeddingStore, with_uses, write_embeddings
-from sd3_lora.memory import StageReport
-from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
-from sd3_lora.processes import Processes, in_processes
-from sd3_lora.records import InstanceImage, PromptEmbedding, Provenance
-from sd3_lora.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan, choose_text_encoder_plan, describe_t5
-from sd3_lora.text_encoders import encode_prompts, report_identifier
+from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
+from sd3_lora.common.devices import DeviceConfig, planned_device
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.common.stage_report import StageReport
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, BudgetConfig, compared, open_budget, sentence
+from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.embedding_parts import EmbeddingParts
+from sd3_lora.stage_one.embedding_store import EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan, choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoders import encode_prompts, report_identifier
 
 from tqdm import tqdm
 

@@ -15,25 +15,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3_lora.base_weights import load_transformer
-from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
-from sd3_lora.command_line import UserError, exit_code, parse_flags, read_text_lines, require_writable_folder, save_run
-from sd3_lora.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype, planned_device
-from sd3_lora.embedding_store import EmbeddingStore
-from sd3_lora.latent_cache import denormalize_latents
-from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
-from sd3_lora.mapped_pieces import MappedPieces
-from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.memory_plan import CLIP_TOKENS, BasePlan, plan_denoising
-from sd3_lora.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
-from sd3_lora.pictures import PicturePlan, plan_pictures
-from sd3_lora.step_memory import DenoisingShape
-from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
-from sd3_lora.text_encoder_plan import choose_text_encoder_plan, describe_t5
-from sd3_lora.text_encoders import encode_prompts
-from sd3_lora.vae_norms import arrange_vae
-from sd3_lora.vae_tiles import choose_tile
+from sd3_lora.common.command_line import (
+    UserError,
+    exit_code,
+    parse_flags,
+    read_text_lines,
+    require_writable_folder,
+    save_run,
+)
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
+from sd3_lora.common.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
+from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
+from sd3_lora.plan.memory_plan import CLIP_TOKENS, BasePlan, plan_denoising
+from sd3_lora.plan.step_memory import DenoisingShape
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.latent_cache import denormalize_latents
+from sd3_lora.stage_one.text_encoder_plan import choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoders import encode_prompts
+from sd3_lora.stage_one.vae_norms import arrange_vae
+from sd3_lora.stage_one.vae_tiles import choose_tile
+from sd3_lora.transformer.base_weights import load_transformer
+from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
+from sd3_lora.transformer.mapped_pieces import MappedPieces
+from sd3_lora.transformer.streaming import PinnedPieces, pieces_of, stream_transformer
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler

@@ -19,21 +19,21 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from sd3_lora.budget import BudgetConfig, compared, open_budget, sentence
-from sd3_lora.captions import instance_images
-from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
-from sd3_lora.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.devices import DTYPES, DeviceConfig, one_thread
-from sd3_lora.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
-from sd3_lora.latent_cache import LatentCache, StaleLatents, recorded_precision
-from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.picture_hashes import NOTES_NAME
-from sd3_lora.processes import Processes, in_processes
-from sd3_lora.recorded import Recorded
-from sd3_lora.records import InstanceImage, LatentPosterior
-from sd3_lora.vae_norms import arrange_vae
-from sd3_lora.vae_tiles import VaeTile, choose_tile
+from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
+from sd3_lora.common.devices import DTYPES, DeviceConfig, one_thread
+from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.records import InstanceImage, LatentPosterior
+from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.gpu.budget import BudgetConfig, compared, open_budget, sentence
+from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
+from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.picture_hashes import NOTES_NAME
+from sd3_lora.stage_one.vae_norms import arrange_vae
+from sd3_lora.stage_one.vae_tiles import VaeTile, choose_tile
 
 import torch
 from diffusers import AutoencoderKL

@@ -19,34 +19,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.base_weights import load_transformer
-from sd3_lora.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
-from sd3_lora.checkpointing import checkpoint_blocks
-from sd3_lora.checkpoints import checkpoint_folders, find_checkpoint, read_state
-from sd3_lora.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
-from sd3_lora.dataset import TrainingData
-from sd3_lora.defaults import say_miniature
-from sd3_lora.devices import DeviceConfig, choose_device, choose_training_dtype, planned_device
-from sd3_lora.draws import DataOrder, GlobalDraws
-from sd3_lora.embedding_store import EmbeddingStore
-from sd3_lora.flow import FlowConfig, flow_matching_loss, interpolate
-from sd3_lora.lora import LORA_FILE, attach_lora, target_modules
-from sd3_lora.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.mapped_pieces import MappedPieces
-from sd3_lora.memory import StageReport, memory_stage
-from sd3_lora.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
-from sd3_lora.micro_batches import MicroBatches, StepInputs
-from sd3_lora.model_card import write_model_card
-from sd3_lora.model_files import ModelConfig, ModelFiles
-from sd3_lora.modulations_ahead import ModulationsAhead
-from sd3_lora.optimizer import flatten_parameters, make_optimizer, optimizer_step
-from sd3_lora.recorded import Recorded
-from sd3_lora.stage_one import StageOne
-from sd3_lora.step_execution import StepExecution, choose_execution, compile_blocks
-from sd3_lora.step_memory import StepShape
-from sd3_lora.streaming import PinnedPieces, pieces_of, stream_transformer
-from sd3_lora.trackers import start_trackers
-from sd3_lora.training_config import (
+from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.defaults import say_miniature
+from sd3_lora.common.devices import DeviceConfig, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
+from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.plan.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
+from sd3_lora.plan.step_execution import StepExecution, choose_execution, compile_blocks
+from sd3_lora.plan.step_memory import StepShape
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state
+from sd3_lora.training.config import (
     REFUSED_FLAGS,
     DataConfig,
     LoraFlags,
@@ -54,7 +40,21 @@ from sd3_lora.training_config import (
     RunConfig,
     TrainingFlags,
 )
-from sd3_lora.training_state import Outputs, Training
+from sd3_lora.training.dataset import TrainingData
+from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
+from sd3_lora.training.micro_batches import MicroBatches, StepInputs
+from sd3_lora.training.model_card import write_model_card
+from sd3_lora.training.optimizer import flatten_parameters, make_optimizer, optimizer_step
+from sd3_lora.training.state import Outputs, Training
+from sd3_lora.training.trackers import start_trackers
+from sd3_lora.transformer.base_weights import load_transformer
+from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
+from sd3_lora.transformer.mapped_pieces import MappedPieces
+from sd3_lora.transformer.modulations_ahead import ModulationsAhead
+from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.streaming import PinnedPieces, pieces_of, stream_transformer
 
 import torch
 from accelerate import Accelerator

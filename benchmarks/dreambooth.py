@@ -36,10 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.command_line import UserError, exit_code, write_text_atomically
-from sd3_lora.devices import choose_device
-from sd3_lora.lora import LORA_FILE, check_lora_fits, find_lora
-from sd3_lora.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.command_line import UserError, exit_code, write_text_atomically
+from sd3_lora.common.devices import choose_device
+from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora
 
 import torch
 from contact_sheet import draw_sheet, load_row

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.command_line import UserError
+from sd3_lora.common.command_line import UserError
 
 import torch
 from diffusers.image_processor import VaeImageProcessor

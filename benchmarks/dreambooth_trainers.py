@@ -17,8 +17,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.command_line import UserError
-from sd3_lora.lora import LORA_FILE
+from sd3_lora.common.command_line import UserError
+from sd3_lora.transformer.lora import LORA_FILE
 
 from dreambooth_subjects import Subject
 from evaluate import SEQUENCE_LENGTH, VERSIONS

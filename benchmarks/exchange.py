@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.devices import choose_device
+from sd3_lora.common.devices import choose_device
 
 import torch
 from accelerate import Accelerator

@@ -21,10 +21,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.budget import driver_bytes
-from sd3_lora.devices import choose_device
-from sd3_lora.memory import GIB, PeakSampler
-from sd3_lora.model_files import PROJECT_FOLDER
+from sd3_lora.common.devices import choose_device
+from sd3_lora.common.memory import GIB
+from sd3_lora.common.model_files import PROJECT_FOLDER
+from sd3_lora.common.stage_report import PeakSampler
+from sd3_lora.gpu.budget import driver_bytes
 
 import torch
 from evaluate import VERSIONS, circumstances

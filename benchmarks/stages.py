@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from precompute_latents import MOST_THREADS, LatentConfig, decode
-from sd3_lora.devices import choose_device, cpu_cores
-from sd3_lora.embedding_store import EmbeddingStore
-from sd3_lora.images import hash_file
-from sd3_lora.memory import GIB, free_memory
-from sd3_lora.records import InstanceImage
+from sd3_lora.common.devices import choose_device, cpu_cores
+from sd3_lora.common.memory import GIB, free_memory
+from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.images import hash_file
 
 import numpy as np
 import torch

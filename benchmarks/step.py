@@ -31,9 +31,9 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.devices import choose_device
-from sd3_lora.memory import free_memory
-from sd3_lora.step_time import device_seconds
+from sd3_lora.common.devices import choose_device
+from sd3_lora.common.memory import free_memory
+from sd3_lora.plan.step_time import device_seconds
 
 import pandas as pd
 import random_sd3

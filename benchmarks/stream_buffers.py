@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.memory_plan import STREAM_BUFFERS, visiting_blocks
-from sd3_lora.step_time import PieceCost, StepSize, model_costs
-from sd3_lora.streaming import Piece, StreamedBlocks
+from sd3_lora.plan.memory_plan import STREAM_BUFFERS, visiting_blocks
+from sd3_lora.plan.step_time import PieceCost, StepSize, model_costs
+from sd3_lora.transformer.streaming import Piece, StreamedBlocks
 
 import random_sd3
 import torch

@@ -13,11 +13,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from precompute_latents import LatentConfig, decode
-from sd3_lora.images import to_pixels
-from sd3_lora.memory import GIB, free_memory
-from sd3_lora.records import InstanceImage
-from sd3_lora.vae_norms import spread_group_norms
-from sd3_lora.vae_tiles import VaeTile
+from sd3_lora.common.memory import GIB, free_memory
+from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.images import to_pixels
+from sd3_lora.stage_one.vae_norms import spread_group_norms
+from sd3_lora.stage_one.vae_tiles import VaeTile
 
 import torch
 from diffusers import AutoencoderKL

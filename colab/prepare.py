@@ -125,8 +125,8 @@ def prepare_packages() -> int:
 
 def check_access(model: str) -> int:
     """Says at once whether a model can be read: fetches its index, a file of some hundred bytes."""
-    from sd3_lora.command_line import exit_code
-    from sd3_lora.model_files import ModelConfig, ModelFiles
+    from sd3_lora.common.command_line import exit_code
+    from sd3_lora.common.model_files import ModelConfig, ModelFiles
 
     def check(_: Sequence[str] | None) -> None:
         files = ModelFiles(ModelConfig(model))
@@ -137,8 +137,8 @@ def check_access(model: str) -> int:
 
 def example_photos(folder: Path) -> int:
     """Downloads five photos of a dog, unless the folder has pictures already."""
-    from sd3_lora.command_line import UserError, exit_code
-    from sd3_lora.images import list_images
+    from sd3_lora.common.command_line import UserError, exit_code
+    from sd3_lora.stage_one.images import list_images
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

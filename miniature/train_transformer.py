@@ -5,7 +5,7 @@
     python miniature/train_vae.py --renders FOLDER_OF_WEBP --output_dir WORK
     python miniature/train_transformer.py --renders FOLDER_OF_WEBP --work WORK --minutes 12
 
-The loss is that of `sd3_lora.flow` without weights. For most of the time captions are padded to 36 + 46 tokens, and
+The loss is that of `sd3_lora.training.flow` without weights. For most of the time captions are padded to 36 + 46 tokens, and
 only at the end to the 77 + 77 that SD3's pipeline always gives, which costs half as much again. Give `--stop_after` to
 train in pieces: run the same command again to go on.
 
@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.flow import FlowConfig, flow_matching_loss, interpolate
-from sd3_lora.latent_cache import normalize_latents, sample_posterior
+from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
+from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
 
 import torch
 from architecture import NETWORKS, make_models

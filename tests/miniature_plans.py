@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd3_lora import memory_plan
-from sd3_lora.budget import ASSUMED_CONTEXT_BYTES, DeviceBudget
-from sd3_lora.memory_plan import TrainingPlan, each_plan
-from sd3_lora.step_memory import StepMemory, simulate_step
+from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, DeviceBudget
+from sd3_lora.plan import memory_plan
+from sd3_lora.plan.memory_plan import TrainingPlan, each_plan
+from sd3_lora.plan.step_memory import StepMemory, simulate_step
 
 import pytest
 from small_transformer import CPU

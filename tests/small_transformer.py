@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from sd3_lora.copy_stream import Copy, CopyStream
-from sd3_lora.lora import attach_lora, target_modules
+from sd3_lora.gpu.copy_stream import Copy, CopyStream
+from sd3_lora.transformer.lora import attach_lora, target_modules
 
 import pytest
 import torch

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from sd3_lora.devices import ChosenDtype
-from sd3_lora.lora import LORA_FILE
+from sd3_lora.common.devices import ChosenDtype
+from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
 import torch

@@ -1,0 +1,48 @@
+"""The subject that the scripts take when none is named: the reference's folder `dog`, or the bundled robot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sd3_lora.common.model_files import PROJECT_FOLDER
+
+EXAMPLE_SUBJECT = PROJECT_FOLDER / "examples" / "robot"
+EXAMPLE_PROMPT = "a photo of sks robot"
+EXAMPLE_PROMPTS_FILE = PROJECT_FOLDER / "examples" / "prompts.txt"
+REFERENCE_SUBJECT = Path("dog")
+REFERENCE_PROMPT = "a photo of sks dog"
+
+EMBEDDINGS_PATH = "sample_embeddings.parquet"
+LATENTS_PATH = "latents"
+LORA_FOLDER = "sd3-dreambooth-lora"
+
+
+def default_subject(instance_data_dir: str | None, instance_prompt: str | None) -> tuple[Path, str | None]:
+    """The folder of pictures and the prompt, with what was not given filled in.
+
+    Without a folder it is `dog` where there is one (as in the reference's notebook), else the bundled example; for
+    these two the prompt is known. A folder of the user's own has no default prompt: its pictures have captions, or
+    the prompt must be given.
+    """
+    if instance_data_dir is not None:
+        folder = Path(instance_data_dir)
+    elif REFERENCE_SUBJECT.is_dir():
+        folder = REFERENCE_SUBJECT
+    else:
+        folder = EXAMPLE_SUBJECT
+    prompt = instance_prompt
+    if prompt is None and folder.resolve() == EXAMPLE_SUBJECT:
+        prompt = EXAMPLE_PROMPT
+    if prompt is None and folder == REFERENCE_SUBJECT:
+        prompt = REFERENCE_PROMPT
+    if instance_data_dir is None or instance_prompt is None:
+        print(f"subject: the pictures in {folder}" + (f", {prompt!r}" if prompt else ""))
+    return folder, prompt
+
+
+def say_miniature(script: str) -> None:
+    """The first line of a run without a model flag."""
+    print(
+        f"no --pretrained_model_name_or_path: {script} runs on the bundled miniature, "
+        "a tiny SD3 that needs no GPU and no account"
+    )

@@ -1,0 +1,1 @@
+"""Tools for a GPU's memory and time that know nothing of SD3."""

@@ -1,0 +1,196 @@
+"""How much of a GPU's memory a script may take, and what of it is left for tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.memory import GIB, drop_workspaces
+from sd3_lora.common.stage_report import StageReport
+
+import torch
+
+# Of a process that no GPU can be asked about; an H100's is this large, a T4's about half.
+ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
+# Kernels are loaded as they are first used, and stay beside the context that was measured at the start; the text
+# encoders use few.
+LATER_KERNELS_BYTES = int(0.16 * GIB)
+FEW_KERNELS_BYTES = int(0.02 * GIB)
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much memory may be used; every script has these flags."""
+
+    vram_budget_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB of GPU memory to stay under, CUDA's own included. Default: what is free. Without a GPU the "
+            "same plan is made, and nothing is capped."
+        },
+    )
+    plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
+
+    def __post_init__(self) -> None:
+        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
+            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")
+
+
+@dataclass(frozen=True)
+class DeviceBudget:
+    """What a script may use of one device.
+
+    Attributes:
+        total_bytes: in all.
+        context_bytes: of it, CUDA's own: measured, or assumed where there is no GPU.
+        device: that it is of.
+    """
+
+    total_bytes: int
+    context_bytes: int
+    device: torch.device
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What is left for torch's allocator."""
+        return max(0, self.total_bytes - self.context_bytes)
+
+    def cap(self) -> None:
+        """Has torch's allocator refuse what would go over the budget."""
+        if self.device.type == "cuda":
+            index = _index(self.device)
+            whole = torch.cuda.get_device_properties(index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
+
+    def used_bytes(self, stages: Iterable[StageReport] = ()) -> int:
+        """The most that this process took: CUDA's own and the most that the allocator held; 0 on a CPU.
+
+        Args:
+            stages: those that are over, since each of them has the allocator count its peak anew.
+        """
+        if self.device.type != "cuda":
+            return 0
+        peaks = [int(stage.peak_reserved_gib * GIB) for stage in stages]
+        return self.context_bytes + max(torch.cuda.max_memory_reserved(self.device), *peaks, 0)
+
+
+def open_budget(
+    config: BudgetConfig, device: torch.device, later_bytes: int = LATER_KERNELS_BYTES
+) -> DeviceBudget | None:
+    """The budget that was asked for, or what is free; None on a CPU where none was asked for.
+
+    Args:
+        config: the flags.
+        device: that it is of.
+        later_bytes: of kernels that will be loaded later.
+
+    Raises:
+        UserError: less is free than asked for, or less asked for than CUDA itself takes.
+    """
+    asked = None if config.vram_budget_gib is None else int(config.vram_budget_gib * GIB)
+    if device.type != "cuda":
+        if asked is None and not config.plan:
+            return None
+        budget = DeviceBudget(asked or _largest(), ASSUMED_CONTEXT_BYTES, device)
+    else:
+        context = _context_bytes(device) + later_bytes
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + context
+        if asked is not None and asked > free and not config.plan:
+            raise UserError(
+                f"--vram_budget_gib {config.vram_budget_gib:g}: {free / GIB:.1f} GiB are free on "
+                f"{torch.cuda.get_device_name(device)}: close other programs, or ask for less"
+            )
+        budget = DeviceBudget(asked or free, context, device)
+    if budget.tensor_bytes == 0:
+        raise UserError(
+            f"--vram_budget_gib {config.vram_budget_gib:g}: CUDA itself takes {budget.context_bytes / GIB:.2f} GiB: "
+            "ask for more"
+        )
+    return budget
+
+
+def sentence(parts: Mapping[str, int]) -> str:
+    """Predicted parts and their sum: "weights 3.91 + activations 0.60 = 4.51 GiB"."""
+    shown = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+    return f"{shown} = {sum(parts.values()) / GIB:.2f} GiB"
+
+
+def compared(predicted_bytes: int, measured_bytes: int) -> str:
+    """A prediction beside what came of it; 0 bytes measured means that there is no GPU to measure."""
+    measured = f"measured {measured_bytes / GIB:.2f}" if measured_bytes else "not measured: no GPU"
+    return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
+
+
+def too_small(what: str, needed_bytes: int) -> UserError:
+    """The refusal of a budget that nothing fits, with the smallest that would do.
+
+    Args:
+        what: needs it, in the singular: "encoding a picture".
+        needed_bytes: at the least, CUDA's own included.
+    """
+    gib = enough_gib(needed_bytes)
+    return UserError(f"{what} needs at least {gib} GiB: type --vram_budget_gib {gib}")
+
+
+def enough_gib(needed_bytes: int) -> str:
+    """GiB rounded up, because what is typed must suffice: "1.01"."""
+    return f"{math.ceil((needed_bytes + 1) * 100 / GIB) / 100:.2f}"
+
+
+def _largest() -> int:
+    return 1 << 62  # --plan without a GPU and without a budget: nothing has to be given up
+
+
+_CONTEXTS: dict[int, int] = {}
+
+
+def _context_bytes(device: torch.device) -> int:
+    """What CUDA takes beside the tensors, measured once: the driver's figure less what others and tensors take."""
+    index = _index(device)
+    if index not in _CONTEXTS:
+        before = driver_bytes(index)
+        # A process of several has made it when it chose its GPU: there is nothing left to measure.
+        was_there = torch._C._cuda_hasPrimaryContext(index)  # type: ignore[attr-defined]  # its stub lacks it
+        square = torch.zeros(64, 64, device=device, dtype=torch.float16)
+        square @ square
+        torch.cuda.synchronize(device)
+        after = driver_bytes(index)
+        if before is None or after is None or was_there:
+            measured = ASSUMED_CONTEXT_BYTES
+        else:
+            measured = after - before - torch.cuda.memory_reserved(device)
+        _CONTEXTS[index] = max(measured, 0)
+        del square
+        drop_workspaces(device)
+    return _CONTEXTS[index]
+
+
+def _index(device: torch.device) -> int:
+    """Which GPU: accelerate's device says no more than "cuda", and means the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+def driver_bytes(index: int) -> int | None:
+    """What the driver says is in use on a GPU, by all programs; None where it cannot be asked.
+
+    NVML, because torch's own question would make the context that is to be measured.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    handle, memory = ctypes.c_void_p(), _Memory()
+    identity = f"GPU-{torch.cuda.get_device_properties(index).uuid}".encode()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(identity, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    )
+    return None if failed else memory.used

@@ -1,0 +1,29 @@
+"""Tensors side by side in one buffer, which is copied at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd3_lora.common.memory import round_up
+
+import torch
+
+
+def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """The offset of each tensor in a buffer that holds them all, and at the end the buffer's size, in bytes.
+
+    Where torch's allocator would begin a tensor: kernels are chosen by alignment too, and are to be the same.
+    """
+    offsets = [0]
+    for tensor in tensors:
+        end = offsets[-1] + tensor.numel() * tensor.element_size()
+        offsets.append(round_up(end))
+    return offsets
+
+
+def views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of the same shapes and dtypes, which lie in `buffer`."""
+    return [
+        buffer[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
+        for offset, tensor in zip(layout(tensors), tensors, strict=False)
+    ]

@@ -1,0 +1,1 @@
+"""What is kept where, what that takes, and how a step is carried out."""

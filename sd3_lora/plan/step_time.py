@@ -1,0 +1,235 @@
+"""How much a streamed step computes and copies: to tell which of two plans is the faster one, not how long it takes.
+
+How many FLOPs are worth a byte is measured where there is a GPU: 1,000 on one, 4,000 on another, few in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from sd3_lora.common.memory import drop_workspaces, free_memory, round_up
+from sd3_lora.plan.step_memory import StepShape, make_hollow
+from sd3_lora.transformer.base_weights import BasePrecision, values_in_4_bits
+from sd3_lora.transformer.streaming import pieces_of
+
+import torch
+
+# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s), about: for a plan without a GPU.
+FLOPS_A_BYTE = 2048
+# Of the rate of a large product, what a step reaches on an H100, with its attention and its norms.
+STEP_SHARE = 0.45
+# A solid-state disk reads a tenth of what the link copies.
+FILES_SLOWDOWN = 10
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """How much goes through a step.
+
+    Attributes:
+        pictures: in a micro-batch.
+        tokens: of a picture.
+        text_tokens: of a prompt.
+        width: C, of the transformer.
+    """
+
+    pictures: int
+    tokens: int
+    text_tokens: int
+    width: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], shape: StepShape) -> StepSize:
+        """That of a training step."""
+        tokens = (shape.latent_side // config["patch_size"]) ** 2
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        return cls(shape.batch_size, tokens, shape.text_tokens, width)
+
+
+@dataclass(frozen=True)
+class PieceCost:
+    """What a piece of the base takes to copy and to compute.
+
+    Attributes:
+        block: that it is of.
+        part: of that block, such as attn.
+        size: in bytes, as `layout` has them.
+        share: of the part's weights.
+    """
+
+    block: int
+    part: str
+    size: int
+    share: float
+
+    @property
+    def is_modulation(self) -> bool:
+        """Whether it computes with one row a picture."""
+        return self.part.startswith("norm")
+
+    def flops(self, size: StepSize) -> float:
+        """Of its forward, with its share of attention's scores."""
+        tokens, text_tokens, width = size.tokens, size.text_tokens, size.width
+        both = tokens + text_tokens
+        part = {
+            "attn": 8 * both * width**2 + 4 * both**2 * width,
+            "attn2": 8 * tokens * width**2 + 4 * tokens**2 * width,
+            "ff": 16 * tokens * width**2,
+            "ff_context": 16 * text_tokens * width**2,
+        }
+        return size.pictures * self.share * part.get(self.part, 0.0)
+
+
+def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePrecision | None) -> list[PieceCost]:
+    """Those of all pieces of a model.
+
+    Of 4-bit weights their values alone are copied; the scales stay on the device.
+
+    Args:
+        config: of the transformer.
+        dtype: of a base that is not in 4 bits.
+        precision: nf4, or None.
+    """
+    pieces = pieces_of(make_hollow(dict(config), dtype).transformer_blocks)
+    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in pieces]
+    counts = [[weight.numel() for weight in piece.weights] for piece in pieces]
+    sizes = [
+        sum(round_up(values_in_4_bits(n) if precision == "nf4" else n * dtype.itemsize) for n in piece)
+        for piece in counts
+    ]
+    whole: Counter[tuple[str, ...]] = Counter()
+    for part, size in zip(parts, sizes, strict=True):
+        whole[part] += size
+    return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
+
+
+class Passes(NamedTuple):
+    """FLOPs of the two passes of a step."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step does: copies are counted as what is computed in their time."""
+
+    computed: Passes
+    copied: Passes
+
+    @property
+    def time(self) -> tuple[float, float]:
+        """To compare two steps by: in each pass the longer of both hides the other; then what is less.
+
+        What one leaves of the link's time is of no use to the other.
+        """
+        longer = map(max, self.computed, self.copied)
+        return sum(longer), sum(self.computed) + sum(self.copied)
+
+
+def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int) -> Passes:
+    """What a micro-batch computes: forward, twice that in backward, and of the checkpointed blocks forward anew.
+
+    Args:
+        costs: of all pieces.
+        size: of the step.
+        checkpointed: how many of the first blocks are computed anew.
+    """
+    forward = sum(piece.flops(size) for piece in costs)
+    anew = sum(piece.flops(size) for piece in costs if piece.block < checkpointed)
+    return Passes(forward, 2 * forward + anew)
+
+
+class BlockSize(NamedTuple):
+    """Bytes of a block's pieces."""
+
+    modulations: int
+    others: int
+
+
+def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
+    """Those of all blocks, by their pieces."""
+    sizes = [[0, 0] for _ in range(costs[-1].block + 1)]
+    for piece in costs:
+        sizes[piece.block][0 if piece.is_modulation else 1] += piece.size
+    return [BlockSize(*size) for size in sizes]
+
+
+def copied_flops(
+    sizes: Sequence[BlockSize],
+    visiting: Collection[int],
+    checkpointed: int,
+    from_files: bool,
+    flops_a_byte: float = FLOPS_A_BYTE,
+) -> Passes:
+    """What would be computed while a micro-batch's copies are under way.
+
+    A piece is copied once in each pass: computed anew, a block is still there for its gradients. A modulation is copied
+    once a step: in backward, for the next one, where its block is computed anew; else in forward.
+
+    Args:
+        sizes: of all blocks.
+        visiting: the blocks whose pieces visit the device.
+        checkpointed: how many of the first blocks are computed anew.
+        from_files: whether they come from the weight files.
+        flops_a_byte: of the device.
+    """
+    both = sum(sizes[block].others for block in visiting)
+    forward = sum(sizes[block].modulations for block in visiting if block >= checkpointed)
+    backward = sum(sizes[block].modulations for block in visiting if block < checkpointed)
+    slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
+    return Passes(slower * (both + forward), slower * (both + backward))
+
+
+@cache
+def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> float:
+    """What a step computes on the device while the link to it copies a byte from pinned memory.
+
+    Measured in a tenth of a second, once; a power of the square root of two, so that the same machine makes the same
+    plan. Without a GPU a T4's.
+
+    Args:
+        device: that computes.
+        dtype: in which it multiplies.
+    """
+    if device.type != "cuda":
+        return FLOPS_A_BYTE
+    rate = STEP_SHARE * _flops_a_second(device, dtype) / bytes_a_second(device)
+    drop_workspaces(device)
+    free_memory(device)
+    return 2 ** (round(2 * math.log2(rate)) / 2)
+
+
+def _flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
+    rows, width = 4096, 1536  # of SD3-Medium at 1024 px
+    x, weight = (torch.zeros(size, width, dtype=dtype, device=device) for size in (rows, width))
+    return 2 * rows * width**2 / _seconds(lambda: torch.mm(x, weight))
+
+
+def bytes_a_second(device: torch.device) -> float:
+    """What a GPU's link copies from pinned memory."""
+    host = torch.empty(24 * 1024**2, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """The fastest of three rounds, since others may be using the device."""
+    return min(device_seconds(run, 10) for _ in range(3))
+
+
+def device_seconds(run: Callable[[], object], count: int) -> float:
+    """Of one of so many calls, by the GPU's clock; beside them there is one before."""
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / count

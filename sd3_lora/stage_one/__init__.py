@@ -1,0 +1,1 @@
+"""Pictures, captions, text encoders and the VAE, and the two artefacts that they leave."""

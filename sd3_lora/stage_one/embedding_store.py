@@ -1,0 +1,203 @@
+"""Prompt embeddings in parquet: one row, and one row group, for each distinct prompt.
+
+Columns: prompt (string), roles and image_ids (lists of strings), prompt_embeds (fixed-size list of S·D float16),
+pooled_prompt_embeds (fixed-size list of P float16). The shapes and the provenance are in the schema's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.records import PromptEmbedding, Provenance
+from sd3_lora.gpu.read_ahead import read_ahead
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+_METADATA_KEY = b"sd3_lora"
+
+
+class EmbeddingStore:
+    """An embeddings file opened for reading; a row is read when it is asked for, never the whole file.
+
+    Args:
+        path: the parquet file.
+
+    Raises:
+        UserError: no such file, truncated, or not written by `write_embeddings`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the name of a file, such as {path / 'embeddings.parquet'}")
+        if not path.is_file():
+            raise UserError(f"{path} is not there: type `python compute_embeddings.py --output_path {path}` first")
+        try:
+            self._file = pq.ParquetFile(path)
+            metadata = json.loads((self._file.schema_arrow.metadata or {})[_METADATA_KEY])
+            self.provenance = Provenance.from_dict(metadata["provenance"])
+            self._shape = tuple(metadata["prompt_embeds_shape"])  # (S, D)
+            index = self._file.read(columns=["prompt", "roles", "image_ids"]).to_pydict()
+            if self._file.metadata.num_row_groups != len(index["prompt"]):
+                raise KeyError("row groups")
+        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+            raise self._not_whole(error) from error
+        self._row = {prompt: row for row, prompt in enumerate(index["prompt"])}
+        self._roles = dict(zip(index["prompt"], map(tuple, index["roles"]), strict=True))
+        self._image_ids = dict(zip(index["prompt"], map(tuple, index["image_ids"]), strict=True))
+
+    def _not_whole(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path} is not a whole embeddings file of this project ({type(error).__name__}): delete it and run "
+            "compute_embeddings.py again"
+        )
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # Windows does not replace an open file
+
+    def __contains__(self, prompt: str) -> bool:
+        return prompt in self._row
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts, in the file's order."""
+        return tuple(self._row)
+
+    @property
+    def joint_width(self) -> int:
+        """D, the width that the transformer must take."""
+        return self._shape[1]
+
+    @property
+    def pooled_width(self) -> int:
+        """P, the pooled width that the transformer must take."""
+        return self._file.schema_arrow.field("pooled_prompt_embeds").type.list_size
+
+    def prompts_with_role(self, role: str) -> tuple[str, ...]:
+        """The prompts that stage one was given for `role`."""
+        return tuple(prompt for prompt, roles in self._roles.items() if role in roles)
+
+    def prompt_of_image(self) -> dict[str, str]:
+        """The prompt that describes each image id."""
+        return {image_id: prompt for prompt, ids in self._image_ids.items() for image_id in ids}
+
+    def read(self, prompt: str) -> PromptEmbedding:
+        """The row of `prompt`.
+
+        Raises:
+            KeyError: the file has no such prompt.
+            UserError: the row does not decode, or its numbers are not finite.
+        """
+        row = self._row[prompt]
+        try:
+            table = self._file.read_row_group(row, columns=["prompt_embeds", "pooled_prompt_embeds"])
+        except (pa.ArrowException, OSError) as error:  # damaged behind an intact footer
+            raise self._not_whole(error) from error
+
+        def tensor(column: str) -> torch.Tensor:
+            values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            return torch.from_numpy(np.array(values, dtype=np.float16))
+
+        prompt_embeds, pooled = tensor("prompt_embeds").reshape(self._shape), tensor("pooled_prompt_embeds")
+        # The largest is NaN where any is; to ask each number takes ten times as long.
+        if not (torch.isfinite(prompt_embeds.abs().max()) and torch.isfinite(pooled.abs().max())):
+            raise UserError(
+                f"{self.path} holds a NaN or infinity for {prompt!r}: delete it and run compute_embeddings.py again"
+            )
+        return PromptEmbedding(prompt, self._roles[prompt], self._image_ids[prompt], prompt_embeds, pooled)
+
+    def read_all(self, prompts: Iterable[str] | None = None) -> Iterator[PromptEmbedding]:
+        """Rows one after another; the next is read, in a thread, while one is used."""
+        yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
+
+
+def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[PromptEmbedding]) -> int:
+    """Writes the rows to a temporary name and renames it; returns how many.
+
+    Raises:
+        ValueError: there is none, or their shapes differ.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    writer, count, shapes = None, 0, None
+    try:
+        for embedding in embeddings:
+            if writer is None:
+                shapes = embedding.prompt_embeds.shape, embedding.pooled_prompt_embeds.shape
+                schema = _schema(*shapes, provenance)
+                # The least and the largest of 600,000 numbers would take as long to find as all the rest.
+                writer = pq.ParquetWriter(
+                    temporary, schema, compression="zstd", use_dictionary=["prompt"], write_statistics=["prompt"]
+                )
+            if (embedding.prompt_embeds.shape, embedding.pooled_prompt_embeds.shape) != shapes:
+                raise ValueError(f"shapes differ at {embedding.prompt!r}")
+            writer.write_table(_row_table(embedding, schema), row_group_size=1)
+            count += 1
+        if writer is None:
+            raise ValueError("no embeddings to write")
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        if writer is not None:
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _schema(shape: Sequence[int], pooled_shape: Sequence[int], provenance: Provenance) -> pa.Schema:
+    metadata = {
+        "provenance": provenance.to_dict(),
+        "prompt_embeds_shape": list(shape),
+        "pooled_prompt_embeds_shape": list(pooled_shape),
+    }
+    return pa.schema(
+        [
+            ("prompt", pa.string()),
+            ("roles", pa.list_(pa.string())),
+            ("image_ids", pa.list_(pa.string())),
+            ("prompt_embeds", pa.list_(pa.float16(), shape[0] * shape[1])),
+            ("pooled_prompt_embeds", pa.list_(pa.float16(), pooled_shape[0])),
+        ],
+        metadata={_METADATA_KEY: json.dumps(metadata)},
+    )
+
+
+def _row_table(embedding: PromptEmbedding, schema: pa.Schema) -> pa.Table:
+    def fixed(tensor: torch.Tensor) -> pa.Array:
+        values = tensor.to(torch.float16).flatten().numpy()
+        return pa.FixedSizeListArray.from_arrays(pa.array(values, pa.float16()), len(values))
+
+    columns = [
+        pa.array([embedding.prompt]),
+        pa.array([list(embedding.roles)], pa.list_(pa.string())),
+        pa.array([list(embedding.image_ids)], pa.list_(pa.string())),
+        fixed(embedding.prompt_embeds),
+        fixed(embedding.pooled_prompt_embeds),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def with_uses(
+    embeddings: Iterable[PromptEmbedding], roles: dict[str, tuple[str, ...]], image_ids: dict[str, tuple[str, ...]]
+) -> Iterator[PromptEmbedding]:
+    """The same rows with the uses of this run; a prompt that it did not ask for keeps its row, without any."""
+    seen: set[str] = set()
+    for embedding in embeddings:
+        if embedding.prompt not in seen:
+            seen.add(embedding.prompt)
+            yield replace(
+                embedding, roles=roles.get(embedding.prompt, ()), image_ids=image_ids.get(embedding.prompt, ())
+            )

@@ -1,0 +1,337 @@
+"""Pictures on disk: list them, hash them, decode them to the right RGB, crop them, turn them into pixels.
+
+Shapes: R resolution, the side of a square crop in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sd3_lora.common.command_line import UserError
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
+
+RASTER_EXTENSIONS = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi",
+})  # fmt: skip
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+
+# Only these, so that an .eps or .psd under another name never reaches Ghostscript or a flattened preview. TGA has no
+# magic number and takes what resembles its header, so it is asked last.
+_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "QOI", "TGA"]
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|\0\0\0\x0cjP  \r\n\x87\n"
+    rb"|.{4}ftyp(avi[fs]|hei[cmsx]|hev[cmsx]|mif1|msf1)",
+    re.DOTALL,
+)
+_TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
+_HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
+_FLIP_SUFFIX = "-flip"
+
+
+class BrokenImage(Exception):
+    """A picture that does not decode.
+
+    Attributes:
+        path: the file.
+        reason: why, in words.
+    """
+
+    def __init__(self, path: Path, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} does not decode ({self.reason})"
+
+
+@dataclass(frozen=True)
+class ImageListing:
+    """The files of a folder, sorted: the pictures, and what is neither picture, caption nor metadata."""
+
+    images: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class CropBox:
+    """A square crop of a resized picture; all in pixels.
+
+    Attributes:
+        resized_width: of the whole picture.
+        resized_height: of the whole picture.
+        left: of the crop, in the resized picture.
+        top: of the crop, in the resized picture.
+        flip: whether the crop is mirrored, left to right.
+        size: the side of the crop, which is the resolution.
+    """
+
+    resized_width: int
+    resized_height: int
+    left: int
+    top: int
+    flip: bool
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`."""
+        name = f"{self.size}x{self.size}+{self.left}+{self.top}"
+        return mirrored(name) if self.flip else name
+
+
+def mirrored(name: str) -> str:
+    """The name of a variant's mirrored twin; that of a mirrored variant is its own."""
+    return name if name.endswith(_FLIP_SUFFIX) else name + _FLIP_SUFFIX
+
+
+def list_images(folder: Path, recursive: bool = False) -> ImageListing:
+    """Lists the pictures of a folder, by extension or, under another name, by their first bytes.
+
+    Dot-files, dot-folders, links to folders and, unless `recursive`, subfolders are left out.
+
+    Raises:
+        UserError: there is no such folder, it cannot be read, or it holds no picture.
+    """
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}: give the folder of your pictures as --instance_data_dir")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a folder: type --instance_data_dir {folder.parent}")
+    files, left_out = _files(folder, recursive)
+    images = [path for path in files if _is_image(path)]
+    if not images:
+        nested = not recursive and any(_is_image(path) for path in _files(folder, recursive=True)[0])
+        remedy = "add --recursive to read its subfolders" if nested else "put .jpg or .png files into it"
+        raise UserError(f"{folder} holds no pictures: {remedy}, or give another --instance_data_dir")
+    beside = {path.with_suffix("") for path in images}
+    others = set(files).difference(images)
+    left_out += [path for path in others if path.name not in METADATA_NAMES and not _is_caption(path, beside)]
+    return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
+
+
+def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
+    """The visible files, and what is no such file."""
+    files: list[Path] = []
+    left_out: list[Path] = []
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot list {folder} ({error.strerror}): check its permissions") from error
+    for path in entries:
+        if path.name.startswith("."):  # .ipynb_checkpoints, .cache, macOS' ._dog.jpg
+            left_out.append(path)
+        elif path.is_file():
+            files.append(path)
+        elif recursive and path.is_dir() and not path.is_symlink():  # a link may lead in a circle
+            nested_files, nested_left_out = _files(path, recursive)
+            files += nested_files
+            left_out += nested_left_out
+        else:
+            left_out.append(path)
+    return files, left_out
+
+
+def _is_caption(path: Path, beside: set[Path]) -> bool:
+    return path.suffix.lower() == ".txt" and path.with_suffix("") in beside
+
+
+def _is_image(path: Path) -> bool:
+    if path.suffix.lower() in RASTER_EXTENSIONS:
+        return True
+    head = _head(path)
+    # Camera raw files (.nef, .dng, .arw) are TIFF inside, and decode to a thumbnail.
+    return bool(_MAGIC.match(head) or (not path.suffix and _TIFF_MAGIC.match(head)))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(64)
+    except OSError:  # whoever needs the whole file says so
+        return b""
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of the file's bytes, hexadecimal.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions, or remove it") from error
+
+
+def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -> Image.Image:
+    """Decodes a picture to 8-bit RGB, upright; of an animation the first frame.
+
+    Args:
+        path: the file.
+        alpha_background: what shows through transparent pixels: white, or the mean colour of the opaque ones.
+
+    Raises:
+        BrokenImage: it does not decode, is cut short, or has more than twice `Image.MAX_IMAGE_PIXELS` pixels.
+        UserError: it is HEIC and pillow-heif is not installed.
+    """
+    if _is_heif(_head(path)):
+        _register_heif(path)
+    Image.init()  # HEIF, and AVIF in an old Pillow, are known only where they are installed
+    formats = [name for name in _FORMATS if name in Image.OPEN]
+    # Pillow warns from 89 megapixels and refuses from 179: a large scan is no attack.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    try:
+        with Image.open(path, formats=formats) as file:
+            file.load()
+            return _to_rgb(_upright(file), alpha_background)
+    except UnidentifiedImageError as error:
+        raise BrokenImage(path, "not a picture in a known format") from error
+    except Exception as error:  # a malformed file can raise anything in a decoder: SyntaxError, KeyError, struct.error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise BrokenImage(path, reason) from error
+
+
+def _is_heif(head: bytes) -> bool:
+    """Whether the `ftyp` box names a HEVC brand (ISO/IEC 23008-12); AVIF has the same box, but other brands."""
+    box_size = int.from_bytes(head[:4], "big")
+    brands = {head[i : i + 4] for i in range(8, min(box_size, len(head)), 4)}
+    return head[4:8] == b"ftyp" and not brands.isdisjoint(_HEIF_BRANDS)
+
+
+def _register_heif(path: Path) -> None:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError(f"{path} is a HEIC picture: type `pip install pillow-heif`, or save it as JPEG") from error
+    pillow_heif.register_heif_opener()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # an EXIF block that does not parse says nothing of the orientation
+        return image.copy()
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The colours that the file's ICC profile means: phones photograph in Display P3, scanners in Adobe RGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or "transparency" in image.info or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image  # no rounding where there is nothing to change
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError):  # a profile that does not parse says nothing of the colours
+        return image
+    return converted or image
+
+
+def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    image = _to_srgb(image)
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy takes a third of a decoding
+    image = image.convert("RGBA")
+    color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 or more bits scaled to 8; Pillow's own `convert` clips them at 255.
+
+    White is 65535; where a picture goes beyond, its largest value. Floats may have 1 or 255 for white too: the
+    smallest of these that the picture does not exceed.
+    """
+    values = np.asarray(image).astype(np.float32)  # (height, width)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinity")
+    whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    peak = float(values.max())
+    white = next((white for white in whites if peak <= white), peak)
+    grey = Image.fromarray(np.rint(values.clip(0, white) * (255.0 / white)).astype(np.uint8))
+    transparent = image.info.get("transparency")  # the one value that PNG's tRNS makes invisible
+    if transparent is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
+def _mean_color(image: Image.Image) -> tuple[int, int, int]:
+    """The mean colour of an RGBA picture's pixels that are at least half opaque; white if there are none."""
+    opaque = image.getchannel("A").point([0] * 128 + [255] * 128)
+    if opaque.getbbox() is None:
+        return (255, 255, 255)
+    red, green, blue = ImageStat.Stat(image.convert("RGB"), mask=opaque).mean
+    return (round(red), round(green), round(blue))
+
+
+def crop_boxes(width: int, height: int, resolution: int, num_crops: int, flip: bool) -> tuple[CropBox, ...]:
+    """The square crops of a picture whose shorter side is resized to the resolution.
+
+    The centre of an odd `num_crops` is the crop of `num_crops=1`, to the pixel, so that one cache serves both.
+
+    Args:
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+        resolution: side of the crops in pixels.
+        num_crops: 1 for the centre, else that many along the longer side, both ends included; fewer where they
+            coincide, so one of a square picture.
+        flip: whether each is followed by its mirrored twin.
+    """
+    shorter = min(width, height)
+    resized_width, resized_height = ((2 * side * resolution + shorter) // (2 * shorter) for side in (width, height))
+    room = max(resized_width, resized_height) - resolution
+    offsets = dict.fromkeys(i * room // (num_crops - 1) for i in range(num_crops)) if num_crops > 1 else [room // 2]
+    return tuple(
+        CropBox(resized_width, resized_height, *((offset, 0) if width > height else (0, offset)), twin, resolution)
+        for offset in offsets
+        for twin in ((False, True) if flip else (False,))
+    )
+
+
+def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
+    """Resizes (Lanczos, antialiased), crops and mirrors an RGB picture.
+
+    Only the crop's own part is computed; but for rounding it is what resizing the whole picture would give.
+
+    Returns:
+        `(R, R, 3)` uint8, as Pillow has it: a quarter of what a device would be sent in float32.
+    """
+    # Multiplied before divided: the last edge is then exact, and never outside the picture.
+    left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size))
+    top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size))
+    crop = image.resize((box.size, box.size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    return pixels_of(ImageOps.mirror(crop) if box.flip else crop)
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """`(H, W, 3)` uint8 of an RGB picture.
+
+    Taken from where Pillow has them, four bytes a pixel: NumPy's way holds Python's lock for milliseconds, in which the
+    thread that has the GPU compute cannot go on.
+    """
+    try:
+        shared = pa.array(picture)
+    except ValueError:  # of more than 4 megapixels, whose rows are not in one piece
+        return torch.from_numpy(np.array(picture))
+    rgbx = torch.from_dlpack(shared.values).view(picture.height, picture.width, 4)
+    return rgbx[..., :3].clone(memory_format=torch.contiguous_format)
+
+
+def to_pixels(rgb: torch.Tensor) -> torch.Tensor:
+    """What the VAE takes: `(..., R, R, 3)` uint8 → `(..., 3, R, R)` float32 in [-1, 1], a view in memory order."""
+    return rgb.movedim(-1, -3).float() / 127.5 - 1.0

@@ -1,0 +1,222 @@
+"""The latent cache: the VAE's posterior of every crop of every picture, one safetensors file a picture.
+
+A file is named by its picture's id and holds `<variant>.mean` and `<variant>.std`, `(16, H/8, W/8)` each, raw: the
+shift and the scale of the VAE are applied in training (`normalize_latents`), so that the cache is what the VAE said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.records import InstanceImage, LatentPosterior, Provenance
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_METADATA_KEY = "sd3_lora"
+
+
+def normalize_latents(raw_latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """Raw VAE latents → the space in which the transformer works: `(raw - shift) * scale`."""
+    return (raw_latents - vae_config["shift_factor"]) * vae_config["scaling_factor"]
+
+
+def sample_posterior(mean: torch.Tensor, std: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A raw sample of the VAE's posterior; `noise` is standard normal of the same shape."""
+    return mean + std * noise
+
+
+def denormalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """The inverse of `normalize_latents`, for the decoder; as `StableDiffusion3Pipeline` does it."""
+    return latents / vae_config["scaling_factor"] + vae_config["shift_factor"]
+
+
+@dataclass(frozen=True)
+class CachedPicture:
+    """What a picture's file says of itself.
+
+    Attributes:
+        variants: of which it holds posteriors, sorted.
+        size: width and height in pixels of the upright picture, before resizing.
+        tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
+    """
+
+    variants: tuple[str, ...]
+    size: tuple[int, int]
+    tiles: dict[str, int]
+
+    def has_smaller_tiles(self, tile_px: int | None) -> bool:
+        """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
+        return any(tile_px is None or side < tile_px for side in self.tiles.values())
+
+
+class LatentCache:
+    """A folder of posteriors, keyed by image id and variant.
+
+    Args:
+        folder: where the files lie; it need not exist yet.
+        wanted: the provenance that every file read must have.
+        alpha_background: what transparent pixels were drawn over; None to read either.
+    """
+
+    def __init__(self, folder: Path, wanted: Provenance, alpha_background: str | None = None):
+        self.folder = folder
+        self.wanted = wanted
+        self.alpha_background = alpha_background
+        self._looked_at: dict[str, CachedPicture] = {}  # to open 10,000 files takes seconds
+
+    def path(self, image_id: str) -> Path:
+        """The file of one picture."""
+        return self.folder / f"{image_id}.safetensors"
+
+    def remove(self, image_id: str) -> None:
+        """Deletes a picture's file."""
+        self._looked_at.pop(image_id, None)
+        self.path(image_id).unlink()
+
+    def remove_unfinished(self) -> None:
+        """Deletes what an interrupted run left under temporary names."""
+        for path in self.folder.glob(".*.unfinished"):
+            path.unlink()
+
+    def _open(self, image_id: str) -> Any:
+        path = self.path(image_id)
+        try:
+            handle = safe_open(path, "pt")
+            metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
+            found, background = Provenance.from_dict(metadata["provenance"]), metadata["alpha_background"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{path} is not a whole latent file of this project ({type(error).__name__}): delete it and run "
+                "precompute_latents.py again"
+            ) from error
+        difference = found.difference(self.wanted, "resolution")
+        if self.alpha_background not in (None, background):
+            difference = difference or f"alpha_background {background}, not {self.alpha_background}"
+        if difference:
+            raise StaleLatents(path, difference)
+        return handle
+
+    def look(self, image_id: str) -> CachedPicture | None:
+        """What the cache holds of a picture; None if it has no file. Each file is opened once, and after `add`.
+
+        Raises:
+            UserError: a truncated or foreign file.
+            StaleLatents: a file made with other settings.
+        """
+        if image_id in self._looked_at:
+            return self._looked_at[image_id]
+        if not self.path(image_id).is_file():
+            return None
+        with self._open(image_id) as handle:
+            names = [name.removesuffix(".mean") for name in handle.keys() if name.endswith(".mean")]  # noqa: SIM118
+            metadata = json.loads(handle.metadata()[_METADATA_KEY])
+        width, height = metadata["picture_size"]
+        # Files of before tiles were noted are taken for whole.
+        found = CachedPicture(tuple(sorted(names)), (width, height), metadata.get("tiles_px", {}))
+        self._looked_at[image_id] = found
+        return found
+
+    def variants(self, image_id: str) -> tuple[str, ...]:
+        """The variants that the cache holds of a picture; none if it has no file.
+
+        Raises:
+            UserError: as `look`.
+        """
+        found = self.look(image_id)
+        return found.variants if found else ()
+
+    def tiles(self, image_id: str) -> dict[str, int]:
+        """For each variant that was encoded in tiles, their side in pixels.
+
+        Raises:
+            UserError: as `look`.
+        """
+        found = self.look(image_id)
+        return found.tiles if found else {}
+
+    def read(self, image_id: str, variant: str) -> LatentPosterior:
+        """One posterior.
+
+        Raises:
+            UserError: a truncated or foreign file, or numbers that are not finite.
+            StaleLatents: a file made with other settings.
+        """
+        with self._open(image_id) as handle:
+            # Copied out of the file's mapping: Windows replaces no file that is mapped.
+            mean, std = (handle.get_tensor(f"{variant}.{part}").clone() for part in ("mean", "std"))
+        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+            raise UserError(
+                f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
+                "precompute_latents.py --vae_precision fp32 --overwrite"
+            )
+        return LatentPosterior(image_id, variant, mean, std)
+
+    def add(
+        self,
+        image: InstanceImage,
+        size: tuple[int, int],
+        posteriors: Iterable[LatentPosterior],
+        tile_px: int | None = None,
+    ) -> None:
+        """Writes a picture's posteriors beside those that its file holds already.
+
+        Args:
+            image: the picture.
+            size: its width and height in pixels, upright.
+            posteriors: of its crops.
+            tile_px: the side of the tiles in which these were encoded; None for whole.
+        """
+        image_id = image.image_id
+        tensors: dict[str, torch.Tensor] = {}
+        there = self.look(image_id)
+        tiles = dict(there.tiles) if there else {}
+        for variant in there.variants if there else ():
+            kept = self.read(image_id, variant)
+            tensors |= {f"{variant}.mean": kept.mean, f"{variant}.std": kept.std}
+        for posterior in posteriors:
+            if tile_px is not None:
+                tiles[posterior.variant] = tile_px
+            tensors[f"{posterior.variant}.mean"] = posterior.mean.contiguous()
+            tensors[f"{posterior.variant}.std"] = posterior.std.contiguous()
+        metadata = {
+            "provenance": self.wanted.to_dict(),
+            "source": image.path.name,
+            "picture_size": size,
+            "alpha_background": self.alpha_background,
+            "tiles_px": tiles,
+        }
+        temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
+        save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+        os.replace(temporary, self.path(image_id))
+        self._looked_at.pop(image_id, None)
+
+
+class StaleLatents(UserError):
+    """A latent file that was made with other settings than those asked for."""
+
+    def __init__(self, path: Path, difference: str):
+        super().__init__(
+            f"{path} was made with {difference}: add --overwrite to precompute_latents.py to replace it, "
+            "or give another folder"
+        )
+        self.path = path
+        self.difference = difference
+
+
+def recorded_precision(folder: Path) -> str | None:
+    """The VAE precision of the first readable file of a cache, None where there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as handle:
+                return json.loads(handle.metadata()[_METADATA_KEY])["provenance"]["precision"]
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            continue
+    return None

@@ -1,0 +1,273 @@
+"""How the three text encoders run on a device, and what they take there.
+
+By precision, whole or streamed, so many prompts at a time: what was asked for, made to fit the budget, and as fast as
+that allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.memory import GIB
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.gpu.budget import DeviceBudget, too_small
+from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
+from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
+
+import psutil
+import torch
+from transformers import CLIPTextConfig, T5Config, T5EncoderModel
+
+T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
+BATCH_SIZE = 8  # prompts in one forward of T5: with 77 tokens each they keep even a large GPU busy
+# But a host that takes 30 µs to start a kernel does not keep up with it: where there is room, fewer and larger batches.
+LARGE_BATCH_SIZE = 32
+# The CLIPs are small for a GPU, and a streamed one is copied to it whole for each batch: so many times as many prompts
+# as T5 takes, up to 32. Those, and CLIP-G's hidden states, which are all kept, still take less than T5 does.
+CLIP_BATCHES = 4
+CLIP_BATCH_SIZE = CLIP_BATCHES * BATCH_SIZE
+# cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and what the allocator's pages leave unused.
+_MARGIN_BYTES = 80 * 1024**2
+# An H100 held 0.54 GiB beside streamed weights for 8 prompts of 256 tokens, where 0.28 were simulated.
+_KERNELS_SHARE = 2
+# Beside encoders that are resident also what the conversion of one weight takes for a moment, and leaves unused: an
+# H100 held 0.44 GiB beside T5's weights in int8.
+_LOADING_BYTES = 7 * GIB // 20
+
+
+@dataclass(frozen=True)
+class TextEncoderPlan:
+    """How the encoders run.
+
+    Attributes:
+        t5_precision: of T5's weights; fp16 keeps the `wo` projections in fp32, where its activations overflow fp16.
+        t5_stream: whether half a block of T5 is on the device at a time, and one layer of the CLIPs.
+        max_sequence_length: T5 tokens, 1 to 512.
+        device: where they run.
+        batch_size: prompts in one forward of T5. Kernels round differently for another one (by 1e-6), so the answers
+            are those of resident encoders with the same; the last batch has always been smaller.
+        kept_prompts: of so many prompts a streamed T5's hidden states stay on the device from half block to half block,
+            instead of going to the host and back; 0 for none.
+        whole_clips: whether the CLIPs are on the device whole though T5 is streamed; else they come again for each
+            batch.
+    """
+
+    t5_precision: T5Precision
+    t5_stream: bool
+    max_sequence_length: int
+    device: torch.device
+    batch_size: int = BATCH_SIZE
+    kept_prompts: int = 0
+    whole_clips: bool = False
+
+    @property
+    def clip_batch_size(self) -> int:
+        """Prompts in one forward of a CLIP."""
+        return min(CLIP_BATCH_SIZE, CLIP_BATCHES * self.batch_size)
+
+    @property
+    def clip_dtype(self) -> torch.dtype:
+        """The CLIPs run in fp16 on a GPU, unless T5 is to be exact; a CPU has no fast fp16."""
+        return torch.float32 if self.t5_precision == "fp32" or self.device.type == "cpu" else torch.float16
+
+    def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
+        """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
+        cuda = {"CUDA": budget.context_bytes}
+        parts = cuda | {"text encoder": encoder_bytes(files, self), "working memory": working_bytes(files, self)}
+        if self.kept_prompts:
+            parts["hidden states"] = hidden_bytes(files, self, self.kept_prompts)
+        if not self.whole_clips:
+            return parts
+        clips = cuda | {"text encoder": clip_bytes(files, self), "working memory": clip_working_bytes(files, self)}
+        return max(parts, clips, key=lambda found: sum(found.values()))
+
+
+def choose_text_encoder_plan(
+    files: ModelFiles,
+    device: torch.device,
+    budget: DeviceBudget | None,
+    max_sequence_length: int,
+    asked: T5Precision | None,
+    stream: bool,
+    kept: str | None = None,
+    prompts: int = 0,
+    say: Callable[[str], None] = print,
+) -> TextEncoderPlan:
+    """The plan that was asked for, or the default, made to fit the device.
+
+    As many prompts go through at a time as fit: on a GPU up to 32, else 8, and where a streamed T5 has too little
+    room for these 4, 2 or 1.
+
+    Args:
+        files: the model.
+        device: where to run.
+        budget: what may be used of the device; None, on a CPU alone, for the memory that is available.
+        max_sequence_length: T5 tokens.
+        asked: `--t5_precision`, None for the default: the `kept` one, else int8 on a GPU and fp32 on a CPU.
+        stream: `--t5_stream`.
+        kept: the precision of an embeddings file that exists already.
+        prompts: the most that are encoded together; those of a streamed T5 stay on a GPU if they fit.
+        say: told why the plan differs from the default.
+
+    Raises:
+        UserError: a quantized T5 cannot be streamed; a length that T5 was not trained for; a budget that not even
+            streaming fits.
+    """
+    if not 1 <= max_sequence_length <= 512:
+        raise UserError(f"--max_sequence_length {max_sequence_length} is not between 1 and 512: type 77 or 256")
+    precision: Any = asked or kept or ("fp16" if stream else "int8" if device.type == "cuda" else "fp32")
+    if stream and precision in ("int8", "nf4"):
+        raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
+    plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
+    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    if not stream:
+        for candidate in (_in_large_batches(plan, prompts), plan):
+            needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
+            if needed <= free:
+                return candidate
+        shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are left for it"
+        if precision == "nf4":
+            raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
+        if precision == "int8":
+            exact: T5Precision = "fp16" if device.type == "cuda" else "fp32"
+            say(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
+            plan = replace(plan, t5_precision=exact, t5_stream=True)
+        else:  # the same numbers; also what goes on with a file that was streamed before
+            say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
+            plan = replace(plan, t5_stream=True)
+    return _within(plan, files, budget, prompts) if budget else plan
+
+
+def _in_large_batches(plan: TextEncoderPlan, prompts: int) -> TextEncoderPlan:
+    """The plan for so many prompts, for a device that has room; a CPU gains nothing by it."""
+    size = min(LARGE_BATCH_SIZE, -(-prompts // BATCH_SIZE) * BATCH_SIZE)
+    return replace(plan, batch_size=size) if size > BATCH_SIZE and plan.device.type == "cuda" else plan
+
+
+def _within(plan: TextEncoderPlan, files: ModelFiles, budget: DeviceBudget, prompts: int) -> TextEncoderPlan:
+    """A streaming plan as fast as the budget allows.
+
+    Raises:
+        UserError: not even one prompt at a time fits.
+    """
+
+    def peak(of: TextEncoderPlan) -> int:
+        return sum(of.predicted_parts(files, budget).values())
+
+    while peak(plan) > budget.total_bytes:
+        if plan.batch_size == 1:
+            raise too_small(f"T5 in {describe_t5(plan)}", peak(plan))
+        plan = replace(plan, batch_size=plan.batch_size // 2)
+    if plan.device.type == "cuda" and plan.batch_size == BATCH_SIZE:
+        # What saves time, the most of it first. Of few prompts a CLIP comes to the device once either way.
+        for faster in (
+            lambda plan: replace(plan, kept_prompts=prompts),
+            lambda plan: replace(plan, whole_clips=prompts > CLIP_BATCH_SIZE),
+            lambda plan: _in_large_batches(plan, prompts),
+        ):
+            candidate = faster(plan)
+            if candidate != plan and peak(candidate) <= budget.total_bytes:  # a peak is simulated
+                plan = candidate
+    return plan
+
+
+def hidden_bytes(files: ModelFiles, plan: TextEncoderPlan, prompts: int) -> int:
+    """What so many prompts' hidden states take between T5's halves: float32 after the first `wo`."""
+    width = files.read_config("text_encoder_3")["d_model"]
+    return prompts * plan.max_sequence_length * width * torch.float32.itemsize
+
+
+def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """The most weights that are on the device at once, from the shapes in the files' headers.
+
+    Of encoders that are resident, the largest encoder; of streamed ones, T5's largest half block or a CLIP's largest
+    matrix. A streamed T5's are larger than any matrix of CLIPs that come whole.
+    """
+    if plan.t5_stream:
+        t5 = half_bytes(empty_t5(files, DTYPES[plan.t5_precision]).block)
+        return max(t5, *(max(sizes) for sizes in _clip_sizes(files, plan)))
+    return max(t5_device_bytes(files, plan.t5_precision), clip_bytes(files, plan))
+
+
+def clip_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """The larger CLIP's weights."""
+    return max(sum(sizes) for sizes in _clip_sizes(files, plan))
+
+
+def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
+    """For each CLIP, what each of its weights takes, from the shapes in the files' headers."""
+    found = []
+    for component in ("text_encoder", "text_encoder_2"):
+        files.component(component)
+        with TensorFiles(files.weight_files(component)) as weights:
+            found.append([plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()])
+    return found
+
+
+def clip_working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """What a batch takes beside the larger CLIP's weights: every layer's hidden states, and its way through one."""
+    config = CLIPTextConfig.from_dict(files.read_config("text_encoder_2"))
+    tokens = plan.clip_batch_size * config.max_position_embeddings
+    states = tokens * config.hidden_size * plan.clip_dtype.itemsize
+    # Within a layer: what came in and its norm; queries, keys, values, and what attention makes of them; then twice
+    # as wide as the layer is inside, before and after the activation, which has one more of them while it computes.
+    inside = 6 * states + 3 * tokens * config.intermediate_size * plan.clip_dtype.itemsize
+    return (config.num_hidden_layers + 1) * states + inside + _MARGIN_BYTES + _LOADING_BYTES
+
+
+def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    """What a batch takes beside the weights: its way through one of T5's blocks, simulated; the CLIPs are smaller."""
+    dtype = torch.float32 if plan.t5_precision == "fp32" else torch.float16
+    encoder = empty_t5(files, dtype)
+    width = files.read_config("text_encoder_3")["d_model"]
+    with torch.device("meta"):
+        hidden = torch.empty(plan.batch_size, plan.max_sequence_length, width)  # float32 after the first `wo`
+    block = encoder.block[0]
+    stand_in_for_gpu(block, torch.float32)
+    with torch.no_grad(), AllocationCounter() as counter:
+        block(hidden)
+    return hidden.nbytes + _KERNELS_SHARE * counter.peak + _MARGIN_BYTES + (0 if plan.t5_stream else _LOADING_BYTES)
+
+
+def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
+    """T5's encoder without weights, in the dtypes that it is loaded in."""
+    files.component("text_encoder_3")  # downloaded now, if need be
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
+    set_dtypes(encoder.block, dtype)
+    return encoder
+
+
+def t5_device_bytes(files: ModelFiles, precision: str) -> int:
+    """What T5's weights take on the device, from the shapes in its files' headers."""
+    return sum(_t5_tensor_bytes(files, precision).values())
+
+
+def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
+    """By name, what each of T5's weights takes on the device."""
+    per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
+    files.component("text_encoder_3")  # downloaded now, if need be: without its files nothing would seem to fit
+    sizes = {}
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+        for key, shape in weights.shapes().items():
+            if key.endswith(".wo.weight"):
+                each = 4.0  # kept in fp32 whatever the precision
+            elif "block" in key and "norm" not in key and "bias" not in key:
+                each = per_weight
+            else:
+                each = max(per_weight, 2.0)
+            sizes[key] = int(each * shape.numel())
+    return sizes
+
+
+def describe_t5(plan: TextEncoderPlan) -> str:
+    """The precision, and whether streamed, in words."""
+    if not plan.t5_stream:
+        return plan.t5_precision
+    few = f", {plan.batch_size} prompt{'s'[: plan.batch_size - 1]} at a time" if plan.batch_size < BATCH_SIZE else ""
+    return f"{plan.t5_precision}, one block at a time{few}"

@@ -1,0 +1,303 @@
+"""The three text encoders of SD3: loaded one at a time, used, freed.
+
+Shapes: N prompts, B prompts of a batch, T T5 tokens, S = 77 + T text tokens, D joint attention width (T5's),
+P pooled width (the two CLIPs' projections side by side).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.gpu.read_ahead import read_ahead
+from sd3_lora.stage_one.t5_halves import half_bytes, read_halves
+from sd3_lora.stage_one.text_encoder_plan import T5Precision, TextEncoderPlan, describe_t5, empty_t5
+
+import torch
+from accelerate import cpu_offload
+from tqdm import tqdm
+from transformers import (
+    BitsAndBytesConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+_FLOAT16_MAX = torch.finfo(torch.float16).max
+
+
+@torch.no_grad()
+def encode_prompts(
+    files: ModelFiles, prompts: Sequence[str], plan: TextEncoderPlan, reports: list[StageReport]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts through CLIP-L, CLIP-G and T5, one encoder at a time.
+
+    The arrangement is `StableDiffusion3Pipeline.encode_prompt`'s: the CLIPs' penultimate hidden states side by side,
+    padded with zeros to T5's width, followed by T5's tokens; the pooled projections side by side.
+
+    Returns:
+        prompt_embeds `(N, S, D)` and pooled_prompt_embeds `(N, P)`, float16 on the CPU.
+
+    Raises:
+        UserError: an embedding that float16 cannot hold, with its prompt.
+    """
+    clip_hidden, pooled = [], []
+    clip_tokens = CLIPTokenizer.from_pretrained(files.component("tokenizer")).model_max_length
+    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
+        with memory_stage(f"encode with {name}", plan.device, reports):
+            encoder = load_clip(files, f"text_encoder{suffix}", plan)
+            tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
+            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
+            clip_hidden.append(hidden)
+            pooled.append(projected)
+            del encoder
+
+    with (
+        memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
+        tensor_cores_for_wo(files, plan.t5_precision),
+    ):
+        tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+        token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
+        encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
+        (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
+
+    clips = torch.cat(clip_hidden, dim=-1)  # (N, 77, D1 + D2)
+    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (N, 77, D)
+    return torch.cat([clips, t5_hidden], dim=1), torch.cat(pooled, dim=-1)
+
+
+@contextmanager
+def tensor_cores_for_wo(files: ModelFiles, precision: T5Precision) -> Iterator[None]:
+    """Has T5's `wo`, in float32 whatever the precision, multiplied by tensor cores where that rounds no factor.
+
+    They round factors to TF32, a float16's ten bits in a float32's range. In 16 bits and fewer what `wo` multiplies was
+    a float16 before; and so was its weight, or a bfloat16, where the model's files have it so.
+    """
+    files.component("text_encoder_3")  # downloaded and looked at now, if need be
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+        dtypes = weights.dtypes()
+    is_exact = precision != "fp32" and all(
+        dtype in ("F16", "BF16") for name, dtype in dtypes.items() if name.endswith(".wo.weight")
+    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or is_exact
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def rounded(
+    batches: Iterable[Sequence[torch.Tensor]], prompts: Sequence[str], encoder: str
+) -> tuple[torch.Tensor, ...]:
+    """What an encoder gives, batch by batch, as float16 on the CPU.
+
+    Args:
+        batches: tensors `(B, ...)`, alike in number; they are rounded on their device, which is fast.
+        prompts: N, in the batches' order.
+        encoder: its name.
+
+    Returns:
+        As many tensors `(N, ...)`.
+
+    Raises:
+        UserError: as `to_float16`.
+    """
+    found = []
+    for values in batches:
+        own, prompts = prompts[: len(values[0])], prompts[len(values[0]) :]
+        found.append([to_float16(each, own, encoder).cpu() for each in values])
+    return tuple(torch.cat(each) for each in zip(*found, strict=True))
+
+
+def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> torch.Tensor:
+    """Rounds `(N, ...)` to float16, the precision of the store.
+
+    Raises:
+        UserError: a NaN, or a value that float16 would turn to infinity; names the first such prompt.
+    """
+    per_prompt = values.flatten(1).float().abs().amax(1)  # NaN propagates
+    bad = ~(per_prompt <= _FLOAT16_MAX)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise UserError(
+            f"{encoder} gives {per_prompt[index]:g} for the prompt {prompts[index]!r}, which float16 cannot hold: "
+            "type --t5_precision fp32, or change the prompt"
+        )
+    return values.to(torch.float16)
+
+
+def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """`values` in pieces of `size` rows, with a progress bar where there are several."""
+    pieces = values.split(size)
+    return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
+    """Token ids `(N, length)`, padded and cut to `length`; says which prompts are cut."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True}
+    ids = tokenizer(list(prompts), return_tensors="pt", **options).input_ids
+    untruncated = tokenizer(list(prompts)).input_ids
+    too_long = [prompt for prompt, found in zip(prompts, untruncated, strict=True) if len(found) > length]
+    if too_long:
+        shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
+        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
+        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+    return ids
+
+
+def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder: on the plan's device, whole or, as T5 is streamed, one layer at a time."""
+    encoder = CLIPTextModelWithProjection.from_pretrained(
+        files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
+    )
+    if plan.t5_stream and not plan.whole_clips:
+        return cpu_offload(encoder, execution_device=plan.device)
+    return encoder.to(plan.device)
+
+
+def encode_clip(
+    encoder: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    prompts: Sequence[str],
+    length: int,
+    plan: TextEncoderPlan,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields each batch's penultimate hidden states `(B, 77, d)` and pooled projections `(B, p)`, on the device."""
+    for ids in batches(tokenize(tokenizer, prompts, length), plan.clip_batch_size):
+        output = encoder(ids.to(plan.device), output_hidden_states=True)
+        yield output.hidden_states[-2], output.text_embeds
+
+
+def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
+    """T5's encoder, whole, on the plan's device in the plan's precision."""
+    options: dict[str, Any] = {"dtype": torch.float16, "device_map": {"": plan.device}}
+    if plan.t5_precision == "int8":  # LLM.int8(), arXiv 2208.07339
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif plan.t5_precision == "nf4":  # arXiv 2305.14314
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16
+        )
+    else:
+        options["dtype"] = DTYPES[plan.t5_precision]  # transformers itself keeps `wo` in fp32 under fp16
+    return T5EncoderModel.from_pretrained(
+        files.component("text_encoder_3"), variant=files.config.variant, use_safetensors=True, **options
+    )
+
+
+@torch.no_grad()
+def encode_t5_resident(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> Iterator[torch.Tensor]:
+    """Yields the hidden states `(B, T, D)` of token ids `(N, T)`, batch by batch, on the device."""
+    encoder = load_t5(files, plan)
+    for ids in batches(token_ids, plan.batch_size):
+        yield encoder(ids.to(plan.device))[0]
+
+
+@torch.no_grad()
+def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> Iterator[torch.Tensor]:
+    """T5 with half a block on the device at a time, read straight from the safetensors files.
+
+    All prompts pass one half while the next is read, in the batches of the resident encoder, through transformers' own
+    block modules: the result is the resident encoder's, bit for bit.
+
+    Args:
+        files: the model.
+        token_ids: `(N, T)`.
+        plan: precision fp16 or fp32, the batch size, and the device.
+
+    Yields:
+        Hidden states `(B, T, D)` on the device, in the dtype of the resident encoder's output.
+    """
+    dtype, device = DTYPES[plan.t5_precision], plan.device
+    encoder = empty_t5(files, dtype)
+    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
+        is_kept = len(token_ids) <= plan.kept_prompts
+        place = device if is_kept else torch.device("cpu")
+        pieces = token_ids.split(plan.batch_size)
+        hidden = [weights.rows("shared.weight", ids).to(place, dtype) for ids in pieces]  # (B, T, D)
+        room = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
+        position_bias = None  # (1, heads, T, T): made by the first block, shared by all
+        halves = read_ahead(read_halves(weights, encoder.block))
+        for half in tqdm(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
+            half.place(room)
+            for i, batch in enumerate(hidden):
+                states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)
+                position_bias = bias if position_bias is None else position_bias
+                if states.dtype == batch.dtype and not is_kept:
+                    batch.copy_(states)  # into memory that is there: to map pages anew takes longer than to copy
+                else:
+                    hidden[i] = states.to(place)
+                del states
+            half.leave()
+        name = "final_layer_norm"
+        value = weights.tensor(f"encoder.{name}.weight").to(device, dtype, copy=True)
+        norm = encoder.get_submodule(name)
+        norm.weight = torch.nn.Parameter(value, requires_grad=False)
+        for batch in hidden:
+            yield norm(batch.to(device))
+
+
+@dataclass(frozen=True)
+class IdentifierReport:
+    """How the rarest word of a prompt falls into tokens.
+
+    Attributes:
+        word: the identifier.
+        pieces: by tokenizer, its tokens.
+        is_common: whether CLIP knows it as one frequent token, so that it has a meaning already.
+    """
+
+    word: str
+    pieces: dict[str, list[str]]
+    is_common: bool
+
+    def sentences(self) -> list[str]:
+        """What to tell the user: the tokens, and a warning where they do not serve."""
+        shown = "; ".join(f"{name}: {' '.join(pieces)}" for name, pieces in self.pieces.items())
+        lines = [f"identifier {self.word!r} → {shown}"]
+        if self.is_common:
+            lines.append(
+                f"warning: {self.word!r} is a common word, whose meaning the subject would have to displace: "
+                "a rare identifier such as 'sks' learns faster"
+            )
+        elif len(self.pieces["CLIP"]) > 3:
+            lines.append(
+                f"warning: {self.word!r} falls into {len(self.pieces['CLIP'])} CLIP tokens: "
+                "a short rare word holds the subject better"
+            )
+        return lines
+
+
+def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> IdentifierReport | None:
+    """Finds the word that stands for the subject, and how it tokenizes; None for an empty prompt.
+
+    It is the rarest word that the class prompt lacks. CLIP's byte-pair ids follow frequency (a merge learnt later is
+    rarer), so more pieces, then a higher id, mean rarer.
+    """
+    known = set((class_prompt or "").lower().split())
+    words = [w.strip(".,;:!?'\"()[]<>") for w in instance_prompt.split()]
+    words = [w for w in words if w and w.lower() not in known]
+    if not words:
+        return None
+    tokenizers = {
+        "CLIP": CLIPTokenizer.from_pretrained(files.component("tokenizer")),
+        "T5": T5TokenizerFast.from_pretrained(files.component("tokenizer_3")),
+    }
+    clip = tokenizers["CLIP"]
+
+    def ids(word: str) -> list[int]:
+        return clip(word, add_special_tokens=False).input_ids
+
+    word = max(words, key=lambda w: (len(ids(w)), max(ids(w), default=0)))
+    pieces = {name: tokenizer.tokenize(word) for name, tokenizer in tokenizers.items()}
+    # Of CLIP's 49,408 tokens the first fifth holds the everyday words: dog 1,929, photo 1,125; sks is 48,136.
+    is_common = len(ids(word)) == 1 and ids(word)[0] < len(clip) // 5
+    return IdentifierReport(word, pieces, is_common)

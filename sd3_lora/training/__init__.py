@@ -1,0 +1,1 @@
+"""What training reads, draws, updates and writes."""

@@ -1,0 +1,72 @@
+"""AdamW with its state in 8 bits (Dettmers et al., arXiv 2110.02861), in whose step nobody waits.
+
+bitsandbytes has the host wait for the device behind every step; and before it GradScaler does, to learn whether the
+step is to be skipped. The device is idle until the host has then queued the next step. Importing this takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sd3_lora.gpu.copy_stream import DeviceFlag
+
+import bitsandbytes
+import torch
+
+
+class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+    """bitsandbytes' own, bit for bit, but that the device itself undoes a step whose gradient was infinite.
+
+    The host counts the steps, for Adam's bias correction. Whether the last one counted, it learns when the next one is
+    queued: by then the device has said so long ago, and computes the next gradient.
+
+    bitsandbytes starts its kernels on the default stream. So must be what makes the gradient.
+
+    Args:
+        parameters: in float32.
+        options: of `bitsandbytes.optim.AdamW8bit`.
+    """
+
+    # By this GradScaler does not wait, but sets `found_inf`: a float32 scalar, not 0 where the gradient was infinite.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], **options: Any):
+        super().__init__(parameters, **options)
+        self._was_skipped: DeviceFlag | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Updates every parameter, whose gradient must be there."""
+        self._settle()
+        found_inf = getattr(self, "found_inf", None)  # None without a scaler
+        skipped: Any = None if found_inf is None else found_inf.bool()
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                state = self.state[parameter]
+                if not state:
+                    self.init_state(group, parameter, group_index, index)
+                before = []
+                if skipped is not None:
+                    changed = [state[name] for name in state if name.startswith(("state", "absmax"))]
+                    before = [(tensor, tensor.clone()) for tensor in (parameter.data, *changed)]
+                self.update_step(group, parameter, group_index, index)
+                for tensor, old in before:
+                    torch.where(skipped, old, tensor, out=tensor)
+        if skipped is not None:
+            self._was_skipped = DeviceFlag.of(skipped)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, with the steps that counted."""
+        self._settle()
+        return super().state_dict()
+
+    def _settle(self) -> None:
+        if self._was_skipped:
+            for state in self.state.values():
+                state["step"] -= 1
+        self._was_skipped = None

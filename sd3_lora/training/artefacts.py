@@ -1,0 +1,168 @@
+"""What stage one left, as training finds it: checked against what is asked, with the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import UserError, command
+from sd3_lora.common.model_files import PROJECT_FOLDER, TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
+from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.picture_hashes import NOTES_NAME
+from sd3_lora.training.config import DataConfig
+from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
+
+# What torchrun and accelerate launch put in the environment: a child with it would wait for ranks that never come.
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """The artefacts that a training command names.
+
+    Attributes:
+        data: the command's data flags.
+        model: its model flags.
+        files: the model's files.
+        resolution: of the crops, in pixels.
+        device: cpu, cuda or auto, for a stage one that training runs itself.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    files: ModelFiles
+    resolution: int
+    device: str
+
+    def command(self, script: str, **more: Any) -> str:
+        """The stage-one command that makes what is asked for."""
+        data = self.data
+        if script == "compute_embeddings.py":
+            own = {
+                "instance_prompt": data.instance_prompt,
+                "max_sequence_length": data.max_sequence_length,
+                "output_path": data.data_df_path,
+            }
+        else:
+            own = {
+                "resolution": self.resolution,
+                "center_crop": data.center_crop,
+                "num_crops": data.num_crops,
+                "random_flip": data.random_flip,
+                "skip_broken": data.skip_broken,
+                "output_path": data.latents_path,
+            }
+        shared = {
+            **self.model.flags(),
+            "instance_data_dir": data.instance_data_dir,
+            "recursive": data.recursive,
+            "device": None if self.device == "auto" else self.device,
+        }
+        return command(script, **{**shared, **own, **more})
+
+    def open_embeddings(self) -> EmbeddingStore:
+        """The embeddings file.
+
+        Raises:
+            UserError: it is missing, broken, or made for another model or length.
+        """
+        path = Path(self.data.data_df_path)
+        remedy = self.command("compute_embeddings.py")
+        if not path.exists():
+            raise UserError(f"{path} is not there: type `{remedy}`")
+        store = EmbeddingStore(path)
+        size = self.data.max_sequence_length or store.provenance.size
+        wanted = self.files.provenance(TEXT_COMPONENTS, store.provenance.precision, size)
+        difference = store.provenance.difference(wanted, "max_sequence_length")
+        if difference:
+            raise UserError(f"{path} was made with {difference}: type `{remedy} --overwrite`")
+        config = self.files.read_config("transformer")
+        widths = config["joint_attention_dim"], config["pooled_projection_dim"]
+        if (store.joint_width, store.pooled_width) != widths:
+            raise UserError(
+                f"{path} is {store.joint_width} and {store.pooled_width} wide, and the transformer takes "
+                f"{widths[0]} and {widths[1]}: type `{remedy} --overwrite`"
+            )
+        return store
+
+    def open_latents(self) -> LatentCache:
+        """The latent cache, empty or not."""
+        folder = Path(self.data.latents_path)
+        precision = recorded_precision(folder) or "fp32"
+        return LatentCache(folder, self.files.provenance(["vae"], precision, self.resolution))
+
+    def has_latents(self) -> bool:
+        """Whether the cache holds any picture."""
+        return any(Path(self.data.latents_path).glob("*.safetensors"))
+
+    def make_latents(self) -> None:
+        """Runs `precompute_latents.py` in a process of its own, so that what the VAE took is truly given back.
+
+        Raises:
+            UserError: it failed.
+        """
+        remedy = self.command("precompute_latents.py")
+        print(f"{self.data.latents_path} holds no latents yet; in a process of its own: {remedy}", flush=True)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
+        _, script, *words = shlex.split(remedy)
+        if subprocess.run([sys.executable, PROJECT_FOLDER / script, *words], env=environment, check=False).returncode:
+            raise UserError(f"there are no latents to train on: mend what is said above, then type `{remedy}`")
+
+    def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
+        """The pictures with their prompts, each of which has its embedding.
+
+        Raises:
+            UserError: no pictures, or a prompt that stage one has not seen.
+        """
+        remedy = self.command("compute_embeddings.py", max_sequence_length=store.provenance.size)
+        prompt = self.data.instance_prompt
+        if self.data.instance_data_dir is None:
+            images = images_of_store(store, cache)
+            if prompt is not None and prompt not in {image.prompt for image in images}:
+                raise UserError(f"{store.path} describes no picture with {prompt!r}: type `{remedy}`")
+            return images
+        known = store.prompts_with_role("instance")
+        prompt = prompt or (known[0] if len(known) == 1 else None)
+        hashes_path = cache.folder / NOTES_NAME
+        images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive, hashes_path)
+        if self.data.skip_broken:
+            images = tuple(image for image in images if cache.variants(image.image_id) or not _is_broken(image))
+        require_prompts(store, [image.prompt for image in images], remedy)
+        return images
+
+    def variants(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[str, tuple[str, ...]]:
+        """For each picture's id, the cached crops to train on.
+
+        Raises:
+            UserError: the cache was made with other settings, or lacks a picture or a crop.
+        """
+        remedy, data = self.command("precompute_latents.py"), self.data
+        try:
+            chosen = choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
+        except StaleLatents as error:
+            raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+        tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
+        if tiled and os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
+            )
+        return chosen
+
+
+def _is_broken(image: InstanceImage) -> bool:
+    """Whether a picture without latents is one that does not decode; says so."""
+    try:
+        open_rgb(image.path)
+    except BrokenImage as error:
+        print(f"skipped: {error}")
+        return True
+    return False

@@ -1,0 +1,164 @@
+"""What training reads: each picture's posteriors joined with its prompt's embedding, by identity.
+
+Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, TrainingBatch
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.images import crop_boxes, mirrored
+from sd3_lora.stage_one.latent_cache import LatentCache
+
+import torch
+
+_RESIDENT_BYTES = 1024**3  # a DreamBooth set is some tens of MiB; past this, rows are read when they are needed
+
+
+class TrainingData:
+    """The pictures to train on, with their tensors.
+
+    Args:
+        images: the pictures.
+        variants: for each image id, the crops to draw from.
+        store: the embeddings file.
+        cache: the latent cache.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[InstanceImage],
+        variants: dict[str, tuple[str, ...]],
+        store: EmbeddingStore,
+        cache: LatentCache,
+    ):
+        # By identity: neither the files' names nor where the list comes from changes a run.
+        self.images = tuple(sorted(images, key=lambda image: image.image_id))
+        self.variants = variants
+        self._store, self._cache = store, cache
+        self._posteriors: dict[tuple[str, str], LatentPosterior] = {}
+        self._embeddings: dict[str, PromptEmbedding] = {}
+        self._resident_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Sequence[int], variant_draws: torch.Tensor) -> TrainingBatch:
+        """Stacks some pictures.
+
+        Args:
+            indices: `B` picture indices.
+            variant_draws: `(B,)` in [0, 1): which of a picture's crops.
+        """
+        images = [self.images[i] for i in indices]
+        posteriors = []
+        for image, draw in zip(images, variant_draws.tolist(), strict=True):
+            variants = self.variants[image.image_id]
+            posteriors.append(self._posterior(image.image_id, variants[int(draw * len(variants))]))
+        embeddings = [self._embedding(image.prompt) for image in images]
+        return TrainingBatch(
+            image_ids=tuple(image.image_id for image in images),
+            latent_mean=torch.stack([p.mean for p in posteriors]),
+            latent_std=torch.stack([p.std for p in posteriors]),
+            prompt_embeds=torch.stack([e.prompt_embeds for e in embeddings]),
+            pooled_prompt_embeds=torch.stack([e.pooled_prompt_embeds for e in embeddings]),
+            loss_weights=torch.ones(len(images)),
+        )
+
+    def _posterior(self, image_id: str, variant: str) -> LatentPosterior:
+        key = (image_id, variant)
+        if key in self._posteriors:
+            return self._posteriors[key]
+        posterior = self._cache.read(image_id, variant)
+        if self._keep(posterior.mean, posterior.std):
+            self._posteriors[key] = posterior
+        return posterior
+
+    def _embedding(self, prompt: str) -> PromptEmbedding:
+        if prompt in self._embeddings:
+            return self._embeddings[prompt]
+        embedding = self._store.read(prompt)
+        if self._keep(embedding.prompt_embeds, embedding.pooled_prompt_embeds):
+            self._embeddings[prompt] = embedding
+        return embedding
+
+    def _keep(self, *tensors: torch.Tensor) -> bool:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self._resident_bytes + size > _RESIDENT_BYTES:
+            return False
+        self._resident_bytes += size
+        return True
+
+
+def images_of_store(store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
+    """The pictures that stage one saw, for training without their folder.
+
+    Raises:
+        UserError: stage one saw none.
+    """
+    pairs = sorted(store.prompt_of_image().items())
+    if not pairs:
+        raise UserError(f"{store.path} knows no pictures: type --instance_data_dir FOLDER")
+    return tuple(InstanceImage(image_id, cache.path(image_id), prompt) for image_id, prompt in pairs)
+
+
+def require_prompts(store: EmbeddingStore, prompts: Sequence[str], command: str) -> None:
+    """Checks that every prompt has its row.
+
+    Raises:
+        UserError: one is missing; `command` is what mends it.
+    """
+    missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in store]
+    if missing:
+        others = f" and {len(missing) - 1} more prompts" if len(missing) > 1 else ""
+        raise UserError(f"{store.path} lacks {missing[0]!r}{others}: type `{command}`")
+
+
+def choose_variants(
+    images: Sequence[InstanceImage],
+    cache: LatentCache,
+    center_crop: bool,
+    num_crops: int | None,
+    flip: bool | None,
+    command: str,
+) -> dict[str, tuple[str, ...]]:
+    """For each picture the cached crops to draw from: all, or those that the flags name.
+
+    Args:
+        images: the pictures.
+        cache: the latent cache.
+        center_crop: only the central one.
+        num_crops: only the crops that this many give; None for all in the cache.
+        flip: with (True) or without (False) the mirrored twins; None for what the cache holds.
+        command: what computes the missing ones.
+
+    Raises:
+        UserError: a picture has no latents, or lacks an asked crop.
+    """
+    chosen: dict[str, tuple[str, ...]] = {}
+    for image in images:
+        found = cache.look(image.image_id)
+        if not found or not found.variants:
+            raise UserError(
+                f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
+            )
+        wanted = cached = found.variants
+        if center_crop or num_crops is not None:
+            count = 1 if center_crop else num_crops or 1
+            boxes = crop_boxes(*found.size, cache.wanted.size, count, flip=True)
+            wanted = tuple(box.name for box in boxes if box.name in cached or not box.flip)
+        if flip is not None and flip:
+            wanted = tuple(dict.fromkeys(v for name in wanted for v in (name, mirrored(name))))
+        elif flip is not None:
+            wanted = tuple(name for name in wanted if name != mirrored(name))
+        lacking = [variant for variant in wanted if variant not in cached]
+        if lacking or not wanted:
+            raise UserError(
+                f"{cache.folder} lacks the crop {lacking[0] if lacking else 'without a mirror'} of {image.path.name}: "
+                f"type `{command}`"
+            )
+        chosen[image.image_id] = wanted
+    return chosen

@@ -1,0 +1,147 @@
+"""The loss log: one JSON line for each optimizer step, and the watch for numbers that are not finite.
+
+Losses stay on the device until they are read, some steps late, so that no step waits for the host.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sd3_lora.common.command_line import UserError, write_text_atomically
+from sd3_lora.gpu.copy_stream import DeviceFlag
+
+import torch
+
+READ_EVERY = 10  # steps; what is not finite is found at the latest so many steps later
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """One line of the log.
+
+    Attributes:
+        step: the optimizer step, from 1.
+        loss: mean over the global batch.
+        gradient_norm: before clipping; None for a step that the scaler skipped.
+        learning_rate: of the step.
+        skipped: whether the scaler skipped it for an infinite gradient.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float | None
+    learning_rate: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose numbers are still on the device.
+
+    Attributes:
+        step: the optimizer step.
+        loss: scalar tensor, this rank's mean.
+        gradient_norm: scalar tensor, after the ranks' gradients were averaged.
+        learning_rate: of the step.
+        skipped: whether the scaler skipped it; asked for no sooner than `LossLog.add`.
+        pictures: file names that the step saw, for a diagnosis.
+    """
+
+    step: int
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor
+    learning_rate: float
+    skipped: DeviceFlag | bool
+    pictures: str
+
+
+class LossLog:
+    """Collects steps, and reads and checks them in one transfer.
+
+    Args:
+        path: of the JSON lines; None on ranks that do not write.
+        mean_over_ranks: averages a tensor over the processes.
+        dtype_name: of the run, for a diagnosis.
+    """
+
+    def __init__(self, path: Path | None, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], dtype_name: str):
+        self._path = path
+        self._mean_over_ranks = mean_over_ranks
+        self._dtype_name = dtype_name
+        self._pending: list[PendingStep] = []
+        self.skipped_in_a_row = 0
+        self.skipped = 0
+        self.recent = deque[float](maxlen=50)
+
+    @property
+    def recent_mean(self) -> float:
+        """The mean loss of the last steps that were read; NaN before the first."""
+        return sum(self.recent) / len(self.recent) if self.recent else math.nan
+
+    def add(self, step: PendingStep) -> None:
+        """Notes a step without reading it.
+
+        Raises:
+            UserError: the scaler has skipped too many steps in a row.
+        """
+        self._pending.append(step)
+        skipped = bool(step.skipped)
+        self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self.read()
+            raise UserError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row had infinite gradients in {self._dtype_name} up to step "
+                f"{step.step}: type --mixed_precision bf16 (or no), or lower --learning_rate"
+            )
+
+    def read(self) -> list[LoggedStep]:
+        """Brings the pending steps to the host, checks and appends them.
+
+        Raises:
+            UserError: a loss or gradient that is not finite, with its step and what it saw.
+        """
+        if not self._pending:
+            return []
+        losses = self._mean_over_ranks(torch.stack([p.loss.detach().float() for p in self._pending])).tolist()
+        norms = torch.stack([p.gradient_norm.detach().float() for p in self._pending]).tolist()
+        lines = []
+        for pending, loss, norm in zip(self._pending, losses, norms, strict=True):
+            self._require_finite(pending, loss, norm)
+            skipped = bool(pending.skipped)
+            kept = None if skipped else norm
+            lines.append(LoggedStep(pending.step, loss, kept, pending.learning_rate, skipped))
+        self._pending = []
+        self.recent.extend(line.loss for line in lines)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+        return lines
+
+    def _require_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and (math.isfinite(norm) or pending.skipped):
+            return
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        cure = (
+            "lower --learning_rate"
+            if self._dtype_name == "fp32"
+            else "type --mixed_precision no, or lower --learning_rate"
+        )
+        raise UserError(
+            f"the {what} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
+            "no weights were written since the last checkpoint"
+        )
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run will write again."""
+        if self._path is None or not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        write_text_atomically(self._path, "".join(kept))

@@ -1,0 +1,226 @@
+"""The LoRA (Hu et al., arXiv 2106.09685): which layers, attach, save, load.
+
+A saved file is diffusers' `pytorch_lora_weights.safetensors`. Its alpha is always its rank: alpha / rank is folded into
+`lora_B` on saving, so that a reader that ignores the metadata draws the same picture.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import UserError
+
+import torch
+from diffusers import SD3Transformer2DModel
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import Linear
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear, pad
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# Both streams' attention projections, as in diffusers' train_dreambooth_lora_sd3.py.
+DEFAULT_LAYERS = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+_METADATA_KEY = "sd3_lora"
+_PREFIX = "transformer."
+
+
+def target_modules(
+    transformer: SD3Transformer2DModel, layers: Sequence[str] | None, blocks: Sequence[int] | None
+) -> list[str]:
+    """The names of the modules that get a LoRA.
+
+    Args:
+        transformer: the model.
+        layers: endings of module names inside a block, such as attn.to_k; None for `DEFAULT_LAYERS`.
+        blocks: indices of transformer blocks; None for all.
+
+    Raises:
+        UserError: a layer or block that the model does not have.
+    """
+    count = len(transformer.transformer_blocks)
+    wrong = [block for block in blocks or () if not 0 <= block < count]
+    if wrong:
+        raise UserError(f"--lora_blocks {wrong[0]}: this transformer has the blocks 0 to {count - 1}")
+    linears = [
+        name
+        for name, module in transformer.transformer_blocks.named_modules()
+        if isinstance(module, torch.nn.Linear) and (blocks is None or int(name.split(".")[0]) in blocks)
+    ]
+    chosen: list[str] = []
+    for layer in layers or DEFAULT_LAYERS:
+        matching = [name for name in linears if name.endswith(f".{layer}")]
+        if not matching and layers is not None:
+            known = sorted({name.split(".", 1)[1] for name in linears})
+            raise UserError(f"--lora_layers {layer} is in no block: the layers are {', '.join(known)}")
+        chosen += matching
+    return [f"transformer_blocks.{name}" for name in sorted(set(chosen))]
+
+
+class AddedLora(Linear):
+    """peft's layer, which gives `W x + s B A x`, with the last product, its scale and the sum in one call.
+
+    peft takes a kernel for each, and writes three tensors of the output's size. In float32 the numbers are peft's but
+    for rounding; in 16 bits this rounds once, where peft does three times. On a GPU a rank of 4 is multiplied as one of
+    8, with zeros: tensor cores take rows of 16 bytes.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        (adapter,) = self.active_adapters
+        product: torch.Tensor = self.base_layer(x)
+        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        spare = _spare_rank(len(down), x.device)
+        if spare:
+            down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
+        low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
+        # Not added where the product lies: what bitsandbytes gives must not be changed.
+        rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
+        return rows.view(product.shape)
+
+
+def _spare_rank(rank: int, device: torch.device) -> int:
+    return -rank % 8 if device.type == "cuda" else 0
+
+
+def attach_lora(
+    transformer: SD3Transformer2DModel, targets: Sequence[str], rank: int, alpha: float, dropout: float, seed: int
+) -> list[torch.nn.Parameter]:
+    """Freezes the transformer, adds the LoRA and returns its parameters, in float32 whatever the base's dtype.
+
+    `lora_A` is drawn from a Gaussian by `seed`, `lora_B` is zero.
+    """
+    transformer.requires_grad_(False)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=list(targets)
+    )
+    config._register_custom_module({torch.nn.Linear: AddedLora})
+    transformer.add_adapter(config)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def lora_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
+    """The LoRA as it is trained, float32 on the CPU; names as in peft."""
+    return {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(transformer).items()
+    }
+
+
+def save_lora(
+    folder: Path, transformer: SD3Transformer2DModel, rank: int, alpha: float, record: Mapping[str, Any]
+) -> Path:
+    """Writes diffusers' file atomically, reads it back and compares.
+
+    Args:
+        folder: where to write `pytorch_lora_weights.safetensors`.
+        transformer: with the LoRA attached.
+        rank: of the LoRA.
+        alpha: of the LoRA; alpha / rank is folded into lora_B.
+        record: base model, prompts and the like, kept in the metadata for inference.
+
+    Raises:
+        UserError: the weights are not finite: nothing is written.
+        OSError: what was read back is not what was written.
+    """
+    tensors = {
+        _PREFIX + name: tensor * (alpha / rank) if ".lora_B." in name else tensor
+        for name, tensor in lora_tensors(transformer).items()
+    }
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
+    targets = sorted({name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
+    adapter = {"r": rank, "lora_alpha": rank, "target_modules": targets, "peft_type": "LORA"}
+    metadata = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()}),
+        _METADATA_KEY: json.dumps({**record, "rank": rank}, ensure_ascii=False),
+    }
+    path = folder / LORA_FILE
+    temporary = folder / f".{LORA_FILE}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata)
+        written = load_file(temporary)
+        if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
+            raise OSError(f"{path}: the disk returned other bytes than were written")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def find_lora(name: str) -> Path:
+    """The LoRA file behind a folder, a file or a hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / LORA_FILE
+        if not path.is_file():
+            raise UserError(f"{name} holds no {LORA_FILE}: give the training's --output_dir")
+        return path
+    if path.is_file():
+        return path
+    try:
+        return Path(hf_hub_download(name, LORA_FILE))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"--lora {name} is neither a file or folder here nor a LoRA on the hub: check the path"
+        ) from error
+
+
+def read_lora_record(path: Path) -> dict[str, Any]:
+    """What this project's training noted in a LoRA's metadata; empty for a LoRA of another program.
+
+    Raises:
+        UserError: the file is truncated or not safetensors.
+    """
+    try:
+        with safe_open(path, "pt") as handle:
+            return json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: train again, or download it again") from error
+
+
+def check_lora_fits(path: Path, transformer: SD3Transformer2DModel) -> None:
+    """Checks a file's layers and shapes against the transformer before anything is attached.
+
+    Raises:
+        UserError: the LoRA belongs to another model, or would have no effect.
+    """
+    modules = dict(transformer.named_modules())
+    matched = 0
+    with safe_open(path, "pt") as handle:
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            if ".lora_A." not in key or not key.startswith(_PREFIX):
+                continue
+            module = modules.get(key.removeprefix(_PREFIX).split(".lora_A.")[0])
+            width = handle.get_slice(key).get_shape()[1]
+            if module is None or width != module.in_features:
+                raise UserError(f"{path} was trained on another model ({key} does not fit): give its own base model")
+            matched += 1
+    if not matched:
+        raise UserError(f"{path} holds no SD3 transformer LoRA in diffusers' format: it would have no effect")

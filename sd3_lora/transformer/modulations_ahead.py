@@ -1,0 +1,110 @@
+"""What the modulations of streamed blocks give, computed one micro-step ahead.
+
+A modulation multiplies one row a picture, made of the noise level and the pooled prompt, with the largest matrix of a
+block: a third of SD3-Medium's block, to make 18 KB a picture. Forward computes least and so waits for its copies, where
+backward leaves the link time. So where backward computes a block anew, its modulations' matrices are copied then, and
+multiply the next micro-batch's row; what they gave for this one is here already, for both passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.transformer.streaming import StreamedBlocks
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+Modulating = tuple[torch.Tensor, torch.Tensor]  # timesteps (B,) and pooled prompts (B, P), the transformer's inputs
+
+
+class ModulationsAhead:
+    """Those of blocks that visit the device and are computed anew in backward; their numbers stay what they are.
+
+    Before each micro-step `turn` is called, and forward and backward run within `in_force`. Outside of it the layers
+    compute as they always did. A micro-step may be repeated, and recorded as a CUDA graph: it changes nothing that it
+    reads.
+
+    Shapes: B batch, C channels of the transformer, P pooled width.
+
+    Args:
+        transformer: its blocks streamed, its LoRA attached.
+        streamed: what streams them.
+        blocks: the indices of these.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, streamed: StreamedBlocks, blocks: Sequence[int]):
+        self._embed = transformer.time_text_embed
+        self._streamed = streamed
+        self._multiply: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self._next: list[torch.Tensor] = []  # what the next micro-batch's are made of, always in the same memory
+        self._row: torch.Tensor | None = None  # (B, C): that, as every modulation takes it, in a step's backward
+        self._given: list[torch.Tensor] = []
+        self._coming: list[torch.Tensor] = []
+        self._coming_of: torch.Tensor | None = None  # the timesteps of the micro-batch that was said to come
+        self._is_in_force = False
+        self._ran: set[int] = set()
+        for block in (transformer.transformer_blocks[index] for index in blocks):
+            for norm in (block.norm1, block.norm1_context):
+                layer = getattr(norm.linear, "base_layer", norm.linear)  # peft's, where it has a LoRA
+                index = len(self._multiply)
+                self._multiply.append(layer.forward)
+                layer.forward = partial(self._forward, index)
+
+    @torch.no_grad()
+    def turn(self, now: Modulating, coming: Modulating | None) -> None:
+        """Goes on to the next micro-step; to be called in the precision that forward has.
+
+        What `now` needs was computed in the last one, if it was what came; else its matrices are copied to the device
+        here.
+
+        Args:
+            now: what this micro-batch's are made of.
+            coming: the next one's, the same tensors that will be `now` then; None if nobody knows yet.
+        """
+        if now[0] is not self._coming_of:
+            self._compute(now)
+        torch._foreach_copy_(self._given, self._coming)
+        self._coming_of = coming and coming[0]
+        if coming:
+            torch._foreach_copy_(self._next, coming)
+
+    def _compute(self, now: Modulating) -> None:
+        """Beside a step, and before the first one."""
+        row = self._row_of(*now)
+        self._streamed.begin_pass(is_foreseen=False)
+        computed = [multiply(row) for multiply in self._multiply]
+        if not self._next:
+            self._next = list(map(torch.clone, now))
+            self._given, self._coming = ([torch.empty_like(one) for one in computed] for _ in range(2))
+        torch._foreach_copy_(self._coming, computed)
+        # A step that is replayed has a workspace of cuBLAS's of its own: this one's would lie there unused.
+        drop_workspaces(row.device)
+        free_memory(row.device)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """For forward and backward of the micro-step that `turn` was told of."""
+        self._ran.clear()
+        self._is_in_force = True
+        try:
+            yield
+        finally:
+            self._is_in_force, self._row = False, None
+
+    def _row_of(self, timesteps: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(self._embed(timesteps, pooled))
+
+    def _forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if not self._is_in_force:
+            return self._multiply[index](x)
+        if index in self._ran:  # the block is computed anew
+            with torch.no_grad():
+                if self._row is None:
+                    self._row = self._row_of(*self._next)
+                self._coming[index].copy_(self._multiply[index](self._row))
+        self._ran.add(index)
+        return self._given[index]

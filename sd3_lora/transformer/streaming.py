@@ -1,0 +1,380 @@
+"""A frozen base whose matrices live on the host and visit the device, a piece of a block at a time.
+
+A piece is what one part of a block multiplies with, or half of that: an attention's inputs, a modulation. The device
+holds two buffers or more, each as large as the largest piece. While a piece computes in one, those that are needed
+next are copied into the others. Forward needs the pieces first to last; backward computes a checkpointed block anew,
+and then needs its pieces last to first, to send gradients back through them.
+
+Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
+With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention.
+Training needs them once a step: in backward, for the next one (`modulations_ahead.py`).
+
+Where the device has room for some blocks, those stay there whole, and the others' copies have their time too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.gpu.copy_stream import Copy, CopyStream
+from sd3_lora.gpu.packed_tensors import layout, views
+from sd3_lora.gpu.pinned_memory import pinned_buffers, pinned_bytes
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.autograd.graph import saved_tensors_hooks
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Frozen linear layers of one part of a block.
+
+    Attributes:
+        names: of their weights, as the transformer's files have them.
+        layers: in the order of `torch.nn.Module.modules`.
+    """
+
+    names: tuple[str, ...]
+    layers: tuple[torch.nn.Linear, ...]
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """The layers' matrices, where they are when they do not visit the device."""
+        return [layer.weight.detach() for layer in self.layers]
+
+
+def pieces_of(blocks: Sequence[torch.nn.Module], visiting: Collection[int] | None = None) -> list[Piece]:
+    """The pieces of blocks, in the order in which forward needs them.
+
+    None has more weights than the largest matrix of all, for which there must be room.
+
+    Args:
+        blocks: of the transformer, with or without a LoRA.
+        visiting: the indices of those that are asked for; None for all.
+    """
+    groups: list[dict[str, torch.nn.Linear]] = []
+    largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
+    for index, block in enumerate(blocks):
+        if visiting is not None and index not in visiting:
+            continue
+        for part, module in block.named_children():
+            room = 0
+            for name, layer in _frozen_layers(module):
+                # peft moves a layer that gets a LoRA into that as its base layer.
+                path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", ".")
+                if _size(layer) > room:
+                    groups.append({})
+                    room = largest
+                room -= _size(layer)
+                groups[-1][path] = layer
+    return [Piece(tuple(group), tuple(group.values())) for group in groups]
+
+
+def _frozen_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    return [
+        (name, layer)
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+    ]
+
+
+def _size(layer: torch.nn.Linear) -> int:
+    return layer.in_features * layer.out_features  # a weight in 4 bits has other sizes
+
+
+class PieceSource(Protocol):
+    """Where the matrices of pieces come from: `PinnedPieces`, or `MappedPieces` (`mapped_pieces.py`)."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of each piece, laid out as `layout` says."""
+
+    @property
+    def host_bytes(self) -> int:
+        """What of the host's memory is pinned."""
+
+    def fill(self, index: int, destination: torch.Tensor) -> None:
+        """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
+
+    def announce(self, index: int) -> None:
+        """Says which piece will be asked for next, as far as one can know."""
+
+
+def stream_transformer(
+    transformer: SD3Transformer2DModel,
+    device: torch.device,
+    source: PieceSource | None = None,
+    buffers: int = 2,
+    visiting: Collection[int] | None = None,
+) -> StreamedBlocks:
+    """Moves to the device all but the matrices of blocks that will visit it.
+
+    Args:
+        transformer: these matrices on the host, its LoRA attached. It must not be moved afterwards, nor get other
+            layers.
+        device: where it computes.
+        source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
+        buffers: on the device.
+        visiting: the indices of these blocks; None for all.
+
+    Raises:
+        UserError: the driver does not pin so much host memory.
+    """
+    pieces = pieces_of(transformer.transformer_blocks, visiting)
+    streamed = StreamedBlocks(pieces, device, source, buffers)
+    visiting = {id(layer.weight) for piece in pieces for layer in piece.layers}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if id(tensor) not in visiting:
+            tensor.data = tensor.data.to(device)
+    transformer.register_forward_pre_hook(lambda *_: streamed.begin_pass())
+    return streamed
+
+
+class PinnedPieces:
+    """The matrices of each piece in the host's memory; pinned where the device is a GPU.
+
+    Args:
+        pieces: whose matrices are left pointing at it.
+        device: that they will be copied to.
+        paths: the files of a transformer that was loaded with `unread_blocks`: the matrices are read from there, one at
+            a time, in the layers' dtype. Without any, the layers' own matrices are taken over: their memory is freed
+            meanwhile, so that beside all pieces there is one twice at most.
+
+    Raises:
+        UserError: the driver does not pin so much host memory.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], device: torch.device, paths: Sequence[Path] = ()):
+        self.sizes = [layout(piece.weights)[-1] for piece in pieces]
+        self.host_bytes = pinned_bytes(self.sizes)
+        self._buffers: list[torch.Tensor] = []
+        with TensorFiles(paths) as files:
+            for piece, buffer in zip(pieces, pinned_buffers(self.sizes, device), strict=True):
+                found = [files.tensor(name) for name in piece.names] if paths else piece.weights
+                for layer, view, value in zip(piece.layers, views(buffer, piece.weights), found, strict=True):
+                    view.copy_(value)
+                    layer.weight.data = view
+                self._buffers.append(buffer)
+
+    def fill(self, index: int, destination: torch.Tensor) -> None:
+        """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
+        destination.copy_(self._buffers[index], non_blocking=True)
+
+    def announce(self, index: int) -> None:
+        """Changes nothing: every piece is here."""
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A buffer on the device.
+
+    Attributes:
+        buffer: uint8, as large as the largest piece.
+        index: of the piece in it, if any.
+        weights: that piece's matrices, which lie in it.
+        arrival: of the latest copy into it.
+        seen: by piece, how its matrices lie here: to make them takes longer than to start a copy.
+    """
+
+    buffer: torch.Tensor
+    index: int | None = None
+    weights: list[torch.Tensor] = field(default_factory=list)
+    arrival: Copy = field(default_factory=Copy)
+    seen: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class StreamedBlocks:
+    """Linear layers whose matrices are on the device only while they multiply, and until the buffer is needed again.
+
+    Forward, backward and their results stay what they are for resident layers, bit for bit, in any order: a layer asks
+    for its matrix whenever it multiplies, in backward too, and autograd saves none. What a pass asked for is
+    remembered, and foreseen in the next pass of its kind. The first pass with a gradient finds its way through backward
+    unforeseen, and waits for its copies there.
+
+    Args:
+        pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
+        device: where they compute.
+        source: of the matrices; None for `PinnedPieces`.
+        buffers: on the device, 2 or more: while a piece computes in one, those that come next are copied into the
+            others.
+
+    Attributes:
+        device_bytes: what the buffers hold.
+        host_bytes: what of the host's memory the source has pinned.
+        copies: how many pieces have been copied to the device so far.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], device: torch.device, source: PieceSource | None = None, buffers: int = 2
+    ):
+        self._source: PieceSource = source or PinnedPieces(pieces, device)
+        self._like = [piece.weights for piece in pieces]
+        self._device = device
+        self._copy_stream = CopyStream(device)
+        largest = max(self._source.sizes)
+        count = min(buffers, len(pieces))
+        self._slots: list[_Slot] = []  # the one used longest ago first
+
+        def make_slots() -> None:
+            # In the copy stream's pool: a copy that is under way when all this is dropped cannot hit others' memory.
+            self._slots += [_Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(count)]
+
+        self._copy_stream.start(make_slots)
+        self._current: _Slot | None = None
+        # By whether there is a gradient: the pieces that the last such pass asked for.
+        self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
+        self._foreseen: list[int] = []
+        self._asked: list[int] = []
+        self._is_as_foreseen = True
+        self._was_recorded = False
+        self.device_bytes = count * largest
+        self.host_bytes = self._source.host_bytes
+        self.copies = 0
+        for index, piece in enumerate(pieces):
+            for position, layer in enumerate(piece.layers):
+                packed: Any = layer
+                quant_state: Any = getattr(layer.weight, "quant_state", None)
+                if quant_state is not None:
+                    quant_state.to(device)
+                # Nothing here holds the layer, which would hold itself.
+                ask = partial(self._weight, index, position)
+                if quant_state is None:
+                    forward = partial(_forward, ask, layer.bias)
+                else:
+                    forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
+                layer.forward = forward  # type: ignore[method-assign]
+
+    def begin_pass(self, is_foreseen: bool = True) -> None:
+        """Says that the transformer is called, or something else: for that nothing is copied ahead.
+
+        So no copy is under way when it is through.
+        """
+        is_recorded = _is_recorded(self._device)
+        if is_recorded or self._was_recorded:
+            # A graph brings all that it needs, whatever is here when it is replayed; nothing outside of it can wait for
+            # its copies, and each replay leaves other pieces here than are noted.
+            for slot in self._slots:
+                slot.index = None
+        self._current = None
+        self._asked, self._foreseen = [], []
+        self._is_as_foreseen = True
+        if is_foreseen:
+            self._was_recorded = is_recorded
+            has_gradient = torch.is_grad_enabled()
+            self._foreseen = self._remembered[has_gradient]
+            self._remembered[has_gradient] = self._asked  # backward asks on
+
+    def _weight(self, index: int, position: int) -> torch.Tensor:
+        """A matrix on the device, for what is queued now."""
+        if self._current is None or self._current.index != index:
+            self._current = self._visit(index)
+        return self._current.weights[position]
+
+    def _visit(self, index: int) -> _Slot:
+        """The slot of piece `index`, which is there for what is queued from now on; starts to copy what comes next."""
+        coming = self._foresee(index)
+        wanted = [index, *coming[: len(self._slots) - 1]]
+        slot = self._bring(index, wanted)
+        self._slots.remove(slot)
+        self._slots.append(slot)
+        self._copy_stream.wait(slot.arrival)
+        for piece in wanted[1:]:
+            self._bring(piece, wanted)
+        for piece in coming[len(self._slots) - 1 :]:
+            if self._held(piece) is None:
+                self._source.announce(piece)
+        return slot
+
+    def _foresee(self, index: int) -> list[int]:
+        """The pieces after this one: as many as there are slots, or as are known."""
+        at = len(self._asked)
+        self._asked.append(index)
+        self._is_as_foreseen &= at < len(self._foreseen) and self._foreseen[at] == index
+        if not self._is_as_foreseen:
+            return []
+        coming = self._foreseen[at + 1 : at + 1 + len(self._slots)]
+        if not _is_recorded(self._device):  # a graph ends with no copy under way
+            coming += itertools.islice(itertools.cycle(self._foreseen), len(self._slots) - len(coming))
+        return coming
+
+    def _held(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.index == index), None)
+
+    def _bring(self, index: int, wanted: Sequence[int]) -> _Slot:
+        """The slot that holds piece `index`, or will: of those with no wanted piece, the one used longest ago.
+
+        All that multiplies with what is there now has been queued: whoever asks for a matrix uses it at once.
+        """
+        held = self._held(index)
+        if held:
+            return held
+        slot = next(slot for slot in self._slots if slot.index not in wanted)
+        slot.index = None  # should the copy fail
+        destination = slot.buffer[: self._source.sizes[index]]
+        slot.arrival = self._copy_stream.start(lambda: self._source.fill(index, destination))
+        if index not in slot.seen:
+            slot.seen[index] = views(slot.buffer, self._like[index])
+        slot.index, slot.weights = index, slot.seen[index]
+        self.copies += 1
+        return slot
+
+
+def _is_recorded(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):  # nothing is saved
+        return torch.nn.functional.linear(x, ask(), bias)
+    weight = ask()
+    place, start = weight.untyped_storage().data_ptr(), weight.storage_offset()
+
+    def pack(saved: torch.Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != place:
+            return saved  # autocast's copy of a matrix of another dtype
+        return saved.shape, saved.stride(), saved.storage_offset() - start  # transposed, in most cases
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        shape, stride, offset = packed
+        weight = ask()
+        return weight.as_strided(shape, stride, weight.storage_offset() + offset)
+
+    # A checkpoint's hooks see nothing that these have packed, in forward as when it is computed anew.
+    with saved_tensors_hooks(pack, unpack):
+        return torch.nn.functional.linear(x, weight, bias)
+
+
+class _MultiplyPacked(torch.autograd.Function):
+    """What `bitsandbytes.matmul_4bit` does; but that one's matrix is kept where no hook sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any
+    ) -> torch.Tensor:
+        import bitsandbytes  # its import costs seconds, and only this needs it
+
+        ctx.ask, ctx.state = ask, state
+        return bitsandbytes.matmul_4bit(x, ask(), bias=bias, quant_state=state)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        from bitsandbytes.functional import dequantize_4bit
+
+        (gradient,) = gradients
+        unpacked = dequantize_4bit(ctx.ask().view(-1, 1), ctx.state).to(gradient.dtype)
+        return torch.matmul(gradient, unpacked), None, None, None
+
+
+def _forward_packed(
+    ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any, dtype: torch.dtype, x: torch.Tensor
+) -> torch.Tensor:
+    bias = None if bias is None else bias.to(dtype)
+    return _MultiplyPacked.apply(x.to(dtype), ask, bias, state).to(x.dtype)

@@ -1,0 +1,93 @@
+"""What a step allocates: the simulation of one block of each kind beside that of all, and beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from sd3_lora import memory_plan, step_memory
+from sd3_lora.common.memory import GIB
+from sd3_lora.common.model_files import MINIATURE
+from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
+from sd3_lora.plan.step_memory import StepShape, simulate_step
+from sd3_lora.transformer.lora import attach_lora, target_modules
+from sd3_lora.transformer.recompute import checkpoint_blocks
+
+import pytest
+import torch
+from conftest import PROJECT
+
+SHAPE = StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False)
+DUAL = {"num_layers": 7, "dual_attention_layers": (0, 1, 2), "pos_embed_max_size": 32}
+
+
+def config_of(**changes: object) -> dict:
+    config = json.loads((MINIATURE / "transformer" / "config.json").read_text())
+    return {name: value for name, value in {**config, **changes}.items() if not name.startswith("_")}
+
+
+def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
+    """Of all blocks, each checkpointed as it is in training."""
+    with torch.device("meta"):
+        transformer = step_memory.make_hollow(config, shape.dtype)
+        targets = target_modules(transformer, shape.layers, shape.blocks)
+        attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
+    transformer.train()
+    checkpoint_blocks(transformer, count)
+    for module in (transformer, *transformer.transformer_blocks):
+        stand_in_for_gpu(module, shape.dtype)
+    with AllocationCounter() as counter:
+        step_memory._forward(transformer, config, shape).backward()
+    return counter.peak
+
+
+@pytest.mark.parametrize("count", [0, 3, 6, 7])
+@pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, blocks=(2, 4), layers=("ff_context.net.2",), rank=32)])
+def test_one_block_of_each_kind_stands_for_all(count: int, shape: StepShape) -> None:
+    config = config_of(**DUAL)
+    step = simulate_step(config, shape, None)
+    assert sum(step.peak(count, False)) == pytest.approx(simulated_peak(config, shape, count), rel=0.045)
+
+
+def test_before_the_first_lora_nothing_is_kept() -> None:
+    step = simulate_step(config_of(), replace(SHAPE, blocks=(3,)), None)
+    assert step.kept[:3] == step.inputs[:3] == (0, 0, 0)
+    assert min(step.kept[3:]) > 0
+
+
+def test_twice_the_batch_keeps_twice_as_much() -> None:
+    one, two = (simulate_step(config_of(), replace(SHAPE, batch_size=size), None) for size in (2, 4))
+    assert two.kept[2] == pytest.approx(2 * one.kept[2], rel=0.035)
+    assert two.inputs[2] == 2 * one.inputs[2]
+    assert two.lora == one.lora
+
+
+def test_the_counter_knows_what_is_freed() -> None:
+    with AllocationCounter() as counter, torch.device("meta"):
+        kept = torch.empty(1000)  # 4000 bytes are 8 × 512
+        gone = torch.empty(600, dtype=torch.float16)
+        view = gone[10:]
+        assert counter.now == 4096 + 1536
+        del gone, view
+        another = kept + 1
+        assert (counter.now, counter.peak) == (8192, 8192)
+        del kept, another
+    assert counter.now == 0
+
+
+@pytest.mark.parametrize(("resolution", "batch", "plan"), [(1024, 1, 24), (512, 1, 24), (512, 4, 24), (1024, 4, 24)])
+def test_what_was_measured_is_what_is_predicted_now(resolution: int, batch: int, plan: int) -> None:
+    """The simulation of SD3-Medium on a CPU, beside the activations and working memory of the committed result."""
+    rows = json.loads((PROJECT / "benchmarks" / "results" / "memory-accuracy-h100.json").read_text())["rows"]
+    (row, *_) = [
+        row
+        for row in rows
+        if (row["model"], row["resolution"], row["batch"], row["rank"]) == ("sd3-medium", resolution, batch, 4)
+        and row.get("plan") == f"base unchanged, on the device; {plan} of 24 blocks computed anew in backward"
+    ]
+    sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096}
+    config = config_of(**sizes, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm=None)
+    step = simulate_step(config, StepShape(batch, resolution // 8, 154, None, None, 4, 0.0, torch.float16, True), None)
+    beside = row["measured_gib"] - sum(row["parts_gib"][name] for name in ("CUDA", "weights", "LoRA and optimizer"))
+    allowance = (memory_plan.WORKSPACE_BYTES + memory_plan.UNUSED_BYTES) / GIB
+    assert 1.08 * sum(step.peak(plan, False)) / GIB + allowance == pytest.approx(beside, abs=0.14)

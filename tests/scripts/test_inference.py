@@ -1,0 +1,236 @@
+"""inference.py: the stock pipeline's pictures, and noise that no batch changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sd3_lora.drawing.pictures import plan_pictures
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, TRAINING_SCRIPT, Prepared
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def lora(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA that visibly changes the tiny model's pictures: lora_B is scaled up by its alpha."""
+    import importlib
+
+    folder = tmp_path_factory.mktemp("lora")
+    flags = ["--output_dir", folder, "--max_train_steps", 4, "--learning_rate", 0.05, "--lora_alpha", 64]
+    assert importlib.import_module(TRAINING_SCRIPT).main([str(word) for word in [*prepared.flags, *flags]]) == 0
+    return folder
+
+
+def base_flags(prepared: Prepared, outdir: Path) -> list[object]:
+    return [
+        "--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings,
+        "--outdir", outdir, "--num_steps", 3, "--max_sequence_length", 20,
+    ]  # fmt: skip
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_the_picture_is_the_stock_pipelines(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+
+    prompt = "a robot in a forest"  # not in the parquet: the text encoders run
+    flags = [*base_flags(prepared, tmp_path), "--lora", lora, "--prompt", prompt, "--negative_prompt", "blurry"]
+    assert script("inference", *flags, "--seed", 3, "--guidance", 4).code == 0
+    ours = pixels(tmp_path / "000_a-robot-in-a-forest" / "img_00.png")
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained(prepared.model, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(lora)
+    pipeline.set_progress_bar_config(disable=True)
+    (plan,) = plan_pictures(tmp_path, [prompt], 1, {"seed": 3})
+    stock = pipeline(
+        prompt,
+        negative_prompt="blurry",
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        max_sequence_length=20,
+        height=64,
+        width=64,
+        latents=plan.noise((16, 8, 8))[None],
+    ).images[0]
+    assert np.abs(ours - np.asarray(stock).astype(int)).max() <= 1  # embeddings are stored in float16
+
+    without = script("inference", *base_flags(prepared, tmp_path / "without"), "--prompt", prompt, "--seed", 3)
+    assert without.code == 0
+    plain = pixels(tmp_path / "without" / "000_a-robot-in-a-forest" / "img_00.png")
+    assert np.abs(plain - ours).mean() > 1  # the LoRA had its effect
+
+
+def test_noise_depends_on_seed_and_indices_alone(tmp_path: Path) -> None:
+    plans = plan_pictures(tmp_path, ["a", "b"], 2, {"seed": 0})
+    noises = [plan.noise((16, 8, 8)) for plan in plans]
+    again = plan_pictures(tmp_path / "other", ["a", "b"], 2, {"seed": 0})
+    assert all(torch.equal(noise, plan.noise((16, 8, 8))) for noise, plan in zip(noises, again, strict=True))
+    other_seed = plan_pictures(tmp_path, ["a", "b"], 2, {"seed": 1})
+    distinct = noises + [plan.noise((16, 8, 8)) for plan in other_seed]
+    assert all(not torch.equal(distinct[i], distinct[j]) for i in range(8) for j in range(i))
+    assert abs(torch.stack(distinct).std().item() - 1) < 0.05
+
+
+def test_the_batch_changes_nothing(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    pictures = []
+    for batch_size in (1, 3):
+        outdir = tmp_path / str(batch_size)
+        flags = [*base_flags(prepared, outdir), "--lora", lora, "--prompt", PROMPT, "--num_images", 3]
+        assert script("inference", *flags, "--batch_size", batch_size).code == 0
+        pictures.append([pixels(path) for path in sorted(outdir.glob("*/img_*.png"))])
+    assert len(pictures[0]) == 3
+    for one, together in zip(*pictures, strict=True):
+        assert np.abs(one - together).max() <= 1
+
+
+def test_no_text_encoder_where_the_prompts_are_known(script, prepared, lora, tmp_path, monkeypatch) -> None:
+    from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a text encoder was loaded")
+
+    monkeypatch.setattr(CLIPTextModelWithProjection, "from_pretrained", refuse)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", refuse)
+    known = script("inference", *base_flags(prepared, tmp_path), "--lora", lora, "--prompt", PROMPT)
+    assert known.code == 0
+    assert "no text encoder is loaded" in known.out
+    with pytest.raises(AssertionError, match="a text encoder was loaded"):
+        script("inference", *base_flags(prepared, tmp_path), "--lora", lora, "--prompt", "unknown")
+    with pytest.raises(AssertionError, match="a text encoder was loaded"):  # embeddings of another length
+        script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT, "--max_sequence_length", 33)
+
+
+def test_settings_are_in_the_picture_and_a_rerun_draws_nothing(script, prepared, lora, tmp_path, monkeypatch) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--lora", lora, "--lora_scale", 0.5, "--prompt", PROMPT, "--seed", 7]
+    assert script("inference", *flags, "--height", 96, "--width", 64).code == 0
+    (path,) = tmp_path.glob("*/img_00.png")
+    with Image.open(path) as picture:
+        assert picture.size == (64, 96)
+        settings = json.loads(picture.text["sd3_lora"])
+    assert {key: settings[key] for key in ("prompt", "seed", "steps", "guidance", "height", "width")} == {
+        "prompt": PROMPT, "seed": 7, "steps": 3, "guidance": 7.0, "height": 96, "width": 64
+    }  # fmt: skip
+    before = path.stat().st_mtime_ns
+    again = script("inference", *flags, "--height", 96, "--width", 64)
+    assert "1 of them drawn before" in again.out
+    assert path.stat().st_mtime_ns == before
+    assert "0 of them drawn before" in script("inference", *flags, "--height", 96, "--width", 64, "--seed", 8).out
+
+
+def test_lora_scales(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for name, flags in {
+        "none": [],
+        "zero": ["--lora", lora, "--lora_scale", 0],
+        "one": ["--lora", lora],
+        "halves": ["--lora", lora, "--lora_scale", 0.5, "--lora", lora / "pytorch_lora_weights.safetensors",
+                   "--lora_scale", 0.5],
+    }.items():  # fmt: skip
+        assert script("inference", *base_flags(prepared, tmp_path / name), "--prompt", PROMPT, *flags).code == 0
+        drawn[name] = pixels(next((tmp_path / name).glob("*/img_00.png")))
+    assert np.abs(drawn["none"] - drawn["zero"]).max() <= 1
+    assert np.abs(drawn["one"] - drawn["halves"]).max() <= 1
+    assert np.abs(drawn["one"] - drawn["none"]).mean() > 1
+
+
+def test_length_resolution_and_prompt_come_from_the_lora(
+    script, prepared: Prepared, lora: Path, tmp_path: Path
+) -> None:
+    flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
+    result = script("inference", *flags, "--lora", lora, "--outdir", tmp_path, "--num_steps", 1)
+    assert result.code == 0
+    (path,) = tmp_path.glob("*/img_00.png")
+    with Image.open(path) as picture:
+        settings = json.loads(picture.text["sd3_lora"])
+    assert (settings["prompt"], settings["max_sequence_length"], settings["height"]) == (PROMPT, 20, 64)
+
+
+def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    import inference
+
+    seen = {}
+    denoise, decode = inference.denoise, inference.decode_and_save
+
+    def denoise_spy(pipeline, *rest):
+        seen["transformer"] = pipeline.transformer.dtype
+        return denoise(pipeline, *rest)
+
+    def decode_spy(vae, *rest):
+        seen["vae"] = vae.dtype
+        return decode(vae, *rest)
+
+    monkeypatch.setattr(inference, "denoise", denoise_spy)
+    monkeypatch.setattr(inference, "decode_and_save", decode_spy)
+    flags = [*base_flags(prepared, tmp_path), "--prompt", "unknown"]
+    assert "T5 in fp32\n" in script("inference", *flags).out
+    assert seen == {"transformer": torch.float32, "vae": torch.float32}
+    half = ["--mixed_precision", "bf16", "--vae_precision", "bf16", "--t5_precision", "fp16", "--t5_stream"]
+    assert "T5 in fp16, one block at a time\n" in script("inference", *flags, *half).out
+    assert seen == {"transformer": torch.bfloat16, "vae": torch.bfloat16}
+
+
+def test_prompts_file_with_bom_and_crlf(script, prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\n\r\nein grüner Hund\r\n".encode())
+    flags = [*base_flags(prepared, tmp_path / "out"), "--prompts_file", tmp_path / "prompts.txt", "--guidance", 1]
+    assert script("inference", *flags).code == 0
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["000_a-cat", "001_ein-grüner-hund"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ([], "nothing to draw: type --prompt"),
+        (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora nowhere/at-all/here is neither a file or folder"),
+        (["--prompt", "a", "--height", "70"], "--height 70 does not fit this model, which takes multiples of 16"),
+        (["--prompt", "a", "--width", "4096"], "type --width 256"),
+        (["--prompt", "a", "--num_images", "0"], "--num_images must be at least 1"),
+        (["--prompt", "a", "--lora_scale", "0.5"], "give one for each"),
+        (["--prompt", "a", "--prompts_file", "missing.txt"], "cannot read missing.txt"),
+        (["--prompt", "a", "--no_such_flag"], "--no_such_flag"),
+    ],
+)
+def test_bad_input_is_one_sentence(script, prepared: Prepared, tmp_path: Path, flags, sentence) -> None:
+    model = ["--pretrained_model_name_or_path", prepared.model, "--outdir", tmp_path / "out"]
+    result = script("inference", *model, *flags)
+    assert result.code == 2
+    assert sentence in result.err
+    assert result.err.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*/*.png"))
+
+
+def test_a_lora_of_another_model_or_a_truncated_one(script, prepared, lora, tmp_path) -> None:
+    from conftest import PROJECT
+
+    flags = ["--prompt", "a", "--outdir", tmp_path / "out", "--num_steps", 1]
+    other = script("inference", "--pretrained_model_name_or_path", PROJECT / "miniature", "--lora", lora, *flags)
+    assert other.code == 2
+    assert "was trained on another model" in other.err
+    whole = (lora / "pytorch_lora_weights.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    cut = script("inference", *base_flags(prepared, tmp_path / "out"), *flags, "--lora", tmp_path / "cut.safetensors")
+    assert cut.code == 2
+    assert "is not a whole safetensors file" in cut.err
+
+
+def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    import inference
+
+    load = inference.load_denoiser
+
+    def broken(*args: object) -> object:
+        pipeline = load(*args)
+        pipeline.transformer.proj_out.bias.data.fill_(float("nan"))
+        return pipeline
+
+    monkeypatch.setattr(inference, "load_denoiser", broken)
+    result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT)
+    assert result.code == 2
+    assert "--mixed_precision" in result.err
+    assert not list(tmp_path.glob("*/*.png"))
