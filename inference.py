@@ -214,7 +214,7 @@ def load_denoiser(
     """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
-    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.visiting)
+    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.streamed_blocks)
     for lora in loras:
         check_lora_fits(lora.path, transformer)
     pipeline = StableDiffusion3Pipeline(
@@ -234,10 +234,10 @@ def load_denoiser(
     if names:
         transformer.set_adapters(names, [lora.scale for lora in loras])
     if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks, plan.visiting)
+        pieces = pieces_of(transformer.transformer_blocks, plan.streamed_blocks)
         paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
+        stream_transformer(transformer, device, source, plan.buffers, plan.streamed_blocks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

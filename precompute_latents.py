@@ -27,7 +27,7 @@ from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import BudgetConfig, compared, open_budget, sentence
-from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
 WRITES_AHEAD = 8  # pictures whose files wait to be written
-RECORD_FROM = 16  # pictures: to record the VAE takes as long as three of them, and saves a tenth of each
+CAPTURE_FROM = 16  # pictures: to record the VAE takes as long as three of them, and saves a tenth of each
 TILES_NOTE = (
     "note: at its borders a tile sees less of the picture, and the latents differ a little from those of the whole; "
     "--overwrite with a larger --vram_budget_gib will replace them"
@@ -263,8 +263,8 @@ def encode_missing(
     """
     vae = load_vae(files, cache.wanted.precision, device, tile)
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
-    if device.type == "cuda" and len(images) >= RECORD_FROM:
-        compute = Recorded(compute, device, say=tqdm.write)
+    if device.type == "cuda" and len(images) >= CAPTURE_FROM:
+        compute = CapturedCall(compute, device, say=tqdm.write)
     broken: list[BrokenImage] = []
     crops = decode_ahead(images, config, resolution, cache, tile.batch_size, threads, broken)
     batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])

@@ -25,7 +25,7 @@ from sd3_lora.common.devices import DeviceConfig, choose_device, choose_training
 from sd3_lora.common.model_files import ModelConfig, ModelFiles
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
-from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
 from sd3_lora.plan.step_execution import StepExecution, choose_execution, compile_blocks
 from sd3_lora.plan.step_memory import StepShape
@@ -53,7 +53,7 @@ from sd3_lora.transformer.base_weights import load_transformer
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
 from sd3_lora.transformer.mapped_pieces import MappedPieces
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import PinnedPieces, pieces_of, stream_transformer
 
 import torch
@@ -155,18 +155,18 @@ def train(
     batches = MicroBatches(training, data, stage_one, flow, dtype, accelerator.device)
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
-        with ahead.in_force() if ahead else nullcontext():
+        with ahead.active() if ahead else nullcontext():
             loss = micro_step(model, StepInputs(*inputs), flow, dtype)
             training.scaler.scale(loss / window).backward()
         return loss.detach()
 
     step: Callable[..., torch.Tensor] = compute
-    if execution.recorded:
-        step = Recorded(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
+    if execution.captured:
+        step = CapturedCall(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
     queued: PendingStep | None = None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
 
-    def settle() -> None:
+    def finish_queued() -> None:
         """Takes note of the step that was queued last."""
         if queued is not None:
             if not queued.skipped:
@@ -188,11 +188,11 @@ def train(
                 inputs, names, coming = batches.take()
                 if ahead:
                     with precision(accelerator.device, dtype):
-                        ahead.turn(inputs.modulating, coming.modulating if coming else None)
+                        ahead.advance(inputs.modulating, coming.modulating if coming else None)
                 losses.append(step(*inputs))
                 seen += names
                 batches.draw_ahead(left - 1)  # while the device computes
-            settle()
+            finish_queued()
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
                 flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
             learning_rate = training.lr_scheduler.get_last_lr()[0]
@@ -201,7 +201,7 @@ def train(
             queued = PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures)
             bar.update()
             if training.step % READ_EVERY == 0 or at_checkpoint or at_end:
-                settle()
+                finish_queued()
                 queued = None
                 for line in log.read():
                     accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
@@ -237,18 +237,18 @@ def load_training(
     device, processes = accelerator.device, accelerator.num_processes
     latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
     latent_size = (latent_side, latent_side)
-    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.visiting)
+    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.streamed_blocks)
     targets = target_modules(transformer, lora.layers, lora.blocks)
     parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
     ahead = None
     if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks, plan.visiting)
+        pieces = pieces_of(transformer.transformer_blocks, plan.streamed_blocks)
         paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
         source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        streamed = stream_transformer(transformer, device, source, plan.buffers, plan.visiting)
+        streamed = stream_transformer(transformer, device, source, plan.buffers, plan.streamed_blocks)
         if plan.modulated_ahead:
             ahead = ModulationsAhead(transformer, streamed, plan.modulated_ahead)
-    checkpoint_blocks(transformer, plan.checkpointed, plan.offload_inputs)
+    recompute_blocks(transformer, plan.recomputed, plan.offload_inputs)
     flat = flatten_parameters(parameters)
     steps = run.steps(pictures, processes)
     pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes

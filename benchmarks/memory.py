@@ -42,7 +42,7 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding
 from sd3_lora.common.stage_report import PeakSampler
 from sd3_lora.gpu.budget import BudgetConfig, driver_bytes, open_budget
-from sd3_lora.plan.memory_plan import visiting_blocks
+from sd3_lora.plan.memory_plan import spread_streamed_blocks
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
 from sd3_lora.stage_one.embedding_store import write_embeddings
 from sd3_lora.stage_one.images import crop_boxes
@@ -238,8 +238,8 @@ def streamed_as(case: Case) -> Iterator[None]:
 
     def plan(*words: Any) -> Any:
         found = make_plan(*words)
-        visiting = visiting_blocks(found.blocks, staying)
-        return replace(found, visiting=visiting, buffers=buffers, checkpointed=found.blocks - 1, parts={})
+        streamed_blocks = spread_streamed_blocks(found.blocks, staying)
+        return replace(found, streamed_blocks=streamed_blocks, buffers=buffers, recomputed=found.blocks - 1, parts={})
 
     with mock.patch.object(script_of(case), "make_plan", plan):
         yield

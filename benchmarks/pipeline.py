@@ -89,7 +89,7 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         add(f"latents, VAE {precision}", "precompute_latents.py", flags, path / "run.json")
     embeddings = out / f"{arguments.t5[0]}.parquet"
     for checkpointing in (True, False):
-        path = out / f"lora-{'checkpointed' if checkpointing else 'kept'}"
+        path = out / f"lora-{'recomputed' if checkpointing else 'kept'}"
         flags = [
             *pictures,
             *size,
@@ -103,9 +103,9 @@ def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         flags += ["--latents_path", out / "latents-fp32", "--output_dir", path, "--max_train_steps", arguments.steps]
         flags += ["--use_8bit_adam", "--seed", 0, "--report_to", "none"]
         flags += ["--gradient_checkpointing"] if checkpointing else []
-        name = f"{arguments.steps} steps, fp16, {'all' if checkpointing else 'no'} blocks checkpointed"
+        name = f"{arguments.steps} steps, fp16, {'all' if checkpointing else 'no'} blocks recomputed"
         add(name, "train_dreambooth_sd3_lora_miniature.py", flags, path / "run.json")
-    flags = [*model, "--lora", out / "lora-checkpointed", "--prompt", prompt, "--outdir", out / "images"]
+    flags = [*model, "--lora", out / "lora-recomputed", "--prompt", prompt, "--outdir", out / "images"]
     flags += ["--data_df_path", embeddings]
     add("one picture, 28 steps", "inference.py", flags, out / "images" / "run.json")
     return measured

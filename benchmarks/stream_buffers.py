@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.plan.memory_plan import STREAM_BUFFERS, visiting_blocks
+from sd3_lora.plan.memory_plan import STREAM_BUFFERS, spread_streamed_blocks
 from sd3_lora.plan.step_time import PieceCost, StepSize, model_costs
 from sd3_lora.transformer.streaming import Piece, StreamedBlocks
 
@@ -60,7 +60,7 @@ class Link:
         self._copied = max(self._copied, self.computed) + self._copy_s[index]
         self.arrivals[index] = self._copied
 
-    def announce(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Changes nothing."""
 
 
@@ -68,9 +68,9 @@ class Link:
 def step_s(
     parts: Sequence[PieceCost], forward_s: Sequence[float], bytes_per_s: float, buffers: int, staying: int = 0
 ) -> float:
-    """Seconds of the third step in a row, when all is foreseen; so many blocks stay on the device."""
-    visiting = visiting_blocks(parts[-1].block + 1, staying)
-    streamed_parts = [index for index, part in enumerate(parts) if part.block in visiting]
+    """Seconds of the third step in a row, when all is prefetched; so many blocks stay on the device."""
+    streamed_blocks = spread_streamed_blocks(parts[-1].block + 1, staying)
+    streamed_parts = [index for index, part in enumerate(parts) if part.block in streamed_blocks]
     link = Link([parts[index] for index in streamed_parts], bytes_per_s)
     layers = {index: torch.nn.Linear(1, 1).requires_grad_(False) for index in streamed_parts}
     pieces = [Piece((parts[index].part,), (layer,)) for index, layer in layers.items()]

@@ -63,15 +63,15 @@ class CopyStream:
         if self._stream is None:
             return
         with torch.cuda.stream(self._stream):
-            is_recorded = torch.cuda.is_current_stream_capturing()
-        if is_recorded:
+            is_captured = torch.cuda.is_current_stream_capturing()
+        if is_captured:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 _copy_streams: weakref.WeakSet[CopyStream] = weakref.WeakSet()
 
 
-def join_recorded_copies() -> None:
+def join_captured_copies() -> None:
     """Makes a recording that is given up wait for the copies that it has begun: without that it cannot be ended."""
     for copies in list(_copy_streams):
         copies.join_recording()

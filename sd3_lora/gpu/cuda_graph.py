@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
-from sd3_lora.gpu.copy_stream import join_recorded_copies
+from sd3_lora.gpu.copy_stream import join_captured_copies
 
 import torch
 
 
-class Recorded:
+class CapturedCall:
     """A computation that is recorded the first time it is called, and replayed from then on.
 
     What the first replay gives is compared with what the plain computation gave: a graph that lacked a copy or a wait
@@ -44,14 +44,14 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._result = torch.empty(())
-        self._may_record = True
+        self._may_capture = True
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """What `compute` gives. Inputs of other shapes than the first end the replaying: a last, smaller batch."""
         if self._graph is not None and any(a.shape != b.shape for a, b in zip(self._inputs, inputs, strict=True)):
             self._give_up()
-        if self._may_record and self._graph is None:
-            self._record(inputs)
+        if self._may_capture and self._graph is None:
+            self._capture(inputs)
         if self._graph is None:
             return self._compute(*inputs)
         for mine, given in zip(self._inputs, inputs, strict=True):
@@ -59,7 +59,7 @@ class Recorded:
         self._graph.replay()
         return self._result.clone()
 
-    def _record(self, inputs: tuple[torch.Tensor, ...]) -> None:
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self._inputs = tuple(map(torch.clone, inputs))
         try:
             # Once as it is, on another stream as graphs ask for it: kernels are loaded and workspaces made.
@@ -80,7 +80,7 @@ class Recorded:
                     self._result = self._compute(*self._inputs)
                 except BaseException:
                     # With copies under way its end would fail too, and keep its memory and its stream for ever.
-                    join_recorded_copies()
+                    join_captured_copies()
                     raise
             self._clear()
             graph.replay()
@@ -104,7 +104,7 @@ class Recorded:
             tensor.zero_()
 
     def _give_up(self) -> None:
-        self._may_record, self._graph, self._inputs, self._result = False, None, (), torch.empty(())
+        self._may_capture, self._graph, self._inputs, self._result = False, None, (), torch.empty(())
         drop_workspaces(self._device)  # the recording's lies in the graph's memory, which could not go before it
         free_memory(self._device)
 

@@ -158,7 +158,7 @@ def stand_in_for_gpu(
     In backward too, where a checkpoint computes it anew.
 
     Args:
-        module: a model, and in a call of its own each part that is checkpointed.
+        module: a model, and in a call of its own each part that is recomputed.
         dtype: as autocast's; float32 casts nothing.
         packed: whether a weight is held in 4 bits.
     """

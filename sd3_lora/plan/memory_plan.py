@@ -67,7 +67,7 @@ class BasePlan:
     Attributes:
         base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
         blocks: how many there are.
-        visiting: the indices of those whose matrices visit the device from the host; none if all are there.
+        streamed_blocks: the indices of those whose matrices visit the device from the host; none if all are there.
         buffers: for how many of their pieces there is room on the device.
         from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
         host_bytes: of the host's memory, what is pinned for them.
@@ -76,7 +76,7 @@ class BasePlan:
 
     base_precision: BasePrecision | None
     blocks: int
-    visiting: tuple[int, ...]
+    streamed_blocks: tuple[int, ...]
     buffers: int
     from_files: bool
     host_bytes: int
@@ -85,7 +85,7 @@ class BasePlan:
     @property
     def streamed(self) -> bool:
         """Whether any block's frozen matrices stay on the host and visit the device."""
-        return bool(self.visiting)
+        return bool(self.streamed_blocks)
 
     @property
     def leaves_blocks_unread(self) -> bool:
@@ -104,8 +104,8 @@ class BasePlan:
             return f"base {base}, on the device"
         source = "the weight files" if self.from_files else "host memory"
         held = f"{self.host_bytes / GIB:.1f} GiB pinned, {self.buffers} pieces on the device"
-        some = len(self.visiting) < self.blocks
-        which = f"{len(self.visiting)} of its {self.blocks} blocks " if some else ""
+        some = len(self.streamed_blocks) < self.blocks
+        which = f"{len(self.streamed_blocks)} of its {self.blocks} blocks " if some else ""
         return f"base {base}, {which}streamed from {source} piece by piece ({held})"
 
 
@@ -114,34 +114,34 @@ class TrainingPlan(BasePlan):
     """What training keeps where.
 
     Attributes:
-        checkpointed: how many of the first blocks are computed anew in backward.
-        offload_inputs: whether the checkpointed blocks' inputs are sent to the host until backward.
+        recomputed: how many of the first blocks are computed anew in backward.
+        offload_inputs: whether the recomputed blocks' inputs are sent to the host until backward.
         has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes; else it may be
             recorded, or may not.
     """
 
-    checkpointed: int
+    recomputed: int
     offload_inputs: bool
     has_room_for_graph: bool
 
     @property
     def modulated_ahead(self) -> list[int]:
         """The blocks that visit the device and are computed anew: for those there are `ModulationsAhead`."""
-        return [block for block in self.visiting if block < self.checkpointed]
+        return [block for block in self.streamed_blocks if block < self.recomputed]
 
     def sentence(self) -> str:
         """What is kept where, in words."""
         inputs = ", their inputs sent to the host" if self.offload_inputs else ""
-        return f"{super().sentence()}; {self.checkpointed} of {self.blocks} blocks computed anew in backward{inputs}"
+        return f"{super().sentence()}; {self.recomputed} of {self.blocks} blocks computed anew in backward{inputs}"
 
 
 _Plan = TypeVar("_Plan", bound=BasePlan)
 
 
-def plain_plan(blocks: int, asked: AskedPrecision, all_checkpointed: bool) -> TrainingPlan:
+def plain_plan(blocks: int, asked: AskedPrecision, all_recomputed: bool) -> TrainingPlan:
     """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
     precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, blocks, (), 0, False, 0, {}, blocks if all_checkpointed else 0, False, True)
+    return TrainingPlan(precision, blocks, (), 0, False, 0, {}, blocks if all_recomputed else 0, False, True)
 
 
 def plan_training(
@@ -149,7 +149,7 @@ def plan_training(
     shape: StepShape,
     budget: DeviceBudget,
     asked: AskedPrecision = "16bit",
-    all_checkpointed: bool = False,
+    all_recomputed: bool = False,
     can_stream: bool = True,
 ) -> TrainingPlan:
     """The fastest plan that fits.
@@ -159,19 +159,19 @@ def plan_training(
         shape: of the step.
         budget: to stay under.
         asked: 16bit for exact measures alone; nf4; or auto, which takes nf4 rather than stream the exact weights.
-        all_checkpointed: whether all blocks are to be computed anew (`--gradient_checkpointing`).
+        all_recomputed: whether all blocks are to be computed anew (`--gradient_checkpointing`).
         can_stream: not with several processes.
 
     Raises:
         UserError: nothing fits; says the smallest budget that would do, and whether nf4 would.
     """
-    for plan in each_plan(files, shape, budget, asked, all_checkpointed, can_stream):
+    for plan in each_plan(files, shape, budget, asked, all_recomputed, can_stream):
         if plan.peak_bytes <= budget.total_bytes:
             return plan
     smallest = enough_gib(plan.peak_bytes)
     remedy = f"type --vram_budget_gib {smallest}"
     if asked == "16bit":
-        packed = each_plan(files, shape, budget, "nf4", all_checkpointed, can_stream)
+        packed = each_plan(files, shape, budget, "nf4", all_recomputed, can_stream)
         if _first_that_fits(packed, budget):
             remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
     raise UserError(
@@ -187,14 +187,14 @@ def _first_that_fits(plans: Iterable[_Plan], budget: DeviceBudget) -> _Plan | No
 class _Base(NamedTuple):
     """Where the base's weights are, first what a plan says of it, and how many bytes of them are on the device."""
 
-    visiting: tuple[int, ...]
+    streamed_blocks: tuple[int, ...]
     buffers: int
     from_files: bool
     host_bytes: int
     device_bytes: int
 
 
-def visiting_blocks(count: int, staying: int) -> tuple[int, ...]:
+def spread_streamed_blocks(count: int, staying: int) -> tuple[int, ...]:
     """Those of `count` blocks that visit the device where `staying` stay there.
 
     Spread evenly: while one that stays computes, a copy is under way.
@@ -233,12 +233,12 @@ class _Places:
 
         All these are on the host or, if they are too many, in the files.
         """
-        visiting = visiting_blocks(self.blocks, staying)
-        pieces = [piece.size for piece in self.costs if piece.block in visiting]
+        streamed_blocks = spread_streamed_blocks(self.blocks, staying)
+        pieces = [piece.size for piece in self.costs if piece.block in streamed_blocks]
         from_files = self._may_be_in_files and pinned_bytes(pieces) > self._host_bytes
         pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
         count = min(buffers, len(pieces))
-        return _Base(visiting, count, from_files, pinned, self._whole - sum(pieces) + count * max(pieces))
+        return _Base(streamed_blocks, count, from_files, pinned, self._whole - sum(pieces) + count * max(pieces))
 
 
 def _only_smaller(plans: Iterable[_Plan]) -> Iterator[_Plan]:
@@ -284,7 +284,7 @@ def plan_denoising(
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
-            parts["unused between them"] = _unused(parts, bool(base.visiting))
+            parts["unused between them"] = _unused(parts, bool(base.streamed_blocks))
             plans.append(BasePlan(precision, places.blocks, *base[:4], parts))
     # 4 bits on the device before the exact ones are streamed.
     plans = list(_only_smaller(sorted(plans, key=lambda plan: plan.streamed)))
@@ -303,14 +303,14 @@ def each_plan(
     shape: StepShape,
     budget: DeviceBudget,
     asked: AskedPrecision,
-    all_checkpointed: bool,
+    all_recomputed: bool,
     can_stream: bool,
 ) -> Iterator[TrainingPlan]:
     """All plans that may be taken, the fastest first; each takes less than those before it.
 
     One after another: who has memory enough does not wait until the others are reckoned, and the GPU timed for them.
     """
-    return _only_smaller(_all_plans(files, shape, budget, asked, all_checkpointed, can_stream))
+    return _only_smaller(_all_plans(files, shape, budget, asked, all_recomputed, can_stream))
 
 
 def _all_plans(
@@ -318,13 +318,13 @@ def _all_plans(
     shape: StepShape,
     budget: DeviceBudget,
     asked: AskedPrecision,
-    all_checkpointed: bool,
+    all_recomputed: bool,
     can_stream: bool,
 ) -> Iterator[TrainingPlan]:
     config = files.read_config("transformer")
     count: int = config["num_layers"]
-    most = count if all_checkpointed else count - 1
-    counts = range(most if all_checkpointed else 0, most + 1)
+    most = count if all_recomputed else count - 1
+    counts = range(most if all_recomputed else 0, most + 1)
     planners: list[tuple[_Places, partial[TrainingPlan]]] = []
     for precision in _PRECISIONS[asked]:
         places = _Places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
@@ -340,7 +340,7 @@ def _all_plans(
         computed = [computed_flops(places.costs, size, k) for k in counts]
         ways = []
         for base, (k, flops) in itertools.product(bases, zip(counts, computed, strict=True)):
-            copied = copied_flops(places.block_sizes, base.visiting, k, base.from_files, rate)
+            copied = copied_flops(places.block_sizes, base.streamed_blocks, k, base.from_files, rate)
             ways.append((StepCost(flops, copied).time, base, k))
         yield from (plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
         smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
@@ -354,7 +354,7 @@ def _predict(
     budget: DeviceBudget,
     precision: BasePrecision | None,
     base: _Base,
-    checkpointed: int,
+    recomputed: int,
     offload_inputs: bool = False,
     room_for_graph: bool = True,
 ) -> TrainingPlan:
@@ -364,7 +364,7 @@ def _predict(
     moments = 2.1 if shape.use_8bit_adam else 8
     undone = 4 + moments if shape.use_8bit_adam and shape.dtype == torch.float16 else 0
     of_a_parameter = 4 + 4 + moments + undone
-    activations, working = step.peak(checkpointed, offload_inputs)
+    activations, working = step.peak(recomputed, offload_inputs)
     parts = {
         "CUDA": budget.context_bytes,
         "weights": base.device_bytes,
@@ -376,8 +376,8 @@ def _predict(
     fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
     if room_for_graph:
         fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
-    parts["unused between them"] = _unused(parts, bool(base.visiting)) + fragments
-    return TrainingPlan(precision, len(step.kept), *base[:4], parts, checkpointed, offload_inputs, room_for_graph)
+    parts["unused between them"] = _unused(parts, bool(base.streamed_blocks)) + fragments
+    return TrainingPlan(precision, len(step.kept), *base[:4], parts, recomputed, offload_inputs, room_for_graph)
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

@@ -32,7 +32,7 @@ class StepExecution:
     """
 
     compiled: bool
-    recorded: bool
+    captured: bool
     asked: bool
 
     @property
@@ -43,7 +43,7 @@ class StepExecution:
     def sentence(self) -> str:
         """In words."""
         kernels = "blocks compiled" if self.compiled else "plain kernels"
-        return f"{kernels}, {'replayed as one CUDA graph' if self.recorded else 'started one by one'}"
+        return f"{kernels}, {'replayed as one CUDA graph' if self.captured else 'started one by one'}"
 
 
 def choose_execution(

@@ -13,7 +13,7 @@ from sd3_lora.common.memory import round_up
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
 from sd3_lora.transformer.lora import attach_lora, target_modules
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -78,7 +78,7 @@ class StepMemory:
         inputs: for each block, what it keeps if it is.
         outside: what is kept by all that is not a block.
         working: the most that backward takes beside what is kept.
-        working_anew: the same where every block is computed anew.
+        working_recomputed: the same where every block is computed anew.
         lora: the trained parameters, in float32.
     """
 
@@ -86,24 +86,24 @@ class StepMemory:
     inputs: tuple[int, ...]
     outside: int
     working: int
-    working_anew: int
+    working_recomputed: int
     lora: int
 
-    def peak(self, checkpointed: int, offload_inputs: bool) -> tuple[int, int]:
+    def peak(self, recomputed: int, offload_inputs: bool) -> tuple[int, int]:
         """The activations that are kept and the working memory beside them, at the worst moment.
 
-        That is either the end of forward, with the checkpointed blocks' inputs and all that the others keep; or a
+        That is either the end of forward, with the recomputed blocks' inputs and all that the others keep; or a
         moment of backward when the others' activations are gone: those of one block that was just computed anew, and
         the inputs before it.
         """
-        inputs = list(self.inputs[:checkpointed])
+        inputs = list(self.inputs[:recomputed])
         if offload_inputs:
             inputs = sorted(inputs)[-INPUTS_IN_FLIGHT:]
         kept = self.outside + sum(inputs)
-        after_forward = kept + sum(self.kept[checkpointed:]), self.working
-        if not checkpointed:
+        after_forward = kept + sum(self.kept[recomputed:]), self.working
+        if not recomputed:
             return after_forward
-        return max(after_forward, (kept + max(self.kept[:checkpointed]), self.working_anew), key=sum)
+        return max(after_forward, (kept + max(self.kept[:recomputed]), self.working_recomputed), key=sum)
 
 
 def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DModel:
@@ -199,18 +199,18 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
     one_input = shape.batch_size * tokens * width * shape.dtype.itemsize
     outside = max(0, after_forward - sum(kept.values()))
 
-    def memory(blocks: Sequence[_Kind], working: int, working_anew: int) -> StepMemory:
+    def memory(blocks: Sequence[_Kind], working: int, working_recomputed: int) -> StepMemory:
         return StepMemory(
             kept=tuple(kept[kind] for kind in blocks),
             inputs=tuple(0 if kind.is_before_lora else one_input for kind in blocks),
             outside=outside,
             working=working,
-            working_anew=working_anew,
+            working_recomputed=working_recomputed,
             lora=4 * sum(trained_in[kind] for kind in blocks),
         )
 
     # Which block needs the most beside what is kept, shows when each is computed anew.
-    checkpoint_blocks(transformer, len(kinds))
+    recompute_blocks(transformer, len(kinds))
     for block in transformer.transformer_blocks:
         stand_in_for_gpu(block, shape.dtype, packed)
     with AllocationCounter() as anew:

@@ -132,16 +132,16 @@ class StepCost:
         return sum(longer), sum(self.computed) + sum(self.copied)
 
 
-def computed_flops(costs: Sequence[PieceCost], size: StepSize, checkpointed: int) -> Passes:
-    """What a micro-batch computes: forward, twice that in backward, and of the checkpointed blocks forward anew.
+def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: int) -> Passes:
+    """What a micro-batch computes: forward, twice that in backward, and of the recomputed blocks forward anew.
 
     Args:
         costs: of all pieces.
         size: of the step.
-        checkpointed: how many of the first blocks are computed anew.
+        recomputed: how many of the first blocks are computed anew.
     """
     forward = sum(piece.flops(size) for piece in costs)
-    anew = sum(piece.flops(size) for piece in costs if piece.block < checkpointed)
+    anew = sum(piece.flops(size) for piece in costs if piece.block < recomputed)
     return Passes(forward, 2 * forward + anew)
 
 
@@ -162,8 +162,8 @@ def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
 
 def copied_flops(
     sizes: Sequence[BlockSize],
-    visiting: Collection[int],
-    checkpointed: int,
+    streamed_blocks: Collection[int],
+    recomputed: int,
     from_files: bool,
     flops_a_byte: float = FLOPS_A_BYTE,
 ) -> Passes:
@@ -174,14 +174,14 @@ def copied_flops(
 
     Args:
         sizes: of all blocks.
-        visiting: the blocks whose pieces visit the device.
-        checkpointed: how many of the first blocks are computed anew.
+        streamed_blocks: the blocks whose pieces visit the device.
+        recomputed: how many of the first blocks are computed anew.
         from_files: whether they come from the weight files.
         flops_a_byte: of the device.
     """
-    both = sum(sizes[block].others for block in visiting)
-    forward = sum(sizes[block].modulations for block in visiting if block >= checkpointed)
-    backward = sum(sizes[block].modulations for block in visiting if block < checkpointed)
+    both = sum(sizes[block].others for block in streamed_blocks)
+    forward = sum(sizes[block].modulations for block in streamed_blocks if block >= recomputed)
+    backward = sum(sizes[block].modulations for block in streamed_blocks if block < recomputed)
     slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
     return Passes(slower * (both + forward), slower * (both + backward))
 

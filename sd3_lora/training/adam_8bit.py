@@ -38,7 +38,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Updates every parameter, whose gradient must be there."""
-        self._settle()
+        self._count_last_step()
         found_inf = getattr(self, "found_inf", None)  # None without a scaler
         skipped: Any = None if found_inf is None else found_inf.bool()
         if not self.initialized:
@@ -62,10 +62,10 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
 
     def state_dict(self) -> dict[str, Any]:
         """The state, with the steps that counted."""
-        self._settle()
+        self._count_last_step()
         return super().state_dict()
 
-    def _settle(self) -> None:
+    def _count_last_step(self) -> None:
         if self._was_skipped:
             for state in self.state.values():
                 state["step"] -= 1

@@ -37,7 +37,7 @@ def load_transformer(
     dtype: torch.dtype,
     precision: BasePrecision | None = None,
     latent_size: tuple[int, int] | None = None,
-    visiting: Collection[int] = (),
+    streamed_blocks: Collection[int] = (),
 ) -> SD3Transformer2DModel:
     """The transformer, frozen and in eval mode.
 
@@ -51,9 +51,9 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        visiting: the indices of blocks whose matrices will be streamed. They stay in the files for what does that to
-            read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales on
-            the device.
+        streamed_blocks: the indices of blocks whose matrices will be streamed. They stay in the files, for the streaming
+            to read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales
+            on the device.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -73,7 +73,7 @@ def load_transformer(
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
         for name, shape in expected.items():
-            visits = _is_linear_weight(name, shape) and int(name.split(".")[1]) in visiting
+            visits = _is_linear_weight(name, shape) and int(name.split(".")[1]) in streamed_blocks
             if visits and precision is None:
                 # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
                 _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))

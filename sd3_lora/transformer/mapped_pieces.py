@@ -47,7 +47,7 @@ class _Slot:
 class MappedPieces:
     """The matrices of each piece, read from the mapped files into a ring of pinned buffers at each visit.
 
-    A thread of its own reads, so that a piece that was announced comes from the disk while others are copied and
+    A thread of its own reads, so that a piece that was prefetched comes from the disk while others are copied and
     compute. It also is what waits until a buffer's copy to the device is through, before it reads into it.
 
     Args:
@@ -69,14 +69,14 @@ class MappedPieces:
         self._slots = [_Slot(buffer) for buffer in pinned_buffers(ring, device)]  # the least recently used first
         self._thread = ThreadPoolExecutor(1, "weights")
 
-    def announce(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Has the thread read piece `index`, unless it is in the ring already."""
         self._slot(index)
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream.
 
-        Waits until it is read. That costs nothing if the piece was announced and the device is busy for longer than a
+        Waits until it is read. That costs nothing if the piece was prefetched and the device is busy for longer than a
         read takes; else the device would have to wait for the files whoever waits here.
         """
         slot = self._slot(index)

@@ -24,7 +24,7 @@ Modulating = tuple[torch.Tensor, torch.Tensor]  # timesteps (B,) and pooled prom
 class ModulationsAhead:
     """Those of blocks that visit the device and are computed anew in backward; their numbers stay what they are.
 
-    Before each micro-step `turn` is called, and forward and backward run within `in_force`. Outside of it the layers
+    Before each micro-step `advance` is called, and forward and backward run within `active`. Outside of it the layers
     compute as they always did. A micro-step may be repeated, and recorded as a CUDA graph: it changes nothing that it
     reads.
 
@@ -45,7 +45,7 @@ class ModulationsAhead:
         self._given: list[torch.Tensor] = []
         self._coming: list[torch.Tensor] = []
         self._coming_of: torch.Tensor | None = None  # the timesteps of the micro-batch that was said to come
-        self._is_in_force = False
+        self._is_active = False
         self._ran: set[int] = set()
         for block in (transformer.transformer_blocks[index] for index in blocks):
             for norm in (block.norm1, block.norm1_context):
@@ -55,7 +55,7 @@ class ModulationsAhead:
                 layer.forward = partial(self._forward, index)
 
     @torch.no_grad()
-    def turn(self, now: Modulating, coming: Modulating | None) -> None:
+    def advance(self, now: Modulating, coming: Modulating | None) -> None:
         """Goes on to the next micro-step; to be called in the precision that forward has.
 
         What `now` needs was computed in the last one, if it was what came; else its matrices are copied to the device
@@ -75,7 +75,7 @@ class ModulationsAhead:
     def _compute(self, now: Modulating) -> None:
         """Beside a step, and before the first one."""
         row = self._row_of(*now)
-        self._streamed.begin_pass(is_foreseen=False)
+        self._streamed.begin_pass(prefetch=False)
         computed = [multiply(row) for multiply in self._multiply]
         if not self._next:
             self._next = list(map(torch.clone, now))
@@ -86,20 +86,20 @@ class ModulationsAhead:
         free_memory(row.device)
 
     @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """For forward and backward of the micro-step that `turn` was told of."""
+    def active(self) -> Iterator[None]:
+        """For forward and backward of the micro-step that `advance` was told of."""
         self._ran.clear()
-        self._is_in_force = True
+        self._is_active = True
         try:
             yield
         finally:
-            self._is_in_force, self._row = False, None
+            self._is_active, self._row = False, None
 
     def _row_of(self, timesteps: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(self._embed(timesteps, pooled))
 
     def _forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        if not self._is_in_force:
+        if not self._is_active:
             return self._multiply[index](x)
         if index in self._ran:  # the block is computed anew
             with torch.no_grad():

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_inputs: bool = False) -> None:
+def recompute_blocks(transformer: SD3Transformer2DModel, count: int, offload_inputs: bool = False) -> None:
     """Keeps only the inputs of the first `count` blocks for backward, which computes the rest anew.
 
     Losses and gradients stay what they were, bit for bit: dropout draws the same mask again.
@@ -36,14 +36,14 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
         transformer: the model; its blocks may be streamed.
         count: of blocks to compute anew; 0 keeps all activations.
         offload_inputs: whether the inputs too leave the device until backward, through pinned memory; the last
-            checkpointed block's input stays, as it would be needed first.
+            recomputed block's input stays, as it would be needed first.
 
     Raises:
         UserError: the transformer has fewer blocks.
     """
     blocks = list(transformer.transformer_blocks)
     if not 0 <= count <= len(blocks):
-        raise UserError(f"{count} blocks cannot be checkpointed: this transformer has {len(blocks)}")
+        raise UserError(f"{count} blocks cannot be recomputed: this transformer has {len(blocks)}")
     if count == 0:
         transformer.disable_gradient_checkpointing()
         return
@@ -57,15 +57,15 @@ def checkpoint_blocks(transformer: SD3Transformer2DModel, count: int, offload_in
         if index is None:
             return block(*inputs)
         if offload is None:
-            return _checkpointed(block, inputs, draws)
+            return _recomputed(block, inputs, draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(index):
-            return _checkpointed(block, inputs, draws)
+            return _recomputed(block, inputs, draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
 
-def _checkpointed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) -> Any:
+def _recomputed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) -> Any:
     try:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     except BaseException as error:
@@ -76,10 +76,10 @@ def _checkpointed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) 
 
 
 class _InputOffload:
-    """Moves the inputs of checkpointed blocks to the host in forward, and back in backward.
+    """Moves the inputs of recomputed blocks to the host in forward, and back in backward.
 
     Args:
-        last: the index of the last checkpointed block, whose inputs stay on the device.
+        last: the index of the last recomputed block, whose inputs stay on the device.
     """
 
     def __init__(self, last: int):
@@ -130,7 +130,7 @@ class _InputOffload:
 
 
 class _BlockInputs:
-    """The inputs of one checkpointed block in one forward.
+    """The inputs of one recomputed block in one forward.
 
     Args:
         offload: that copies.

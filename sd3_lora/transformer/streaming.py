@@ -2,7 +2,7 @@
 
 A piece is what one part of a block multiplies with, or half of that: an attention's inputs, a modulation. The device
 holds two buffers or more, each as large as the largest piece. While a piece computes in one, those that are needed
-next are copied into the others. Forward needs the pieces first to last; backward computes a checkpointed block anew,
+next are copied into the others. Forward needs the pieces first to last; backward computes a recomputed block anew,
 and then needs its pieces last to first, to send gradients back through them.
 
 Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
@@ -49,19 +49,19 @@ class Piece:
         return [layer.weight.detach() for layer in self.layers]
 
 
-def pieces_of(blocks: Sequence[torch.nn.Module], visiting: Collection[int] | None = None) -> list[Piece]:
+def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int] | None = None) -> list[Piece]:
     """The pieces of blocks, in the order in which forward needs them.
 
     None has more weights than the largest matrix of all, for which there must be room.
 
     Args:
         blocks: of the transformer, with or without a LoRA.
-        visiting: the indices of those that are asked for; None for all.
+        streamed_blocks: the indices of those that are asked for; None for all.
     """
     groups: list[dict[str, torch.nn.Linear]] = []
     largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
     for index, block in enumerate(blocks):
-        if visiting is not None and index not in visiting:
+        if streamed_blocks is not None and index not in streamed_blocks:
             continue
         for part, module in block.named_children():
             room = 0
@@ -102,7 +102,7 @@ class PieceSource(Protocol):
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
 
-    def announce(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Says which piece will be asked for next, as far as one can know."""
 
 
@@ -111,7 +111,7 @@ def stream_transformer(
     device: torch.device,
     source: PieceSource | None = None,
     buffers: int = 2,
-    visiting: Collection[int] | None = None,
+    streamed_blocks: Collection[int] | None = None,
 ) -> StreamedBlocks:
     """Moves to the device all but the matrices of blocks that will visit it.
 
@@ -121,16 +121,16 @@ def stream_transformer(
         device: where it computes.
         source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
         buffers: on the device.
-        visiting: the indices of these blocks; None for all.
+        streamed_blocks: the indices of these blocks; None for all.
 
     Raises:
         UserError: the driver does not pin so much host memory.
     """
-    pieces = pieces_of(transformer.transformer_blocks, visiting)
+    pieces = pieces_of(transformer.transformer_blocks, streamed_blocks)
     streamed = StreamedBlocks(pieces, device, source, buffers)
-    visiting = {id(layer.weight) for piece in pieces for layer in piece.layers}
+    streamed_blocks = {id(layer.weight) for piece in pieces for layer in piece.layers}
     for tensor in (*transformer.parameters(), *transformer.buffers()):
-        if id(tensor) not in visiting:
+        if id(tensor) not in streamed_blocks:
             tensor.data = tensor.data.to(device)
     transformer.register_forward_pre_hook(lambda *_: streamed.begin_pass())
     return streamed
@@ -166,7 +166,7 @@ class PinnedPieces:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
         destination.copy_(self._buffers[index], non_blocking=True)
 
-    def announce(self, index: int) -> None:
+    def prefetch(self, index: int) -> None:
         """Changes nothing: every piece is here."""
 
 
@@ -194,8 +194,8 @@ class StreamedBlocks:
 
     Forward, backward and their results stay what they are for resident layers, bit for bit, in any order: a layer asks
     for its matrix whenever it multiplies, in backward too, and autograd saves none. What a pass asked for is
-    remembered, and foreseen in the next pass of its kind. The first pass with a gradient finds its way through backward
-    unforeseen, and waits for its copies there.
+    remembered, and prefetched in the next pass of its kind. The first pass with a gradient goes through backward without
+    prefetching, and waits for its copies there.
 
     Args:
         pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
@@ -229,10 +229,10 @@ class StreamedBlocks:
         self._current: _Slot | None = None
         # By whether there is a gradient: the pieces that the last such pass asked for.
         self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
-        self._foreseen: list[int] = []
+        self._expected: list[int] = []
         self._asked: list[int] = []
-        self._is_as_foreseen = True
-        self._was_recorded = False
+        self._is_as_expected = True
+        self._was_captured = False
         self.device_bytes = count * largest
         self.host_bytes = self._source.host_bytes
         self.copies = 0
@@ -250,24 +250,24 @@ class StreamedBlocks:
                     forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
                 layer.forward = forward  # type: ignore[method-assign]
 
-    def begin_pass(self, is_foreseen: bool = True) -> None:
+    def begin_pass(self, prefetch: bool = True) -> None:
         """Says that the transformer is called, or something else: for that nothing is copied ahead.
 
         So no copy is under way when it is through.
         """
-        is_recorded = _is_recorded(self._device)
-        if is_recorded or self._was_recorded:
+        is_captured = _is_capturing(self._device)
+        if is_captured or self._was_captured:
             # A graph brings all that it needs, whatever is here when it is replayed; nothing outside of it can wait for
             # its copies, and each replay leaves other pieces here than are noted.
             for slot in self._slots:
                 slot.index = None
         self._current = None
-        self._asked, self._foreseen = [], []
-        self._is_as_foreseen = True
-        if is_foreseen:
-            self._was_recorded = is_recorded
+        self._asked, self._expected = [], []
+        self._is_as_expected = True
+        if prefetch:
+            self._was_captured = is_captured
             has_gradient = torch.is_grad_enabled()
-            self._foreseen = self._remembered[has_gradient]
+            self._expected = self._remembered[has_gradient]
             self._remembered[has_gradient] = self._asked  # backward asks on
 
     def _weight(self, index: int, position: int) -> torch.Tensor:
@@ -278,7 +278,7 @@ class StreamedBlocks:
 
     def _visit(self, index: int) -> _Slot:
         """The slot of piece `index`, which is there for what is queued from now on; starts to copy what comes next."""
-        coming = self._foresee(index)
+        coming = self._upcoming(index)
         wanted = [index, *coming[: len(self._slots) - 1]]
         slot = self._bring(index, wanted)
         self._slots.remove(slot)
@@ -288,19 +288,19 @@ class StreamedBlocks:
             self._bring(piece, wanted)
         for piece in coming[len(self._slots) - 1 :]:
             if self._held(piece) is None:
-                self._source.announce(piece)
+                self._source.prefetch(piece)
         return slot
 
-    def _foresee(self, index: int) -> list[int]:
+    def _upcoming(self, index: int) -> list[int]:
         """The pieces after this one: as many as there are slots, or as are known."""
         at = len(self._asked)
         self._asked.append(index)
-        self._is_as_foreseen &= at < len(self._foreseen) and self._foreseen[at] == index
-        if not self._is_as_foreseen:
+        self._is_as_expected &= at < len(self._expected) and self._expected[at] == index
+        if not self._is_as_expected:
             return []
-        coming = self._foreseen[at + 1 : at + 1 + len(self._slots)]
-        if not _is_recorded(self._device):  # a graph ends with no copy under way
-            coming += itertools.islice(itertools.cycle(self._foreseen), len(self._slots) - len(coming))
+        coming = self._expected[at + 1 : at + 1 + len(self._slots)]
+        if not _is_capturing(self._device):  # a graph ends with no copy under way
+            coming += itertools.islice(itertools.cycle(self._expected), len(self._slots) - len(coming))
         return coming
 
     def _held(self, index: int) -> _Slot | None:
@@ -325,7 +325,7 @@ class StreamedBlocks:
         return slot
 
 
-def _is_recorded(device: torch.device) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

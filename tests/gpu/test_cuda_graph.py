@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from unittest.mock import MagicMock
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
-from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.training.optimizer import flatten_parameters
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import stream_transformer
 
 import pytest
@@ -58,12 +58,12 @@ def test_a_step_that_cannot_be_recorded_is_computed(
     compute, gradient = tiny_step()
     monkeypatch.setattr(torch.cuda, "Stream", stand_in)
     said: list[str] = []
-    step = Recorded(compute, CPU, [gradient], say=said.append)
+    step = CapturedCall(compute, CPU, [gradient], say=said.append)
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert gradient.tolist() == [3.0] * 3
     assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
     with pytest.raises(RuntimeError, match="capturing"):
-        Recorded(compute, CPU, [gradient], asked=True)(torch.ones(3))
+        CapturedCall(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
 
 def test_a_recording_that_fails_waits_for_its_copies_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,9 +88,9 @@ def test_a_recording_that_fails_waits_for_its_copies_before_it_is_ended(monkeypa
     monkeypatch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Recording())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr("sd3_lora.gpu.cuda_graph.join_recorded_copies", lambda: events.append("joined"))
+    monkeypatch.setattr("sd3_lora.gpu.cuda_graph.join_captured_copies", lambda: events.append("joined"))
     said: list[str] = []
-    assert Recorded(compute, CPU, say=said.append)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert CapturedCall(compute, CPU, say=said.append)(torch.ones(2)).tolist() == [2.0, 2.0]
     assert events == ["begun", "joined", "ended"]
     assert said == ["not replayed as a graph (CUDA out of memory); kernels are started one by one"]
 
@@ -118,7 +118,7 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     said: list[str] = []
-    step = Recorded(compute, CPU, [gradient], asked, said.append)
+    step = CapturedCall(compute, CPU, [gradient], asked, said.append)
     monkeypatch.setattr(FakeGraph, "error", error)
     monkeypatch.setattr(FakeGraph, "step", step, raising=False)
     if error > 0.01 and asked:
@@ -139,7 +139,7 @@ def test_a_last_batch_of_another_size_is_computed(monkeypatch: pytest.MonkeyPatc
         calls.append(len(x))
         return 2 * x
 
-    double = Recorded(compute, CPU)
+    double = CapturedCall(compute, CPU)
     graph = MagicMock()
     graph.replay.side_effect = lambda: double._result.copy_(2 * double._inputs[0])
     double._graph, double._inputs, double._result = graph, (torch.zeros(4),), torch.zeros(4)
@@ -159,7 +159,7 @@ def test_a_gpu_replays_what_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     """And nothing is left of it on the GPU when the inputs have another shape."""
     weight = torch.randn(64, 64, device=GPU)
     compute = MagicMock(side_effect=lambda x: (x @ weight).relu())
-    recorded = Recorded(compute, GPU)
+    recorded = CapturedCall(compute, GPU)
     generator = torch.Generator(GPU).manual_seed(0)
     for rows in (8, 8, 8, 5, 8):
         x = torch.randn(rows, 64, device=GPU, generator=generator)
@@ -170,10 +170,10 @@ def test_a_gpu_replays_what_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> 
 @needs_gpu
 @pytest.mark.parametrize("full", [0, 1, 2], ids=["recorded", "out of memory", "out of memory in backward"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
-@pytest.mark.parametrize(("checkpointed", "offload"), [(0, False), (5, False), (5, True)])
-def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, offload: bool, streamed: bool, full: int) -> None:
+@pytest.mark.parametrize(("recomputed", "offload"), [(0, False), (5, False), (5, True)])
+def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool, streamed: bool, full: int) -> None:
     """As is the step that goes on when there is no memory for a graph, of which then nothing is left."""
-    if full == 2 and not checkpointed:
+    if full == 2 and not recomputed:
         pytest.skip("no block runs in backward")
     results = []
     said: list[str] = []
@@ -199,7 +199,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, offload: boo
         for parameter in trained:
             parameter.data = parameter.data.float()
         flat = flatten_parameters(trained)
-        checkpoint_blocks(transformer, checkpointed, offload)
+        recompute_blocks(transformer, recomputed, offload)
         scaler = torch.amp.GradScaler("cuda")
 
         def compute(*words: torch.Tensor, transformer=transformer, scaler=scaler) -> torch.Tensor:
@@ -213,7 +213,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(checkpointed: int, offload: boo
         assert flat.grad is not None
         if full:
             transformer.transformer_blocks[3].attn.register_forward_pre_hook(run_out)
-        step = Recorded(compute, GPU, [flat.grad], not full, said.append) if recorded else compute
+        step = CapturedCall(compute, GPU, [flat.grad], not full, said.append) if recorded else compute
         optimizer = torch.optim.AdamW([flat], lr=0.01, fused=True)
         losses = []
         for number in (0, 1, 3, 4):  # 2 has another number of tokens

@@ -24,7 +24,7 @@ from sd3_lora.plan.memory_plan import (
     TrainingPlan,
     plan_denoising,
     plan_training,
-    visiting_blocks,
+    spread_streamed_blocks,
 )
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.plan.step_time import (
@@ -51,8 +51,8 @@ SHAPE = StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False)
 
 def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
     """What its place in the order is by."""
-    copied = copied_flops(block_sizes(costs), plan.visiting, plan.checkpointed, plan.from_files)
-    return StepCost(computed_flops(costs, size, plan.checkpointed), copied).time
+    copied = copied_flops(block_sizes(costs), plan.streamed_blocks, plan.recomputed, plan.from_files)
+    return StepCost(computed_flops(costs, size, plan.recomputed), copied).time
 
 
 @pytest.mark.parametrize("asked", ["16bit", "nf4", "auto"])
@@ -76,7 +76,7 @@ def test_exact_measures_come_in_the_order_of_their_speed(miniature_files: ModelF
     assert all(plan.base_precision is None for plan in plans)
     resident = [plan for plan in plans if not plan.streamed]
     assert plans[: len(resident)] == resident
-    assert [plan.checkpointed for plan in resident] == [0, 1, 2, 3, 4, 5, 5]
+    assert [plan.recomputed for plan in resident] == [0, 1, 2, 3, 4, 5, 5]
     assert [plan.offload_inputs for plan in resident] == [False] * 6 + [True]
     peaks = [plan.peak_bytes for plan in plans]
     assert peaks == sorted(set(peaks), reverse=True)
@@ -87,17 +87,17 @@ def test_exact_measures_come_in_the_order_of_their_speed(miniature_files: ModelF
     costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
     times = [time_of(plan, costs, size) for plan in mixed]
     assert times == sorted(times)
-    ways = {(plan.visiting, plan.checkpointed) for plan in mixed}
+    ways = {(plan.streamed_blocks, plan.recomputed) for plan in mixed}
     assert len({way[0] for way in ways}) > 4
     assert len({way[1] for way in ways}) > 2
     assert len(mixed) == len(ways) > 10
 
-    assert {(plan.visiting, plan.checkpointed) for plan in last} == {(tuple(range(6)), 5)}
+    assert {(plan.streamed_blocks, plan.recomputed) for plan in last} == {(tuple(range(6)), 5)}
     assert [plan.buffers for plan in last] == [6, 4, 3, 2, 2]
     assert [plan.offload_inputs for plan in last] == [True] * 5
     assert [plan.has_room_for_graph for plan in plans] == [True] * (len(plans) - 1) + [False]
     everywhere = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", True, True)
-    assert {plan.checkpointed for plan in everywhere} == {6}
+    assert {plan.recomputed for plan in everywhere} == {6}
     assert not any(
         plan.streamed for plan in list_plans(miniature_files, SHAPE, budget_of(1), "16bit", False, can_stream=False)
     )
@@ -168,8 +168,8 @@ def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(
         measure = MagicMock(return_value=rate)
         monkeypatch.setattr(memory_plan, "measure_flops_a_byte", measure)
         plans = [plan_training(miniature_files, SHAPE, budget_of(size)) for size in budgets]
-        staying.append(sum(plan.blocks - len(plan.visiting) for plan in plans))
-        anew.append(sum(plan.checkpointed for plan in plans))
+        staying.append(sum(plan.blocks - len(plan.streamed_blocks) for plan in plans))
+        anew.append(sum(plan.recomputed for plan in plans))
         measure.assert_called_with(CPU, torch.float16)
         measure.reset_mock()
         plan_training(miniature_files, SHAPE, budget_of(max(plan.peak_bytes for plan in exact)))
@@ -182,11 +182,11 @@ def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(
 
 @pytest.mark.parametrize("count", [1, 6, 24, 38])
 def test_the_blocks_that_stay_are_spread(count: int) -> None:
-    assert visiting_blocks(count, 0) == tuple(range(count))
+    assert spread_streamed_blocks(count, 0) == tuple(range(count))
     for staying in range(count):
-        visiting = visiting_blocks(count, staying)
-        assert len(visiting) == count - staying
-        runs = "".join("v" if i in visiting else " " for i in range(count)).split()
+        streamed_blocks = spread_streamed_blocks(count, staying)
+        assert len(streamed_blocks) == count - staying
+        runs = "".join("v" if i in streamed_blocks else " " for i in range(count)).split()
         assert max(map(len, runs)) - min(map(len, runs[:-1] or runs)) <= 1
 
 
@@ -226,12 +226,12 @@ def test_drawing_streams_where_the_base_does_not_fit(miniature_files: ModelFiles
     streamed = plan_denoising(miniature_files, shape, budget_of(resident.peak_bytes - 1))
     assert streamed.streamed
     assert streamed.peak_bytes < resident.peak_bytes
-    assert 0 < len(streamed.visiting) < 6
+    assert 0 < len(streamed.streamed_blocks) < 6
     costs = model_costs(miniature_files.read_config("transformer"), torch.float32, None)
     plan, found = streamed, []
     while plan.buffers > 2:
-        found.append((len(plan.visiting), plan.buffers))
-        pieces = [piece.size for piece in costs if piece.block in plan.visiting]
+        found.append((len(plan.streamed_blocks), plan.buffers))
+        pieces = [piece.size for piece in costs if piece.block in plan.streamed_blocks]
         saved = resident.parts["weights"] - plan.parts["weights"]
         assert saved == sum(pieces) - plan.buffers * max(pieces)
         plan = plan_denoising(miniature_files, shape, budget_of(plan.peak_bytes - 1))
@@ -257,7 +257,7 @@ def test_a_host_that_is_too_small_streams_from_the_files(
         ]
 
     def own_bytes(plan: BasePlan) -> int:
-        return pinned_bytes([piece.size for piece in costs if piece.block in plan.visiting])
+        return pinned_bytes([piece.size for piece in costs if piece.block in plan.streamed_blocks])
 
     large, small, between = plans(enough), plans(0), plans(enough - 1, "16bit")
     assert not any(plan.from_files for plan in large)

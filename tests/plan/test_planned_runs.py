@@ -17,7 +17,7 @@ from sd3_lora.plan.step_time import model_costs
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.mapped_pieces import MappedPieces
 from sd3_lora.transformer.modulations_ahead import Modulating, ModulationsAhead
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import PinnedPieces, StreamedBlocks, stream_transformer
 
 import pytest
@@ -69,15 +69,15 @@ def test_every_plan_trains_to_the_same_bits(
 
     def checkpoint(transformer: torch.nn.Module, *words: object) -> None:
         done.append(words)
-        checkpoint_blocks(transformer, *words)
+        recompute_blocks(transformer, *words)
 
     monkeypatch.setattr(training, "stream_transformer", stream)
-    monkeypatch.setattr(training, "checkpoint_blocks", checkpoint)
+    monkeypatch.setattr(training, "recompute_blocks", checkpoint)
     plain = train(script, stage_one, tmp_path / "plain")
     assert "plan:" not in plain.out
     plans = script_plans(miniature_files)
     kept = [index for index, plan in enumerate(plans) if plan.buffers == 6 and not plan.offload_inputs]
-    some = {len(plans[index].visiting): index for index in kept}
+    some = {len(plans[index].streamed_blocks): index for index in kept}
     chosen = [0, 3, 6, *some.values(), *range(len(plans) - 5, len(plans))]
     assert len(some) > 4
     for index in chosen:
@@ -86,13 +86,13 @@ def test_every_plan_trains_to_the_same_bits(
         assert f"plan: {plans[index].sentence()}" in run.out
         assert run.losses == plain.losses
         if plans[index].streamed:
-            assert done[-2] == ("streamed", plans[index].visiting)
-        assert done[-1] == (plans[index].checkpointed, plans[index].offload_inputs)
+            assert done[-2] == ("streamed", plans[index].streamed_blocks)
+        assert done[-1] == (plans[index].recomputed, plans[index].offload_inputs)
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
         noted = json.loads((folder / "run.json").read_text())["plan"]
         assert noted["parts"] == plans[index].parts
-        assert (noted["checkpointed"], noted["buffers"]) == (plans[index].checkpointed, plans[index].buffers)
-        assert tuple(noted["visiting"]) == plans[index].visiting
+        assert (noted["recomputed"], noted["buffers"]) == (plans[index].recomputed, plans[index].buffers)
+        assert tuple(noted["streamed_blocks"]) == plans[index].streamed_blocks
     assert sum(words[0] == "streamed" for words in done) == len(chosen) - 3
 
 

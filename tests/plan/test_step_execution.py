@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.memory_plan import plain_plan
 from sd3_lora.plan.step_execution import (
     COMPILE_FROM_MICRO_STEPS,
@@ -22,7 +22,7 @@ from small_transformer import CPU, GPU, inputs, make_transformer
 from training_runs import Script, train, training_script
 
 RESIDENT = plain_plan(24, "16bit", False)
-STREAMED, NF4 = replace(RESIDENT, visiting=(0, 1), buffers=2), replace(RESIDENT, base_precision="nf4")
+STREAMED, NF4 = replace(RESIDENT, streamed_blocks=(0, 1), buffers=2), replace(RESIDENT, base_precision="nf4")
 FROM_FILES, TIGHT = replace(STREAMED, from_files=True), replace(STREAMED, has_room_for_graph=False)
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 
@@ -34,7 +34,7 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(asked, plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None) -> tuple[bool, bool]:
     execution = choose_execution(asked, plan, device, dropout, micro_steps, before)
-    return execution.compiled, execution.recorded
+    return execution.compiled, execution.captured
 
 
 def test_auto_records_what_a_graph_can_hold() -> None:
@@ -153,7 +153,7 @@ def test_a_run_that_may_record_its_steps_does(
     """With a stand-in for the recorder, as there is no GPU: every micro-step goes through it, its loss comes out."""
     steps: list[int] = []
 
-    class Recorder(Recorded):
+    class Recorder(CapturedCall):
         def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
             (gradient,) = self._changed
             assert not gradient.any() or len(steps) % 2
@@ -164,7 +164,7 @@ def test_a_run_that_may_record_its_steps_does(
     plain = train(script, prepared, tmp_path / "plain", *words)
     recorded = StepExecution(compiled=False, recorded=True, asked=False)
     monkeypatch.setattr(training_script(), "choose_execution", lambda *_: recorded)
-    monkeypatch.setattr(training_script(), "Recorded", Recorder)
+    monkeypatch.setattr(training_script(), "CapturedCall", Recorder)
     run = train(script, prepared, tmp_path / "recorded", *words)
     assert steps == [7] * 6
     assert run.losses == plain.losses

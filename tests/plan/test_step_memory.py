@@ -11,7 +11,7 @@ from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.plan.step_memory import StepShape, simulate_step
 from sd3_lora.transformer.lora import attach_lora, target_modules
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 
 import pytest
 import torch
@@ -27,13 +27,13 @@ def config_of(**changes: object) -> dict:
 
 
 def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
-    """Of all blocks, each checkpointed as it is in training."""
+    """Of all blocks, each recomputed as it is in training."""
     with torch.device("meta"):
         transformer = step_memory.make_hollow(config, shape.dtype)
         targets = target_modules(transformer, shape.layers, shape.blocks)
         attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
     transformer.train()
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(transformer, count)
     for module in (transformer, *transformer.transformer_blocks):
         stand_in_for_gpu(module, shape.dtype)
     with AllocationCounter() as counter:

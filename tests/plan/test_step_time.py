@@ -7,7 +7,7 @@ import sys
 
 from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.plan import step_time
-from sd3_lora.plan.memory_plan import visiting_blocks
+from sd3_lora.plan.memory_plan import spread_streamed_blocks
 from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.plan.step_time import (
     Passes,
@@ -82,8 +82,10 @@ def test_what_was_measured_is_in_that_order(resolution: int) -> None:
     whole = sum(computed_flops(costs, size, 24))
     rate = whole / resident["step_ms"] / streamed[0]["link_gb_per_s"] / 1e6
     for row in streamed:
-        visiting = visiting_blocks(24, row["streamed"][1])
-        cost = StepCost(computed_flops(costs, size, 23), copied_flops(block_sizes(costs), visiting, 23, False, rate))
+        streamed_blocks = spread_streamed_blocks(24, row["streamed"][1])
+        cost = StepCost(
+            computed_flops(costs, size, 23), copied_flops(block_sizes(costs), streamed_blocks, 23, False, rate)
+        )
         assert cost.time[0] / whole == pytest.approx(row["step_ms"] / resident["step_ms"], rel=0.12)
 
 

@@ -225,7 +225,7 @@ def test_many_pictures_are_recorded_on_a_gpu(
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     config = LatentConfig(resolution=64)
     cache = LatentCache(tmp_path, files.provenance(["vae"], "fp32", 64), "white")
-    monkeypatch.setattr(precompute_latents, "Recorded", Recorder)
+    monkeypatch.setattr(precompute_latents, "CapturedCall", Recorder)
     load, encode = precompute_latents.load_vae, precompute_latents.encode
     monkeypatch.setattr(precompute_latents, "load_vae", lambda a, b, _, c: load(a, b, torch.device("cpu"), c))
     monkeypatch.setattr(precompute_latents, "encode", lambda a, b, _: encode(a, b, torch.device("cpu")))
@@ -245,7 +245,7 @@ def test_a_gpu_gives_the_same_recorded_and_not(
     """In batches of 5, of which the last has 2."""
     found = []
     for name, least in (("recorded", 12), ("plain", 13)):
-        monkeypatch.setattr(precompute_latents, "RECORD_FROM", least)
+        monkeypatch.setattr(precompute_latents, "CAPTURE_FROM", least)
         words = ["--device", "cuda", "--vae_batch_size", 5, "--vae_precision", precision]
         said = run(*words, "--output_path", tmp_path / name)
         assert "wrote 12 crops" in said.out

@@ -23,6 +23,7 @@ from sd3_lora.training.config import (
     RunConfig,
 )
 from sd3_lora.training.flow import FlowConfig
+from sd3_lora.transformer import recompute
 from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
@@ -382,10 +383,10 @@ def test_gradient_checkpointing(
     words = ["--lora_dropout", 0.2, "--learning_rate", 0.01]
     plain = train(script, prepared, tmp_path / "plain", *words)
     assert calls == []
-    checkpointed = train(script, prepared, tmp_path / "checkpointed", *words, "--gradient_checkpointing")
+    recomputed = train(script, prepared, tmp_path / "recomputed", *words, "--gradient_checkpointing")
     assert len(calls) == 3 * 2  # steps times blocks
-    assert checkpointed.losses == plain.losses
-    assert same_lora(plain.folder / LORA_FILE, checkpointed.folder / LORA_FILE)
+    assert recomputed.losses == plain.losses
+    assert same_lora(plain.folder / LORA_FILE, recomputed.folder / LORA_FILE)
 
 
 def test_allow_tf32(script: Script, prepared: Prepared, tmp_path: Path) -> None:

@@ -315,14 +315,14 @@ def test_the_output_is_that_of_the_dequantized_weights(model: Path) -> None:
     assert 1e-3 < (expected - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_are_those_of_the_dequantized_weights(model: Path, checkpointed: bool) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_gradients_are_those_of_the_dequantized_weights(model: Path, recomputed: bool) -> None:
     """Of the LoRA and of the input, through every frozen 4-bit layer."""
     transformer = load_transformer(files_of(model), CPU, torch.float32, "nf4")
     found = []
     for base in (transformer, dequantized(transformer, model)):
         parameters = with_lora(base)
-        if checkpointed:
+        if recomputed:
             base.enable_gradient_checkpointing()
         base.train()
         words = {name: value.requires_grad_(name != "timestep") for name, value in inputs(torch.float32).items()}
@@ -474,7 +474,7 @@ def test_4_bit_matrices_that_will_visit_are_on_the_host(model, monkeypatch):
         torch.Tensor, "to", lambda self, *words, **more: sent.append((self, words)) or to(self, *words, **more)
     )
     device = torch.device("cpu", 0)
-    transformer = load_transformer(files_of(model), device, torch.float32, "nf4", visiting=(1,))
+    transformer = load_transformer(files_of(model), device, torch.float32, "nf4", streamed_blocks=(1,))
     on_host = [tensor for tensor, words in sent if words == ("cpu",)]
     matrices = [layer.weight for piece in pieces_of(transformer.transformer_blocks, (1,)) for layer in piece.layers]
     assert {tensor.dtype for tensor in on_host} == {torch.uint8}

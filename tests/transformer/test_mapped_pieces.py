@@ -19,7 +19,7 @@ from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.transformer.base_weights import load_transformer
 from sd3_lora.transformer.lora import attach_lora, lora_tensors, target_modules
 from sd3_lora.transformer.mapped_pieces import RING_SIZE, MappedPieces
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import Piece, PinnedPieces, StreamedBlocks, pieces_of, stream_transformer
 
 import pytest
@@ -27,7 +27,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import save_file
 from small_transformer import CPU, GPU, inputs, late_copies, make_transformer, needs_gpu, train_steps
-from test_streaming import draw, foreseen, stream_poisoned
+from test_streaming import draw, prefetched, stream_poisoned
 
 BLOCKS = 6
 
@@ -75,7 +75,7 @@ def test_training_is_that_of_resident_blocks(layers: int, offload: bool, shards:
     for count in sorted({0, 1, layers - 1, layers}):
         transformer = make_unread(layers=layers, dropout=0.3)
         stream(transformer, paths)
-        checkpoint_blocks(transformer, count, offload)
+        recompute_blocks(transformer, count, offload)
         assert train_steps(transformer).is_equal(plain)
 
 
@@ -102,7 +102,7 @@ def test_files_of_another_dtype_are_converted_as_they_are_read(
             assert not any(weight.isnan().any() for piece in pieces for weight in piece.weights)
         elif source == "mapped":
             stream(transformer, paths)
-        checkpoint_blocks(transformer, BLOCKS)
+        recompute_blocks(transformer, BLOCKS)
         results.append((train_steps(transformer, dtype=dtype), draw_in(transformer, dtype)))
     for trained, drawn in results[1:]:
         assert trained.is_equal(results[0][0])
@@ -121,7 +121,7 @@ def test_nothing_stale_is_read_however_late_the_copies(count: int, tmp_path: Pat
     expected = train_steps(plain, between=lambda step: draw(plain, step))
     transformer = make_unread(dropout=0.3)
     stream_poisoned(transformer, source_of(transformer, save_base(tmp_path)))
-    checkpoint_blocks(transformer, count, offload_inputs=True)
+    recompute_blocks(transformer, count, offload_inputs=True)
     with late_copies():
         assert train_steps(transformer, between=lambda step: draw(transformer, step)).is_equal(expected)
 
@@ -147,7 +147,7 @@ def test_an_unexpected_order_costs_reads_and_nothing_else(tmp_path: Path) -> Non
 def test_a_lora_on_unread_blocks_is_the_one_on_read_blocks(dtype: torch.dtype) -> None:
     """The same draws, in memory of its own, on the host; and the same forward once the blocks are streamed."""
     files = ModelFiles(ModelConfig(str(MINIATURE)))
-    loaded = [load_transformer(files, CPU, dtype, latent_size=(8, 8), visiting=some) for some in (range(6), ())]
+    loaded = [load_transformer(files, CPU, dtype, latent_size=(8, 8), streamed_blocks=some) for some in (range(6), ())]
     loras = []
     for transformer in loaded:
         for parameter in attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=7):
@@ -173,13 +173,13 @@ def test_a_lora_on_unread_blocks_is_the_one_on_read_blocks(dtype: torch.dtype) -
         assert torch.equal(unread(**words).sample, read(**words).sample)
 
 
-@pytest.mark.parametrize("visiting", [range(6), (1, 4)])
-def test_unread_matrices_are_neither_read_nor_in_memory(visiting, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streamed_blocks", [range(6), (1, 4)])
+def test_unread_matrices_are_neither_read_nor_in_memory(streamed_blocks, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor, read = TensorFiles.tensor, []
     monkeypatch.setattr(TensorFiles, "tensor", lambda self, name: read.append(name) or tensor(self, name))
     files = ModelFiles(ModelConfig(str(MINIATURE)))
-    transformer = load_transformer(files, CPU, torch.float16, visiting=visiting)
-    pieces = pieces_of(transformer.transformer_blocks, visiting)
+    transformer = load_transformer(files, CPU, torch.float16, streamed_blocks=streamed_blocks)
+    pieces = pieces_of(transformer.transformer_blocks, streamed_blocks)
     unread = {name for piece in pieces for name in piece.names}
     assert set(read) == transformer.state_dict().keys() - unread
     for name, tensor in transformer.state_dict().items():
@@ -231,13 +231,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def read_ahead(events: list[str]) -> list[str]:
-    """With a read where a piece is announced that is not among the three latest announced or copied."""
+    """With a read where a piece is prefetched that is not among the three latest prefetched or copied."""
     ring: list[str] = []
     for _ in range(2):
         found = []
         for event in events:
             what, index = event.split()
-            if what != "announce":
+            if what != "prefetch":
                 found.append(event)
             elif index not in ring:
                 found.append(f"read {index}")
@@ -267,12 +267,12 @@ def test_each_piece_is_read_while_two_others_are_copied_and_compute(
         events.clear()
         draw(transformer, passes=1)
     else:
-        checkpoint_blocks(transformer, count)
+        recompute_blocks(transformer, count)
         train_steps(transformer, steps=3, between=lambda _: events.clear())
-    assert events == read_ahead(foreseen(asked))
+    assert events == read_ahead(prefetched(asked))
 
 
-def test_the_caller_does_not_wait_for_what_it_announces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_caller_does_not_wait_for_what_it_prefetches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tensor, go_on, readers = TensorFiles.tensor, threading.Event(), set()
 
     def slow(self: TensorFiles, name: str) -> torch.Tensor:
@@ -283,8 +283,8 @@ def test_the_caller_does_not_wait_for_what_it_announces(monkeypatch: pytest.Monk
     transformer = make_unread()
     source = source_of(transformer, save_base(tmp_path))
     monkeypatch.setattr(TensorFiles, "tensor", slow)
-    source.announce(4)
-    source.announce(2)
+    source.prefetch(4)
+    source.prefetch(2)
     go_on.set()
     destination = torch.empty(source.sizes[2], dtype=torch.uint8)
     source.fill(2, destination)
@@ -324,7 +324,7 @@ def test_no_slot_is_read_into_while_a_copy_from_it_is_under_way(
     for index in range(RING_SIZE):
         source.fill(index, room[index])
     (slot,) = [slot for slot in source._slots if slot.index == 0]
-    source.announce(3)  # at once: it is the thread that waits
+    source.prefetch(3)  # at once: it is the thread that waits
     assert slot.index == 3
     assert copies[0].is_waited_for.wait(20)
     assert not slot.reading.done()
@@ -341,7 +341,7 @@ def test_what_was_copied_last_is_read_over_last(tmp_path: Path) -> None:
     source = source_of(transformer, save_base(tmp_path))
     for index in (3, 4, 5, 3):
         source.fill(index, torch.empty(source.sizes[index], dtype=torch.uint8))
-    source.announce(2)
+    source.prefetch(2)
     assert [slot.index for slot in source._slots] == [5, 3, 2]
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_vanishes_is_told_in_a_sentence(how: str, in_backward: bool,
     paths = save_base(tmp_path, layers=12)
     transformer = make_unread(layers=12)
     stream(transformer, paths)
-    checkpoint_blocks(transformer, 12)
+    recompute_blocks(transformer, 12)
     if in_backward:
         loss = transformer(**inputs(0, CPU)).sample.square().mean()
     if how == "removed":
@@ -377,7 +377,7 @@ def test_a_source_that_is_dropped_while_it_reads_goes_when_the_read_is_through(
     monkeypatch.setattr(TensorFiles, "tensor", slow)
     source: Any = source_of(make_unread(), save_base(tmp_path), CPU)
     assert len(source._slots) == RING_SIZE
-    source.announce(0)
+    source.prefetch(0)
     (thread,) = source._thread._threads
     reading: Future[None] = source._slots[-1].reading
     gone, ring = weakref.ref(source), weakref.ref(source._slots[0].buffer.untyped_storage())
@@ -403,7 +403,7 @@ def test_a_gpu_trains_the_same(saved: torch.dtype, count: int, offload: bool, tm
     plain = train_steps(make_transformer(**words).to(GPU), GPU, steps=5, dtype=torch.float16)
     transformer = make_unread(**words)
     stream(transformer, save_base(tmp_path, dtype=saved), GPU)
-    checkpoint_blocks(transformer, count, offload)
+    recompute_blocks(transformer, count, offload)
     assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import sd3_lora.transformer.streaming
 from sd3_lora.common.memory import drop_workspaces, free_memory
-from sd3_lora.gpu.cuda_graph import Recorded
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.transformer.lora import attach_lora
 from sd3_lora.transformer.modulations_ahead import Modulating, ModulationsAhead
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import StreamedBlocks, pieces_of, stream_transformer
 from train_dreambooth_sd3_lora_miniature import precision
 
@@ -51,7 +51,7 @@ def train_ahead(
 
     def compute(*tensors: torch.Tensor) -> torch.Tensor:
         words = dict(zip(batches[0], tensors, strict=True))
-        with ahead.in_force() if ahead else nullcontext():
+        with ahead.active() if ahead else nullcontext():
             with precision(device, dtype):
                 velocity = transformer(**words, return_dict=False)[0]
             loss = (velocity.float() - words["hidden_states"].float()).square().mean()
@@ -63,7 +63,7 @@ def train_ahead(
         if ahead:
             with precision(device, dtype):
                 is_known = step + 1 < steps and step not in unknown
-                ahead.turn(modulating[step], modulating[step + 1] if is_known else None)
+                ahead.advance(modulating[step], modulating[step + 1] if is_known else None)
         found.append(step_of(*words.values()).cpu())
         for parameter in parameters:
             found.append(parameter.grad.cpu().clone())
@@ -83,7 +83,7 @@ def test_numbers_are_those_of_resident_blocks(buffers: int, unknown: Collection[
     for count in (1, 3, BLOCKS - 1, BLOCKS):
         transformer = make_transformer()
         ahead = ModulationsAhead(transformer, stream_poisoned(transformer, buffers=buffers), range(count))
-        checkpoint_blocks(transformer, count, offload_inputs=True)
+        recompute_blocks(transformer, count, offload_inputs=True)
         with late_copies():
             assert is_equal(train_ahead(transformer, ahead, unknown=unknown), expected)
 
@@ -93,7 +93,7 @@ def test_in_lower_precisions(make: Callable[..., SD3Transformer2DModel]) -> None
     expected = train_ahead(make(dtype=torch.bfloat16), None, dtype=torch.bfloat16)
     transformer = make(dtype=torch.bfloat16)
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead, dtype=torch.bfloat16), expected)
 
@@ -113,7 +113,7 @@ def test_a_modulation_may_have_a_lora() -> None:
 
     expected, transformer = train_ahead(make(), None), make()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead), expected)
 
@@ -126,7 +126,7 @@ def test_forward_asks_for_none_and_backward_for_each_once(monkeypatch: pytest.Mo
     first, last = modulations[:4], modulations[4:]
     rest = [index for index in range(len(pieces)) if index not in first]
     ahead = ModulationsAhead(transformer, stream_transformer(transformer, CPU), range(2))
-    checkpoint_blocks(transformer, 2)
+    recompute_blocks(transformer, 2)
     asked: list[list[int]] = []
     copies: list[int] = []
 
@@ -145,7 +145,12 @@ def test_forward_asks_for_none_and_backward_for_each_once(monkeypatch: pytest.Mo
     train_ahead(transformer, ahead, steps=4, unknown=[1], wrap=wrap)
     before, within = asked[::2], asked[1::2]
     assert before == [first, [], first, []]
-    assert copies == [27, 26, 27, 26]  # nothing is foreseen in vain; one piece is there already if nothing came between
+    assert copies == [
+        27,
+        26,
+        27,
+        26,
+    ]  # no vain prefetch; one piece is there already if nothing came between
     for found in within:
         assert found[: len(rest)] == rest
         assert [index for index in found[len(rest) :] if index in modulations] == [*first[2:], *first[:2]]
@@ -171,19 +176,19 @@ def test_a_micro_step_that_is_repeated_gives_the_same() -> None:
 
     expected, transformer = train_ahead(make_transformer(), None), make_transformer()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead, wrap=partial(wrap, parameters=parameters)), expected)
 
 
-def test_a_batch_that_comes_again_unannounced_is_not_taken_for_what_was_to_come() -> None:
+def test_a_batch_that_comes_again_without_a_hint_is_not_taken_for_what_was_to_come() -> None:
     transformer = make_transformer()
     ahead = ModulationsAhead(transformer, stream_transformer(transformer, CPU), range(BLOCKS))
     first, second = ((torch.tensor([900.0, 100.0 + 50 * step]), torch.full((2, 8), 1.0 + step)) for step in range(2))
     found = []
     for now, coming in ((first, None), (first, None), (second, None), (first, None)):
-        ahead.turn(now, coming)
+        ahead.advance(now, coming)
         found.append([given.clone() for given in ahead._given])
     assert is_equal(found[1], found[0])
     assert is_equal(found[3], found[0])
@@ -195,14 +200,14 @@ def test_what_replays_left_in_the_buffers_is_not_taken_for_pieces(monkeypatch: p
     transformer, plain = make_transformer(), make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6, [0])
     ahead = ModulationsAhead(transformer, streamed, [0])
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     words, found = inputs(0, CPU), []
     for _ in range(3):
-        ahead.turn((words["timestep"].clone(), words["pooled_projections"]), None)
+        ahead.advance((words["timestep"].clone(), words["pooled_projections"]), None)
         found.append([given.clone() for given in ahead._given])
         if len(found) == 1:
             with monkeypatch.context() as patch:
-                patch.setattr(sd3_lora.transformer.streaming, "_is_recorded", lambda _: True)
+                patch.setattr(sd3_lora.transformer.streaming, "_is_capturing", lambda _: True)
                 transformer(**words)
         for slot in streamed._slots:
             slot.buffer.fill_(255)
@@ -214,7 +219,7 @@ def test_what_replays_left_in_the_buffers_is_not_taken_for_pieces(monkeypatch: p
 def test_outside_of_a_step_the_layers_compute_what_they_always_did() -> None:
     plain, transformer = make_transformer(), make_transformer()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     with late_copies():
         for _ in range(2):
             assert is_equal(draw(transformer), draw(plain))
@@ -225,7 +230,7 @@ def test_nothing_holds_itself() -> None:
     transformer = make_transformer()
     streamed: StreamedBlocks | None = stream_transformer(transformer, CPU)
     ahead: ModulationsAhead | None = ModulationsAhead(transformer, streamed, range(BLOCKS))
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     train_ahead(transformer, ahead, steps=2)
     gc.collect()
     gc.disable()
@@ -246,8 +251,8 @@ def test_beside_a_step_it_leaves_no_workspace_of_cublas() -> None:
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     for _ in range(2):
         now, coming = ((torch.zeros(2, device=GPU), torch.zeros(2, 8, device=GPU).half()) for _ in range(2))
-        ahead.turn(now, coming)
-        ahead.turn(coming, None)
+        ahead.advance(now, coming)
+        ahead.advance(coming, None)
     assert torch.cuda.memory_allocated() - before[0] < 1024**2
     assert torch.cuda.memory_reserved() - before[1] <= 4 * 1024**2
 
@@ -263,13 +268,13 @@ def test_on_a_gpu(make: Callable[..., SD3Transformer2DModel], buffers: int, reco
     for count, unknown in ((3, ()), (BLOCKS - 1, (1, 2)), (BLOCKS, range(5))):
         transformer = make(**words)
         ahead = ModulationsAhead(transformer, stream_transformer(transformer, GPU, None, buffers), range(count))
-        checkpoint_blocks(transformer, count, offload_inputs=count == BLOCKS)
+        recompute_blocks(transformer, count, offload_inputs=count == BLOCKS)
         gradients = [p for p in transformer.parameters() if p.requires_grad]
 
         def wrap(compute: Callable[..., torch.Tensor], gradients: Any = gradients) -> Callable[..., torch.Tensor]:
             if not recorded:
                 return compute
-            return Recorded(compute, GPU, [parameter.grad for parameter in gradients], asked=True)
+            return CapturedCall(compute, GPU, [parameter.grad for parameter in gradients], asked=True)
 
         found = train_ahead(transformer, ahead, GPU, torch.float16, unknown=unknown, wrap=wrap)
         assert is_equal(found, expected)

@@ -12,7 +12,7 @@ from typing import Any
 import sd3_lora.transformer.streaming
 from sd3_lora.gpu.packed_tensors import layout
 from sd3_lora.gpu.pinned_memory import pinned_bytes
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import (
     PinnedPieces,
     StreamedBlocks,
@@ -79,7 +79,7 @@ def test_numbers_are_those_of_resident_blocks_however_early_or_late_the_copies(
     for count, offload in ((count, offload) for count in range(layers + 1) for offload in (False, True)):
         transformer = make_transformer(layers, 0.3)
         stream(transformer, source=None, buffers=buffers)
-        checkpoint_blocks(transformer, count, offload)
+        recompute_blocks(transformer, count, offload)
         with late_copies() if late else nullcontext():
             assert train_steps(transformer).is_equal(trained), (count, offload)
             assert all(map(torch.equal, draw(transformer), drawn))
@@ -98,8 +98,8 @@ def test_what_autograd_saved_is_right_whatever_ran_since(count: int) -> None:
         return [*drawn, *found, *step_back(transformer, fourth), *step_back(transformer, third)]
 
     plain, transformer = make_transformer(), make_transformer()
-    checkpoint_blocks(plain, count)  # whose backward adds up in the same order
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(plain, count)  # whose backward adds up in the same order
+    recompute_blocks(transformer, count)
     stream_poisoned(transformer)
     expected = gradients(plain)
     with late_copies():
@@ -122,7 +122,7 @@ def test_mixed_dtypes_under_autocast(dtype: torch.dtype, count: int) -> None:
     plain = train_steps(make(), dtype=torch.bfloat16)
     transformer = make()
     stream_poisoned(transformer)
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(transformer, count)
     with late_copies():
         assert train_steps(transformer, dtype=torch.bfloat16).is_equal(plain)
 
@@ -148,7 +148,7 @@ def test_nf4_weights_are_streamed_too(count: int, dtype: torch.dtype) -> None:
     transformer = make_nf4(CPU, dtype)
     assert transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.uint8
     stream_poisoned(transformer)
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(transformer, count)
     with late_copies():
         assert train_steps(transformer, dtype=dtype).is_equal(plain)
 
@@ -184,9 +184,9 @@ def test_no_piece_is_larger_than_the_largest_matrix(dual: tuple[int, ...], per_b
 
 def test_some_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their matrices are sent to the device like all the rest, and are the same numbers there."""
-    plain, visiting = train_steps(make_transformer()), (0, 2, 3)
+    plain, streamed_blocks = train_steps(make_transformer()), (0, 2, 3)
     transformer = make_transformer()
-    own = pieces_of(transformer.transformer_blocks, visiting)
+    own = pieces_of(transformer.transformer_blocks, streamed_blocks)
     assert {name.split(".")[1] for piece in own for name in piece.names} == {"0", "2", "3"}
     whole = {piece.names: piece.layers for piece in pieces_of(transformer.transformer_blocks)}
     assert all(whole[piece.names] == piece.layers for piece in own)
@@ -194,10 +194,10 @@ def test_some_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     sent, to = [], torch.Tensor.to
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda self, *words: sent.append(self.data_ptr()) or to(self, *words))
-        streamed = stream_transformer(transformer, CPU, buffers=3, visiting=visiting)
+        streamed = stream_transformer(transformer, CPU, buffers=3, streamed_blocks=streamed_blocks)
     assert set(staying) < set(sent)
     assert streamed.host_bytes == pinned_bytes([layout(piece.weights)[-1] for piece in own])
-    checkpoint_blocks(transformer, 4)
+    recompute_blocks(transformer, 4)
     assert train_steps(transformer).is_equal(plain)
     assert streamed.copies > len(own)
 
@@ -216,12 +216,12 @@ PASSES = [
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens, in order: `visit 3` as piece 3 is asked for, and what that leads to: `copy 4`, `announce 5`."""
+    """What happens, in order: `visit 3` as piece 3 is asked for, and what that leads to: `copy 4`, `prefetch 5`."""
     events: list[str] = []
     for owner, method, name in (
         (StreamedBlocks, "_visit", "visit"),
         (PinnedPieces, "fill", "copy"),
-        (PinnedPieces, "announce", "announce"),
+        (PinnedPieces, "prefetch", "prefetch"),
     ):
 
         def watch(whole: Callable[..., Any], name: str, self: Any, index: int, *words: Any) -> Any:
@@ -232,7 +232,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return events
 
 
-def foreseen(asked: list[int], buffers: int = 2) -> list[str]:
+def prefetched(asked: list[int], buffers: int = 2) -> list[str]:
     """The events of a pass that asks as the one before did: nothing waits for a copy that begins at its own visit."""
     held: list[int | None] = [None] * buffers  # the one visited longest ago first
     for _ in range(3):
@@ -247,44 +247,44 @@ def foreseen(asked: list[int], buffers: int = 2) -> list[str]:
                 if piece == index:
                     held = [*(other for other in held if other != index), index]
             if later not in held:
-                events.append(f"announce {later}")
+                events.append(f"prefetch {later}")
     return events
 
 
-def test_the_first_forward_is_foreseen_and_the_first_backward_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_forward_is_prefetched_and_the_first_backward_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     events = watched(monkeypatch)
     transformer = make_transformer(layers=1)
     stream_transformer(transformer, CPU)
     train_steps(transformer, steps=3, between=lambda _: events.append("|"))
-    forward = "copy 1, announce 2, visit 1, copy 2, announce 3, visit 2, copy 3, announce 4, visit 3, copy 4"
+    forward = "copy 1, prefetch 2, visit 1, copy 2, prefetch 3, visit 2, copy 3, prefetch 4, visit 3, copy 4"
     first, second, third = ", ".join(events).removeprefix("|, ").split(", |, ")
-    assert first == f"visit 0, copy 0, {forward}, announce 0, visit 4, copy 0, announce 1, visit 2, copy 2"
-    again = f"{forward}, announce 2, visit 4, copy 2, announce 0, visit 2, copy 0, announce 1"
+    assert first == f"visit 0, copy 0, {forward}, prefetch 0, visit 4, copy 0, prefetch 1, visit 2, copy 2"
+    again = f"{forward}, prefetch 2, visit 4, copy 2, prefetch 0, visit 2, copy 0, prefetch 1"
     assert second == f"visit 0, copy 0, {again}"
     assert third == f"visit 0, {again}"
 
 
 @pytest.mark.parametrize("buffers", [2, 3, 4])
 @pytest.mark.parametrize(("layers", "count", "asked", "copies"), PASSES)
-def test_each_piece_is_copied_while_those_before_compute_and_announced_one_earlier(
+def test_each_piece_is_copied_while_those_before_compute_and_prefetched_one_earlier(
     layers: int, count: int, asked: list[int], copies: list[int], buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after the second step; and what a buffer holds is not copied."""
     events, found = watched(monkeypatch), []
     transformer = make_transformer(layers)
     streamed = stream_transformer(transformer, CPU, None, buffers)
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(transformer, count)
     train_steps(transformer, steps=4, between=lambda _: found.append((streamed.copies, len(events))))
     if buffers == 2:
         assert [*(copied for copied, _ in found), streamed.copies] == copies
-    assert events[found[2][1] :] == 2 * foreseen(asked, buffers)
+    assert events[found[2][1] :] == 2 * prefetched(asked, buffers)
 
 
 def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> None:
     """Forward, and anew; and each end's pieces are there when the other pass begins."""
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6)
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     train_steps(transformer, steps=2)
     before = streamed.copies
     train_steps(transformer, steps=1)
@@ -293,19 +293,19 @@ def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> Non
 
 
 @pytest.mark.parametrize("layers", [1, 6])
-def test_drawing_is_foreseen_from_its_first_pass_on(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_is_prefetched_from_its_first_pass_on(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece is copied once a pass; and already the first of the next one."""
     events = watched(monkeypatch)
     transformer = make_transformer(layers)
     streamed = stream_transformer(transformer, CPU)
     draw(transformer, passes=2)
     count = len(pieces_of(transformer.transformer_blocks))
-    expected = foreseen(list(range(count)))
+    expected = prefetched(list(range(count)))
     assert events == [expected[0], "copy 0", *expected[1:], *expected]
     assert streamed.copies == 2 * count + 1
 
 
-def test_each_kind_of_pass_is_foreseen_by_the_last_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_kind_of_pass_is_prefetched_by_the_last_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     events = watched(monkeypatch)
     transformer = make_transformer(layers=1)
     stream_transformer(transformer, CPU)
@@ -316,7 +316,7 @@ def test_each_kind_of_pass_is_foreseen_by_the_last_of_its_kind(monkeypatch: pyte
         draw(transformer, passes=1)
 
     train_steps(transformer, steps=4, between=between)
-    assert events == 2 * [*foreseen([0, 1, 2, 3, 4]), *foreseen([0, 1, 2, 3, 4, 2])]
+    assert events == 2 * [*prefetched([0, 1, 2, 3, 4]), *prefetched([0, 1, 2, 3, 4, 2])]
 
 
 def test_an_unexpected_order_costs_copies_and_nothing_else() -> None:
@@ -347,7 +347,7 @@ def test_a_pass_that_is_given_up(count: int) -> None:
 
     plain, transformer = make_transformer(), make_transformer()
     stream_poisoned(transformer)
-    checkpoint_blocks(transformer, count)
+    recompute_blocks(transformer, count)
     expected = gradients(plain)
     with late_copies():
         hook = transformer.transformer_blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -396,7 +396,7 @@ def test_two_buffers_of_the_largest_piece() -> None:
     assert streamed.host_bytes == pinned_bytes(sizes)
     buffers = [slot.buffer for slot in streamed._slots]
     assert streamed.device_bytes == 2 * max(sizes) == sum(buffer.untyped_storage().nbytes() for buffer in buffers)
-    checkpoint_blocks(transformer, 3)
+    recompute_blocks(transformer, 3)
     train_steps(transformer)
     assert {storage(slot.buffer) for slot in streamed._slots} == set(map(storage, buffers))
     for slot in streamed._slots:
@@ -409,8 +409,10 @@ def test_all_but_the_matrices_is_sent_to_the_device(monkeypatch: pytest.MonkeyPa
     """And the parameters are still those that an optimizer was given."""
     transformer = make_transformer()
     parameters = list(transformer.parameters())
-    visiting = {weight.data_ptr() for piece in pieces_of(transformer.transformer_blocks) for weight in piece.weights}
-    staying = {tensor.data_ptr() for tensor in (*parameters, *transformer.buffers())} - visiting
+    streamed_blocks = {
+        weight.data_ptr() for piece in pieces_of(transformer.transformer_blocks) for weight in piece.weights
+    }
+    staying = {tensor.data_ptr() for tensor in (*parameters, *transformer.buffers())} - streamed_blocks
     sent, to = [], torch.Tensor.to
     monkeypatch.setattr(
         torch.Tensor, "to", lambda self, *words: sent.append((self.data_ptr(), *words)) or to(self, *words)
@@ -472,14 +474,14 @@ def test_what_is_dropped_is_gone_at_once(make: Callable[[], SD3Transformer2DMode
 def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU)
-    checkpoint_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, BLOCKS)
     copies, loaded = [], []
     source: Any = streamed._source
     monkeypatch.setattr(
         source, "fill", lambda index, place: loaded.append(index) or PinnedPieces.fill(source, index, place)
     )
     for recorded in (False, False, False, True, True, False, False):
-        monkeypatch.setattr(sd3_lora.transformer.streaming, "_is_recorded", lambda _, recorded=recorded: recorded)
+        monkeypatch.setattr(sd3_lora.transformer.streaming, "_is_capturing", lambda _, recorded=recorded: recorded)
         before = len(loaded)
         transformer(**inputs(0, CPU)).sample.square().mean().backward()
         copies.append(loaded[before:])

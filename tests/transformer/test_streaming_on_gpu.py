@@ -10,7 +10,7 @@ from typing import Any
 from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
 from sd3_lora.transformer.base_weights import load_transformer
 from sd3_lora.transformer.lora import attach_lora, target_modules
-from sd3_lora.transformer.recompute import checkpoint_blocks
+from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import Piece, StreamedBlocks, pieces_of, stream_transformer
 
 import pytest
@@ -33,16 +33,16 @@ def peak_mib(work: Callable[[], object]) -> float:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("count", [0, 1, 5, 6])
 @pytest.mark.parametrize("make", [make_transformer, make_nf4])
-@pytest.mark.parametrize(("buffers", "visiting"), [(2, None), (6, None), (3, (0, 2, 3))])
+@pytest.mark.parametrize(("buffers", "streamed_blocks"), [(2, None), (6, None), (3, (0, 2, 3))])
 def test_a_gpu_trains_the_same(
-    make: Callable[..., SD3Transformer2DModel], count: int, buffers: int, visiting: tuple[int, ...] | None
+    make: Callable[..., SD3Transformer2DModel], count: int, buffers: int, streamed_blocks: tuple[int, ...] | None
 ) -> None:
     words: dict[str, Any] = {"dtype": torch.float16} | ({"device": GPU} if make is make_nf4 else {"dropout": 0.3})
     plain = train_steps(make(**words).to(GPU), GPU, steps=5, dtype=torch.float16)
     for offload in [False, True] if count else [False]:
         transformer = make(**words)
-        stream_transformer(transformer, GPU, None, buffers, visiting)
-        checkpoint_blocks(transformer, count, offload)
+        stream_transformer(transformer, GPU, None, buffers, streamed_blocks)
+        recompute_blocks(transformer, count, offload)
         assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
 
 
@@ -51,9 +51,11 @@ def test_a_gpu_trains_the_same(
 def test_what_is_on_the_gpu_from_the_start(make: Callable[[], SD3Transformer2DModel]) -> None:
     transformer = make()
     streamed = stream_transformer(transformer, GPU)
-    visiting = {id(layer.weight) for piece in pieces_of(transformer.transformer_blocks) for layer in piece.layers}
+    streamed_blocks = {
+        id(layer.weight) for piece in pieces_of(transformer.transformer_blocks) for layer in piece.layers
+    }
     for tensor in (*transformer.parameters(), *transformer.buffers()):
-        assert tensor.is_cuda == (id(tensor) not in visiting)
+        assert tensor.is_cuda == (id(tensor) not in streamed_blocks)
         if hasattr(tensor, "quant_state"):
             assert tensor.quant_state.absmax.is_cuda
     assert all(slot.buffer.is_cuda for slot in streamed._slots)
@@ -79,18 +81,18 @@ def test_4_bit_weights_are_the_same_numbers_wherever_they_are() -> None:
         "pooled_projections": torch.randn(1, 192, device=GPU, dtype=torch.float16),
     }
     found = []
-    for visiting in ((), (1, 4), range(6)):
-        transformer = load_transformer(files, GPU, torch.float16, "nf4", visiting=visiting)
-        if visiting:
-            stream_transformer(transformer, GPU, visiting=visiting)
+    for streamed_blocks in ((), (1, 4), range(6)):
+        transformer = load_transformer(files, GPU, torch.float16, "nf4", streamed_blocks=streamed_blocks)
+        if streamed_blocks:
+            stream_transformer(transformer, GPU, streamed_blocks=streamed_blocks)
         with torch.no_grad():
             found.append(transformer(**words).sample)
     assert all(torch.equal(velocity, found[0]) for velocity in found)
 
 
 @needs_gpu
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_large_pieces_that_copy_slower_than_they_compute(checkpointed: bool) -> None:
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_large_pieces_that_copy_slower_than_they_compute(recomputed: bool) -> None:
     """32 MiB a piece and a single row: a missing wait would read what is not there yet, or is there no more."""
 
     def make() -> list[torch.nn.Linear]:
@@ -105,7 +107,7 @@ def test_large_pieces_that_copy_slower_than_they_compute(checkpointed: bool) -> 
             begin_pass()
             for layer in layers:
                 multiply = partial(lambda layer, x: layer(x).tanh(), layer)
-                hidden = checkpoint(multiply, hidden, use_reentrant=False) if checkpointed else multiply(hidden)
+                hidden = checkpoint(multiply, hidden, use_reentrant=False) if recomputed else multiply(hidden)
             hidden.sum().backward()
             made += [hidden.detach().cpu(), row.grad.cpu()]
         return made
@@ -131,7 +133,7 @@ def test_the_peak_is_below_that_of_resident_blocks(count: int) -> None:
             pooled_projection_dim=64,
         )
         attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=0)
-        checkpoint_blocks(transformer, count, offload_inputs=count > 0)
+        recompute_blocks(transformer, count, offload_inputs=count > 0)
         return transformer
 
     def step(transformer: SD3Transformer2DModel) -> None:
