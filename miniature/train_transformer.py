@@ -5,9 +5,9 @@
     python miniature/train_vae.py --renders FOLDER_OF_WEBP --output_dir WORK
     python miniature/train_transformer.py --renders FOLDER_OF_WEBP --work WORK --minutes 12
 
-The loss is that of `sd3_lora.training.flow` without weights. For most of the time captions are padded to 36 + 46 tokens,
-and only at the end to the 77 + 77 that SD3's pipeline always gives, which costs half as much again. Give `--stop_after` to
-train in pieces: run the same command again to go on.
+The loss is that of `sd3_lora.training.flow` without weights. For most of the time captions are padded to 36 + 46
+tokens, and only at the end to the 77 + 77 that SD3's pipeline always gives, which costs half as much again. Give
+`--stop_after` to train in pieces: run the same command again to go on.
 
 Shapes: B batch, S text tokens (CLIP's and T5's), D joint width, P pooled width.
 """

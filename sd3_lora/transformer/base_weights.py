@@ -51,8 +51,8 @@ def load_transformer(
             `SD3Transformer2DModel.from_pretrained` loads them.
         latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
             positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        streamed_blocks: the indices of blocks whose matrices will be streamed. They stay in the files, for the streaming
-            to read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales
+        streamed_blocks: the indices of blocks whose matrices will be streamed. They stay in the files, for streaming to
+            read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales
             on the device.
 
     Raises:

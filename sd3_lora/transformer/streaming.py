@@ -194,8 +194,8 @@ class StreamedBlocks:
 
     Forward, backward and their results stay what they are for resident layers, bit for bit, in any order: a layer asks
     for its matrix whenever it multiplies, in backward too, and autograd saves none. What a pass asked for is
-    remembered, and prefetched in the next pass of its kind. The first pass with a gradient goes through backward without
-    prefetching, and waits for its copies there.
+    remembered, and prefetched in the next pass of its kind. The first pass with a gradient goes through backward
+    without prefetching, and waits for its copies there.
 
     Args:
         pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
