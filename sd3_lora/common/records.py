@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -85,6 +85,33 @@ class TrainingBatch:
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
+
+
+class StepInputs(NamedTuple):
+    """What a micro-step computes from, on the device.
+
+    Attributes:
+        latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
+        noise: likewise.
+        sigmas: `(B, 1, 1, 1)` float32.
+        timesteps: `(B,)` float32.
+        prompt_embeds: `(B, S, D)` in the transformer's dtype.
+        pooled_prompt_embeds: `(B, P)` likewise.
+        loss_weights: `(B,)` float32.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    loss_weights: torch.Tensor
+
+    @property
+    def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the blocks' modulations are made of: `timesteps` and `pooled_prompt_embeds`."""
+        return self.timesteps, self.pooled_prompt_embeds
 
 
 @dataclass(frozen=True)

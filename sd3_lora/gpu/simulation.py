@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sd3_lora.common.memory import round_up
+from sd3_lora.common.placement_flags import AttentionKernel
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -116,15 +117,18 @@ class _UnpackedLinear(torch.autograd.Function):
 
 
 class _StandIns(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype, packed: Callable[[torch.Tensor], bool]):
+    def __init__(self, dtype: torch.dtype, packed: Callable[[torch.Tensor], bool], keeps_scores: bool):
         super().__init__()
-        self._dtype, self._packed = dtype, packed
+        self._dtype, self._packed, self._keeps_scores = dtype, packed, keeps_scores
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*(self._low(x) for x in args[:3]))
+            inputs = [self._low(x) for x in args[:3]]
+            if self._keeps_scores:
+                return torch.ops.aten._scaled_dot_product_attention_math(*inputs)[0]
+            return _Attention.apply(*inputs)
         if self._dtype != torch.float32:
             if func in _IN_LOW_PRECISION:
                 args, kwargs = tree_map(self._low, (args, kwargs))
@@ -151,7 +155,10 @@ class _StandIns(TorchFunctionMode):
 
 
 def stand_in_for_gpu(
-    module: torch.nn.Module, dtype: torch.dtype, packed: Callable[[torch.Tensor], bool] = lambda _: False
+    module: torch.nn.Module,
+    dtype: torch.dtype,
+    packed: Callable[[torch.Tensor], bool] = lambda _: False,
+    attention_kernel: AttentionKernel | None = None,
 ) -> None:
     """Has a module on the meta device compute as it would on a GPU under `torch.autocast("cuda", dtype)`.
 
@@ -161,11 +168,12 @@ def stand_in_for_gpu(
         module: a model, and in a call of its own each part that is recomputed.
         dtype: as autocast's; float32 casts nothing.
         packed: whether a weight is held in 4 bits.
+        attention_kernel: math keeps a score for each pair of tokens; the others are fused, and do not.
     """
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _StandIns(dtype, packed):
+        with _StandIns(dtype, packed, attention_kernel == "math"):
             return forward(*args, **kwargs)
 
     module.forward = run

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_type_hints
 
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.devices import DeviceConfig
 from sd3_lora.common.model_files import ModelConfig
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.gpu.budget import BudgetConfig
 from sd3_lora.training.flow import FlowConfig
 
@@ -185,6 +186,10 @@ class OptimizerConfig:
         if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
             raise ValueError("--adam_weight_decay and --adam_epsilon must not be negative")
 
+    def scaled_rate(self, pictures_per_step: int) -> float:
+        """The learning rate, multiplied where --scale_lr says so."""
+        return self.learning_rate * (pictures_per_step if self.scale_lr else 1)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -203,25 +208,6 @@ class RunConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None,
         metadata={"help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU, fp32 on a CPU."},
-    )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Compute all blocks anew in the backward pass. Default: as few as fit the GPU, if any."},
-    )
-    base_precision: Literal["16bit", "nf4", "auto"] = field(
-        default="16bit",
-        metadata={
-            "help": "Of the frozen transformer. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
-            "quarter of it and changes the numbers; auto takes nf4 where 16bit does not fit on the device."
-        },
-    )
-    compile: Literal["auto", "off", "blocks", "graph"] = field(
-        default="auto",
-        metadata={
-            "help": "graph replays each micro-step as one CUDA graph, with the same numbers; blocks compiles the "
-            "transformer's blocks as well, half a minute once, with other roundings; off does neither; auto does what "
-            "the run can have and repays."
-        },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
@@ -258,8 +244,11 @@ class RunConfig:
             return self.max_train_steps
         if self.num_train_epochs is None:
             return DEFAULT_STEPS
-        pictures_per_step = self.train_batch_size * self.gradient_accumulation_steps * processes
-        return math.ceil(self.num_train_epochs * pictures / pictures_per_step)
+        return math.ceil(self.num_train_epochs * pictures / self.pictures_per_step(processes))
+
+    def pictures_per_step(self, processes: int) -> int:
+        """Pictures of an optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     @property
     def trackers(self) -> list[str]:
@@ -275,6 +264,8 @@ class TrainingFlags:
     lora: LoraFlags
     optimizer: OptimizerConfig
     run: RunConfig
+    base: BaseFlags
+    step: StepFlags
     flow: FlowConfig
     model: ModelConfig
     device: DeviceConfig
@@ -283,3 +274,8 @@ class TrainingFlags:
     def groups(self) -> list[object]:
         """The groups, to save them."""
         return [getattr(self, f.name) for f in fields(self)]
+
+    @classmethod
+    def classes(cls) -> list[type]:
+        """The groups' classes, to parse them."""
+        return list(get_type_hints(cls).values())

@@ -9,8 +9,10 @@ from typing import Any
 from sd3_lora.training.checkpoints import UnfinishedCheckpoint, remove_old_checkpoints, require_same_run, write_state
 from sd3_lora.training.config import LoraFlags
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
+from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +22,36 @@ from diffusers import SD3Transformer2DModel
 
 @dataclass
 class Training:
-    """All that changes from step to step, and is in a checkpoint but for `ahead`, which follows from it."""
+    """All that changes from step to step. All of it is in a checkpoint but `ahead`, which follows from it.
 
-    transformer: SD3Transformer2DModel
-    flat: torch.nn.Parameter
+    Attributes:
+        model: with its LoRA.
+        trainables: what the optimizer updates.
+        optimizer: of the trainables.
+        lr_scheduler: of its learning rates.
+        scaler: of the loss, in float16.
+        draws: of crops, noise and noise levels.
+        order: of the pictures.
+        steps: optimizer steps to take in all.
+        ahead: modulations that are computed ahead.
+        step: optimizer steps taken.
+    """
+
+    model: VelocityModel
+    trainables: Trainables
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     scaler: torch.amp.GradScaler
     draws: GlobalDraws
     order: DataOrder
+    steps: int
     ahead: ModulationsAhead | None = None
     step: int = 0
+
+    @property
+    def transformer(self) -> SD3Transformer2DModel:
+        """With its LoRA."""
+        return self.model.transformer
 
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank and of what the ranks share; tensors on the CPU."""
