@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -71,7 +72,7 @@ def work(build: Path) -> None:
 
 def as_one_flag(words: Sequence[str]) -> list[str]:
     """--compile and --capture as builds before cc752f5's successor had them, in one flag."""
-    pairs = dict(zip(words, words[1:], strict=False))
+    pairs = dict(itertools.pairwise(words))
     older = {("on", None): "blocks", ("off", "on"): "graph", ("off", "off"): "off"}
     asked = older[pairs["--compile"], pairs.get("--capture")]
     kept = list(words)
