@@ -24,8 +24,9 @@ from sd3_lora.common.command_line import (
     save_run,
 )
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
-from sd3_lora.common.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.devices import DeviceConfig, choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.placement_flags import BaseFlags
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
@@ -37,8 +38,8 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import denormalize_latents
 from sd3_lora.stage_one.text_encoder_plan import choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
-from sd3_lora.stage_one.vae_norms import arrange_vae
-from sd3_lora.stage_one.vae_tiles import choose_tile
+from sd3_lora.stage_one.vae import load_vae
+from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile
 from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 
@@ -334,7 +335,7 @@ def run(argv: Sequence[str] | None) -> None:
     to_draw = [plan for plan in plans if not plan.is_drawn()]
     print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
     if to_draw or budget_config.plan:
-        tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
+        tile = choose_tile(files, VaeWork("decode", config.vae_precision, PictureSize(width, height)), budget)
         if budget:
             print(f"transformer in {chosen.name}, {plan.base_sentence()}: {plan.forecast.largest.sentence()}")
             print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
@@ -356,14 +357,7 @@ def run(argv: Sequence[str] | None) -> None:
             del pipeline
 
         with memory_stage(f"decode ({config.vae_precision})", device, reports):
-            vae = AutoencoderKL.from_pretrained(
-                files.component("vae"),
-                variant=model.variant,
-                torch_dtype=DTYPES[config.vae_precision],
-                use_safetensors=True,
-            ).to(device)
-            arrange_vae(vae)
-            tile.apply(vae)
+            vae = load_vae(files, config.vae_precision, device, tile)
             decode_and_save(vae, to_draw, latents)
             del vae
 

@@ -21,8 +21,9 @@ from typing import Literal
 
 from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.common.devices import DTYPES, DeviceConfig, one_thread
+from sd3_lora.common.devices import DeviceConfig, one_thread
 from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -32,8 +33,8 @@ from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
-from sd3_lora.stage_one.vae_norms import arrange_vae
-from sd3_lora.stage_one.vae_tiles import VaeTile, choose_tile
+from sd3_lora.stage_one.vae import load_vae
+from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
 
 import torch
 from diffusers import AutoencoderKL
@@ -233,19 +234,6 @@ def store(cache: LatentCache, crop: Crop, posteriors: Sequence[LatentPosterior],
     cache.add(crop.image, crop.picture_size, posteriors, tile_px)
 
 
-def load_vae(files: ModelFiles, precision: str, device: torch.device, tile: VaeTile) -> AutoencoderKL:
-    """The VAE on its device, as the tile has it."""
-    vae = AutoencoderKL.from_pretrained(
-        files.component("vae"),
-        variant=files.config.variant,
-        torch_dtype=DTYPES[precision],
-        use_safetensors=True,
-    ).to(device)
-    arrange_vae(vae)
-    tile.apply(vae)
-    return vae
-
-
 def encode_missing(
     files: ModelFiles,
     images: Sequence[InstanceImage],
@@ -368,9 +356,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
 
     def choose() -> VaeTile:
-        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
-        own = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
-        return min(processes.gather(own), key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
+        size, batch_size = PictureSize.square(resolution), config.batch_size(resolution)
+        work = VaeWork("encode", precision, size, batch_size, may_shrink=config.vae_batch_size is None)
+        tiles = processes.gather(choose_tile(files, work, budget))
+        return min(tiles, key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
 
     tile = choose() if config.overwrite or budget_config.plan else None
 

@@ -1,6 +1,6 @@
 """The typed objects that cross from one stage to the next.
 
-Shapes: B batch, S text tokens (CLIP's 77 + T5's max_sequence_length), D joint attention width, P pooled width,
+Shapes: B batch, S text tokens (CLIP's and T5's), D joint attention width, P pooled width,
 H, W pixels of the crop.
 """
 
@@ -32,7 +32,7 @@ class InstanceImage:
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """What the three text encoders say of one prompt.
+    """One prompt's embedding by the three text encoders.
 
     Attributes:
         prompt: the text.

@@ -54,6 +54,7 @@ def test_a_folder_is_used_in_place(tiny_sd3: Path) -> None:
     assert files.read_config("transformer")["joint_attention_dim"] == 48
     assert files.read_scheduler_config()["shift"] == 3.0
     assert files.latent_channels_and_scale() == (16, 8)
+    assert files.clip_tokens() == 77
     assert files.revision is None
 
 
