@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.memory_plan import TrainingPlan
 
 import torch
@@ -29,16 +30,31 @@ class StepExecution:
         compiled: whether the blocks are compiled: other kernels, other roundings.
         recorded: whether a micro-step is recorded as a CUDA graph.
         asked: whether the user asked for it, so that it must not quietly be something else.
+        refusal: why a micro-step could not be captured, known after the first; None where it could, or was not tried.
     """
 
     compiled: bool
     captured: bool
     asked: bool
+    refusal: str | None = None
 
     @property
     def kernels(self) -> str:
         """What decides the numbers, as --compile names it."""
         return COMPILED if self.compiled else "off or graph"
+
+    def in_force(self, call: CapturedCall | None) -> StepExecution:
+        """What came of it, after the last micro-step: what could not be compiled or captured ran as it was.
+
+        Args:
+            call: that was to be captured, if any.
+        """
+        return StepExecution(
+            self.compiled and _blocks_were_compiled(),
+            call is not None and call.captured,
+            self.asked,
+            call.refusal if call else None,
+        )
 
     def sentence(self) -> str:
         """In words."""
@@ -101,6 +117,14 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # not on Windows
 
 
+def _blocks_were_compiled() -> bool:
+    """Whether all was compiled that had to be since `compile_blocks`; torch runs as it is what does not compile."""
+    from torch._dynamo.utils import counters
+
+    frames = counters["frames"]
+    return 0 < frames["ok"] == frames["total"]
+
+
 def compile_blocks(transformer: SD3Transformer2DModel, asked: bool) -> None:
     """Has each block compiled when it first runs; blocks of one kind share their kernels.
 
@@ -112,6 +136,7 @@ def compile_blocks(transformer: SD3Transformer2DModel, asked: bool) -> None:
 
     # After runs of other shapes in this process kernels would be made for any shape, and in the end none any more.
     _dynamo.reset()
+    _dynamo.utils.counters.clear()
     _dynamo.config.suppress_errors = not asked
     for block in transformer.transformer_blocks:
         block.compile()
