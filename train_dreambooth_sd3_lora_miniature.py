@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import ModelConfig, ModelFiles, library_versions
+from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -37,10 +38,10 @@ from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state
-from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, RunConfig, TrainingFlags
+from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.training.flow import flow_matching_loss, interpolate
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.training.model_card import write_model_card
