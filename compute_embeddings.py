@@ -8,6 +8,18 @@ no later stage ever loads T5's 4.8 billion parameters.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import EmbeddingConfig
+
+COMMAND_LINE = CommandLine(
+    "compute_embeddings.py",
+    __doc__,
+    (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +32,6 @@ from sd3_lora.common.command_line import (
     UserError,
     command,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
     save_run,
@@ -142,12 +153,7 @@ def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = parse_flags(
-        (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
-        argv,
-        "compute_embeddings.py",
-        __doc__.splitlines()[0],
-    )
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("compute_embeddings.py")

@@ -8,6 +8,19 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.drawing.config import InferenceConfig
+
+COMMAND_LINE = CommandLine(
+    "inference.py",
+    __doc__,
+    (InferenceConfig, BaseFlags, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -18,7 +31,6 @@ from typing import Any
 from sd3_lora.common.command_line import (
     UserError,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
     save_run,
@@ -246,8 +258,7 @@ def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFil
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    groups = (InferenceConfig, BaseFlags, ModelConfig, DeviceConfig, BudgetConfig)
-    configs = parse_flags(groups, argv, "inference.py", __doc__.splitlines()[0])
+    configs = COMMAND_LINE.parse(argv)
     config, base, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("inference.py")

@@ -8,6 +8,18 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import LatentConfig
+
+COMMAND_LINE = CommandLine(
+    "precompute_latents.py",
+    __doc__,
+    (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import itertools
 import sys
 from collections import defaultdict, deque
@@ -18,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder, save_run
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import one_thread
@@ -276,9 +288,7 @@ def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentCo
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = parse_flags(
-        (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
-    )
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("precompute_latents.py")

@@ -8,6 +8,19 @@ memory here.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
+
+COMMAND_LINE = CommandLine(
+    "train_dreambooth_sd3_lora_miniature.py",
+    __doc__,
+    tuple(TrainingFlags.classes()),
+    REFUSED_FLAGS,
+    HARMLESS_FLAGS,
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import os
 import random
@@ -20,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
@@ -366,7 +379,7 @@ def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    flags = TrainingFlags(*parse_flags(TrainingFlags.classes(), argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS))
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
