@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ from sd3_lora.common.command_line import (
     parse_flags,
     read_text_lines,
     require_writable_folder,
-    save_run,
 )
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import DTYPES, DeviceConfig, choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size, library_versions
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
 from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
@@ -367,12 +367,24 @@ def run(argv: Sequence[str] | None) -> None:
             decode_and_save(vae, to_draw, latents)
             del vae
 
-    memory: dict[str, Any] = {}
-    if budget and to_draw:  # of the last two stages: what encoding took, it has told
-        predicted = max(plan.peak_bytes, sum(tile.predicted_parts(budget).values()))
-        memory = {"predicted_bytes": predicted, "measured_bytes": budget.used_bytes(reports[-2:])}
-        print(compared(predicted, memory["measured_bytes"]))
-    save_run(outdir / "run.json", configs, reports, **memory, wrote=f"{len(to_draw)} pictures in {outdir}")
+    predicted: dict[str, int] = {}
+    measured = 0
+    if budget and to_draw:  # of the last two stages: that of encoding is printed before
+        predicted = max(plan.parts, tile.predicted_parts(budget), key=lambda parts: sum(parts.values()))
+        measured = budget.used_bytes(reports[-2:])
+        print(compared(sum(predicted.values()), measured))
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=chosen.name,
+        plan={**asdict(plan), "parts": predicted},
+        prompts=tuple(prompts[:MOST_PROMPTS]),
+        max_sequence_length=length,
+        seed=config.seed,
+    )
+    results = RunResults(f"{len(to_draw)} pictures in {outdir}", reports, measured)
+    RunRecord(configs, facts).save(outdir / "run.json", results)
     print(f"wrote {len(to_draw)} pictures to {outdir}")
 
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.gpu.budget import DeviceBudget, enough_gib
+from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
 from sd3_lora.plan.step_time import (
@@ -174,9 +173,10 @@ def plan_training(
         packed = each_plan(files, shape, budget, "nf4", all_recomputed, can_stream)
         if _first_that_fits(packed, budget):
             remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
-    raise UserError(
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little, training takes at least "
-        f"{smallest} GiB here: {remedy}, or lower --resolution or --train_batch_size"
+        f"{smallest} GiB here: {remedy}, or lower --resolution or --train_batch_size",
+        plan.peak_bytes,
     )
 
 
@@ -292,9 +292,10 @@ def plan_denoising(
     if chosen:
         return chosen
     smallest = enough_gib(plans[-1].peak_bytes)
-    raise UserError(
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
-        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size"
+        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size",
+        plans[-1].peak_bytes,
     )
 
 
