@@ -26,18 +26,19 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder, save_run
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import one_thread
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
@@ -365,14 +366,17 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
         print(compared(sum(predicted.values()), measured))
-    save_run(
-        output_path / "run.json",
-        configs,
-        reports,
-        wrote=f"{count} crops in {output_path}",
-        predicted_bytes=sum(predicted.values()),
-        measured_bytes=measured,
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=precision,
+        processes=processes.count,
+        plan={**(asdict(tile) if tile else {}), "parts": predicted},
+        resolution=resolution,
     )
+    results = RunResults(f"{count} crops in {output_path}", reports, measured)
+    RunRecord(configs, facts).save(output_path / "run.json", results)
     print(f"wrote {count} crops of {len(missing) - len(broken)} pictures to {output_path}")
     require_whole(broken, len(images), config)
     after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}

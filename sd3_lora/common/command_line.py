@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -344,15 +343,6 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def save_run(path: Path, configs: Sequence[Any], stages: Sequence[Any], **results: Any) -> None:
-    """Saves the resolved flags, what each stage took, and what was written, as JSON beside the output."""
-    flags: dict[str, Any] = {}
-    for config in configs:
-        flags.update(asdict(config))
-    content = {"flags": flags, "stages": [asdict(stage) for stage in stages], **results}
-    write_text_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_text_lines(path: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -19,10 +18,8 @@ from sd3_lora.common.command_line import (
     read_text_lines,
     require_right,
     require_writable_folder,
-    save_run,
     write_text_atomically,
 )
-from sd3_lora.common.stage_report import StageReport
 
 import pytest
 import torch
@@ -139,13 +136,6 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="cut off"):
         write_text_atomically(path, "new")
     assert path.read_text() == "old"
-
-
-def test_a_run_is_saved_with_its_flags_and_stages(tmp_path: Path) -> None:
-    save_run(tmp_path / "run.json", [Flags(3)], [StageReport("train", 1.5)], wrote="a")
-    saved = json.loads((tmp_path / "run.json").read_text())
-    assert saved["flags"] == {"steps": 3, "names": [], "on": False}
-    assert (saved["stages"][0]["name"], saved["stages"][0]["elapsed_s"], saved["wrote"]) == ("train", 1.5, "a")
 
 
 # The command line as a whole
