@@ -113,9 +113,8 @@ def card_run_cases() -> Iterator[Case]:
     for model in random_sd3.TRANSFORMERS:
         for gib in CARDS_GIB:
             yield Case(f"{gib} GiB", model, flags=budget(gib), largest=True)
-        t4 = budget(
-            CARDS_GIB[-1], "--mixed_precision", "fp16", "--attention_kernel", "efficient"
-        )  # the one that it has
+        # The only fused kernel that a T4 has.
+        t4 = budget(CARDS_GIB[-1], "--mixed_precision", "fp16", "--attention_kernel", "efficient")
         yield Case(f"{CARDS_GIB[-1]} GiB, as a T4", model, flags=t4, largest=True)
 
 
@@ -134,7 +133,8 @@ def ladder_cases() -> Iterator[Case]:
     yield row("latents cached", "precompute_latents.py", "exact", *fp32, **adam)
     yield row("base in fp16", "--mixed_precision fp16", "rounding", *fp16, **adam)
     yield row("Adam's state in 8 bits", "--use_8bit_adam", "lossy", *fp16)
-    recomputed, streamed = ("--recompute_blocks", "24"), ("--stream_blocks", "24")
+    every = str(random_sd3.TRANSFORMERS["sd3-medium"]["num_layers"])
+    recomputed, streamed = ("--recompute_blocks", every), ("--stream_blocks", every)
     offloaded = ("--offload_inputs", "on", "--stream_buffers", "2")
     yield row("all blocks recomputed", " ".join(recomputed), "exact", *fp16, *recomputed)
     yield row("base in 4 bits", " ".join(NF4), "lossy", *fp16, *recomputed, *NF4)
@@ -187,8 +187,10 @@ def streaming_cases() -> Iterator[Case]:
     """A streamed step by the buffers and the blocks on the device, beside the resident one: as `stream_buffers.py`."""
     for resolution in (1024, 512):
         yield Case("resident", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
+        count = random_sd3.TRANSFORMERS["sd3-medium"]["num_layers"]
         for buffers, staying in SETTINGS:
-            flags = ("--recompute_blocks", "23", "--stream_blocks", str(24 - staying), "--stream_buffers", str(buffers))
+            flags = ("--recompute_blocks", str(count - 1), "--stream_blocks", str(count - staying))
+            flags = (*flags, "--stream_buffers", str(buffers))
             yield Case("streamed", "sd3-medium", resolution, flags=flags, steps=12, streamed=(buffers, staying))
 
 

@@ -159,14 +159,14 @@ def plans_table(result: dict[str, Any]) -> str:
 
 
 def _cell(exact: dict[str, Any], auto: dict[str, Any]) -> str:
-    """R: all on the device, a share of the blocks computed anew; S: streamed; 4: in 4 bits."""
+    """R: all on the device, a share of the blocks recomputed; S: streamed; 4: in 4 bits."""
     if "placement" not in exact:
         return f"4S {auto['predicted_gib']:.1f}" if "placement" in auto else "–"
     placement = exact["placement"]
     if placement["streamed"]:
         return f"S {exact['predicted_gib']:.1f}"
-    anew = f", {placement['recomputed']}/{placement['blocks']} anew" if placement["recomputed"] else ""
-    return f"{exact['predicted_gib']:.1f}{anew}"
+    recomputed = f", {placement['recomputed']}/{placement['blocks']} recomputed" if placement["recomputed"] else ""
+    return f"{exact['predicted_gib']:.1f}{recomputed}"
 
 
 def _measured_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -267,10 +267,12 @@ def _card_cell(row: dict[str, Any]) -> str:
 
 def _card_placement(placement: dict[str, Any]) -> str:
     streamed, recomputed, blocks = (placement[key] for key in ("streamed", "recomputed", "blocks"))
-    anew = f"{recomputed}/{blocks} anew"
+    again = f"{recomputed}/{blocks} recomputed"
     if not streamed:
-        return anew
-    return ("streamed" if streamed == blocks else f"{streamed}/{blocks} streamed") + (f", {anew}" if recomputed else "")
+        return again
+    return ("streamed" if streamed == blocks else f"{streamed}/{blocks} streamed") + (
+        f", {again}" if recomputed else ""
+    )
 
 
 def saving_table(result: dict[str, Any]) -> str:

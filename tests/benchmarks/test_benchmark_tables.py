@@ -69,17 +69,17 @@ def test_committed_results_say_where_they_were_made():
 
 
 def placement(**fields):
-    whole = {"base_precision": None, "blocks": 24, "streamed": 0, "buffers": 0, "from_files": False}
+    whole = {"precision": None, "blocks": 24, "streamed": 0, "buffers": 0, "stream_from": "host"}
     return whole | {"recomputed": 0, "offload_inputs": False} | fields
 
 
 def test_a_placement_in_a_few_words():
-    nf4 = {"base_precision": "nf4"}
+    nf4 = {"precision": "nf4"}
     placements = {
-        "16-bit, 3 of 24 blocks anew": placement(recomputed=3),
-        "16-bit streamed, 23 of 24 blocks anew": placement(streamed=24, recomputed=23),
-        "16-bit, 14 of its 24 blocks streamed, 23 of 24 blocks anew": placement(streamed=14, recomputed=23),
-        "nf4, streamed, 23 of 24 blocks anew": placement(**nf4, streamed=24, recomputed=23),
+        "16-bit, 3 of 24 blocks recomputed": placement(recomputed=3),
+        "16-bit streamed, 23 of 24 blocks recomputed": placement(streamed=24, recomputed=23),
+        "16-bit, 14 of its 24 blocks streamed, 23 of 24 blocks recomputed": placement(streamed=14, recomputed=23),
+        "nf4, streamed, 23 of 24 blocks recomputed": placement(**nf4, streamed=24, recomputed=23),
     }
     assert {words: tables._what({"placement": found}) for words, found in placements.items()} == {
         words: words for words in placements
@@ -97,9 +97,9 @@ def test_a_sentence_of_an_earlier_build_is_shown_as_it_stands():
 def test_cells_of_the_cards():
     row = {"resolution": 512, "driver_gib": 5.0, "measured_gib": 5.0, "step_ms": 250}
     shown = {
-        "0/24 anew": placement(),
-        "streamed, 23/24 anew": placement(streamed=24, recomputed=23),
-        "14/24 streamed, 22/24 anew": placement(streamed=14, recomputed=22),
+        "0/24 recomputed": placement(),
+        "streamed, 23/24 recomputed": placement(streamed=24, recomputed=23),
+        "14/24 streamed, 22/24 recomputed": placement(streamed=14, recomputed=22),
         "14/24 streamed": placement(streamed=14),
     }
     for words, found in shown.items():
@@ -109,7 +109,7 @@ def test_cells_of_the_cards():
     assert tables._card_cell({**row, "failed": "error"}) == "–"
     refused, auto = {"failed": "error"}, {"placement": placement(), "predicted_gib": 2.5}
     assert (tables._cell(refused, auto), tables._cell(refused, refused)) == ("4S 2.5", "–")
-    assert tables._cell({"placement": placement(recomputed=3), "predicted_gib": 4.04}, {}) == "4.0, 3/24 anew"
+    assert tables._cell({"placement": placement(recomputed=3), "predicted_gib": 4.04}, {}) == "4.0, 3/24 recomputed"
 
 
 def test_no_benchmark_takes_a_sentence_apart():

@@ -40,16 +40,16 @@ def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
     monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
     monkeypatch.setattr(step, "save_short_text", lambda _: None)
-    ours = step.Case("ours", 64, step.ours("off", *step.ALL_BLOCKS), "tiny", 2, 2, "bf16")
-    refused = step.Case("ours", 64, step.ours("graph"), "tiny")
+    ours = step.Case("ours", 64, (*step.PLAIN, *step.ALL_BLOCKS), "tiny", 2, 2, "bf16")
+    refused = step.Case("ours", 64, step.CAPTURED, "tiny")
     peer = step.Case("the peer", 64, model="tiny", script=step.REFERENCE)
     monkeypatch.setitem(step.SETS, "batch", lambda: iter([ours, refused, peer]))
     found, failed = rows_of(tmp_path, "batch")  # without --peer there is no row of theirs
     assert found["ms"] > 0
     assert found["ms_an_image"] == pytest.approx(found["ms"] / 2, abs=0.01)
-    assert found["execution"] == {"compiled": False, "captured": False, "asked": False, "refusal": None}
+    assert found["execution"] == {"compiled": False, "captured": False, "refusal": None}
     assert (found["placement"]["recomputed"], found["placement"]["blocks"]) == (2, 2)
-    assert "--compile graph: it needs a GPU" in failed["failed"][0]
+    assert "--capture on: it needs a GPU" in failed["failed"][0]
 
 
 def test_the_miniature_is_timed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents
 from sd3_lora.training.checkpoints import read_state
-from sd3_lora.training.config import FlowConfig, TrainingFlags
+from sd3_lora.training.config import FlowConfig
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
 import numpy as np
@@ -24,7 +24,7 @@ from conftest import PROJECT, PROMPT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_runs import Flags, Run, Script, train
+from training_runs import Flags, Run, Script, train, training_script
 
 BUILDS = sorted(path for path in (PROJECT / "tests" / "data").iterdir() if path.is_dir())
 OF_ALL = ["--resolution", 64, "--lora_layers", "attn.to_q", "--lora_blocks", "0,1", "--seed", 0, "--report_to", "none"]
@@ -150,10 +150,14 @@ class LaterFlow(FlowConfig):
     made_up: int = field(default=1, metadata={"help": "A flag."})
 
 
+NOW = training_script().COMMAND_LINE
+LATER = replace(NOW, groups=tuple(LaterFlow if group is FlowConfig else group for group in NOW.groups))
+
+
 @pytest.fixture
 def later_build(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with one flag more, which decides the numbers."""
-    monkeypatch.setitem(TrainingFlags.__annotations__, "flow", LaterFlow)
+    monkeypatch.setattr(training_script(), "COMMAND_LINE", LATER)
 
 
 @pytest.mark.usefixtures("later_build")
@@ -173,7 +177,7 @@ def test_what_a_later_build_wrote_is_refused_in_a_sentence(
     script: Script, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(TrainingFlags.__annotations__, "flow", LaterFlow)
+        patch.setattr(training_script(), "COMMAND_LINE", LATER)
         resume(script, work, "adamw")
     run = resume(script, work, "adamw", "--max_train_steps", 7, code=2)
     assert run.error == (
