@@ -25,28 +25,10 @@ from sd3_lora.transformer.streaming import PinnedPieces, StreamedBlocks, stream_
 
 import pytest
 import torch
-from conftest import TRAINING_SCRIPT, save_pictures
+from conftest import TRAINING_SCRIPT
 from miniature_plans import budget_of, list_plans, task_of
 from PIL import Image
 from training_runs import Flags, Script, same_lora, train
-
-
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Flags:
-    """Of the miniature: three pictures at 64 px, T5 length 20."""
-    import compute_embeddings
-    import precompute_latents
-
-    folder = tmp_path_factory.mktemp("miniature")
-    pictures = folder / "pictures"
-    save_pictures(pictures, [(64, 64)] * 3)
-    model = ["--pretrained_model_name_or_path", str(MINIATURE), "--instance_data_dir", str(pictures), "--device", "cpu"]
-    text = ["--instance_prompt", "a photo of sks fish", "--max_sequence_length", "20"]
-    assert compute_embeddings.main([*model, *text, "--output_path", str(folder / "e.parquet")]) == 0
-    assert precompute_latents.main([*model, "--resolution", "64", "--output_path", str(folder / "latents")]) == 0
-    words = [*model[:4], "--instance_prompt", "a photo of sks fish", "--data_df_path", folder / "e.parquet"]
-    words += ["--latents_path", folder / "latents", "--resolution", 64, "--report_to", "none", "--seed", 0]
-    return Flags([*words, "--learning_rate", 0.01, "--lora_dropout", 0.2])
 
 
 def script_plans(miniature_files: ModelFiles, precision: AskedPrecision = "16bit") -> list[Plan]:
@@ -60,7 +42,11 @@ def gib(size: int) -> str:
 
 @pytest.mark.usefixtures("without_allowances")
 def test_every_plan_trains_to_the_same_bits(
-    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script,
+    miniature_files: ModelFiles,
+    on_miniature: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done: list[tuple] = []
 
@@ -74,7 +60,7 @@ def test_every_plan_trains_to_the_same_bits(
 
     monkeypatch.setattr(placement, "stream_transformer", stream)
     monkeypatch.setattr(placement, "recompute_blocks", recompute)
-    plain = train(script, stage_one, tmp_path / "plain")
+    plain = train(script, on_miniature, tmp_path / "plain")
     assert "plan: base unchanged, on the device; 0 of 6 blocks recomputed\n" in plain.out
     assert "predicted" not in plain.out
     plans = script_plans(miniature_files)
@@ -84,7 +70,7 @@ def test_every_plan_trains_to_the_same_bits(
     assert len(some) > 4
     for index in chosen:
         folder, place = tmp_path / str(index), plans[index].placement
-        run = train(script, stage_one, folder, "--vram_budget_gib", gib(plans[index].forecast.peak_bytes))
+        run = train(script, on_miniature, folder, "--vram_budget_gib", gib(plans[index].forecast.peak_bytes))
         assert f"plan: {plans[index].sentence()}" in run.out
         assert run.losses == plain.losses
         if place.streamed:
@@ -100,11 +86,11 @@ def test_every_plan_trains_to_the_same_bits(
 
 @pytest.mark.usefixtures("without_allowances")
 def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
-    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path
+    script: Script, miniature_files: ModelFiles, on_miniature: Flags, tmp_path: Path
 ) -> None:
     streamed, packed = script_plans(miniature_files)[-1], script_plans(miniature_files, "nf4")[-1]
-    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
-    halves = [stage_one, tmp_path / "halves"]
+    whole = train(script, on_miniature, tmp_path / "whole", "--max_train_steps", 4)
+    halves = [on_miniature, tmp_path / "halves"]
     train(script, *halves, "--max_train_steps", 2, "--vram_budget_gib", gib(streamed.forecast.peak_bytes))
     run = train(script, *halves, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
@@ -114,27 +100,36 @@ def test_a_streamed_run_goes_on_resident_and_4_bits_go_on_in_4_bits(
     assert "--base_precision 16bit, not nf4" in refused.err
 
     words = ["--base_precision", "nf4", "--max_train_steps", 2]
-    plain = train(script, stage_one, tmp_path / "nf4", *words)
+    plain = train(script, on_miniature, tmp_path / "nf4", *words)
     assert plain.losses != whole.losses[:2]
     run = train(
-        script, stage_one, tmp_path / "streamed nf4", *words, "--vram_budget_gib", gib(packed.forecast.peak_bytes)
+        script,
+        on_miniature,
+        tmp_path / "streamed nf4",
+        *words,
+        "--vram_budget_gib",
+        gib(packed.forecast.peak_bytes),
     )
     assert run.losses == plain.losses
 
 
 @pytest.mark.usefixtures("without_allowances")
 def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
-    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script,
+    miniature_files: ModelFiles,
+    on_miniature: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sources: list[tuple] = []
     monkeypatch.setattr(
         placement, "stream_transformer", lambda *words: sources.append(words[2:]) or stream_transformer(*words)
     )
-    whole = train(script, stage_one, tmp_path / "whole", "--max_train_steps", 4)
+    whole = train(script, on_miniature, tmp_path / "whole", "--max_train_steps", 4)
     budget = ["--vram_budget_gib", gib(script_plans(miniature_files)[-1].forecast.peak_bytes)]
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
-        half = train(script, stage_one, tmp_path / "halves", "--max_train_steps", 2, *budget)
+        half = train(script, on_miniature, tmp_path / "halves", "--max_train_steps", 2, *budget)
     assert "plan: base unchanged, streamed from the weight files, 2 pieces on the device (" in half.out
     noted = json.loads((half.folder / "run.json").read_text())["plan"]
     assert noted["stream_from"] == "files"
@@ -142,7 +137,14 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
     assert noted["host_bytes"] == pinned_bytes(3 * [max(piece.size for piece in costs)])
     assert half.losses == whole.losses[:2]
     run = train(
-        script, stage_one, tmp_path / "halves", "--max_train_steps", 4, "--resume_from_checkpoint", "latest", *budget
+        script,
+        on_miniature,
+        tmp_path / "halves",
+        "--max_train_steps",
+        4,
+        "--resume_from_checkpoint",
+        "latest",
+        *budget,
     )
     assert "plan: base unchanged, streamed from host memory, 2 pieces on the device (" in run.out
     assert same_lora(run.folder / LORA_FILE, whole.folder / LORA_FILE)
@@ -150,7 +152,7 @@ def test_a_run_streams_from_the_files_and_goes_on_from_host_memory(
 
 
 def test_plan_prints_and_writes_nothing(
-    script: Script, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script, on_miniature: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import train_dreambooth_sd3_lora_miniature as training
 
@@ -190,7 +192,7 @@ def test_without_a_gpu_a_plan_is_one_for_a_gpu(script: Script, monkeypatch: pyte
 def test_in_training_past_checkpoints_and_when_resumed(
     script: Script,
     miniature_files: ModelFiles,
-    stage_one: Flags,
+    on_miniature: Flags,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,12 +202,12 @@ def test_in_training_past_checkpoints_and_when_resumed(
     monkeypatch.setattr(ModulationsAhead, "advance", lambda self, *words: turns.append(words) or advance(self, *words))
     budget = ["--vram_budget_gib", gib(script_plans(miniature_files)[-1].forecast.peak_bytes)]
     words = ["--gradient_accumulation_steps", 2, "--checkpointing_steps", 2]
-    plain = train(script, stage_one, tmp_path / "plain", *words, "--max_train_steps", 5)
+    plain = train(script, on_miniature, tmp_path / "plain", *words, "--max_train_steps", 5)
     assert not turns
-    whole = train(script, stage_one, tmp_path / "whole", *words, *budget, "--max_train_steps", 5)
+    whole = train(script, on_miniature, tmp_path / "whole", *words, *budget, "--max_train_steps", 5)
     assert [coming is None for _, coming in turns] == 2 * [False, False, False, True] + [False, True]
     assert all(turns[i][1][0] is turns[i + 1][0][0] for i in range(9) if turns[i][1])
-    halves = [stage_one, tmp_path / "halves", *words, *budget]
+    halves = [on_miniature, tmp_path / "halves", *words, *budget]
     train(script, *halves, "--max_train_steps", 3)
     resumed = train(script, *halves, "--max_train_steps", 5, "--resume_from_checkpoint", "latest")
     for run in (whole, resumed):
@@ -215,16 +217,25 @@ def test_in_training_past_checkpoints_and_when_resumed(
 
 @pytest.mark.usefixtures("without_allowances")
 def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
-    script: Script, miniature_files: ModelFiles, stage_one: Flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: Script,
+    miniature_files: ModelFiles,
+    on_miniature: Flags,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory_plan, "WORKSPACE_BYTES", 0)
     streams: list[tuple] = []
     monkeypatch.setattr(
         placement, "stream_transformer", lambda *words: streams.append(words) or stream_transformer(*words)
     )
-    lora = train(script, stage_one, tmp_path / "lora", "--max_train_steps", 1)
+    lora = train(script, on_miniature, tmp_path / "lora", "--max_train_steps", 1)
     words = ["--pretrained_model_name_or_path", MINIATURE, "--lora", lora.folder, "--prompt", "a photo of sks fish"]
-    words += ["--data_df_path", stage_one.flags[stage_one.flags.index("--data_df_path") + 1], "--device", "cpu"]
+    words += [
+        "--data_df_path",
+        on_miniature.flags[on_miniature.flags.index("--data_df_path") + 1],
+        "--device",
+        "cpu",
+    ]
     words += ["--num_steps", 2, "--guidance", 3]
 
     def draw(name: str, *more: object) -> bytes:
