@@ -148,7 +148,7 @@ def test_training_does_what_is_forced(
     ("flags", "says"),
     [
         (["--recompute_blocks", 5], "plan: base unchanged, on the device; 5 of 6 blocks recomputed\n"),
-        (["--stream_blocks", 6], "plan: base unchanged, streamed from host memory, 6 pieces on the device (0.0 GiB pi"),
+        (["--stream_blocks", 6], "plan: base unchanged, streamed from host memory, 6 pieces on the device (0.1 GiB pi"),
         (["--stream_blocks", 6, "--stream_buffers", 2], "streamed from host memory, 2 pieces on the device"),
         (
             ["--stream_blocks", 2, "--recompute_blocks", 0],
