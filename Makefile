@@ -1,6 +1,6 @@
 # make demo   the four scripts on the bundled miniature: pictures and a table under outputs/
 # make test   the tests, offline
-# make check  ruff, ruff format, mypy
+# make check  ruff, ruff format, mypy, and import-linter: which room may import which
 # make miniature  trains the bundled model anew; half an hour of a large GPU, in pieces: run it again to go on
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,6 +16,7 @@ check: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Each step is skipped where its file is there. The Python must have a torch that sees the GPU.
 WORK ?= outputs/miniature

@@ -186,6 +186,27 @@ def prepared(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepar
     return stage_one
 
 
+@pytest.fixture(scope="session")
+def on_miniature(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The flags of training after stage one of the miniature: three pictures at 64 px, T5 length 20."""
+    import compute_embeddings
+    import precompute_latents
+    from sd3_lora.common.model_files import MINIATURE
+
+    from training_runs import Flags
+
+    folder = tmp_path_factory.mktemp("miniature")
+    pictures = folder / "pictures"
+    save_pictures(pictures, [(64, 64)] * 3)
+    model = ["--pretrained_model_name_or_path", str(MINIATURE), "--instance_data_dir", str(pictures), "--device", "cpu"]
+    text = ["--instance_prompt", "a photo of sks fish", "--max_sequence_length", "20"]
+    assert compute_embeddings.main([*model, *text, "--output_path", str(folder / "e.parquet")]) == 0
+    assert precompute_latents.main([*model, "--resolution", "64", "--output_path", str(folder / "latents")]) == 0
+    words = [*model[:4], "--instance_prompt", "a photo of sks fish", "--data_df_path", folder / "e.parquet"]
+    words += ["--latents_path", folder / "latents", "--resolution", 64, "--report_to", "none", "--seed", 0]
+    return Flags([*words, "--learning_rate", 0.01, "--lora_dropout", 0.2])
+
+
 @pytest.fixture
 def private(prepared: Prepared, tmp_path: Path) -> Prepared:
     """A copy of the finished stage one that a test may break."""

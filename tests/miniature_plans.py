@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, DeviceBudget
 from sd3_lora.plan import memory_plan
-from sd3_lora.plan.memory_plan import TrainingPlan, each_plan
-from sd3_lora.plan.step_memory import StepMemory, simulate_step
+from sd3_lora.plan.memory_plan import Plan, TrainingTask, each_plan
+from sd3_lora.plan.step_memory import StepMemory, StepShape, simulate_step
+from sd3_lora.training.flow import FlowConfig
+from sd3_lora.transformer.placement import AskedPlacement
+from train_dreambooth_sd3_lora_miniature import micro_step
 
 import pytest
 from small_transformer import CPU
+
+STEP = partial(micro_step, flow=FlowConfig())  # the script's own
 
 
 def plan_without_allowances(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,10 +30,10 @@ def plan_without_allowances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 1 << 40)
     known: dict[str, StepMemory] = {}
 
-    def simulate(*words: Any) -> StepMemory:
-        key = repr(words)
+    def simulate(*arguments: Any) -> StepMemory:
+        key = repr(arguments)
         if key not in known:
-            known[key] = simulate_step(*words)
+            known[key] = simulate_step(*arguments)
         return known[key]
 
     monkeypatch.setattr(memory_plan, "simulate_step", simulate)
@@ -37,6 +44,11 @@ def budget_of(size: int) -> DeviceBudget:
     return DeviceBudget(size, ASSUMED_CONTEXT_BYTES, CPU)
 
 
-def list_plans(*words: Any, **more: Any) -> list[TrainingPlan]:
+def task_of(files: ModelFiles, shape: StepShape, can_stream: bool = True, **asked: Any) -> TrainingTask:
+    """Of the script's step; `asked` are fields of `AskedPlacement`."""
+    return TrainingTask(files, shape, STEP, AskedPlacement(**asked), can_stream)
+
+
+def list_plans(task: TrainingTask, budget: DeviceBudget | None = None) -> list[Plan]:
     """`each_plan`, in a list."""
-    return list(each_plan(*words, **more))
+    return list(each_plan(task, budget or budget_of(1 << 40)))

@@ -115,7 +115,7 @@ def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
     count: int = config["num_layers"]
     precision: BasePrecision | None = "nf4" if asked.precision == "nf4" else None
     pieces = len(model_costs(config, torch.float32, precision)) if asked.streamed else 0
-    recomputed = asked.recomputed or (count - 1 if asked.offload_inputs and asked.recomputed is None else 0)
+    recomputed = asked.recomputed or (_recomputed_counts(asked, count)[-1] if asked.offload_inputs else 0)
     return Placement(
         count,
         precision,
@@ -321,8 +321,7 @@ def each_plan(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
 def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     asked, shape, config = task.asked, task.shape, task.files.read_config("transformer")
     count: int = config["num_layers"]
-    # All but one: to recompute the last block too saves nothing (see `recompute_blocks`).
-    counts = range(count) if asked.recomputed is None else [asked.recomputed]
+    counts = _recomputed_counts(asked, count)
     planners: list[tuple[_Places, _Planner]] = []
     for precision in _PRECISIONS[asked.precision]:
         places = _Places(task.files, shape.dtype, precision, shape.latent_size, asked)
@@ -349,6 +348,17 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
         smallest = places.most_streamed(resident)
         yield from (planner.plan(base, max(counts), offload) for base in smallest)
         yield planner.plan(smallest[-1], max(counts), offload, room_for_graph=False)
+
+
+def _recomputed_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
+    """How many blocks may be recomputed.
+
+    Not all of them: to recompute the last one too saves nothing (see `recompute_blocks`). Nor one alone where inputs
+    must be offloaded, since the last recomputed block's stays.
+    """
+    if asked.recomputed is not None:
+        return [asked.recomputed]
+    return range(2, max(3, blocks)) if asked.offload_inputs else range(blocks)
 
 
 def _recomputing(asked: AskedPlacement, counts: Sequence[int]) -> Iterator[tuple[bool, int]]:

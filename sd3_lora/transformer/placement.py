@@ -164,10 +164,10 @@ class AskedPlacement:
             )
         if self.buffers is not None and self.buffers < 2:
             raise UserError(f"--stream_buffers {self.buffers}: one computes while another fills: type 2 or more")
-        if self.offload_inputs and self.recomputed == 0:
+        if self.offload_inputs and self.recomputed in (0, 1):
             raise UserError(
-                "--offload_inputs on offloads the inputs of recomputed blocks, and --recompute_blocks 0 leaves none: "
-                "type a larger number"
+                "--offload_inputs on offloads the inputs of all recomputed blocks but the last, and --recompute_blocks "
+                f"{self.recomputed} leaves none: type 2 or more"
             )
         if self.stream_from == "files" and self.precision == "nf4":
             raise UserError("--stream_from files: no file holds 4-bit weights: type --stream_from host")

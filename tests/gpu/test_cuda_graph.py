@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.training.optimizer import flatten_parameters
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import stream_transformer
 

@@ -11,16 +11,11 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.placement_flags import AskedPrecision
 from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, open_budget, sentence
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
-from sd3_lora.plan.memory_plan import (
-    BasePlan,
-    TrainingPlan,
-    plan_denoising,
-    plan_training,
-    spread_streamed_blocks,
-)
+from sd3_lora.plan.memory_plan import Plan, plan_denoising, plan_training
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.plan.step_time import (
     PieceCost,
@@ -31,34 +26,40 @@ from sd3_lora.plan.step_time import (
     copied_flops,
     model_costs,
 )
+from sd3_lora.transformer.placement import AskedPlacement, Placement, spread_streamed_blocks
 
 import pytest
 import torch
 from conftest import PROJECT
-from miniature_plans import budget_of, list_plans
+from miniature_plans import STEP, budget_of, list_plans, task_of
 from small_transformer import CPU, GPU, needs_gpu
 
-SHAPE = StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False)
+SHAPE = StepShape(2, (8, 8), 97, None, None, 4, 0.0, torch.float16, 16)
 
 
 # The plan
 
 
-def time_of(plan: TrainingPlan, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
+def time_of(placement: Placement, costs: list[PieceCost], size: StepSize) -> tuple[float, float]:
     """What its place in the order is by."""
-    copied = copied_flops(block_sizes(costs), plan.streamed_blocks, plan.recomputed, plan.from_files)
-    return StepCost(computed_flops(costs, size, plan.recomputed), copied).time
+    copied = copied_flops(block_sizes(costs), placement)
+    return StepCost(computed_flops(costs, size, placement.recomputed), copied).time
+
+
+def peaks_of(plans: list[Plan]) -> list[int]:
+    return [plan.forecast.peak_bytes for plan in plans]
 
 
 @pytest.mark.parametrize("asked", ["16bit", "nf4", "auto"])
 @pytest.mark.usefixtures("without_allowances")
-def test_more_budget_is_never_a_slower_plan(miniature_files: ModelFiles, asked: memory_plan.AskedPrecision) -> None:
-    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), asked, False, True)
-    peaks = sorted(plan.peak_bytes for plan in plans)
+def test_more_budget_is_never_a_slower_plan(miniature_files: ModelFiles, asked: AskedPrecision) -> None:
+    task = task_of(miniature_files, SHAPE, precision=asked)
+    plans = list_plans(task)
+    peaks = sorted(peaks_of(plans))
     places = []
     for size in range(peaks[0], peaks[-1] + 1, (peaks[-1] - peaks[0]) // 40):
-        chosen = plan_training(miniature_files, SHAPE, budget_of(size), asked)
-        assert chosen.peak_bytes <= size
+        chosen = plan_training(task, budget_of(size))
+        assert chosen.forecast.peak_bytes <= size
         places.append(plans.index(chosen))
     assert places == sorted(places, reverse=True)
     assert len(set(places)) > 5
@@ -66,54 +67,62 @@ def test_more_budget_is_never_a_slower_plan(miniature_files: ModelFiles, asked: 
 
 @pytest.mark.usefixtures("without_allowances")
 def test_exact_measures_come_in_the_order_of_their_speed(miniature_files: ModelFiles) -> None:
-    """On the device, with more and more blocks anew; then fewer blocks there and more anew; then the last resorts."""
-    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True)
-    assert all(plan.base_precision is None for plan in plans)
-    resident = [plan for plan in plans if not plan.streamed]
-    assert plans[: len(resident)] == resident
-    assert [plan.recomputed for plan in resident] == [0, 1, 2, 3, 4, 5, 5]
-    assert [plan.offload_inputs for plan in resident] == [False] * 6 + [True]
-    peaks = [plan.peak_bytes for plan in plans]
-    assert peaks == sorted(set(peaks), reverse=True)
+    """On the device, recomputing more and more blocks; then streaming some and recomputing some; the last resorts."""
+    plans = list_plans(task_of(miniature_files, SHAPE))
+    places = [plan.placement for plan in plans]
+    assert all(place.precision is None for place in places)
+    resident = [place for place in places if not place.streamed]
+    assert places[: len(resident)] == resident
+    assert [place.recomputed for place in resident] == [tuple(range(count)) for count in (0, 1, 2, 3, 4, 5, 5)]
+    assert [place.offload_inputs for place in resident] == [False] * 6 + [True]
+    assert peaks_of(plans) == sorted(set(peaks_of(plans)), reverse=True)
 
-    mixed, last = plans[len(resident) : -5], plans[-5:]
-    assert [plan.buffers for plan in mixed] == [6] * len(mixed)
+    mixed, last = places[len(resident) : -5], places[-5:]
+    assert [place.buffers for place in mixed] == [6] * len(mixed)
     config = miniature_files.read_config("transformer")
     costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
-    times = [time_of(plan, costs, size) for plan in mixed]
+    times = [time_of(place, costs, size) for place in mixed]
     assert times == sorted(times)
-    ways = {(plan.streamed_blocks, plan.recomputed) for plan in mixed}
+    ways = {(place.streamed, place.recomputed) for place in mixed}
     assert len({way[0] for way in ways}) > 4
     assert len({way[1] for way in ways}) > 2
     assert len(mixed) == len(ways) > 10
 
-    assert {(plan.streamed_blocks, plan.recomputed) for plan in last} == {(tuple(range(6)), 5)}
-    assert [plan.buffers for plan in last] == [6, 4, 3, 2, 2]
-    assert [plan.offload_inputs for plan in last] == [True] * 5
-    assert [plan.has_room_for_graph for plan in plans] == [True] * (len(plans) - 1) + [False]
-    everywhere = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", True, True)
-    assert {plan.recomputed for plan in everywhere} == {6}
-    assert not any(
-        plan.streamed for plan in list_plans(miniature_files, SHAPE, budget_of(1), "16bit", False, can_stream=False)
-    )
+    assert {(place.streamed, place.recomputed) for place in last} == {(tuple(range(6)), tuple(range(5)))}
+    assert [place.buffers for place in last] == [6, 4, 3, 2, 2]
+    assert [place.offload_inputs for place in last] == [True] * 5
+    assert [plan.forecast.has_room_for_graph for plan in plans] == [True] * (len(plans) - 1) + [False]
+    everywhere = list_plans(task_of(miniature_files, SHAPE, recomputed=6))
+    assert {plan.placement.recomputed for plan in everywhere} == {tuple(range(6))}
+    in_several_processes = list_plans(task_of(miniature_files, SHAPE, can_stream=False), budget_of(1))
+    assert not any(plan.placement.streamed for plan in in_several_processes)
 
 
 @pytest.mark.usefixtures("without_allowances")
 def test_no_plan_is_left_out_that_a_budget_has_use_for(miniature_files: ModelFiles) -> None:
-    """Of all pairs of blocks that stay and blocks computed anew, for any budget the fastest that fits is listed."""
-    plans = [p for p in list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True) if p.streamed]
+    """Of all pairs of streamed and recomputed blocks, for any budget the fastest that fits is listed."""
+    plans = [plan for plan in list_plans(task_of(miniature_files, SHAPE)) if plan.placement.streamed]
     config = miniature_files.read_config("transformer")
     costs, size = model_costs(config, torch.float16, None), StepSize.of(config, SHAPE)
-    step = simulate_step(config, SHAPE, None)
-    places = memory_plan._Places(miniature_files, torch.float16, None, (8, 8))
+    planner = planner_of(miniature_files)
+    places = places_of(miniature_files)
     pairs = []
     for staying, k in itertools.product(range(6), range(6)):
-        plan = memory_plan._predict(step, SHAPE, budget_of(1 << 40), None, places.streamed(staying, 6), k)
-        pairs.append((time_of(plan, costs, size), plan.peak_bytes))
-    for budget in sorted(peak for _, peak in pairs if peak < plans[0].peak_bytes):
+        plan = planner.plan(places.streamed(staying, 6), k)
+        pairs.append((time_of(plan.placement, costs, size), plan.forecast.peak_bytes))
+    for budget in sorted(peak for _, peak in pairs if peak < plans[0].forecast.peak_bytes):
         fastest = min(time for time, peak in pairs if peak <= budget)
-        listed = next(plan for plan in plans if plan.peak_bytes <= budget)
-        assert time_of(listed, costs, size) == fastest
+        listed = next(plan for plan in plans if plan.forecast.peak_bytes <= budget)
+        assert time_of(listed.placement, costs, size) == fastest
+
+
+def places_of(files: ModelFiles) -> memory_plan._Places:
+    return memory_plan._Places(files, torch.float16, None, (8, 8), AskedPlacement())
+
+
+def planner_of(files: ModelFiles) -> memory_plan._Planner:
+    memory = simulate_step(files.read_config("transformer"), SHAPE, None, STEP)
+    return memory_plan._Planner(memory, SHAPE, budget_of(1 << 40))
 
 
 @pytest.mark.parametrize(("was_there", "gib"), [(False, 0.5), (True, 0.75)])
@@ -132,7 +141,7 @@ def test_a_context_that_was_there_cannot_be_measured(
 
 @needs_gpu
 def test_opening_a_budget_leaves_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even cuBLAS's workspace of a stream on which a recorded step does not compute."""
+    """Not even cuBLAS's workspace of a stream on which a captured step does not compute."""
     monkeypatch.setattr("sd3_lora.gpu.budget._CONTEXTS", {})
     drop_workspaces(GPU)
     before = torch.cuda.memory_allocated()
@@ -142,12 +151,8 @@ def test_opening_a_budget_leaves_nothing_on_the_gpu(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("offload", "mib"), [(False, 8), (True, 8 + 48)])
 def test_a_graph_takes_memory_of_its_own(miniature_files: ModelFiles, offload: bool, mib: int) -> None:
-    places = memory_plan._Places(miniature_files, torch.float16, None, (8, 8))
-    step = simulate_step(miniature_files.read_config("transformer"), SHAPE, None)
-    with_it, without = (
-        memory_plan._predict(step, SHAPE, budget_of(1 << 40), None, places.streamed(0, 2), 5, offload, room).peak_bytes
-        for room in (True, False)
-    )
+    base, planner = places_of(miniature_files).streamed(0, 2), planner_of(miniature_files)
+    with_it, without = (planner.plan(base, 5, offload, room).forecast.peak_bytes for room in (True, False))
     assert with_it - without == mib * 1024**2
 
 
@@ -156,23 +161,24 @@ def test_a_fast_gpu_keeps_blocks_and_a_slow_one_activations(
     miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a copy costs, counted in FLOPs, is the GPU's own; of the same memory they make different use."""
-    staying, anew = [], []
-    exact = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "16bit", False, True)
-    budgets = [plan.peak_bytes for plan in exact if plan.streamed and not plan.offload_inputs]
+    staying, recomputed = [], []
+    task = task_of(miniature_files, SHAPE)
+    exact = list_plans(task)
+    streamed = [plan for plan in exact if plan.placement.streamed and not plan.placement.offload_inputs]
     for rate in (1, 10, 20, 40, 1000):
         measure = MagicMock(return_value=rate)
         monkeypatch.setattr(memory_plan, "measure_flops_a_byte", measure)
-        plans = [plan_training(miniature_files, SHAPE, budget_of(size)) for size in budgets]
-        staying.append(sum(plan.blocks - len(plan.streamed_blocks) for plan in plans))
-        anew.append(sum(plan.recomputed for plan in plans))
+        places = [plan_training(task, budget_of(size)).placement for size in peaks_of(streamed)]
+        staying.append(sum(place.blocks - len(place.streamed) for place in places))
+        recomputed.append(sum(len(place.recomputed) for place in places))
         measure.assert_called_with(CPU, torch.float16)
         measure.reset_mock()
-        plan_training(miniature_files, SHAPE, budget_of(max(plan.peak_bytes for plan in exact)))
+        plan_training(task, budget_of(max(peaks_of(exact))))
         measure.assert_not_called()  # all is on the device
     assert staying == sorted(staying)
-    assert anew == sorted(anew)
+    assert recomputed == sorted(recomputed)
     assert staying[0] < staying[-1]
-    assert anew[0] < anew[-1]
+    assert recomputed[0] < recomputed[-1]
 
 
 @pytest.mark.parametrize("count", [1, 6, 24, 38])
@@ -187,17 +193,17 @@ def test_the_blocks_that_stay_are_spread(count: int) -> None:
 
 @pytest.mark.usefixtures("without_allowances")
 def test_auto_takes_4_bits_rather_than_stream(miniature_files: ModelFiles) -> None:
-    plans = list_plans(miniature_files, SHAPE, budget_of(1 << 40), "auto", False, True)
-    kinds = list(dict.fromkeys((plan.streamed, plan.base_precision) for plan in plans))
+    places = [plan.placement for plan in list_plans(task_of(miniature_files, SHAPE, precision="auto"))]
+    kinds = list(dict.fromkeys((bool(place.streamed), place.precision) for place in places))
     assert kinds == [(False, None), (False, "nf4"), (True, None), (True, "nf4")]
 
 
 def test_where_nothing_fits_the_sentence_names_what_would(miniature_files: ModelFiles) -> None:
     with pytest.raises(UserError) as error:
-        plan_training(miniature_files, SHAPE, budget_of(GIB // 2))
+        plan_training(task_of(miniature_files, SHAPE), budget_of(GIB // 2))
     asked = re.search(r"--vram_budget_gib ([\d.]+)", str(error.value))
     assert asked, error.value
-    assert plan_training(miniature_files, SHAPE, budget_of(int(float(asked[1]) * GIB)))
+    assert plan_training(task_of(miniature_files, SHAPE), budget_of(int(float(asked[1]) * GIB)))
     with pytest.raises(
         UserError, match=r"denoise a picture, which takes at least [\d.]+ GiB here: type --vram_budget_gib"
     ):
@@ -206,33 +212,37 @@ def test_where_nothing_fits_the_sentence_names_what_would(miniature_files: Model
 
 @pytest.mark.usefixtures("without_allowances")
 def test_4_bits_are_offered_where_they_would_do(miniature_files: ModelFiles) -> None:
-    exact = min(plan.peak_bytes for plan in list_plans(miniature_files, SHAPE, budget_of(1), "16bit", False, True))
-    packed = min(plan.peak_bytes for plan in list_plans(miniature_files, SHAPE, budget_of(1), "nf4", False, True))
+    exact, packed = (
+        min(peaks_of(list_plans(task_of(miniature_files, SHAPE, precision=asked), budget_of(1))))
+        for asked in ("16bit", "nf4")
+    )
     assert packed < exact
     with pytest.raises(UserError, match="add --base_precision nf4"):
-        plan_training(miniature_files, SHAPE, budget_of(packed))
+        plan_training(task_of(miniature_files, SHAPE), budget_of(packed))
 
 
 @pytest.mark.usefixtures("without_allowances")
 def test_drawing_streams_where_the_base_does_not_fit(miniature_files: ModelFiles) -> None:
     shape = DenoisingShape(2, (16, 16), 154, torch.float32, 0)
     resident = plan_denoising(miniature_files, shape, budget_of(1 << 40))
-    assert not resident.streamed
-    streamed = plan_denoising(miniature_files, shape, budget_of(resident.peak_bytes - 1))
-    assert streamed.streamed
-    assert streamed.peak_bytes < resident.peak_bytes
-    assert 0 < len(streamed.streamed_blocks) < 6
+    assert not resident.placement.streamed
+    peak_bytes = resident.forecast.peak_bytes
+    plan = plan_denoising(miniature_files, shape, budget_of(peak_bytes - 1))
+    assert plan.forecast.peak_bytes < peak_bytes
+    assert 0 < len(plan.placement.streamed) < 6
     costs = model_costs(miniature_files.read_config("transformer"), torch.float32, None)
-    plan, found = streamed, []
-    while plan.buffers > 2:
-        found.append((len(plan.streamed_blocks), plan.buffers))
-        pieces = [piece.size for piece in costs if piece.block in plan.streamed_blocks]
-        saved = resident.parts["weights"] - plan.parts["weights"]
-        assert saved == sum(pieces) - plan.buffers * max(pieces)
-        plan = plan_denoising(miniature_files, shape, budget_of(plan.peak_bytes - 1))
+    found = []
+    while plan.placement.buffers > 2:
+        streamed, buffers = plan.placement.streamed, plan.placement.buffers
+        found.append((len(streamed), buffers))
+        pieces = [piece.size for piece in costs if piece.block in streamed]
+        saved = resident.forecast.largest.parts["weights"] - plan.forecast.largest.parts["weights"]
+        assert saved == sum(pieces) - buffers * max(pieces)
+        plan = plan_denoising(miniature_files, shape, budget_of(plan.forecast.peak_bytes - 1))
     assert found == [*((count, 6) for count in range(found[0][0], 7)), (6, 4), (6, 3)]
-    assert plan_denoising(miniature_files, shape, None).parts == {}
-    assert plan_denoising(miniature_files, shape, budget_of(1 << 40), "nf4").peak_bytes < resident.peak_bytes
+    assert plan_denoising(miniature_files, shape, None).forecast.largest.parts == {}
+    packed = plan_denoising(miniature_files, shape, budget_of(1 << 40), AskedPlacement("nf4"))
+    assert packed.forecast.peak_bytes < peak_bytes
 
 
 @pytest.mark.usefixtures("without_allowances")
@@ -243,38 +253,42 @@ def test_a_host_that_is_too_small_streams_from_the_files(
     pieces = [piece.size for piece in costs]
     enough = pinned_bytes(pieces) + memory_plan.HOST_ROOM_BYTES
 
-    def plans(available: int, asked: memory_plan.AskedPrecision = "auto") -> list[BasePlan]:
+    def plans(available: int, asked: AskedPrecision = "auto") -> list[Plan]:
         monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: available)
-        listed = list_plans(miniature_files, SHAPE, budget_of(1 << 40), asked, False, True)
-        return [
-            *listed,
-            plan_denoising(miniature_files, DenoisingShape(2, (16, 16), 154, torch.float16, 0), budget_of(1 << 40)),
-        ]
+        shape = DenoisingShape(2, (16, 16), 154, torch.float16, 0)
+        drawing = plan_denoising(miniature_files, shape, budget_of(1 << 40))
+        return [*list_plans(task_of(miniature_files, SHAPE, precision=asked)), drawing]
 
-    def own_bytes(plan: BasePlan) -> int:
-        return pinned_bytes([piece.size for piece in costs if piece.block in plan.streamed_blocks])
+    def own_bytes(plan: Plan) -> int:
+        return pinned_bytes([piece.size for piece in costs if piece.block in plan.placement.streamed])
+
+    def is_exact_and_streamed(plan: Plan) -> bool:
+        return bool(plan.placement.streamed) and plan.placement.precision is None
+
+    def from_files(plan: Plan) -> bool:
+        return plan.placement.stream_from == "files"
 
     large, small, between = plans(enough), plans(0), plans(enough - 1, "16bit")
-    assert not any(plan.from_files for plan in large)
+    assert not any(map(from_files, large))
     for plan in (*small, *between):
-        exact = plan.streamed and plan.base_precision is None
-        assert plan.from_files == (exact and (plan in small or own_bytes(plan) == pinned_bytes(pieces)))
-        assert plan.from_files or not exact or plan.host_bytes == own_bytes(plan)
-    assert {plan.from_files for plan in between if plan.streamed and plan.base_precision is None} == {True, False}
-    assert large[-2].parts == small[-2].parts  # of the device's memory the host changes nothing
-    (*_, plan) = (plan for plan in large[:-1] if plan.streamed and plan.base_precision is None)
-    assert plan.host_bytes == pinned_bytes(pieces)
+        exact = is_exact_and_streamed(plan)
+        assert from_files(plan) == (exact and (plan in small or own_bytes(plan) == pinned_bytes(pieces)))
+        assert from_files(plan) or not exact or plan.forecast.host_bytes == own_bytes(plan)
+    assert {from_files(plan) for plan in between if is_exact_and_streamed(plan)} == {True, False}
+    assert large[-2].forecast.phases == small[-2].forecast.phases  # of the device's memory the host changes nothing
+    (*_, plan) = (plan for plan in large[:-1] if is_exact_and_streamed(plan))
+    assert plan.forecast.host_bytes == pinned_bytes(pieces)
     assert plan.sentence().startswith(
-        "base unchanged, streamed from host memory piece by piece (0.0 GiB pinned, 2 pieces on "
+        "base unchanged, streamed from host memory, 2 pieces on the device (0.0 GiB pinned); "
     )
-    some = next(plan for plan in between if plan.streamed)
-    assert some.sentence().startswith("base unchanged, 2 of its 6 blocks streamed from host memory piece by piece (")
-    (*_, plan) = (plan for plan in small[:-1] if plan.from_files)
-    assert plan.host_bytes == pinned_bytes(3 * [max(pieces)])
+    some = next(plan for plan in between if plan.placement.streamed)
+    assert some.sentence().startswith("base unchanged, 2 of its 6 blocks streamed from host memory, 6 pieces on ")
+    (*_, plan) = (plan for plan in small[:-1] if from_files(plan))
+    assert plan.forecast.host_bytes == pinned_bytes(3 * [max(pieces)])
     assert plan.sentence().startswith(
-        "base unchanged, streamed from the weight files piece by piece (0.0 GiB pinned, 2 "
+        "base unchanged, streamed from the weight files, 2 pieces on the device (0.0 GiB pinned); "
     )
-    assert {plan.host_bytes for plan in large if not plan.streamed} == {0}
+    assert {plan.forecast.host_bytes for plan in large if not plan.placement.streamed} == {0}
 
 
 # The budget

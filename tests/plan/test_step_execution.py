@@ -1,4 +1,4 @@
-"""What --compile comes to, and that a recorded or compiled step is the step."""
+"""What --compile and --capture come to, and that a captured or compiled step is the step."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.placement_flags import StepFlags
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.plan.memory_plan import plain_plan
+from sd3_lora.gpu.forecast import Forecast
+from sd3_lora.plan.memory_plan import Plan
 from sd3_lora.plan.step_execution import (
     COMPILE_FROM_MICRO_STEPS,
+    AskedExecution,
     StepExecution,
     choose_execution,
-    compile_blocks,
 )
+from sd3_lora.transformer.compiled import Compiled, compile_blocks
+from sd3_lora.transformer.placement import Placement
 
 import pytest
 import torch
@@ -21,9 +25,17 @@ from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer
 from training_runs import Script, train, training_script
 
-RESIDENT = plain_plan(24, "16bit", False)
-STREAMED, NF4 = replace(RESIDENT, streamed_blocks=(0, 1), buffers=2), replace(RESIDENT, base_precision="nf4")
-FROM_FILES, TIGHT = replace(STREAMED, from_files=True), replace(STREAMED, has_room_for_graph=False)
+RESIDENT = Plan(Placement(24), Forecast())
+
+
+def placed(**changes: object) -> Plan:
+    """The resident plan with a placement that differs from it."""
+    return replace(RESIDENT, placement=replace(RESIDENT.placement, **changes))
+
+
+STREAMED, NF4 = placed(streamed=(0, 1), buffers=2), placed(precision="nf4")
+FROM_FILES = placed(streamed=(0, 1), buffers=2, stream_from="files")
+TIGHT = replace(STREAMED, forecast=Forecast(has_room_for_graph=False))
 MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 
 
@@ -32,57 +44,81 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd3_lora.plan.step_execution._has_triton", lambda: True)
 
 
-def chosen(asked, plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None) -> tuple[bool, bool]:
-    execution = choose_execution(asked, plan, device, dropout, micro_steps, before)
-    return execution.compiled, execution.captured
+def chosen(
+    compile="auto", capture="auto", plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None
+) -> tuple[bool, bool]:
+    """Whether blocks are compiled, and whether the step is captured."""
+    execution = execute(compile, capture, plan, device, dropout, micro_steps, before)
+    return execution.compiled is not Compiled.NO, execution.captured
 
 
-def test_auto_records_what_a_graph_can_hold() -> None:
-    assert chosen("auto") == (False, True)
-    assert chosen("auto", plan=NF4) == (False, True)
-    assert chosen("auto", plan=STREAMED) == (False, True)
-    assert chosen("auto", plan=replace(RESIDENT, offload_inputs=True)) == (False, True)
-    assert chosen("auto", plan=FROM_FILES) == (False, False)
-    assert chosen("auto", plan=TIGHT) == (False, True)  # is tried
-    assert chosen("auto", dropout=0.1) == (False, False)
-    assert chosen("auto", device=CPU) == (False, False)
+def execute(compile="auto", capture="auto", plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None):
+    flags = StepFlags(compile=compile, capture=capture)
+    asked = AskedExecution(flags.must_compile, flags.must_capture)
+    return choose_execution(asked, plan, device, dropout, micro_steps, before)
+
+
+def test_auto_captures_what_a_graph_can_hold() -> None:
+    assert chosen() == (False, True)
+    assert chosen(plan=NF4) == (False, True)
+    assert chosen(plan=STREAMED) == (False, True)
+    assert chosen(plan=placed(recomputed=(0, 1), offload_inputs=True)) == (False, True)
+    assert chosen(plan=FROM_FILES) == (False, False)
+    assert chosen(plan=TIGHT) == (False, True)  # is tried
+    assert chosen(dropout=0.1) == (False, False)
+    assert chosen(device=CPU) == (False, False)
 
 
 def test_auto_compiles_where_the_steps_repay_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen("auto", micro_steps=MANY) == (True, True)
-    assert chosen("auto", micro_steps=MANY, dropout=0.1) == (True, False)
+    assert chosen(micro_steps=MANY) == (True, True)
+    assert chosen(micro_steps=MANY, dropout=0.1) == (True, False)
     for plan in (STREAMED, NF4):
-        assert not chosen("auto", plan=plan, micro_steps=MANY)[0]
-    assert chosen("auto", micro_steps=MANY, device=CPU) == (False, False)
+        assert not chosen(plan=plan, micro_steps=MANY)[0]
+    assert chosen(micro_steps=MANY, device=CPU) == (False, False)
+    assert execute(micro_steps=MANY).compiled is Compiled.WHERE_POSSIBLE
     monkeypatch.setattr("sd3_lora.plan.step_execution._has_triton", lambda: False)
-    assert chosen("auto", micro_steps=MANY) == (False, True)
+    assert chosen(micro_steps=MANY) == (False, True)
 
 
 def test_auto_keeps_a_resumed_runs_numbers() -> None:
-    compiled = choose_execution("auto", RESIDENT, GPU, 0, MANY).kernels
-    plain = choose_execution("auto", RESIDENT, GPU, 0, FEW).kernels
-    assert plain == choose_execution("off", RESIDENT, GPU, 0, MANY).kernels  # a graph's kernels are the plain ones
-    assert compiled == choose_execution("blocks", RESIDENT, GPU, 0, FEW).kernels
-    assert chosen("auto", micro_steps=FEW, before=compiled) == (True, True)
-    assert chosen("auto", micro_steps=MANY, before=plain) == (False, True)
+    compiled = execute(micro_steps=MANY).kernels
+    plain = execute(micro_steps=FEW).kernels
+    assert plain == execute("off", "off", micro_steps=MANY).kernels  # a graph's kernels are the plain ones
+    assert compiled == execute("on", micro_steps=FEW).kernels
+    assert (compiled, plain) == ("blocks", "off or graph")  # as checkpoints of earlier builds have them
+    assert chosen(micro_steps=FEW, before=compiled) == (True, True)
+    assert chosen(micro_steps=MANY, before=plain) == (False, True)
 
 
 def test_what_is_asked_for_is_done_or_refused() -> None:
-    assert chosen("off", micro_steps=MANY) == (False, False)
-    assert chosen("graph", micro_steps=MANY) == (False, True)
-    assert chosen("blocks") == (True, True)
-    assert chosen("blocks", device=CPU) == (True, False)
-    for words, reason in (
-        ({"device": CPU}, "--compile graph: it needs a GPU: leave it out"),
-        ({"plan": FROM_FILES}, "--compile graph: the host reads what visits the device from files"),
-        ({"plan": TIGHT}, "--compile graph: its graph may not fit into the budget"),
-        ({"dropout": 0.1}, "--compile graph: dropout is drawn by the host"),
+    assert chosen("off", "off", micro_steps=MANY) == (False, False)
+    assert chosen("off", micro_steps=MANY) == (False, True)
+    assert chosen("off", "on", micro_steps=MANY) == (False, True)
+    assert chosen("on") == (True, True)
+    assert chosen("on", "off") == (True, False)
+    assert chosen("on", device=CPU) == (True, False)
+    assert execute("on").compiled is Compiled.ALWAYS
+    assert [execute(capture=asked).must_capture for asked in ("auto", "on", "off")] == [False, True, False]
+    for changes, reason in (
+        ({"device": CPU}, "--capture on: it needs a GPU: leave it out"),
+        ({"plan": FROM_FILES}, "--capture on: the host reads streamed blocks from files: leave it out"),
+        ({"plan": TIGHT}, "--capture on: its graph may not fit into the budget: leave it out"),
+        ({"dropout": 0.1}, "--capture on: dropout is drawn by the host: leave it out"),
     ):
-        with pytest.raises(UserError, match=reason):
-            chosen("graph", **words)
-    for plan in (STREAMED, NF4):
-        with pytest.raises(UserError, match=r"--compile blocks: .*: leave it out"):
-            chosen("blocks", plan=plan)
+        with pytest.raises(UserError, match=f"^{reason}$"):
+            chosen("off", "on", **changes)
+    for plan, reason in ((STREAMED, "streamed blocks"), (NF4, "4-bit weights")):
+        with pytest.raises(UserError) as error:
+            chosen("on", plan=plan)
+        assert str(error.value) == (
+            f"--compile on: {reason} are not compiled: leave it out, or give more memory with --vram_budget_gib"
+        )
+
+
+@pytest.mark.parametrize(("older", "now"), [("graph", ("off", "on")), ("blocks", ("on", "auto"))])
+def test_older_spellings_are_still_obeyed(older: str, now: tuple[str, str]) -> None:
+    for micro_steps in (FEW, MANY):
+        assert execute(older, micro_steps=micro_steps) == execute(*now, micro_steps=micro_steps)
 
 
 def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +126,7 @@ def test_compiled_blocks_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     plain, compiled = make_transformer(), make_transformer()
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend="aot_eager"))
-    compile_blocks(compiled, asked=True)
+    compile_blocks(compiled, Compiled.ALWAYS)
     assert all(block._compiled_call_impl is not None for block in compiled.transformer_blocks)
     outputs = []
     for transformer in (plain, compiled):
@@ -119,7 +155,7 @@ def test_blocks_are_compiled_whatever_was_compiled_before(monkeypatch: pytest.Mo
     with _dynamo.config.patch(recompile_limit=5):  # of a run there are four kinds
         for step in (0, 2, 0, 2):  # of other numbers of tokens
             transformer = make_transformer()
-            compile_blocks(transformer, asked=True)
+            compile_blocks(transformer, Compiled.ALWAYS)
             transformer(**inputs(step, CPU))
             counts.append(len(sizes))
     assert counts == [4, 8, 12, 16]
@@ -129,31 +165,30 @@ def test_blocks_are_compiled_whatever_was_compiled_before(monkeypatch: pytest.Mo
 def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled: list[bool] = []
-    monkeypatch.setattr(training_script(), "compile_blocks", lambda _, asked: compiled.append(asked))
+    compiled: list[Compiled] = []
+    monkeypatch.setattr("sd3_lora.transformer.placement.compile_blocks", lambda _, how: compiled.append(how))
     resume = ["--resume_from_checkpoint", "latest"]
     plain = train(script, prepared, tmp_path / "plain")
-    assert "each micro-step: plain kernels, started one by one\n" in plain.out
+    assert "each micro-step: plain blocks, launched kernel by kernel\n" in plain.out
     assert compiled == []
-    run = train(script, prepared, tmp_path / "run", "--compile", "blocks")
-    assert "each micro-step: blocks compiled, started one by one\n" in run.out
-    assert compiled == [True]
+    run = train(script, prepared, tmp_path / "run", "--compile", "on")
+    assert "each micro-step: compiled blocks, launched kernel by kernel\n" in run.out
+    assert compiled == [Compiled.ALWAYS]
     train(script, prepared, tmp_path / "run", *resume, "--max_train_steps", 4)
-    assert compiled == [True, False]  # for the same numbers; nobody asked this time
+    assert compiled == [Compiled.ALWAYS, Compiled.WHERE_POSSIBLE]  # for the same numbers; nobody asked this time
     refused = train(script, prepared, tmp_path / "run", *resume, "--compile", "off", "--max_train_steps", 5, code=2)
     assert "was trained with --compile blocks, not off or graph: " in refused.error
-    assert (
-        "--compile graph: it needs a GPU" in train(script, prepared, tmp_path / "g", "--compile", "graph", code=2).error
-    )
+    refused = train(script, prepared, tmp_path / "g", "--capture", "on", code=2)
+    assert refused.error == "--capture on: it needs a GPU: leave it out"
 
 
-def test_a_run_that_may_record_its_steps_does(
+def test_a_run_that_may_capture_its_steps_does(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stand-in for the recorder, as there is no GPU: every micro-step goes through it, its loss comes out."""
+    """With a stand-in for the graph, as there is no GPU: every micro-step goes through it, its loss comes out."""
     steps: list[int] = []
 
-    class Recorder(CapturedCall):
+    class Captured(CapturedCall):
         def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
             (gradient,) = self._changed
             assert not gradient.any() or len(steps) % 2
@@ -162,9 +197,9 @@ def test_a_run_that_may_record_its_steps_does(
 
     words = ["--gradient_accumulation_steps", 2]
     plain = train(script, prepared, tmp_path / "plain", *words)
-    recorded = StepExecution(compiled=False, recorded=True, asked=False)
-    monkeypatch.setattr(training_script(), "choose_execution", lambda *_: recorded)
-    monkeypatch.setattr(training_script(), "CapturedCall", Recorder)
-    run = train(script, prepared, tmp_path / "recorded", *words)
+    captured = StepExecution(Compiled.NO, captured=True, must_capture=False)
+    monkeypatch.setattr(training_script(), "choose_execution", lambda *_: captured)
+    monkeypatch.setattr(training_script(), "CapturedCall", Captured)
+    run = train(script, prepared, tmp_path / "captured", *words)
     assert steps == [7] * 6
     assert run.losses == plain.losses

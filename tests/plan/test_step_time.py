@@ -6,8 +6,8 @@ import json
 import sys
 
 from sd3_lora.common.model_files import MINIATURE
+from sd3_lora.common.placement_flags import StreamSource
 from sd3_lora.plan import step_time
-from sd3_lora.plan.memory_plan import spread_streamed_blocks
 from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.plan.step_time import (
     Passes,
@@ -19,6 +19,7 @@ from sd3_lora.plan.step_time import (
     measure_flops_a_byte,
     model_costs,
 )
+from sd3_lora.transformer.placement import Placement, spread_streamed_blocks
 
 import pytest
 import torch
@@ -35,30 +36,35 @@ def test_what_a_step_computes_and_copies() -> None:
     config = json.loads((MINIATURE / "transformer" / "config.json").read_text())
     square, scores = 256**2, 4 * 113**2 * 256
     costs = model_costs(config, torch.float16, None)
-    size = StepSize.of(config, StepShape(2, 8, 97, None, None, 4, 0.0, torch.float16, False))
+    size = StepSize.of(config, StepShape(2, (8, 8), 97, None, None, 4, 0.0, torch.float16, 16))
     assert size == StepSize(2, 16, 97, 256)
     whole = 2 * ((8 + 16) * 113 * square + scores)
     last = 2 * (8 * 113 * square + 16 * 16 * square + scores)
-    none = StepCost(computed_flops(costs, size, 0), copied_flops(block_sizes(costs), (), 0, False))
+    sizes = block_sizes(costs)
+
+    def placed(recomputed: int, stream_from: StreamSource = "host", ahead: bool = True) -> Placement:
+        blocks = tuple(range(recomputed))
+        return Placement(6, streamed=(1, 3), stream_from=stream_from, recomputed=blocks, modulations_ahead=ahead)
+
+    none = StepCost(computed_flops(costs, size, ()), copied_flops(sizes, Placement(6)))
     assert none.computed == pytest.approx((5 * whole + last, 2 * (5 * whole + last)), rel=1e-9)
     assert none.copied == (0, 0)
-    two = StepCost(computed_flops(costs, size, 2), copied_flops(block_sizes(costs), (1, 3), 2, False))
+    two = StepCost(computed_flops(costs, size, range(2)), copied_flops(sizes, placed(2)))
     assert two.computed.forward == none.computed.forward
     assert two.computed.backward - none.computed.backward == pytest.approx(2 * whole, rel=1e-9)
+    assert computed_flops(costs, size, (0, 4)) == two.computed  # which blocks, not how many of the first
+    assert computed_flops(costs, size, (0, 5)).backward < two.computed.backward  # the last one is smaller
     # Two blocks, two bytes: the first one's modulations are copied in backward, the second one's in forward.
     assert two.copied == (2 * square * (2 * 24 + 12) * 2048, 2 * square * (2 * 24 + 12) * 2048)
-    assert copied_flops(block_sizes(costs), (1, 3), 4, False) == (
-        2 * 2 * square * 24 * 2048,
-        2 * 2 * square * (12 + 24) * 2048,
-    )
-    assert copied_flops(block_sizes(costs), (1, 3), 0, False) == (
-        2 * 2 * square * (12 + 24) * 2048,
-        2 * 2 * square * 24 * 2048,
-    )
-    assert copied_flops(block_sizes(costs), (1, 3), 2, True) == tuple(10 * flops for flops in two.copied)
-    assert copied_flops(block_sizes(costs), (1, 3), 2, False, 4096) == tuple(2 * flops for flops in two.copied)
+    assert copied_flops(sizes, placed(4)) == (2 * 2 * square * 24 * 2048, 2 * 2 * square * (12 + 24) * 2048)
+    assert copied_flops(sizes, placed(0)) == (2 * 2 * square * (12 + 24) * 2048, 2 * 2 * square * 24 * 2048)
+    assert copied_flops(sizes, placed(2, "files")) == tuple(10 * flops for flops in two.copied)
+    assert copied_flops(sizes, placed(2), 4096) == tuple(2 * flops for flops in two.copied)
+    # Not ahead, they are all copied in forward, and the recomputed block's in backward too.
+    not_ahead = copied_flops(sizes, placed(2, ahead=False))
+    assert not_ahead == (2 * square * (2 * 24 + 2 * 12) * 2048, two.copied.backward)
     packed = model_costs(config, torch.float16, "nf4")
-    assert copied_flops(block_sizes(packed), (1, 3), 2, False) == tuple(flops / 4 for flops in two.copied)
+    assert copied_flops(block_sizes(packed), placed(2)) == tuple(flops / 4 for flops in two.copied)
 
 
 def test_in_each_pass_the_longer_of_both_counts() -> None:
@@ -79,13 +85,12 @@ def test_what_was_measured_is_in_that_order(resolution: int) -> None:
         transformer = random_sd3.make_transformer("sd3-medium")
     costs = model_costs(dict(transformer.config), torch.float16, None)
     size = StepSize(1, (resolution // 16) ** 2, 154, 1536)
-    whole = sum(computed_flops(costs, size, 24))
+    whole = sum(computed_flops(costs, size, range(24)))
     rate = whole / resident["step_ms"] / streamed[0]["link_gb_per_s"] / 1e6
     for row in streamed:
-        streamed_blocks = spread_streamed_blocks(24, row["streamed"][1])
-        cost = StepCost(
-            computed_flops(costs, size, 23), copied_flops(block_sizes(costs), streamed_blocks, 23, False, rate)
-        )
+        blocks, recomputed = spread_streamed_blocks(24, row["streamed"][1]), tuple(range(23))
+        copied = copied_flops(block_sizes(costs), Placement(24, streamed=blocks, recomputed=recomputed), rate)
+        cost = StepCost(computed_flops(costs, size, recomputed), copied)
         assert cost.time[0] / whole == pytest.approx(row["step_ms"] / resident["step_ms"], rel=0.12)
 
 

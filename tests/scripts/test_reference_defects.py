@@ -358,6 +358,6 @@ def test_21_a_t4_is_not_believed_to_have_bf16(monkeypatch: pytest.MonkeyPatch) -
 
 def test_22_nothing_asks_for_torchvision() -> None:
     """A torchvision built for another torch breaks the import of the text encoders."""
-    files = [*PROJECT.glob("*.py"), *PROJECT.glob("sd3_lora/*.py"), *PROJECT.glob("requirements*.txt")]
+    files = [*PROJECT.glob("*.py"), *PROJECT.glob("sd3_lora/**/*.py"), *PROJECT.glob("requirements*.txt")]
     assert len(files) > 20
     assert [path.name for path in files if "torchvision" in path.read_text(encoding="utf-8")] == ["__init__.py"]

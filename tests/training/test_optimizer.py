@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.config import OptimizerConfig
-from sd3_lora.training.optimizer import flatten_parameters, make_optimizer, optimizer_step
+from sd3_lora.training.optimizer import make_optimizer, optimizer_step
+from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 
 import pytest
 import torch
@@ -17,6 +19,11 @@ from small_transformer import CPU, GPU, needs_gpu
 def two_parameters() -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 5), (7, 2))]
+
+
+def trainables_of(*flats: torch.nn.Parameter, rate: float = 0.1) -> Trainables:
+    """A group each."""
+    return Trainables([TrainedGroup(f"group {index}", flat, rate) for index, flat in enumerate(flats)])
 
 
 def test_the_flat_parameter_is_the_others_memory() -> None:
@@ -38,13 +45,13 @@ def test_flat_adamw_is_adamw() -> None:
     """Steps of the flat tensor equal those of its parts, bit for bit, but for the order in which the norm is summed."""
     parts, parameters = two_parameters(), two_parameters()
     config = OptimizerConfig(learning_rate=0.1, max_grad_norm=1e9)
-    flat = flatten_parameters(parameters)
-    optimizer, _ = make_optimizer(config, flat, 1, 5)
+    trainables = trainables_of(flatten_parameters(parameters), rate=config.scaled_rate(1))
+    optimizer, _ = make_optimizer(config, trainables, 5)
     theirs = torch.optim.AdamW(parts, lr=0.1, weight_decay=1e-4)
     for _ in range(5):
         for first, second in (parts, parameters):
             ((first @ first.t()).pow(2).sum() + (second.sin()).sum()).backward()
-        optimizer_step(flat, optimizer, torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm)
+        optimizer_step(trainables, optimizer, torch.amp.GradScaler("cpu", enabled=False), config.max_grad_norm)
         theirs.step()
         theirs.zero_grad()
     assert all(map(torch.equal, parts, parameters))
@@ -57,7 +64,7 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     for max_norm, moved in ((0.5, [-0.3, -0.4]), (10.0, [-3.0, -4.0])):
         flat.data.zero_()
         flat.grad.copy_(torch.tensor([3.0, 4.0]))
-        norm, skipped = optimizer_step(flat, optimizer, scaler, max_norm)
+        norm, skipped = optimizer_step(trainables_of(flat), optimizer, scaler, max_norm)
         assert norm.item() == pytest.approx(5.0)  # before clipping
         assert not skipped
         assert flat.tolist() == pytest.approx(moved, rel=1e-4)
@@ -69,13 +76,13 @@ def test_the_scaler_skips_an_infinite_gradient() -> None:
     flat = flatten_parameters([parameter])
     optimizer, scaler = torch.optim.SGD([flat], lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(parameter.sum() * math.inf).backward()
-    norm, skipped = optimizer_step(flat, optimizer, scaler, 1.0)
+    norm, skipped = optimizer_step(trainables_of(flat), optimizer, scaler, 1.0)
     assert not math.isfinite(norm)
     assert skipped
     assert parameter.tolist() == [0, 0]
     assert scaler.get_scale() == 512.0
     scaler.scale(parameter.sum() * 0.5).backward()
-    norm, skipped = optimizer_step(flat, optimizer, scaler, 1.0)
+    norm, skipped = optimizer_step(trainables_of(flat), optimizer, scaler, 1.0)
     assert norm.item() == pytest.approx(0.5**0.5)  # unscaled before it is measured
     assert not skipped
     assert parameter.tolist() == pytest.approx([-0.5, -0.5])
@@ -95,7 +102,7 @@ def eight_bit_run(
         flat.grad.copy_(1024 * torch.randn(5000, generator=generator))
         if number in infinite:
             flat.grad[number] = math.inf
-        _, skipped = optimizer_step(flat, optimizer, scaler, 1.0)
+        _, skipped = optimizer_step(trainables_of(flat), optimizer, scaler, 1.0)
         assert bool(skipped) == (number in infinite)
         names = ("state1", "state2", "absmax1", "absmax2")
         state = [optimizer.state[flat][name].clone() for name in names if name in optimizer.state[flat]]
@@ -136,6 +143,6 @@ def test_nobody_waits_in_an_8_bit_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         scaler.scale(torch.zeros(()))
         before = optimizer._was_skipped
-        optimizer_step(flat, optimizer, scaler, 1.0)
+        optimizer_step(trainables_of(flat), optimizer, scaler, 1.0)
         assert asked[number - 1 :] == [id(before)] * min(1, number)
         assert len(asked) == number

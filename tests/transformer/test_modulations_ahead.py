@@ -16,7 +16,7 @@ from sd3_lora.transformer.lora import attach_lora
 from sd3_lora.transformer.modulations_ahead import Modulating, ModulationsAhead
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import StreamedBlocks, pieces_of, stream_transformer
-from train_dreambooth_sd3_lora_miniature import precision
+from sd3_lora.transformer.velocity import VelocityModel
 
 import pytest
 import torch
@@ -45,6 +45,7 @@ def train_ahead(
     for step, words in enumerate(batches):
         words["pooled_projections"] = inputs(step, device, dtype)["pooled_projections"]
     modulating = [modulating_of(words, step) for step, words in enumerate(batches)]
+    precision = partial(VelocityModel(transformer, dtype).precision, device)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -52,7 +53,7 @@ def train_ahead(
     def compute(*tensors: torch.Tensor) -> torch.Tensor:
         words = dict(zip(batches[0], tensors, strict=True))
         with ahead.active() if ahead else nullcontext():
-            with precision(device, dtype):
+            with precision():
                 velocity = transformer(**words, return_dict=False)[0]
             loss = (velocity.float() - words["hidden_states"].float()).square().mean()
             loss.backward()
@@ -61,7 +62,7 @@ def train_ahead(
     step_of, found = wrap(compute), []
     for step, words in enumerate(batches):
         if ahead:
-            with precision(device, dtype):
+            with precision():
                 is_known = step + 1 < steps and step not in unknown
                 ahead.advance(modulating[step], modulating[step + 1] if is_known else None)
         found.append(step_of(*words.values()).cpu())

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import sd3_lora.transformer.recompute
-from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import CopyStream
 from sd3_lora.transformer.recompute import recompute_blocks
 
@@ -56,7 +55,7 @@ def test_the_comparison_sees_a_bit_and_dropout() -> None:
 
 @pytest.mark.parametrize("offload", [False, True], ids=["kept inputs", "offloaded inputs"])
 @pytest.mark.parametrize("count", [0, 1, 4, 6])
-def test_the_first_blocks_are_computed_anew_last_to_first(count: int, offload: bool) -> None:
+def test_the_first_blocks_are_recomputed_last_to_first(count: int, offload: bool) -> None:
     transformer = make_transformer()
     recompute_blocks(transformer, range(count), offload)
     with count_visits(transformer) as visits:
@@ -64,7 +63,7 @@ def test_the_first_blocks_are_computed_anew_last_to_first(count: int, offload: b
     assert visits == 2 * [0, 1, 2, 3, 4, 5, *reversed(range(count))]
 
 
-def test_nothing_is_computed_anew_without_gradients_or_after_count_zero() -> None:
+def test_nothing_is_recomputed_without_gradients_or_after_count_zero() -> None:
     transformer = make_transformer()
     recompute_blocks(transformer, range(6), True)
     with count_visits(transformer) as visits, torch.no_grad():
@@ -76,10 +75,20 @@ def test_nothing_is_computed_anew_without_gradients_or_after_count_zero() -> Non
     assert visits == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("count", [-1, 7])
-def test_a_count_that_the_transformer_does_not_have(count: int) -> None:
-    with pytest.raises(UserError, match=f"^{count} blocks cannot be recomputed: this transformer has 6$"):
-        recompute_blocks(make_transformer(), range(count))
+@pytest.mark.parametrize("indices", [(5,), (1, 3), (4, 0, 2)], ids=str)
+def test_any_blocks_may_be_recomputed(indices: tuple[int, ...]) -> None:
+    """The plan takes the first ones; a placement may name others."""
+    plain, transformer = train_steps(make_transformer()), make_transformer()
+    recompute_blocks(transformer, indices, True)
+    with count_visits(transformer) as visits:
+        assert train_steps(transformer, steps=3).is_equal(plain)
+    assert visits == 3 * [0, 1, 2, 3, 4, 5, *sorted(indices, reverse=True)]
+
+
+def test_a_block_that_the_transformer_does_not_have() -> None:
+    """Flags are checked before, by `AskedPlacement.check`."""
+    with pytest.raises(IndexError, match="6 is out of range"):
+        recompute_blocks(make_transformer(), range(7))
 
 
 # What a failure leaves
@@ -122,17 +131,7 @@ def test_a_forward_that_fails_leaves_no_hooks(leaky: bool, offload: bool, monkey
 def peak_of_kept(count: int, last: bool) -> int:
     """The most bytes of activations that a step keeps at once, counted by the storages that are alive."""
     transformer = make_transformer(layers=6, dual=())
-    blocks = transformer.transformer_blocks
-    recompute_blocks(transformer, range(count))
-    if last:  # what the choice is compared with
-        chosen = list(blocks[6 - count :])
-
-        def run(block: torch.nn.Module, *words: Any) -> Any:
-            if block in chosen:
-                return torch.utils.checkpoint.checkpoint(block, *words, use_reentrant=False)
-            return block(*words)
-
-        transformer.enable_gradient_checkpointing(run)
+    recompute_blocks(transformer, range(6 - count, 6) if last else range(count))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_steps(transformer, steps=1)
     held = peak = 0
