@@ -56,6 +56,10 @@ class CachedPicture:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
         return any(tile_px is None or side < tile_px for side in self.tiles.values())
 
+    def has_other_tiles(self, tile_px: int | None) -> bool:
+        """Whether a variant was encoded in tiles of another side; None is a whole picture."""
+        return any(self.tiles.get(variant) != tile_px for variant in self.variants)
+
 
 class LatentCache:
     """A folder of posteriors, keyed by image id and variant.
@@ -71,6 +75,11 @@ class LatentCache:
         self.wanted = wanted
         self.alpha_background = alpha_background
         self._looked_at: dict[str, CachedPicture] = {}  # to open 10,000 files takes seconds
+
+    @property
+    def resolution(self) -> int:
+        """The side of the crops in pixels."""
+        return self.wanted.size
 
     def path(self, image_id: str) -> Path:
         """The file of one picture."""
