@@ -20,11 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import say_miniature
-from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
@@ -36,10 +38,10 @@ from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state
-from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, RunConfig, TrainingFlags
+from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.training.flow import flow_matching_loss, interpolate
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.training.model_card import write_model_card
@@ -85,33 +87,54 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
     return None
 
 
-def run_signature(
+def run_facts(
     flags: TrainingFlags,
     stage_one: StageOne,
     data: TrainingData,
-    store: EmbeddingStore,
-    planned: PlannedTraining,
+    plan: Plan,
+    precision: str,
     seed: int,
     processes: int,
-) -> dict[str, Any]:
+) -> RunFacts:
+    """What the run works on, and how, before its first step."""
+    prompts = tuple(dict.fromkeys(image.prompt for image in data.images))
+    return RunFacts(
+        model=stage_one.files.name,
+        revision=stage_one.files.revision,
+        versions=library_versions(),
+        precision=precision,
+        processes=processes,
+        plan=plan.to_dict(),
+        prompts=prompts[:MOST_PROMPTS],
+        trigger=flags.data.instance_prompt or prompts[0],
+        resolution=stage_one.resolution,
+        max_sequence_length=data.text.size,
+        seed=seed,
+    )
+
+
+def run_identity(
+    flags: TrainingFlags, facts: RunFacts, stage_one: StageOne, data: TrainingData, kernels: str
+) -> RunIdentity:
     """What decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
-    return {
+    values = {
         "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
-        "--resolution": stage_one.resolution,
-        "--max_sequence_length": store.provenance.size,
-        "--t5_precision": store.provenance.precision,
+        "--resolution": facts.resolution,
+        "--max_sequence_length": facts.max_sequence_length,
+        "--t5_precision": data.text.precision,
         **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        "a global batch of": flags.run.train_batch_size * processes,
-        "the precision": str(planned.dtype).removeprefix("torch."),
-        "--base_precision": planned.plan.placement.precision or "16bit",
-        "--compile": planned.execution.kernels,
-        "--seed": seed,
+        "a global batch of": flags.run.train_batch_size * facts.processes,
+        "the precision": str(DTYPES[facts.precision]).removeprefix("torch."),
+        "--base_precision": facts.plan["precision"] or "16bit",
+        "--compile": kernels,
+        "--seed": facts.seed,
     }
+    return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
 
 
 def make_step(
@@ -318,7 +341,7 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
     return int(drawn[0])
 
 
-def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> tuple[TrainingData, EmbeddingStore]:
+def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
     """What stage one left, checked against what is asked for; latents that are not there yet are made."""
     store = stage_one.open_embeddings()
     require_writable_folder(output_dir)
@@ -327,45 +350,18 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData(images, stage_one.variants(images, cache), store, cache), store
+    return TrainingData(images, stage_one.variants(images, cache), store, cache)
 
 
-def make_outputs(
-    flags: TrainingFlags, stage_one: StageOne, data: TrainingData, length: int, signature: dict[str, Any]
-) -> Outputs:
-    """Where the run writes, and what a LoRA's metadata will say of it."""
-    prompts = list(dict.fromkeys(image.prompt for image in data.images))
-    record = {
-        "base_model": stage_one.files.name,
-        "revision": stage_one.files.revision,
-        "instance_prompts": prompts[:20],
-        "trigger": flags.data.instance_prompt or prompts[0],
-        "max_sequence_length": length,
-        "resolution": stage_one.resolution,
-        "seed": signature["--seed"],
-    }
-    return Outputs(Path(flags.run.output_dir), flags.lora, record, signature, flags.run.checkpoints_total_limit)
-
-
-def finish(
-    outputs: Outputs,
-    training: Training,
-    flags: TrainingFlags,
-    reports: list[StageReport],
-    log: LossLog,
-    path: Path,
-    took: dict[str, Any],
-) -> None:
+def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
     """Writes what lies beside the LoRA, and says what to do with it."""
-    prompts, seed = outputs.record["instance_prompts"], outputs.record["seed"]
-    facts = {"steps": training.step, "rank": flags.lora.rank, "learning rate": flags.optimizer.learning_rate}
-    write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
-    results = {**took, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
-    save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
-    prompt = outputs.record["trigger"]
-    if len(prompts) == 1:  # a caption says already where its picture was taken
+    record = outputs.record
+    write_model_card(outputs.folder / "README.md", record, results.steps or 0)
+    record.save(outputs.folder / "run.json", results)
+    prompt = record.facts.trigger or ""
+    if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
-    print("next: " + command("inference.py", **flags.model.flags(), lora=outputs.folder, prompt=prompt))
+    print("next: " + command("inference.py", **model.flags(), lora=outputs.folder, prompt=prompt))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -402,7 +398,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
-    data, store = open_data(stage_one, output_dir, accelerator)
+    data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
@@ -420,8 +416,9 @@ def run(argv: Sequence[str] | None) -> None:
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, len(data), accelerator)
     say(f"each micro-step: {execution.sentence()}")
-    signature = run_signature(flags, stage_one, data, store, planned, seed, accelerator.num_processes)
-    outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
+    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
+    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
+    outputs = Outputs(output_dir, flags.lora, record, flags.run.checkpoints_total_limit)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
@@ -449,13 +446,17 @@ def run(argv: Sequence[str] | None) -> None:
             say(compared(plan.forecast.peak_bytes, measured))
         say(f"wrote {path}, read back and compared")
         say(f"{ms_a_step:.0f} ms a step, {log.skipped} steps skipped by the scaler")
-        placed = {
-            **asdict(plan.placement),
-            "host_bytes": plan.forecast.host_bytes,
-            "parts": plan.forecast.largest.parts,
-        }
-        took = {"plan": placed, "measured_bytes": measured, "ms_a_step": ms_a_step}
-        finish(outputs, training, flags, reports, log, path, took)
+        results = RunResults(
+            wrote=str(path),
+            stages=reports,
+            measured_bytes=measured,
+            steps=training.step,
+            ms_a_step=ms_a_step,
+            execution=execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict(),
+            loss=log.recent_mean,
+            skipped=log.skipped,
+        )
+        finish(outputs, flags.model, results)
     accelerator.end_training()
 
 

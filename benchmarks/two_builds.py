@@ -42,7 +42,7 @@ def work(build: Path) -> None:
     script = importlib.import_module(TRAIN)
     for line in sys.stdin:
         job = json.loads(line)
-        torch.use_deterministic_algorithms(job["deterministic"], warn_only=True)
+        torch.use_deterministic_algorithms(job["deterministic"])
         shutil.rmtree(job["output"], ignore_errors=True)
         clock = Clock(job["warm"], job["steps"])
 
@@ -102,7 +102,11 @@ class Build:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+            env={
+                **os.environ,
+                "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            },
         )
 
     def run(self, flags: Sequence[object], job: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--result", type=Path, help="JSON file to write.")
     given = parser.parse_args(argv)
-    sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "miniature")]
+    project = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(project / name) for name in ("benchmarks", "miniature", ".")]
     from sd3_lora.common.devices import choose_device
 
     import step

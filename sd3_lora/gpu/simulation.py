@@ -99,6 +99,32 @@ class _Attention(torch.autograd.Function):
         return grads
 
 
+class _MathAttention(torch.autograd.Function):
+    """torch's plain attention: in float32 a score for each pair of tokens, and a probability, which backward needs.
+
+    Backward makes the gradient of both, and takes one such matrix more: an H100 held 11.8 GiB, 10.5 without it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = query.dtype
+        out = torch.empty_like(query)
+        query, key, value = query.float(), key.float(), value.float()
+        scores = query.new_empty(*query.shape[:-1], key.shape[-2])
+        probabilities = torch.empty_like(scores)
+        del scores
+        ctx.save_for_backward(query, key, value, probabilities)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        query, key, value, probabilities = ctx.saved_tensors
+        matrices = [torch.empty_like(probabilities) for _ in range(3)]
+        grads = tuple(tensor.to(ctx.dtype) for tensor in map(torch.empty_like, (query, key, value)))
+        del matrices
+        return grads
+
+
 class _UnpackedLinear(torch.autograd.Function):
     """A linear layer whose weight exists only while it multiplies."""
 
@@ -127,7 +153,7 @@ class _StandIns(TorchFunctionMode):
         if func is torch.nn.functional.scaled_dot_product_attention:
             inputs = [self._low(x) for x in args[:3]]
             if self._keeps_scores:
-                return torch.ops.aten._scaled_dot_product_attention_math(*inputs)[0]
+                return _MathAttention.apply(*inputs)
             return _Attention.apply(*inputs)
         if self._dtype != torch.float32:
             if func in _IN_LOW_PRECISION:

@@ -19,7 +19,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB, available_host_bytes
@@ -75,6 +76,14 @@ class Plan:
         """Where the weights are, and how much host memory is pinned for them, in words."""
         pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if self.placement.streamed else ""
         return self.placement.base_sentence() + pinned
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record: the placement's fields, what is pinned of the host's memory, and the peak's parts in bytes."""
+        return {
+            **asdict(self.placement),
+            "host_bytes": self.forecast.host_bytes,
+            "parts": dict(self.forecast.largest.parts),
+        }
 
     def sentence(self) -> str:
         """All of it, in words."""

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.memory_plan import Plan
-from sd3_lora.transformer.compiled import Compiled
+from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled
 
 import torch
 
@@ -40,16 +42,32 @@ class StepExecution:
         compiled: whether the blocks are compiled: other kernels, other roundings.
         captured: whether a micro-step is captured as a CUDA graph.
         must_capture: whether that was asked for, so that a failure is an error.
+        refusal: why a micro-step could not be captured, known after the first; None where it could, or was not tried.
     """
 
     compiled: Compiled
     captured: bool
     must_capture: bool
+    refusal: str | None = None
 
     @property
     def kernels(self) -> str:
         """What decides the numbers, as checkpoints note it."""
         return NOT_COMPILED if self.compiled is Compiled.NO else COMPILED
+
+    def carried_out(self, call: CapturedCall | None) -> StepExecution:
+        """What came of it, after the last micro-step: what could not be compiled or captured ran as it was.
+
+        Args:
+            call: that was to be captured, if any.
+        """
+        compiled = self.compiled if blocks_were_compiled() else Compiled.NO
+        captured, refusal = (call.captured, call.refusal) if call else (False, None)
+        return replace(self, compiled=compiled, captured=captured, refusal=refusal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return {"compiled": self.compiled is not Compiled.NO, "captured": self.captured, "refusal": self.refusal}
 
     def sentence(self) -> str:
         """In words."""

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
 
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
-from sd3_lora.common.devices import DeviceConfig
-from sd3_lora.common.model_files import ModelConfig
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
-from sd3_lora.gpu.budget import BudgetConfig
-from sd3_lora.training.flow import FlowConfig
 
+WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
 # Flags of diffusers' scripts that are not here, with what to do instead.
@@ -254,6 +252,46 @@ class RunConfig:
     def trackers(self) -> list[str]:
         """report_to as a list."""
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How noise levels are drawn and errors weighted."""
+
+    weighting_scheme: WeightingScheme = field(
+        default="logit_normal",
+        metadata={
+            "help": "logit_normal and mode draw more of the middle noise levels; sigma_sqrt and cosmap weight the "
+            "loss; none does neither."
+        },
+    )
+    logit_mean: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of logit_normal. As in diffusers, whose table of timesteps descends: a positive mean draws LESS "
+            "noise (the opposite of the paper's sign)."
+        },
+    )
+    logit_std: float = field(default=1.0, metadata={"help": "Of logit_normal."})
+    mode_scale: float = field(
+        default=1.29, metadata={"help": "Of mode; in diffusers' descending table, as with --logit_mean."}
+    )
+    precondition_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the error of the predicted picture instead of the velocity's (diffusers' larger script "
+            "does): it multiplies the loss by sigma squared."
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Replaces the shift of the model's own scheduler (3.0 in SD3)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.logit_std < 0:
+            raise ValueError("--logit_std must not be negative")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise ValueError("--timestep_shift must be positive: 3.0 is SD3's own")
 
 
 @dataclass(frozen=True)

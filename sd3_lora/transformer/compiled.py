@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import sys
 
 from diffusers import SD3Transformer2DModel
 
@@ -26,6 +27,17 @@ def compile_blocks(transformer: SD3Transformer2DModel, compiled: Compiled) -> No
 
     # After runs of other shapes in this process kernels would be made for any shape, and in the end none any more.
     _dynamo.reset()
+    _dynamo.utils.counters.clear()
     _dynamo.config.suppress_errors = compiled is not Compiled.ALWAYS
     for block in transformer.transformer_blocks:
         block.compile()
+
+
+def blocks_were_compiled() -> bool:
+    """Whether all was compiled that had to be since `compile_blocks`; torch runs as it is what does not compile."""
+    if "torch._dynamo" not in sys.modules:  # its import costs seconds, and nothing was compiled without it
+        return False
+    from torch._dynamo.utils import counters
+
+    frames = counters["frames"]
+    return 0 < frames["ok"] == frames["total"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import precompute_latents
 from precompute_latents import LatentConfig, decode_ahead, one_late
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.images import BrokenImage, crop_boxes, crop_rgb, open_rgb, to_pixels

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, open_budget
 from sd3_lora.plan import memory_plan
 from sd3_lora.stage_one import text_encoder_plan, vae_tiles
 from sd3_lora.stage_one.images import open_rgb

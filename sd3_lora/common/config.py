@@ -1,0 +1,63 @@
+"""Flags that every script has. Nothing here is heavy to import: a mistyped flag is answered at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model; every script has these flags."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of an SD3 pipeline, such as stabilityai/stable-diffusion-3-medium-diffusers. "
+            "Without it: the bundled miniature."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})
+    variant: str | None = field(default=None, metadata={"help": "Which weight files of the model, such as fp16."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether no model was named, so that the bundled one is meant."""
+        return self.pretrained_model_name_or_path is None
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that name the same model again, for a command in a message."""
+        return {
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "variant": self.variant,
+            "cache_dir": self.cache_dir,
+        }
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where to compute; every script has this flag."""
+
+    device: Literal["auto", "cuda", "cpu"] = field(
+        default="auto", metadata={"help": "auto takes the GPU where there is one."}
+    )
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much memory may be used; every script has these flags."""
+
+    vram_budget_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB of GPU memory to stay under, CUDA's own included. Default: what is free. Without a GPU the "
+            "same plan is made, and nothing is capped."
+        },
+    )
+    plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
+
+    def __post_init__(self) -> None:
+        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
+            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")

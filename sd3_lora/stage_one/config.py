@@ -1,0 +1,109 @@
+"""The flags of stage one. Nothing here is heavy to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sd3_lora.common.defaults import LATENTS_PATH
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """What to embed, how, and where to write it."""
+
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures of the subject; captions beside them (dog.txt for dog.jpg, or metadata.jsonl) "
+            "are embedded too. Default: the folder dog, or examples/robot.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={"aliases": ["--prompt"], "help": "The prompt with the identifier: 'a photo of sks dog'."},
+    )
+    class_prompt: str | None = field(
+        default=None, metadata={"help": "The same without the identifier: 'a photo of a dog'."}
+    )
+    validation_prompt: list[str] = field(
+        default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
+    )
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "Text file with more such prompts, one a line, for inference.py."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
+    )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    max_sequence_length: int = field(default=77, metadata={"help": "T5 tokens of a prompt, 1 to 512."})
+    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
+        default=None,
+        metadata={"help": "Of T5's weights. Default: that of an existing file, else int8 on a GPU, fp32 on a CPU."},
+    )
+    t5_stream: bool = field(
+        default=False, metadata={"help": "Keep one T5 block at a time on the device (fp16 or fp32): the least memory."}
+    )
+    output_path: str = field(default="sample_embeddings.parquet", metadata={"help": "The parquet file to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Which pictures, which crops of them, and where to write."""
+
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures. Default: the folder dog, or examples/robot.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None, metadata={"help": "Only to check that identical pictures have the same caption."}
+    )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
+    alpha_background: Literal["white", "mean"] = field(
+        default="white", metadata={"help": "What shows through transparent pixels: white or the mean colour."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
+    )
+    center_crop: bool = field(default=False, metadata={"help": "One crop, from the centre: the same as --num_crops 1."})
+    num_crops: int = field(
+        default=3,
+        metadata={"help": "Crops of a picture that is not square, evenly spread along its longer side."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Cache the mirrored twin of each crop too."})
+    vae_precision: Literal["fp32", "fp16", "bf16"] | None = field(
+        default=None,
+        metadata={"help": "Of the VAE and of the stored posteriors. Default: that of an existing cache, else fp32."},
+    )
+    vae_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels, and fit."},
+    )
+    vae_tile: str = field(
+        default="auto",
+        metadata={
+            "help": "What the VAE encodes at a time: whole pictures, or overlapping tiles of this side, a multiple of "
+            "32 pixels; the numbers differ a little. auto: whole where that fits, else the largest tile that does."
+        },
+    )
+    output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
+
+    def __post_init__(self) -> None:
+        if self.num_crops < 1 or (self.vae_batch_size is not None and self.vae_batch_size < 1):
+            raise ValueError("--num_crops and --vae_batch_size must be at least 1")
+
+    def batch_size(self, resolution: int) -> int:
+        """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""
+        return self.vae_batch_size or max(1, min(16, (1024 // resolution) ** 2))
+
+    @property
+    def crops(self) -> int:
+        """How many crops of a picture that is not square."""
+        return 1 if self.center_crop else self.num_crops
