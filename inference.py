@@ -38,7 +38,7 @@ from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import denormalize_latents
-from sd3_lora.stage_one.text_encoder_plan import choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, read_asked_tile
@@ -124,9 +124,8 @@ def embed(
     if not missing:
         print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
         return known
-    plan = choose_text_encoder_plan(
-        files, device, budget, length, config.t5_precision, config.t5_stream, prompts=len(missing)
-    )
+    work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
+    plan = choose_text_encoder_plan(files, work, device, budget)
     print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
     return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]

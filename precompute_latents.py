@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
 WRITES_AHEAD = 8  # pictures whose files wait to be written
-CAPTURE_FROM = 16  # pictures: to record the VAE takes as long as three of them, and saves a tenth of each
+CAPTURE_FROM = 16  # pictures: capturing the VAE takes as long as three of them, and saves a tenth of each
 TILES_NOTE = (
     "note: at its borders a tile sees less of the picture, and the latents differ a little from those of the whole; "
     "--overwrite with {} will replace them"
@@ -213,7 +213,7 @@ def encode_missing(
     vae = load_vae(files, cache.wanted.precision, device, tile)
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
     if device.type == "cuda" and len(images) >= CAPTURE_FROM:
-        compute = CapturedCall(compute, device, say=tqdm.write)
+        compute = CapturedCall(compute, device, log=tqdm.write)
     broken: list[BrokenImage] = []
     crops = decode_ahead(images, config, cache, tile.batch_size, threads, broken)
     batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
@@ -364,7 +364,7 @@ def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> li
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     hashes_path = None if is_plan else output_path / NOTES_NAME
-    images, left_out = processes.from_first(
+    images, left_out = processes.from_rank_0(
         lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
     )
     if not is_plan:
@@ -418,10 +418,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         return min(tiles, key=lambda tile: tile.working_bytes)  # of the smallest GPU
 
     tile = choose() if config.overwrite or budget_config.plan else None
-    if not budget_config.plan and processes.is_first:
+    if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
     replacing = tile if config.overwrite else None
-    state = processes.from_first(lambda: inspect_cache(images, config, cache, asked, replacing))
+    state = processes.from_rank_0(lambda: inspect_cache(images, config, cache, asked, replacing))
     print(*state.sentences(cache, asked), sep="\n")
     predicted: dict[str, int] = {}
     if state.missing or budget_config.plan:
@@ -433,7 +433,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
             print(TILES_NOTE.format("a larger --vram_budget_gib" if asked == "auto" else "--vae_tile whole"))
     if budget_config.plan:
         return
-    if processes.is_first:
+    if processes.is_rank_0:
         for path in state.discarded:  # not before the tile that replaces them is known to fit
             cache.remove(path.stem)
     processes.gather(None)  # no process reads a file that is about to be deleted
@@ -443,7 +443,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         with memory_stage("encode pictures", device, reports), one_thread(device):
             count, broken = encode_missing(files, share, config, cache, device, tile, threads)
     count, broken = gather_results(count, broken, config, processes)
-    if not processes.is_first:
+    if not processes.is_rank_0:
         return
     memory = {"predicted_bytes": sum(predicted.values()), "measured_bytes": budget.used_bytes(reports) if budget else 0}
     if state.missing and budget:

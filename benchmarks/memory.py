@@ -295,7 +295,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row["allocated_gib"] = {stage["name"]: round(stage["peak_device_gib"], 3) for stage in stages}
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
-    row["execution"] = re.findall(r"^(?:each micro-step: |not replayed)(.*)$", said, re.MULTILINE)
+    row["execution"] = re.findall(r"^(?:each micro-step: |not captured)(.*)$", said, re.MULTILINE)
     row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
     if len(times) > 2:
         row["step_ms"] = round(1000 * statistics.median(after - before for before, after in pairwise(times)), 1)

@@ -200,7 +200,7 @@ def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, devic
     if code:
         return {"failed": said.getvalue().splitlines()[-1:]}
     how = [
-        line for line in said.getvalue().splitlines() if line.startswith(("plan", "each micro-step", "not replayed"))
+        line for line in said.getvalue().splitlines() if line.startswith(("plan", "each micro-step", "not captured"))
     ]
     return {**clock.report(), "said": how}
 

@@ -87,60 +87,82 @@ class TextEncoderPlan:
         return max(parts, clips, key=lambda found: sum(found.values()))
 
 
+@dataclass(frozen=True)
+class TextWork:
+    """What the text encoders are to do, and what the user asked for.
+
+    Attributes:
+        max_sequence_length: T5 tokens of a prompt.
+        t5_precision: `--t5_precision`; None for the default: `existing_precision`, else int8 on a GPU and fp32 on a
+            CPU, and fp16 where T5 is streamed.
+        t5_stream: `--t5_stream`.
+        existing_precision: T5's in an embeddings file that is kept; None without such a file.
+        prompts: the most that are encoded together; the hidden states of a streamed T5 stay on a GPU if they fit.
+    """
+
+    max_sequence_length: int
+    t5_precision: T5Precision | None = None
+    t5_stream: bool = False
+    existing_precision: str | None = None
+    prompts: int = 0
+
+    def precision_on(self, device: torch.device) -> Any:
+        """T5's precision on a device.
+
+        Raises:
+            UserError: a quantized T5 cannot be streamed.
+        """
+        default = "fp16" if self.t5_stream else "int8" if device.type == "cuda" else "fp32"
+        precision = self.t5_precision or self.existing_precision or default
+        if self.t5_stream and precision in ("int8", "nf4"):
+            raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
+        return precision
+
+
 def choose_text_encoder_plan(
     files: ModelFiles,
+    work: TextWork,
     device: torch.device,
     budget: DeviceBudget | None,
-    max_sequence_length: int,
-    asked: T5Precision | None,
-    stream: bool,
-    kept: str | None = None,
-    prompts: int = 0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> TextEncoderPlan:
     """The plan that was asked for, or the default, made to fit the device.
 
-    As many prompts go through at a time as fit: on a GPU up to 32, else 8, and where a streamed T5 has too little
-    room for these 4, 2 or 1.
+    As many prompts are encoded together as fit: on a GPU up to 32, else 8. A streamed T5 with too little room for 8
+    takes 4, 2 or 1.
 
     Args:
         files: the model.
+        work: what is to be done.
         device: where to run.
         budget: what may be used of the device; None, on a CPU alone, for the memory that is available.
-        max_sequence_length: T5 tokens.
-        asked: `--t5_precision`, None for the default: the `kept` one, else int8 on a GPU and fp32 on a CPU.
-        stream: `--t5_stream`.
-        kept: the precision of an embeddings file that exists already.
-        prompts: the most that are encoded together; those of a streamed T5 stay on a GPU if they fit.
-        say: told why the plan differs from the default.
+        log: gets a line where the plan differs from the default.
 
     Raises:
         UserError: a quantized T5 cannot be streamed; a length that T5 was not trained for; a budget that not even
             streaming fits.
     """
-    if not 1 <= max_sequence_length <= 512:
-        raise UserError(f"--max_sequence_length {max_sequence_length} is not between 1 and 512: type 77 or 256")
-    precision: Any = asked or kept or ("fp16" if stream else "int8" if device.type == "cuda" else "fp32")
-    if stream and precision in ("int8", "nf4"):
-        raise UserError(f"--t5_stream reads fp16 or fp32 weights, not {precision}: add --t5_precision fp16")
-    plan = TextEncoderPlan(precision, stream, max_sequence_length, device)
+    if not 1 <= work.max_sequence_length <= 512:
+        raise UserError(f"--max_sequence_length {work.max_sequence_length} is not between 1 and 512: type 77 or 256")
+    precision = work.precision_on(device)
+    plan = TextEncoderPlan(precision, work.t5_stream, work.max_sequence_length, device)
     free = budget.tensor_bytes if budget else psutil.virtual_memory().available
-    if not stream:
-        for candidate in (_in_large_batches(plan, prompts), plan):
+    if not work.t5_stream:
+        for candidate in (_in_large_batches(plan, work.prompts), plan):
             needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
             if needed <= free:
                 return candidate
-        shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are left for it"
+        shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
         if precision == "nf4":
             raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
         if precision == "int8":
             exact: T5Precision = "fp16" if device.type == "cuda" else "fp32"
-            say(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
+            log(f"{shortage}: streaming it in {exact}, one block at a time (--t5_stream)")
             plan = replace(plan, t5_precision=exact, t5_stream=True)
-        else:  # the same numbers; also what goes on with a file that was streamed before
-            say(f"{shortage}: streaming it, one block at a time (--t5_stream)")
+        else:  # the same numbers; also what continues a file that a streamed T5 began
+            log(f"{shortage}: streaming it, one block at a time (--t5_stream)")
             plan = replace(plan, t5_stream=True)
-    return _within(plan, files, budget, prompts) if budget else plan
+    return _within(plan, files, budget, work.prompts) if budget else plan
 
 
 def _in_large_batches(plan: TextEncoderPlan, prompts: int) -> TextEncoderPlan:

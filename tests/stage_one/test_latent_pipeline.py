@@ -250,7 +250,7 @@ def test_a_gpu_gives_the_same_recorded_and_not(
         words = ["--device", "cuda", "--vae_batch_size", 5, "--vae_precision", precision]
         said = run(*words, "--output_path", tmp_path / name)
         assert "wrote 12 crops" in said.out
-        assert "not replayed" not in said.out
+        assert "not captured" not in said.out
         found.append({path.name: load_file(path) for path in sorted((tmp_path / name).glob("*.safetensors"))})
     recorded, plain = found
     assert len(recorded) == 12
