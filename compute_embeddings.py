@@ -8,33 +8,42 @@ stage ever loads T5's 4.8 billion parameters.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import EmbeddingConfig
+
+COMMAND_LINE = CommandLine(
+    "compute_embeddings.py",
+    __doc__,
+    (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sd3_lora.common.command_line import (
     UserError,
     command,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
-    save_run,
 )
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
 from sd3_lora.common.devices import planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.text_encoder_plan import (
@@ -73,6 +82,13 @@ def collect_prompts(
     for image in images:
         image_ids.setdefault(image.prompt, []).append(image.image_id)
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
+
+
+def print_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> None:
+    """Prints how the word that stands for the subject tokenizes."""
+    identifier = report_identifier(files, instance_prompt, class_prompt)
+    for line in identifier.sentences() if identifier else ():
+        print(line)
 
 
 def read_existing(path: Path, overwrite: bool) -> Provenance | None:
@@ -172,10 +188,29 @@ def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
             raise
 
 
+def facts_of(
+    files: ModelFiles,
+    plan: TextEncoderPlan,
+    predicted: dict[str, int],
+    images: Sequence[InstanceImage],
+    processes: Processes,
+) -> RunFacts:
+    """What the run works on, and how, for its record."""
+    return RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=plan.t5_precision,
+        processes=processes.count,
+        plan={**asdict(plan), "parts": predicted},
+        prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
+        max_sequence_length=plan.max_sequence_length,
+    )
+
+
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    groups = (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig)
-    configs = parse_flags(groups, argv, "compute_embeddings.py", __doc__.splitlines()[0])
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("compute_embeddings.py")
@@ -192,9 +227,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         require_writable_folder(output_path.absolute().parent)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
     roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
-    identifier = report_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
-    for line in identifier.sentences() if identifier else ():
-        print(line)
+    print_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
 
     existing = read_existing(output_path, config.overwrite)
     work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))
@@ -226,10 +259,12 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not processes.is_rank_0:
         return
     parts.remove()
-    memory = {"predicted_bytes": sum(predicted.values()), "measured_bytes": budget.used_bytes(reports) if budget else 0}
+    measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
-        print(compared(**memory))
-    save_run(output_path.with_suffix(".json"), configs, reports, wrote=str(output_path), **memory)
+        print(compared(sum(predicted.values()), measured))
+    facts = replace(facts_of(files, plan, predicted, images, processes), trigger=instance_prompt)
+    results = RunResults(str(output_path), reports, measured)
+    RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
     print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
     print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
 

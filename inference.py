@@ -8,32 +8,45 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.drawing.config import InferenceConfig
+
+COMMAND_LINE = CommandLine(
+    "inference.py",
+    __doc__,
+    (InferenceConfig, BaseFlags, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import (
     UserError,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
-    save_run,
 )
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import InferenceConfig
 from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget, sentence
+from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
@@ -245,8 +258,7 @@ def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFil
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    groups = (InferenceConfig, BaseFlags, ModelConfig, DeviceConfig, BudgetConfig)
-    configs = parse_flags(groups, argv, "inference.py", __doc__.splitlines()[0])
+    configs = COMMAND_LINE.parse(argv)
     config, base, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("inference.py")
@@ -314,12 +326,24 @@ def run(argv: Sequence[str] | None) -> None:
             decode_and_save(vae, to_draw, latents)
             del vae
 
-    memory: dict[str, Any] = {}
-    if budget and to_draw:  # of the last two stages: what encoding took, it has told
-        predicted = max(plan.forecast.peak_bytes, sum(tile.predicted_parts(budget).values()))
-        memory = {"predicted_bytes": predicted, "measured_bytes": budget.used_bytes(reports[-2:])}
-        print(compared(predicted, memory["measured_bytes"]))
-    save_run(outdir / "run.json", configs, reports, **memory, wrote=f"{len(to_draw)} pictures in {outdir}")
+    forecast, measured = plan.forecast, 0
+    if budget:
+        forecast = replace(forecast, phases=(*forecast.phases, Phase("decode", tile.predicted_parts(budget))))
+    if budget and to_draw:  # of the last two stages: that of encoding is printed before
+        measured = budget.used_bytes(reports[-2:])
+        print(compared(forecast.peak_bytes, measured))
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=chosen.name,
+        plan=replace(plan, forecast=forecast).to_dict() if to_draw else {},
+        prompts=tuple(prompts[:MOST_PROMPTS]),
+        max_sequence_length=length,
+        seed=config.seed,
+    )
+    results = RunResults(f"{len(to_draw)} pictures in {outdir}", reports, measured)
+    RunRecord(configs, facts).save(outdir / "run.json", results)
     print(f"wrote {len(to_draw)} pictures to {outdir}")
 
 

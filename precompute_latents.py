@@ -8,29 +8,40 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import LatentConfig
+
+COMMAND_LINE = CommandLine(
+    "precompute_latents.py",
+    __doc__,
+    (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import itertools
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import one_thread
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
@@ -394,9 +405,7 @@ def gather_results(
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = parse_flags(
-        (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
-    )
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("precompute_latents.py")
@@ -445,13 +454,30 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     count, broken = gather_results(count, broken, config, processes)
     if not processes.is_rank_0:
         return
-    memory = {"predicted_bytes": sum(predicted.values()), "measured_bytes": budget.used_bytes(reports) if budget else 0}
+    measured = budget.used_bytes(reports) if budget else 0
     if state.missing and budget:
-        print(compared(**memory))
-    save_run(cache.folder / "run.json", configs, reports, wrote=f"{count} crops in {cache.folder}", **memory)
+        print(compared(sum(predicted.values()), measured))
+    facts = facts_of(files, cache, tile, predicted, processes)
+    results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
+    RunRecord(configs, facts).save(cache.folder / "run.json", results)
     print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
     require_whole(broken, len(images), config)
     print("next: " + next_command(config, model))
+
+
+def facts_of(
+    files: ModelFiles, cache: LatentCache, tile: VaeTile | None, predicted: dict[str, int], processes: Processes
+) -> RunFacts:
+    """What the run works on, and how, for its record."""
+    return RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=cache.wanted.precision,
+        processes=processes.count,
+        plan={**(asdict(tile) if tile else {}), "parts": predicted},
+        resolution=cache.resolution,
+    )
 
 
 def next_command(config: LatentConfig, model: ModelConfig) -> str:

@@ -8,6 +8,19 @@ memory here.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
+
+COMMAND_LINE = CommandLine(
+    "train_dreambooth_sd3_lora_miniature.py",
+    __doc__,
+    tuple(TrainingFlags.classes()),
+    REFUSED_FLAGS,
+    HARMLESS_FLAGS,
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import os
 import random
@@ -20,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
@@ -291,18 +304,17 @@ def load_training(
     )
 
 
-def make_plan(
-    flags: TrainingFlags,
-    files: ModelFiles,
-    latent_size: tuple[int, int],
-    dtype: torch.dtype,
-    budget: DeviceBudget | None,
-    accelerator: Accelerator,
-) -> Plan:
-    """What is kept where: the fastest that fits the budget, or all on the device where there is none."""
+def training_task(
+    flags: TrainingFlags, files: ModelFiles, latent_size: tuple[int, int], dtype: torch.dtype, processes: int
+) -> TrainingTask:
+    """What is to be planned.
+
+    Raises:
+        UserError: flags that cannot be obeyed.
+    """
     blocks, lora = files.read_config("transformer")["num_layers"], flags.lora
     asked = AskedPlacement.of(flags.base, flags.step, blocks)
-    asked.check(blocks, accelerator.num_processes)
+    asked.check(blocks, processes)
     shape = StepShape(
         flags.run.train_batch_size,
         latent_size,
@@ -314,12 +326,14 @@ def make_plan(
         dtype,
         bytes_per_parameter(flags.optimizer, dtype),
     )
-    task = TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, accelerator.num_processes == 1)
+    return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
+
+
+def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
+    """What is kept where: the fastest that fits the budget, or all on the device where there is none."""
     # Rank 0's GPU decides: all are to compute with the same numbers.
-    plan = [plan_training(task, budget) if budget else Plan(plain_placement(files, asked), Forecast())]
+    plan = [plan_training(task, budget) if budget else Plan(plain_placement(task.files, task.asked), Forecast())]
     broadcast_object_list(plan)
-    if flags.step.gradient_checkpointing:
-        accelerator.print(recompute_note(task, budget))
     return plan[0]
 
 
@@ -366,7 +380,7 @@ def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    flags = TrainingFlags(*parse_flags(TrainingFlags.classes(), argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS))
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
@@ -383,8 +397,11 @@ def run(argv: Sequence[str] | None) -> None:
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
     latent_size = files.latent_size(resolution)
-    plan = make_plan(flags, files, latent_size, chosen.dtype, budget, accelerator)
+    task = training_task(flags, files, latent_size, chosen.dtype, accelerator.num_processes)
+    plan = make_plan(task, budget)
     say(f"plan: {plan.sentence()}")
+    if flags.step.gradient_checkpointing:
+        say(recompute_note(task, budget))
     if budget:
         say(f"predicted peak: {plan.forecast.largest.sentence()}")
     if flags.budget.plan:

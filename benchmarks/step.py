@@ -41,6 +41,7 @@ import torch
 from evaluate import VERSIONS, circumstances
 from memory import PROMPT, fabricate_stage_one, model_folder
 from PIL import Image
+from placements import placement_of
 from timed_peer import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -193,16 +194,14 @@ def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, devic
     script = importlib.import_module(TRAIN)
     embeddings, latents = fabricate_stage_one(model, case.resolution)
     words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
-    said, refused = io.StringIO(), io.StringIO()
-    redirected = contextlib.redirect_stdout(said), contextlib.redirect_stderr(refused)
+    refused = io.StringIO()
+    redirected = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refused)
     with counted_steps(script, warm, steps) as clock, redirected[0], redirected[1]:
         code = script.main([str(word) for word in (*words, "--device", device, *case.flags)])
     if code:
-        return {"failed": said.getvalue().splitlines()[-1:]}
-    how = [
-        line for line in said.getvalue().splitlines() if line.startswith(("plan", "each micro-step", "not captured"))
-    ]
-    return {**clock.report(), "said": how}
+        return {"failed": refused.getvalue().strip().splitlines()[-1:]}
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    return {**clock.report(), "placement": placement_of(record["plan"]), "execution": record["execution"]}
 
 
 def peer_words(case: Case, model: Path) -> list[object]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sd3_lora.common.command_line import WrongFlags
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -59,5 +61,5 @@ class BudgetConfig:
     plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
 
     def __post_init__(self) -> None:
-        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
-            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")
+        if self.vram_budget_gib is not None and not self.vram_budget_gib > 0:
+            raise WrongFlags([f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8"])

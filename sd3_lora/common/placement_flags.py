@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
+
+from sd3_lora.common.command_line import require_right
 
 AskedPrecision = Literal["16bit", "nf4", "auto"]
 AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
@@ -17,17 +20,16 @@ def is_on(switch: str) -> bool | None:
     return _SWITCHES[switch]
 
 
-def number_or_auto(flag: str, value: str, least: int) -> int | None:
-    """The number behind a flag; None for auto.
-
-    Raises:
-        ValueError: neither.
-    """
-    if value == "auto":
+def wrong_number(flag: str, value: str, least: int) -> str | None:
+    """What is wrong with a flag that takes a number or auto; None where nothing is."""
+    if value == "auto" or (value.isdecimal() and int(value) >= least):
         return None
-    if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"--{flag} {value} is neither auto nor a whole number from {least} on")
-    return int(value)
+    return f"--{flag} {value} is neither auto nor a whole number from {least} on"
+
+
+def number_or_auto(value: str) -> int | None:
+    """The number that a flag has; None for auto."""
+    return None if value == "auto" else int(value)
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,24 @@ class BaseFlags:
     )
 
     def __post_init__(self) -> None:
-        number_or_auto("stream_blocks", self.stream_blocks, 0)
-        number_or_auto("stream_buffers", self.stream_buffers, 2)
+        require_right(
+            fault
+            for fault in (
+                wrong_number("stream_blocks", self.stream_blocks, 0),
+                wrong_number("stream_buffers", self.stream_buffers, 2),
+            )
+            if fault
+        )
 
     @property
     def streamed(self) -> int | None:
         """stream_blocks as a number; None for auto."""
-        return number_or_auto("stream_blocks", self.stream_blocks, 0)
+        return number_or_auto(self.stream_blocks)
 
     @property
     def buffers(self) -> int | None:
         """stream_buffers as a number; None for auto."""
-        return number_or_auto("stream_buffers", self.stream_buffers, 2)
+        return number_or_auto(self.stream_buffers)
 
 
 @dataclass(frozen=True)
@@ -130,18 +138,23 @@ class StepFlags:
     )
 
     def __post_init__(self) -> None:
-        recomputed = number_or_auto("recompute_blocks", self.recompute_blocks, 0)
-        if self.gradient_checkpointing and recomputed is not None:
-            raise ValueError(
-                f"--gradient_checkpointing recomputes all blocks, and --recompute_blocks {recomputed} so many: "
-                "leave one out"
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        fault = wrong_number("recompute_blocks", self.recompute_blocks, 0)
+        if fault:
+            yield fault
+        elif self.gradient_checkpointing and self.recompute_blocks != "auto":
+            yield (
+                f"--gradient_checkpointing recomputes all blocks, and --recompute_blocks {self.recompute_blocks} so "
+                "many: leave one out"
             )
         if self.compile == "graph" and self.capture == "off":
-            raise ValueError("--compile graph captures a CUDA graph, and --capture off does not: leave one out")
+            yield "--compile graph captures a CUDA graph, and --capture off does not: leave one out"
 
     def recomputed(self, blocks: int) -> int | None:
         """How many blocks are to be recomputed of so many; None for auto."""
-        return blocks if self.gradient_checkpointing else number_or_auto("recompute_blocks", self.recompute_blocks, 0)
+        return blocks if self.gradient_checkpointing else number_or_auto(self.recompute_blocks)
 
     @property
     def must_compile(self) -> bool | None:

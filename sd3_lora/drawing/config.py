@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sd3_lora.common.command_line import less_than_one, require_right
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
 
 
@@ -59,8 +61,11 @@ class InferenceConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(self, "num_images", "num_steps", "batch_size", "height", "width")
+        if self.seed < 0:
+            yield f"--seed {self.seed} must be at least 0"
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
-            raise ValueError(f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each")
+            yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"

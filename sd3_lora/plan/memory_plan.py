@@ -22,11 +22,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
-from sd3_lora.gpu.budget import DeviceBudget, enough_gib
+from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan.step_memory import DenoisingShape, Step, StepMemory, StepShape, simulate_denoising, simulate_step
@@ -147,9 +146,10 @@ def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
         remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
     fixed = f" with {asked.typed}" if asked.typed else ""
     leave = f", or leave out {asked.typed}" if asked.typed else ""
-    raise UserError(
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little, training takes at least "
-        f"{smallest} GiB here{fixed}: {remedy}, or lower --resolution or --train_batch_size{leave}"
+        f"{smallest} GiB here{fixed}: {remedy}, or lower --resolution or --train_batch_size{leave}",
+        smallest_bytes,
     )
 
 
@@ -302,9 +302,11 @@ def plan_denoising(
         return chosen
     smallest = enough_gib(smallest_bytes)
     leave = f", or leave out {asked.typed}" if asked.typed else ""
-    raise UserError(
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
-        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size{leave}"
+        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or "
+        f"--batch_size{leave}",
+        smallest_bytes,
     )
 
 

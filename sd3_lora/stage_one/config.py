@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sd3_lora.common.command_line import less_than_one, require_right
 from sd3_lora.common.defaults import LATENTS_PATH
 
 
@@ -96,8 +97,7 @@ class LatentConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        if self.num_crops < 1 or (self.vae_batch_size is not None and self.vae_batch_size < 1):
-            raise ValueError("--num_crops and --vae_batch_size must be at least 1")
+        require_right(less_than_one(self, "num_crops", "vae_batch_size", "resolution"))
 
     def batch_size(self, resolution: int) -> int:
         """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""

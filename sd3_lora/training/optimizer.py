@@ -36,6 +36,7 @@ def make_optimizer(config: OptimizerConfig, trainables: Trainables, steps: int) 
     """
     groups = trainables.for_optimizer()
     options: dict[str, Any] = {
+        "lr": groups[0]["lr"],  # the polynomial schedule reads the optimizer's, not the groups'
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
