@@ -1,7 +1,7 @@
-"""How the three text encoders run on a device, and what they take there.
+"""How the three text encoders run on a device, and how much of its memory they need.
 
-By precision, whole or streamed, so many prompts at a time: what was asked for, made to fit the budget, and as fast as
-that allows.
+A plan has a precision, T5 whole or streamed, and a number of prompts in one forward. It is what the user asked for, as
+fast as the budget allows.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
-BATCH_SIZE = 8  # prompts in one forward of T5: with 77 tokens each they keep even a large GPU busy
-# But a host that takes 30 µs to start a kernel does not keep up with it: where there is room, fewer and larger batches.
+BATCH_SIZE = 8  # prompts in one forward of T5: enough to keep even a large GPU busy
+# A host that needs 30 µs to launch a kernel is slower than the GPU: where there is memory, fewer and larger batches.
 LARGE_BATCH_SIZE = 32
-# The CLIPs are small for a GPU, and a streamed one is copied to it whole for each batch: so many times as many prompts
-# as T5 takes, up to 32. Those, and CLIP-G's hidden states, which are all kept, still take less than T5 does.
+# A CLIP is small for a GPU, and a streamed CLIP is copied to it once for each batch: it takes so many times T5's batch,
+# up to 32 prompts. Their hidden states, which are all kept, still need less memory than T5.
 CLIP_BATCHES = 4
 CLIP_BATCH_SIZE = CLIP_BATCHES * BATCH_SIZE
-# cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and what the allocator's pages leave unused.
+# cuBLAS' workspace (32 MiB on Hopper, 8 MiB before), and unused parts of the allocator's pages.
 _MARGIN_BYTES = 80 * 1024**2
 # An H100 held 0.54 GiB beside streamed weights for 8 prompts of 256 tokens, where 0.28 were simulated.
 _KERNELS_SHARE = 2
-# Beside encoders that are resident also what the conversion of one weight takes for a moment, and leaves unused: an
+# While resident encoders are loaded, the conversion of a weight needs temporary memory, which the allocator keeps: an
 # H100 held 0.44 GiB beside T5's weights in int8.
 _LOADING_BYTES = 7 * GIB // 20
 
@@ -46,15 +46,15 @@ class TextEncoderPlan:
 
     Attributes:
         t5_precision: of T5's weights; fp16 keeps the `wo` projections in fp32, where its activations overflow fp16.
-        t5_stream: whether half a block of T5 is on the device at a time, and one layer of the CLIPs.
+        t5_stream: whether the encoders are streamed: half a block of T5 on the device at a time, one layer of a CLIP.
         max_sequence_length: T5 tokens, 1 to 512.
         device: where they run.
-        batch_size: prompts in one forward of T5. Kernels round differently for another one (by 1e-6), so the answers
-            are those of resident encoders with the same; the last batch has always been smaller.
-        kept_prompts: of so many prompts a streamed T5's hidden states stay on the device from half block to half block,
-            instead of going to the host and back; 0 for none.
-        whole_clips: whether the CLIPs are on the device whole though T5 is streamed; else they come again for each
-            batch.
+        batch_size: prompts in one forward of T5. With another size kernels round differently (by 1e-6), so streamed and
+            resident embeddings are equal only for equal sizes.
+        kept_prompts: a streamed T5's hidden states of so many prompts stay on the device between half blocks, instead
+            of being offloaded to the host; 0 for none.
+        whole_clips: whether the CLIPs are on the device whole although T5 is streamed; else they are streamed again
+            for each batch.
     """
 
     t5_precision: T5Precision
@@ -76,7 +76,7 @@ class TextEncoderPlan:
         return torch.float32 if self.t5_precision == "fp32" or self.device.type == "cpu" else torch.float16
 
     def predicted_parts(self, files: ModelFiles, budget: DeviceBudget) -> dict[str, int]:
-        """The parts of the peak, in bytes: CUDA's own, the largest that is resident of an encoder, and the rest."""
+        """Bytes of each part of the predicted peak: CUDA's own, the largest resident weights, and working memory."""
         cuda = {"CUDA": budget.context_bytes}
         parts = cuda | {"text encoder": encoder_bytes(files, self), "working memory": working_bytes(files, self)}
         if self.kept_prompts:
@@ -84,7 +84,7 @@ class TextEncoderPlan:
         if not self.whole_clips:
             return parts
         clips = cuda | {"text encoder": clip_bytes(files, self), "working memory": clip_working_bytes(files, self)}
-        return max(parts, clips, key=lambda found: sum(found.values()))
+        return max(parts, clips, key=lambda each: sum(each.values()))
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def choose_text_encoder_plan(
 
 
 def _in_large_batches(plan: TextEncoderPlan, prompts: int) -> TextEncoderPlan:
-    """The plan for so many prompts, for a device that has room; a CPU gains nothing by it."""
+    """The plan with as large batches as so many prompts fill; a CPU gains nothing by them."""
     size = min(LARGE_BATCH_SIZE, -(-prompts // BATCH_SIZE) * BATCH_SIZE)
     return replace(plan, batch_size=size) if size > BATCH_SIZE and plan.device.type == "cuda" else plan
 
@@ -186,29 +186,29 @@ def _within(plan: TextEncoderPlan, files: ModelFiles, budget: DeviceBudget, prom
             raise too_small(f"T5 in {describe_t5(plan)}", peak(plan))
         plan = replace(plan, batch_size=plan.batch_size // 2)
     if plan.device.type == "cuda" and plan.batch_size == BATCH_SIZE:
-        # What saves time, the most of it first. Of few prompts a CLIP comes to the device once either way.
+        # By the time that they save. With few prompts a CLIP is copied to the device once in any case.
         for faster in (
             lambda plan: replace(plan, kept_prompts=prompts),
             lambda plan: replace(plan, whole_clips=prompts > CLIP_BATCH_SIZE),
             lambda plan: _in_large_batches(plan, prompts),
         ):
             candidate = faster(plan)
-            if candidate != plan and peak(candidate) <= budget.total_bytes:  # a peak is simulated
+            if candidate != plan and peak(candidate) <= budget.total_bytes:  # only now: simulating a peak takes time
                 plan = candidate
     return plan
 
 
 def hidden_bytes(files: ModelFiles, plan: TextEncoderPlan, prompts: int) -> int:
-    """What so many prompts' hidden states take between T5's halves: float32 after the first `wo`."""
+    """Bytes of so many prompts' hidden states between T5's halves: float32 after the first `wo`."""
     width = files.read_config("text_encoder_3")["d_model"]
     return prompts * plan.max_sequence_length * width * torch.float32.itemsize
 
 
 def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
-    """The most weights that are on the device at once, from the shapes in the files' headers.
+    """Bytes of the most weights that are on the device at once, from the shapes in the files' headers.
 
-    Of encoders that are resident, the largest encoder; of streamed ones, T5's largest half block or a CLIP's largest
-    matrix. A streamed T5's are larger than any matrix of CLIPs that come whole.
+    - Resident: the largest encoder.
+    - Streamed: T5's largest half block, or a CLIP's largest matrix.
     """
     if plan.t5_stream:
         t5 = half_bytes(empty_t5(files, DTYPES[plan.t5_precision]).block)
@@ -217,33 +217,33 @@ def encoder_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 
 def clip_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
-    """The larger CLIP's weights."""
+    """Bytes of the larger CLIP's weights."""
     return max(sum(sizes) for sizes in _clip_sizes(files, plan))
 
 
 def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
-    """For each CLIP, what each of its weights takes, from the shapes in the files' headers."""
-    found = []
+    """Bytes of each weight of each CLIP, from the shapes in the files' headers."""
+    sizes = []
     for component in ("text_encoder", "text_encoder_2"):
         files.component(component)
         with TensorFiles(files.weight_files(component)) as weights:
-            found.append([plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()])
-    return found
+            sizes.append([plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()])
+    return sizes
 
 
 def clip_working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
-    """What a batch takes beside the larger CLIP's weights: every layer's hidden states, and its way through one."""
+    """Bytes of a batch beside the larger CLIP's weights: every layer's hidden states, and the work of one layer."""
     config = CLIPTextConfig.from_dict(files.read_config("text_encoder_2"))
     tokens = plan.clip_batch_size * config.max_position_embeddings
     states = tokens * config.hidden_size * plan.clip_dtype.itemsize
-    # Within a layer: what came in and its norm; queries, keys, values, and what attention makes of them; then twice
-    # as wide as the layer is inside, before and after the activation, which has one more of them while it computes.
+    # Within a layer: its input and the norm of it; queries, keys, values and attention's output. Then the wider tensors
+    # of the feed-forward, before and after the activation, and one more while the activation computes.
     inside = 6 * states + 3 * tokens * config.intermediate_size * plan.clip_dtype.itemsize
     return (config.num_hidden_layers + 1) * states + inside + _MARGIN_BYTES + _LOADING_BYTES
 
 
 def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
-    """What a batch takes beside the weights: its way through one of T5's blocks, simulated; the CLIPs are smaller."""
+    """Bytes of a batch beside the weights: one of T5's blocks, simulated. The CLIPs need less."""
     dtype = torch.float32 if plan.t5_precision == "fp32" else torch.float16
     encoder = empty_t5(files, dtype)
     width = files.read_config("text_encoder_3")["d_model"]
@@ -257,7 +257,7 @@ def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 
 def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
-    """T5's encoder without weights, in the dtypes that it is loaded in."""
+    """T5's encoder on the meta device, in the dtypes in which it is loaded."""
     files.component("text_encoder_3")  # downloaded now, if need be
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
@@ -266,14 +266,14 @@ def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
 
 
 def t5_device_bytes(files: ModelFiles, precision: str) -> int:
-    """What T5's weights take on the device, from the shapes in its files' headers."""
+    """Bytes of T5's weights on the device, from the shapes in its files' headers."""
     return sum(_t5_tensor_bytes(files, precision).values())
 
 
 def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
-    """By name, what each of T5's weights takes on the device."""
+    """Bytes of each of T5's weights on the device, by name."""
     per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
-    files.component("text_encoder_3")  # downloaded now, if need be: without its files nothing would seem to fit
+    files.component("text_encoder_3")  # downloads the files if need be: without them nothing could be predicted
     sizes = {}
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
         for key, shape in weights.shapes().items():
@@ -288,7 +288,7 @@ def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
 
 
 def describe_t5(plan: TextEncoderPlan) -> str:
-    """The precision, and whether streamed, in words."""
+    """The precision, and how T5 is streamed: "fp16, one block at a time"."""
     if not plan.t5_stream:
         return plan.t5_precision
     few = f", {plan.batch_size} prompt{'s'[: plan.batch_size - 1]} at a time" if plan.batch_size < BATCH_SIZE else ""

@@ -1,8 +1,8 @@
-"""How large a piece of a picture the VAE takes at a time.
+"""How much of a picture the VAE encodes or decodes at a time.
 
-Beside its weights the VAE takes memory in proportion to the pixels that pass through it together: its widest feature
-maps have a picture's own resolution. Where a whole picture does not fit, it goes in overlapping tiles, which diffusers
-cuts and blends; their borders see less of the picture, so that the numbers differ a little from those of the whole.
+Beside its weights the VAE needs memory in proportion to the pixels of one forward: its widest feature maps have the
+picture's own resolution. A picture that does not fit whole is cut into overlapping tiles, which diffusers blends. A
+tile's border sees less of the picture, so the numbers differ a little from those of the whole picture.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ AskedTile = int | Literal["auto", "whole"]
 # tiles (`benchmarks/stages.py encoders decoders`).
 WORKING_GIB = {"encode": (2.9, 1.6), "decode": (4.1, 2.2)}
 MEASURED_WIDTH = 128  # channels of the full model's feature maps at a picture's own resolution
-# A tile is 3/4 apart from the next: in all, tiles have 16/9 of a picture's pixels. They wait beside it and beside the
-# rows that are put together of them.
+# Neighbouring tiles begin 3/4 of a side apart, so all tiles together have 16/9 of a picture's pixels. They stay on the
+# device beside the picture and beside the rows that they are joined to.
 PICTURES_BESIDE_TILES = 4
-# All are multiples of 32, so that 3/4 and 1/4 of each are whole numbers of latents of 8 pixels.
+# Multiples of four latents of SD3's VAE, so that 3/4 and 1/4 of a side are whole numbers of latents.
 SIDES_PX = (768, 512, 384, 256, 192, 128)
 
 
 @dataclass(frozen=True)
 class VaeTile:
-    """What the VAE takes at a time, and the memory that this takes.
+    """What the VAE computes in one forward, and the memory for it.
 
     Attributes:
-        side_px: of a tile; None for the whole picture.
+        side_px: of a tile, in pixels; None for the whole picture.
         batch_size: pictures in one forward.
-        weight_bytes: of the VAE.
+        weight_bytes: of the VAE's weights.
         working_bytes: of feature maps and workspaces.
     """
 
@@ -54,14 +54,14 @@ class VaeTile:
     working_bytes: int
 
     def apply(self, vae: AutoencoderKL) -> None:
-        """Has the VAE encode and decode in such tiles; does nothing for the whole picture."""
+        """Sets the VAE to encode and decode in such tiles; does nothing for the whole picture."""
         if self.side_px is not None:
             vae.enable_tiling()
             vae.tile_sample_min_size = self.side_px
             vae.tile_latent_min_size = self.side_px // 2 ** (len(vae.config.block_out_channels) - 1)
 
     def predicted_parts(self, budget: DeviceBudget) -> dict[str, int]:
-        """The parts of the peak, in bytes."""
+        """Bytes of each part of the predicted peak."""
         return {"CUDA": budget.context_bytes, "VAE": self.weight_bytes, "working memory": self.working_bytes}
 
     def describe(self) -> str:
