@@ -1,7 +1,7 @@
 """Stage one, text: prompts → embeddings.parquet.
 
-Loads the three text encoders of SD3 one at a time, writes what they say of every prompt, and frees them, so that
-no later stage ever loads T5's 4.8 billion parameters.
+Loads the three text encoders of SD3 one at a time, writes every prompt's embedding, and frees them, so that no later
+stage ever loads T5's 4.8 billion parameters.
 
     python compute_embeddings.py --instance_data_dir dog --instance_prompt "a photo of sks dog"
 """
@@ -35,7 +35,6 @@ from sd3_lora.common.command_line import (
     read_text_lines,
     require_writable_folder,
 )
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
 from sd3_lora.common.devices import planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
@@ -45,10 +44,15 @@ from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunRes
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, with_uses, write_embeddings
-from sd3_lora.stage_one.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan, choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoder_plan import (
+    CLIP_BATCH_SIZE,
+    TextEncoderPlan,
+    TextWork,
+    choose_text_encoder_plan,
+    describe_t5,
+)
 from sd3_lora.stage_one.text_encoders import encode_prompts, report_identifier
 
 from tqdm import tqdm
@@ -80,24 +84,53 @@ def collect_prompts(
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
 
 
+def print_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> None:
+    """Prints how the word that stands for the subject tokenizes."""
+    identifier = report_identifier(files, instance_prompt, class_prompt)
+    for line in identifier.sentences() if identifier else ():
+        print(line)
+
+
 def read_existing(path: Path, overwrite: bool) -> Provenance | None:
-    """The provenance of an embeddings file that is there already and is to be kept."""
+    """The provenance of an existing embeddings file that is to be kept; None where there is none."""
     if not path.exists() or (overwrite and not path.is_dir()):
         return None
     with EmbeddingStore(path) as store:
         return store.provenance
 
 
+def require_same(existing: Provenance | None, wanted: Provenance, path: Path) -> None:
+    """Refuses to add to a file that was made with other settings.
+
+    Raises:
+        UserError: it was.
+    """
+    difference = existing.difference(wanted, "max_sequence_length") if existing else None
+    if difference:
+        raise UserError(
+            f"{path} was made with {difference}: add --overwrite to replace it, or give another --output_path"
+        )
+
+
 def chunk_size(prompts: int, processes: int) -> int:
-    """Prompts of a chunk: as many for each process, in whole batches, so that these are those of one process."""
-    each = max(1, -(-prompts // processes))
-    return min(PROMPTS_PER_CHUNK, -(-each // CLIP_BATCH_SIZE) * CLIP_BATCH_SIZE)
+    """Prompts of a chunk: each process' share of them in whole batches, so that the batches are those of one process.
+
+    At most `PROMPTS_PER_CHUNK`.
+    """
+    share = max(1, -(-prompts // processes))
+    return min(PROMPTS_PER_CHUNK, -(-share // CLIP_BATCH_SIZE) * CLIP_BATCH_SIZE)
+
+
+def text_work(config: EmbeddingConfig, existing: Provenance | None, prompts: int) -> TextWork:
+    """What the text encoders are to do, with so many prompts together."""
+    precision = existing.precision if existing else None
+    return TextWork(config.max_sequence_length, config.t5_precision, config.t5_stream, precision, prompts)
 
 
 def find_missing(
     prompts: Iterable[str], output_path: Path, existing: Provenance | None, parts: EmbeddingParts
 ) -> tuple[list[str], list[int]]:
-    """The prompts that neither the output nor a part has, and the numbers of the parts that are there."""
+    """The prompts that neither the output nor a part has, and the numbers of the existing parts."""
     done = parts.prompts()
     if existing:
         with EmbeddingStore(output_path) as store:
@@ -105,11 +138,11 @@ def find_missing(
     return [prompt for prompt in prompts if prompt not in done], parts.numbers()
 
 
-def in_chunks(missing: Sequence[str], there: Sequence[int], processes: int) -> dict[int, Sequence[str]]:
-    """The prompts of each part that is to be made, by its number: those after the last that is there."""
+def in_chunks(missing: Sequence[str], existing: Sequence[int], processes: int) -> dict[int, Sequence[str]]:
+    """The prompts of each part that is to be made, by its number; the numbers follow those of the existing parts."""
     size = chunk_size(len(missing), processes)
     chunks = (missing[i : i + size] for i in range(0, len(missing), size))
-    return dict(enumerate(chunks, start=max(there, default=-1) + 1))  # a discarded part leaves a gap: no counting
+    return dict(enumerate(chunks, start=max(existing, default=-1) + 1))  # a discarded part leaves a gap
 
 
 def encode_chunks(
@@ -121,17 +154,17 @@ def encode_chunks(
     processes: Processes,
 ) -> None:
     """Encodes this process' share chunk by chunk; each chunk is on disk before the next begins."""
-    own = processes.share(list(chunks.items()))
-    for number, chunk in tqdm(own, desc="chunks", unit="chunk", disable=len(own) < 2):
+    share = processes.share(list(chunks.items()))
+    for number, chunk in tqdm(share, desc="chunks", unit="chunk", disable=len(share) < 2):
         prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
         parts.add(number, chunk, prompt_embeds, pooled)
 
 
 def rows_of(
-    parts: EmbeddingParts, numbers: Sequence[int], existing_path: Path | None, given_up: threading.Event
+    parts: EmbeddingParts, numbers: Sequence[int], existing_path: Path | None, cancelled: threading.Event
 ) -> Iterator[PromptEmbedding]:
-    """The rows of all parts, each as it comes, and then those that the file has already."""
-    yield from parts.read(numbers, given_up)
+    """The rows of all parts, each as soon as it is there, and then those of the existing file."""
+    yield from parts.read(numbers, cancelled)
     if existing_path:
         with EmbeddingStore(existing_path) as store:
             yield from store.read_all()
@@ -139,16 +172,40 @@ def rows_of(
 
 @contextmanager
 def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
-    """Does `work` beside what the block does, and waits for it; the event that it is given says that it need not."""
-    given_up = threading.Event()
+    """Runs `work` in a thread beside the block, and waits for it at the end.
+
+    Args:
+        work: gets an event that is set when the block fails, and then ends early.
+    """
+    cancelled = threading.Event()
     with ThreadPoolExecutor(1) as thread:
         try:
-            working = thread.submit(work, given_up)
-            yield working
-            working.exception()  # waits
+            future = thread.submit(work, cancelled)
+            yield future
+            future.exception()  # waits
         except BaseException:
-            given_up.set()
+            cancelled.set()
             raise
+
+
+def facts_of(
+    files: ModelFiles,
+    plan: TextEncoderPlan,
+    predicted: dict[str, int],
+    images: Sequence[InstanceImage],
+    processes: Processes,
+) -> RunFacts:
+    """What the run works on, and how, for its record."""
+    return RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=plan.t5_precision,
+        processes=processes.count,
+        plan={**asdict(plan), "parts": predicted},
+        prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
+        max_sequence_length=plan.max_sequence_length,
+    )
 
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
@@ -165,75 +222,50 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model)
 
-    images, left_out = processes.from_first(lambda: instance_images(folder, instance_prompt, config.recursive))
+    images, left_out = processes.from_rank_0(lambda: instance_images(folder, instance_prompt, config.recursive))
     if not budget_config.plan:
         require_writable_folder(output_path.absolute().parent)
     print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
     roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
-    identifier = report_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
-    for line in identifier.sentences() if identifier else ():
-        print(line)
+    print_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
 
     existing = read_existing(output_path, config.overwrite)
-    plan = choose_text_encoder_plan(
-        files,
-        planned_device(device_config.device, device, budget_config.plan),
-        budget,
-        config.max_sequence_length,
-        config.t5_precision,
-        config.t5_stream,
-        existing.precision if existing else None,
-        prompts=min(len(roles), chunk_size(len(roles), processes.count)),
-    )
-    plan = replace(processes.gather(plan)[0], device=device)  # by the first one's GPU: all compute alike
+    work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))
+    planned = planned_device(device_config.device, device, budget_config.plan)
+    plan = choose_text_encoder_plan(files, work, planned, budget)
+    plan = replace(processes.gather(plan)[0], device=device)  # that of rank 0's GPU: all processes compute alike
     predicted = plan.predicted_parts(files, budget) if budget else {}
     if budget:
         print(f"T5 in {describe_t5(plan)}: {sentence(predicted)}")
     if budget_config.plan:
         return
     provenance = files.provenance(TEXT_COMPONENTS, plan.t5_precision, config.max_sequence_length)
-    difference = existing.difference(provenance, "max_sequence_length") if existing else None
-    if difference:
-        raise UserError(
-            f"{output_path} was made with {difference}: add --overwrite to replace it, or give another --output_path"
-        )
-
+    require_same(existing, provenance, output_path)
     parts = EmbeddingParts(output_path, provenance)
-    missing, there = processes.from_first(lambda: find_missing(roles, output_path, existing, parts))
-    chunks = in_chunks(missing, there, processes.count)
+    missing, numbers = processes.from_rank_0(lambda: find_missing(roles, output_path, existing, parts))
+    chunks = in_chunks(missing, numbers, processes.count)
     print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
-    reports: list[StageReport] = []
 
-    def write(given_up: threading.Event) -> int:
-        rows = rows_of(parts, [*there, *chunks], output_path if existing else None, given_up)
+    def write(cancelled: threading.Event) -> int:
+        rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
         return write_embeddings(output_path, provenance, with_uses(rows, roles, image_ids))
 
-    # The first one's file grows by one chunk while the next is encoded.
-    with in_thread(write if processes.is_first else lambda _: 0) as written:
+    reports: list[StageReport] = []
+    # Rank 0 writes each chunk's rows while the next chunk is encoded.
+    with in_thread(write if processes.is_rank_0 else lambda _: 0) as written:
         encode_chunks(files, plan, chunks, parts, reports, processes)
         processes.gather(None)  # all parts are there
     count = written.result()
-    if not processes.is_first:
+    if not processes.is_rank_0:
         return
     parts.remove()
-    size_mib = output_path.stat().st_size / 1024**2
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
         print(compared(sum(predicted.values()), measured))
-    facts = RunFacts(
-        model=files.name,
-        revision=files.revision,
-        versions=library_versions(),
-        precision=plan.t5_precision,
-        processes=processes.count,
-        plan={**asdict(plan), "parts": predicted},
-        prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
-        trigger=instance_prompt,
-        max_sequence_length=config.max_sequence_length,
-    )
+    facts = replace(facts_of(files, plan, predicted, images, processes), trigger=instance_prompt)
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
-    print(f"wrote {output_path}: {count} prompts, {size_mib:.1f} MiB")
+    print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
     print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
 
 

@@ -51,10 +51,10 @@ from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import denormalize_latents
-from sd3_lora.stage_one.text_encoder_plan import choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
-from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile
+from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, read_asked_tile
 from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 
@@ -137,9 +137,8 @@ def embed(
     if not missing:
         print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
         return known
-    plan = choose_text_encoder_plan(
-        files, device, budget, length, config.t5_precision, config.t5_stream, prompts=len(missing)
-    )
+    work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
+    plan = choose_text_encoder_plan(files, work, device, budget)
     print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, reports)
     return known | {prompt: pair for prompt, *pair in zip(missing, prompt_embeds, pooled, strict=True)}  # type: ignore[misc]
@@ -279,7 +278,9 @@ def run(argv: Sequence[str] | None) -> None:
     planned = planned_device(device_config.device, device, budget_config.plan)
     chosen = choose_training_dtype(config.mixed_precision, planned)
     channels, vae_scale = files.latent_channels_and_scale()
-    latent_size = (height // vae_scale, width // vae_scale)
+    size = PictureSize(width, height)
+    latent_size = size.latent(vae_scale)
+    asked_tile = read_asked_tile(config.vae_tile, size, vae_scale)
     plan = plan_of(files, config, base, loras, latent_size, files.clip_tokens() + length, chosen.dtype, budget)
     settings = {
         "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
@@ -293,12 +294,13 @@ def run(argv: Sequence[str] | None) -> None:
         "max_sequence_length": length,
         "precision": chosen.name + (f", base {plan.placement.precision}" if plan.placement.precision else ""),
         "vae_precision": config.vae_precision,
+        **({} if asked_tile == "auto" else {"vae_tile": asked_tile}),
     }
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [plan for plan in plans if not plan.is_drawn()]
     print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
     if to_draw or budget_config.plan:
-        tile = choose_tile(files, VaeWork("decode", config.vae_precision, PictureSize(width, height)), budget)
+        tile = choose_tile(files, VaeWork("decode", config.vae_precision, size), budget, asked_tile)
         if budget:
             print(f"transformer in {chosen.name}, {plan.base_sentence()}: {plan.forecast.largest.sentence()}")
             print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")

@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
@@ -43,12 +42,11 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
 from sd3_lora.stage_one.vae import load_vae
-from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
+from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
 
 import torch
 from diffusers import AutoencoderKL
@@ -56,10 +54,10 @@ from tqdm import tqdm
 
 MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
 WRITES_AHEAD = 8  # pictures whose files wait to be written
-CAPTURE_FROM = 16  # pictures: to record the VAE takes as long as three of them, and saves a tenth of each
+CAPTURE_FROM = 16  # pictures: capturing the VAE takes as long as three of them, and saves a tenth of each
 TILES_NOTE = (
     "note: at its borders a tile sees less of the picture, and the latents differ a little from those of the whole; "
-    "--overwrite with a larger --vram_budget_gib will replace them"
+    "--overwrite with {} will replace them"
 )
 
 
@@ -85,6 +83,12 @@ class Crop:
 def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: Sequence[str]) -> list[Crop]:
     """The picture's crops that the cache lacks.
 
+    Args:
+        image: the picture.
+        config: which crops.
+        resolution: their side in pixels.
+        cached: the variants that the cache holds.
+
     Raises:
         BrokenImage: it does not decode.
     """
@@ -97,17 +101,25 @@ def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: 
 def decode_ahead(
     images: Sequence[InstanceImage],
     config: LatentConfig,
-    resolution: int,
     cache: LatentCache,
     batch_size: int,
     threads: int,
     broken: list[BrokenImage],
 ) -> Generator[Crop]:
-    """The missing crops, decoded some pictures ahead in threads (Pillow releases the lock); names the broken ones."""
+    """Yields the missing crops, decoded some pictures ahead in threads (Pillow releases the lock).
 
-    def one(image: InstanceImage) -> list[Crop] | BrokenImage:
+    Args:
+        images: the pictures that lack a crop.
+        config: which crops.
+        cache: it is read, not written.
+        batch_size: crops that are encoded together.
+        threads: that decode.
+        broken: pictures that do not decode are printed and added to it.
+    """
+
+    def decoded(image: InstanceImage) -> list[Crop] | BrokenImage:
         try:
-            return decode(image, config, resolution, cache.variants(image.image_id))
+            return decode(image, config, cache.resolution, cache.variants(image.image_id))
         except BrokenImage as error:
             return error
 
@@ -116,13 +128,13 @@ def decode_ahead(
     try:
         for index in tqdm(range(len(images)), desc="pictures", leave=False):
             while len(waiting) < min(ahead, len(images) - index):
-                waiting.append(pool.submit(one, images[index + len(waiting)]))
-            decoded = waiting.popleft().result()
-            if isinstance(decoded, BrokenImage):
-                broken.append(decoded)
-                tqdm.write(sentence_of(decoded, config))
+                waiting.append(pool.submit(decoded, images[index + len(waiting)]))
+            crops = waiting.popleft().result()
+            if isinstance(crops, BrokenImage):
+                broken.append(crops)
+                tqdm.write(sentence_of(crops, config))
             else:
-                yield from decoded
+                yield from crops
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -133,20 +145,20 @@ class EncodedBatch:
 
     Attributes:
         crops: `B` of them.
-        means: `(B, 16, H/8, W/8)` on the CPU, valid once `arrived`.
+        means: `(B, 16, H/8, W/8)` on the CPU, valid after `copied`.
         stds: likewise.
-        arrived: recorded behind the copies; None on a CPU.
+        copied: the CUDA event behind both copies; None on a CPU.
     """
 
     crops: Sequence[Crop]
     means: torch.Tensor
     stds: torch.Tensor
-    arrived: torch.cuda.Event | None
+    copied: torch.cuda.Event | None
 
     def posteriors(self) -> Iterator[tuple[Crop, LatentPosterior]]:
-        """Waits for the copies, and gives each crop its own."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        """Waits for the copies, and yields each crop with its posterior."""
+        if self.copied is not None:
+            self.copied.synchronize()
         for crop, mean, std in zip(self.crops, self.means, self.stds, strict=True):
             yield crop, LatentPosterior(crop.image.image_id, crop.box.name, mean, std)
 
@@ -154,24 +166,24 @@ class EncodedBatch:
 def posterior_of(vae: AutoencoderKL, rgb: torch.Tensor) -> torch.Tensor:
     """The raw posterior: `(B, R, R, 3)` uint8 → its mean and its std, `(2, B, 16, R/8, R/8)`."""
     pixels = to_pixels(rgb)  # (B, 3, R, R), channels last in memory
-    found = vae.encode((pixels if pixels.is_cuda else pixels.contiguous()).to(vae.dtype)).latent_dist
-    return torch.stack([found.mean, found.std])
+    posterior = vae.encode((pixels if pixels.is_cuda else pixels.contiguous()).to(vae.dtype)).latent_dist
+    return torch.stack([posterior.mean, posterior.std])
 
 
 @torch.no_grad()
 def encode(
     compute: Callable[[torch.Tensor], torch.Tensor], crops: Sequence[Crop], device: torch.device
 ) -> EncodedBatch:
-    """Starts the posteriors of some crops; on a GPU nothing here waits for it, but the first time if it is recorded."""
+    """Starts to encode some crops. On a GPU without a host–device synchronisation, unless the call is captured."""
     rgb = torch.stack([crop.rgb for crop in crops])
     if device.type == "cuda":
         rgb = rgb.pin_memory().to(device, non_blocking=True)
-    means, stds = compute(rgb).to("cpu", non_blocking=True)  # into pinned memory, which `to` takes by itself
+    means, stds = compute(rgb).to("cpu", non_blocking=True)  # into pinned memory, which `to` allocates
     return EncodedBatch(crops, means, stds, torch.cuda.current_stream().record_event() if rgb.is_cuda else None)
 
 
 def one_late(batches: Iterable[EncodedBatch]) -> Iterator[EncodedBatch]:
-    """Each batch once the next has been started, so that the GPU works while the host waits and writes."""
+    """Yields each batch once the next has been started, so that the GPU computes while the host waits and writes."""
     previous = None
     for batch in batches:
         if previous is not None:
@@ -199,13 +211,12 @@ def encode_missing(
     files: ModelFiles,
     images: Sequence[InstanceImage],
     config: LatentConfig,
-    resolution: int,
     cache: LatentCache,
     device: torch.device,
     tile: VaeTile,
     threads: int,
 ) -> tuple[int, list[BrokenImage]]:
-    """Encodes what the cache lacks, each picture's file written whole.
+    """Encodes the crops that the cache lacks, and writes each picture's file once its crops are all there.
 
     Returns:
         How many crops, and the pictures that do not decode.
@@ -213,19 +224,19 @@ def encode_missing(
     vae = load_vae(files, cache.wanted.precision, device, tile)
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
     if device.type == "cuda" and len(images) >= CAPTURE_FROM:
-        compute = CapturedCall(compute, device, say=tqdm.write)
+        compute = CapturedCall(compute, device, log=tqdm.write)
     broken: list[BrokenImage] = []
-    crops = decode_ahead(images, config, resolution, cache, tile.batch_size, threads, broken)
+    crops = decode_ahead(images, config, cache, tile.batch_size, threads, broken)
     batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
-    count, found, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
+    count, unwritten, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
     with closing(crops), ThreadPoolExecutor(1) as writer:
         for batch in one_late(encode(compute, batch, device) for batch in batches):
             for crop, posterior in batch.posteriors():
                 count += 1
-                found[posterior.image_id].append(posterior)
-                if len(found[posterior.image_id]) == crop.siblings:
-                    own = found.pop(posterior.image_id)
-                    writes.append(writer.submit(store, cache, crop, own, tile.side_px))
+                unwritten[posterior.image_id].append(posterior)
+                if len(unwritten[posterior.image_id]) == crop.siblings:
+                    posteriors = unwritten.pop(posterior.image_id)
+                    writes.append(writer.submit(store, cache, crop, posteriors, tile.side_px))
             while len(writes) > WRITES_AHEAD:
                 writes.popleft().result()
         for write in writes:
@@ -233,52 +244,120 @@ def encode_missing(
     return count, broken
 
 
-def outdated(images: Sequence[InstanceImage], cache: LatentCache, tile: VaeTile) -> set[Path]:
-    """The files that --overwrite deletes: made with other settings, or of these pictures and damaged or less whole.
+@dataclass(frozen=True)
+class CacheState:
+    """What the cache holds of the pictures before anything is encoded.
 
-    Other pictures' files are among them, since a cache has one precision (see `recorded_precision`).
+    Attributes:
+        pictures: how many there are.
+        missing: the pictures of which the cache lacks a crop.
+        discarded: the files that --overwrite deletes.
+        tiled: how many of the pictures that are kept were encoded in tiles.
+        otherwise_tiled: how many of them not as --vae_tile forces it.
     """
-    own = {cache.path(image.image_id) for image in images}
-    found = set()
+
+    pictures: int
+    missing: list[InstanceImage]
+    discarded: set[Path]
+    tiled: int
+    otherwise_tiled: int
+
+    def sentences(self, cache: LatentCache, asked: AskedTile) -> list[str]:
+        """What is cached, and a note where --vae_tile has no effect on it."""
+        in_tiles = f" ({self.tiled} of them in tiles)" if self.tiled else ""
+        lines = [
+            f"{self.pictures - len(self.missing)} of {self.pictures} pictures cached before{in_tiles}; "
+            f"{cache.resolution} px, VAE in {cache.wanted.precision}"
+        ]
+        if self.otherwise_tiled:
+            lines.append(
+                f"note: {self.otherwise_tiled} of {self.pictures} pictures were cached otherwise than --vae_tile "
+                f"{asked}: add --overwrite to encode them again"
+            )
+        return lines
+
+
+def inspect_cache(
+    images: Sequence[InstanceImage], config: LatentConfig, cache: LatentCache, asked: AskedTile, tile: VaeTile | None
+) -> CacheState:
+    """What the cache holds of the pictures.
+
+    Args:
+        images: the pictures.
+        config: which crops.
+        cache: to be read.
+        asked: `--vae_tile`.
+        tile: that will be used, under --overwrite; else None.
+
+    Raises:
+        UserError: a file that was made with other settings, or is not whole.
+    """
+    is_forced = asked != "auto"
+    discarded = outdated(images, cache, tile, is_forced) if tile else set()
+    missing = incomplete(images, config, cache, discarded)
+    kept = [cache.look(image.image_id) for image in images if cache.path(image.image_id) not in discarded]
+    cached = [picture for picture in kept if picture]
+    forced_px = asked if isinstance(asked, int) else None
+    return CacheState(
+        pictures=len(images),
+        missing=missing,
+        discarded=discarded,
+        tiled=sum(bool(picture.tiles) for picture in cached),
+        otherwise_tiled=sum(is_forced and picture.has_other_tiles(forced_px) for picture in cached),
+    )
+
+
+def outdated(images: Sequence[InstanceImage], cache: LatentCache, tile: VaeTile, is_forced: bool) -> set[Path]:
+    """The files that --overwrite deletes.
+
+    - Made with other settings. Other pictures' files are among them, since a cache has one precision (see
+      `recorded_precision`).
+    - Of these pictures, and damaged.
+    - Of these pictures, and encoded in smaller tiles; where the tile is forced, in any other tiles.
+    """
+    paths_of_images = {cache.path(image.image_id) for image in images}
+    discarded = set()
     for path in cache.folder.glob("*.safetensors"):
         try:
             picture = cache.look(path.stem)
         except UserError as error:
-            if path in own or isinstance(error, StaleLatents):
-                found.add(path)
-        else:
-            if path in own and picture and picture.has_smaller_tiles(tile.side_px):
-                found.add(path)
-    return found
+            if path in paths_of_images or isinstance(error, StaleLatents):
+                discarded.add(path)
+            continue
+        if path in paths_of_images and picture:
+            is_outdated = picture.has_other_tiles if is_forced else picture.has_smaller_tiles
+            if is_outdated(tile.side_px):
+                discarded.add(path)
+    return discarded
 
 
 def incomplete(
-    images: Sequence[InstanceImage], config: LatentConfig, resolution: int, cache: LatentCache, discarded: set[Path]
+    images: Sequence[InstanceImage], config: LatentConfig, cache: LatentCache, discarded: set[Path]
 ) -> list[InstanceImage]:
-    """The pictures of which the cache, but for the discarded files, lacks a crop.
+    """The pictures of which the cache, without the discarded files, lacks a crop.
 
     Raises:
         UserError: a file that was made with other settings, or is not whole.
     """
     missing = []
-    for image in tqdm(images, desc="looking", leave=False, disable=len(images) < 100):
-        found = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
-        boxes = crop_boxes(*found.size, resolution, config.crops, config.random_flip) if found else ()
-        if not found or any(box.name not in found.variants for box in boxes):
+    for image in tqdm(images, desc="reading the cache", leave=False, disable=len(images) < 100):
+        picture = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
+        boxes = crop_boxes(*picture.size, cache.resolution, config.crops, config.random_flip) if picture else ()
+        if not picture or any(box.name not in picture.variants for box in boxes):
             missing.append(image)
     return missing
 
 
 def sentence_of(error: BrokenImage, config: LatentConfig) -> str:
-    """What becomes of a broken picture."""
+    """The line that is printed about a broken picture."""
     return f"{'skipped' if config.skip_broken else 'broken'}: {error}"
 
 
 def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentConfig) -> None:
-    """Whether training can go on. The other pictures are cached by now: nothing is lost, and all broken ones are named.
+    """Refuses to go on with broken pictures. The other ones are cached by now, so nothing is lost.
 
     Raises:
-        UserError: a broken picture, without --skip_broken; or no other.
+        UserError: a broken picture, without --skip_broken; or all of them are broken.
     """
     if len(broken) == pictures:
         raise UserError("no picture decodes: give another --instance_data_dir")
@@ -287,101 +366,125 @@ def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentCo
         raise UserError(f"{broken[0]}{others}: remove it, or add --skip_broken to go on without it")
 
 
+def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> list[InstanceImage]:
+    """The folder's pictures; prints how many, and which files are left out.
+
+    Raises:
+        UserError: as `instance_images`; the output folder cannot be written.
+    """
+    folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
+    output_path = Path(config.output_path)
+    hashes_path = None if is_plan else output_path / NOTES_NAME
+    images, left_out = processes.from_rank_0(
+        lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
+    )
+    if not is_plan:
+        require_writable_folder(output_path)
+    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
+    for path in left_out:
+        print(f"left out: {path}")
+    return images
+
+
+def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
+    """The cache of the model's resolution and the VAE's precision, both as asked for or by default."""
+    folder, resolution = Path(config.output_path), files.resolution(config.resolution)
+    precision = config.vae_precision or (None if config.overwrite else recorded_precision(folder)) or "fp32"
+    return LatentCache(folder, files.provenance(["vae"], precision, resolution), config.alpha_background)
+
+
+def gather_results(
+    count: int, broken: Sequence[BrokenImage], config: LatentConfig, processes: Processes
+) -> tuple[int, list[BrokenImage]]:
+    """The number of crops and the broken pictures of all processes; prints those that only other processes know."""
+    counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
+    for error in itertools.chain(*broken_lists[1:]):
+        print(sentence_of(error, config))
+    return sum(counts), list(itertools.chain(*broken_lists))
+
+
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("precompute_latents.py")
-    folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
-    output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device)
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)
-    resolution = files.resolution(config.resolution)
-    hashes_path = None if budget_config.plan else output_path / NOTES_NAME
-    images, left_out = processes.from_first(
-        lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
-    )
-    if not budget_config.plan:
-        require_writable_folder(output_path)
-    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
-    for path in left_out:
-        print(f"left out: {path}")
+    cache = open_cache(files, config)
+    size = PictureSize.square(cache.resolution)
+    asked = read_asked_tile(config.vae_tile, size, files.latent_channels_and_scale()[1])
+    images = find_images(config, budget_config.plan, processes)
 
-    precision = config.vae_precision or (None if config.overwrite else recorded_precision(output_path)) or "fp32"
-    cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
+    batch_size = config.batch_size(cache.resolution)
+    work = VaeWork("encode", cache.wanted.precision, size, batch_size, may_shrink=config.vae_batch_size is None)
 
     def choose() -> VaeTile:
-        size, batch_size = PictureSize.square(resolution), config.batch_size(resolution)
-        work = VaeWork("encode", precision, size, batch_size, may_shrink=config.vae_batch_size is None)
-        tiles = processes.gather(choose_tile(files, work, budget))
-        return min(tiles, key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
+        tiles = processes.gather(choose_tile(files, work, budget, asked))
+        return min(tiles, key=lambda tile: tile.working_bytes)  # of the smallest GPU
 
     tile = choose() if config.overwrite or budget_config.plan else None
-
-    def look() -> tuple[list[InstanceImage], set[Path], int]:
-        if not budget_config.plan:
-            cache.remove_unfinished()
-        discarded = outdated(images, cache, tile) if config.overwrite and tile else set()
-        missing = incomplete(images, config, resolution, cache, discarded)
-        kept = (image.image_id for image in images if cache.path(image.image_id) not in discarded)
-        return missing, discarded, sum(bool(cache.tiles(image_id)) for image_id in kept)
-
-    missing, discarded, tiled = processes.from_first(look)
-    in_tiles = f" ({tiled} of them in tiles)" if tiled else ""
-    print(
-        f"{len(images) - len(missing)} of {len(images)} pictures cached before{in_tiles}; {resolution} px, VAE in "
-        f"{precision}"
-    )
-    reports: list[StageReport] = []
-    count, predicted = 0, {}
-    if missing or budget_config.plan:
+    if not budget_config.plan and processes.is_rank_0:
+        cache.remove_unfinished()
+    replacing = tile if config.overwrite else None
+    state = processes.from_rank_0(lambda: inspect_cache(images, config, cache, asked, replacing))
+    print(*state.sentences(cache, asked), sep="\n")
+    predicted: dict[str, int] = {}
+    if state.missing or budget_config.plan:
         tile = tile or choose()
         if budget:
             predicted = tile.predicted_parts(budget)
-            print(f"VAE in {precision}, {tile.describe()}: {sentence(predicted)}")
+            print(f"VAE in {work.precision}, {tile.describe()}: {sentence(predicted)}")
         if tile.side_px is not None:
-            print(TILES_NOTE)
+            print(TILES_NOTE.format("a larger --vram_budget_gib" if asked == "auto" else "--vae_tile whole"))
     if budget_config.plan:
         return
-    if processes.is_first:
-        for path in discarded:  # not before what is to replace them is known to fit
+    if processes.is_rank_0:
+        for path in state.discarded:  # not before the tile that replaces them is known to fit
             cache.remove(path.stem)
-    processes.gather(None)  # nobody reads what is to be deleted
-    broken: list[BrokenImage] = []
-    if missing and tile:
-        share, threads = processes.share(missing), min(MOST_THREADS, processes.cpu_cores)
+    processes.gather(None)  # no process reads a file that is about to be deleted
+    count, broken, reports = 0, list[BrokenImage](), list[StageReport]()
+    if state.missing and tile:
+        share, threads = processes.share(state.missing), min(MOST_THREADS, processes.cpu_cores)
         with memory_stage("encode pictures", device, reports), one_thread(device):
-            count, broken = encode_missing(files, share, config, resolution, cache, device, tile, threads)
-    counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
-    if not processes.is_first:
+            count, broken = encode_missing(files, share, config, cache, device, tile, threads)
+    count, broken = gather_results(count, broken, config, processes)
+    if not processes.is_rank_0:
         return
-    for error in itertools.chain(*broken_lists[1:]):  # which those processes could not say
-        print(sentence_of(error, config))
-    count, broken = sum(counts), list(itertools.chain(*broken_lists))
-
     measured = budget.used_bytes(reports) if budget else 0
-    if missing and budget:
+    if state.missing and budget:
         print(compared(sum(predicted.values()), measured))
-    facts = RunFacts(
+    facts = facts_of(files, cache, tile, predicted, processes)
+    results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
+    RunRecord(configs, facts).save(cache.folder / "run.json", results)
+    print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
+    require_whole(broken, len(images), config)
+    print("next: " + next_command(config, model))
+
+
+def facts_of(
+    files: ModelFiles, cache: LatentCache, tile: VaeTile | None, predicted: dict[str, int], processes: Processes
+) -> RunFacts:
+    """What the run works on, and how, for its record."""
+    return RunFacts(
         model=files.name,
         revision=files.revision,
         versions=library_versions(),
-        precision=precision,
+        precision=cache.wanted.precision,
         processes=processes.count,
         plan={**(asdict(tile) if tile else {}), "parts": predicted},
-        resolution=resolution,
+        resolution=cache.resolution,
     )
-    results = RunResults(f"{count} crops in {output_path}", reports, measured)
-    RunRecord(configs, facts).save(output_path / "run.json", results)
-    print(f"wrote {count} crops of {len(missing) - len(broken)} pictures to {output_path}")
-    require_whole(broken, len(images), config)
-    after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
-    after["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
-    print("next: " + command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), **after))
+
+
+def next_command(config: LatentConfig, model: ModelConfig) -> str:
+    """The command that trains on the latents."""
+    flags = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
+    flags["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
+    return command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,10 +57,10 @@ def cpu_cores() -> int:
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Where a GPU computes, has the host's operations run in the thread that calls them, and in no others.
+    """Where a GPU computes, keeps the host's operations in the calling thread.
 
-    They are of a few megabytes: to wake other threads takes longer than the work. Drawing a micro-batch at 1024 px took
-    56 ms on a host of 32 cores, and takes 2 in one thread.
+    They are small: waking other threads takes longer than the work. A micro-batch's noise at 1024 px took 56 ms on a
+    host of 32 cores, and takes 2 ms in one thread.
     """
     before = torch.get_num_threads()
     if device.type == "cuda":
@@ -72,7 +72,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 
 def planned_device(asked: str, device: torch.device, planning: bool) -> torch.device:
-    """Whose precisions are the defaults: under --plan a GPU's, if it is not here, unless a CPU was asked for."""
+    """The device whose default precisions hold: under --plan a GPU, even an absent one, unless a CPU was asked for."""
     return torch.device("cuda") if planning and asked != "cpu" else device
 
 
@@ -94,7 +94,7 @@ def choose_training_dtype(asked: str | None, device: torch.device) -> ChosenDtyp
         if asked == "bf16":
             return ChosenDtype(torch.bfloat16, "bf16: as asked")
         return ChosenDtype(torch.float32, "fp32: the exact and, on a CPU, the fast one")
-    # Without including_emulation=False a T4 says yes and then crawls. Of a GPU that is not here nothing is known.
+    # Without including_emulation=False a T4 counts as capable, and is very slow. --plan may run without a GPU.
     native_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     if asked == "no":
         return ChosenDtype(torch.float32, "fp32: as asked")

@@ -1,4 +1,4 @@
-"""Bytes of the host and of the device: counted, and given back. GiB is 1024³ bytes."""
+"""Memory of the host and of the device: counted and freed. GiB is 1024³ bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def round_up(size: int) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Collects what nothing refers to, and returns what the allocators keep of the device's and of pinned memory."""
+    """Collects garbage, and has the allocators return their cached device memory and pinned memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -26,9 +26,9 @@ def free_memory(device: torch.device) -> None:
 
 
 def drop_workspaces(device: torch.device) -> None:
-    """Has cuBLAS give up the workspaces that it keeps for each stream; where it needs one it makes it.
+    """Frees the workspaces that cuBLAS keeps for each stream; it makes a new one where it needs one.
 
-    Else that of a stream on which nothing is computed any more would stay to the end.
+    Else the workspace of a stream that is no longer used would stay to the end.
     """
     if device.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
@@ -37,12 +37,12 @@ def drop_workspaces(device: torch.device) -> None:
 def _free_pinned_memory() -> None:
     if hasattr(torch.accelerator, "empty_host_cache"):
         torch.accelerator.empty_host_cache()
-    elif hasattr(torch._C, "_host_emptyCache"):  # older ones
+    elif hasattr(torch._C, "_host_emptyCache"):  # older builds of torch
         torch._C._host_emptyCache()
 
 
 def host_bytes() -> int:
-    """Anonymous and pinned memory of this process, in bytes; its resident set where there is no /proc."""
+    """Bytes of anonymous and pinned memory of this process; of its resident set where there is no /proc."""
     pinned = 0
     if torch.cuda.is_initialized() and hasattr(torch.cuda, "host_memory_stats_as_nested_dict"):  # the driver's
         pinned = torch.cuda.host_memory_stats_as_nested_dict()["allocated_bytes"]["current"]
@@ -55,17 +55,17 @@ def host_bytes() -> int:
 
 
 def available_host_bytes() -> int:
-    """What this process may still take of the host's memory: of the machine's, and of its control groups' limits."""
-    rooms = _rooms_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return min([psutil.virtual_memory().available, *rooms])
+    """Bytes of host memory that this process may still allocate, by the machine and by its control groups."""
+    free = _free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    return min([psutil.virtual_memory().available, *free])
 
 
-def _rooms_in_groups(own: Path, mounted: Path) -> list[int]:
-    """For each control group that limits memory, what is left; the pages of files do not count, as they can go."""
-    # A container may see the host's names of groups, and its own group where they would begin: all levels are tried.
-    names = [line.split(":", 2)[2].lstrip("/") for line in own.read_text().splitlines()] if own.exists() else []
+def _free_in_groups(groups: Path, mounted: Path) -> list[int]:
+    """Bytes below the limit of each control group that has one; cached pages of files do not count as used."""
+    # A container may see the host's group names but mount its own group at the top: all levels are tried.
+    names = [line.split(":", 2)[2].lstrip("/") for line in groups.read_text().splitlines()] if groups.exists() else []
     levels = {level for name in names for level in (Path(name), *Path(name).parents)}
-    rooms = []
+    free = []
     for root, limit, used, files in (
         (mounted, "memory.max", "memory.current", ("inactive_file", "active_file")),
         (
@@ -79,5 +79,5 @@ def _rooms_in_groups(own: Path, mounted: Path) -> list[int]:
             if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
                 counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 taken = int((folder / used).read_text()) - sum(int(counts[name]) for name in files)
-                rooms.append(int(most) - taken)
-    return rooms
+                free.append(int(most) - taken)
+    return free

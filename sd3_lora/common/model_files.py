@@ -1,4 +1,4 @@
-"""The files of an SD3 model in diffusers' layout: where they lie, what made an artefact, what a size allows."""
+"""The files of an SD3 model in diffusers' layout: their place, their provenance, and the sizes that they allow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SAMPLES_PER_FILE, _BYTES_PER_SAMPLE = 16, 4096
 
 
 class ModelFiles:
-    """A model's folder, with only the asked components downloaded.
+    """A model's folder; a component is downloaded when it is first needed.
 
     Args:
         config: which model.
@@ -46,7 +46,7 @@ class ModelFiles:
     def __init__(self, config: ModelConfig):
         self.config = config
         self.name = config.pretrained_model_name_or_path or "miniature"
-        self.revision: str | None = None  # the commit, once known: a branch may move while a run goes on
+        self.revision: str | None = None  # the commit, once known: a branch may move during a run
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -152,10 +152,10 @@ class ModelFiles:
         return [f for f in files if not any(part in f.name for part in (".fp16", ".bf16", ".non_ema"))]
 
     def provenance(self, components: Iterable[str], precision: str, size: int) -> Provenance:
-        """The record to store in, or to compare with, an artefact that `components` make.
+        """The provenance of an artefact that `components` make.
 
-        The configurations are always at hand (some kilobytes); weights are hashed by samples, vocabularies whole, and
-        both only of a folder, so that training never needs the text encoders' gigabytes.
+        It hashes their configurations, which are small. Of a folder it also hashes samples of the weights and whole
+        vocabularies; of a hub model it does not, so that training never downloads the text encoders.
         """
         components = sorted(components)
         configs, weights = hashlib.sha256(), hashlib.sha256()
@@ -179,7 +179,7 @@ class ModelFiles:
         )
 
     def _content_files(self, component: str) -> list[Path]:
-        """What decides a component's answers beside its configuration: weights, or a tokenizer's vocabulary."""
+        """The files beside the configuration that decide a component's output: weights, or a tokenizer's vocabulary."""
         if not component.startswith("tokenizer"):
             return self.weight_files(component)
         files = (self.folder / component).iterdir()
@@ -236,7 +236,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _canonical_json(content: dict[str, Any]) -> bytes:
-    """A configuration without what differs between two saves of the same thing."""
+    """A configuration without the keys that differ between two saves of the same component."""
     ignored = ("_diffusers_version", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
     return json.dumps({k: v for k, v in content.items() if k not in ignored}, sort_keys=True).encode()
 
@@ -253,7 +253,7 @@ def _sample_bytes(path: Path) -> bytes:
 
 
 class _HubErrors:
-    """Turns the hub's exceptions into the sentence that tells what to do."""
+    """Turns the hub's exceptions into a sentence with the remedy."""
 
     def __init__(self, model: str):
         self.model = model

@@ -1,4 +1,4 @@
-"""The processes that share a stage's work: torchrun starts them, one for each GPU; without it there is one.
+"""The processes that share a stage's work. torchrun starts one for each GPU; without torchrun there is one.
 
 torchrun --nproc-per-node 2 precompute_latents.py ...
 """
@@ -19,30 +19,30 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
-# The first may wait for the others while they still decode and encode what is left of their shares.
-_PATIENCE = datetime.timedelta(days=7)
+# Rank 0 may wait this long while the others finish their shares.
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and the others.
+    """This process among all that run the stage.
 
     Attributes:
-        index: of this one, 0 for the first.
-        count: of all.
+        rank: of this process.
+        count: of all processes, torch's world size.
     """
 
-    index: int
+    rank: int
     count: int
 
     @property
-    def is_first(self) -> bool:
-        """Whether this one writes what there is one of, and speaks."""
-        return self.index == 0
+    def is_rank_0(self) -> bool:
+        """Whether this process is rank 0, which alone prints and writes files that all share."""
+        return self.rank == 0
 
     @property
     def cpu_cores(self) -> int:
-        """The cores for this one, where several share a machine."""
+        """The CPU cores for this process, where several share a machine."""
         return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
 
     def choose_device(self, asked: str) -> torch.device:
@@ -52,59 +52,59 @@ class Processes:
             UserError: as `devices.choose_device`; there are fewer GPUs than processes.
         """
         if self.count > 1 and asked != "cpu" and torch.cuda.is_available():
-            gpus, own = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-            if own >= gpus:
+            gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+            if local_rank >= gpus:
                 raise UserError(f"there are {gpus} GPUs here, one for each process: type --nproc-per-node {gpus}")
-            torch.cuda.set_device(own)
+            torch.cuda.set_device(local_rank)
         return choose_device(asked)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every item is in one process' share."""
-        return items[self.index :: self.count]
+        """This process' part of the items: every item is in the share of one process."""
+        return items[self.rank :: self.count]
 
-    def gather(self, mine: T) -> list[T]:
-        """What each process has, in their order; all of them have to call this.
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. All of them have to call this.
 
         Raises:
-            UserError: another one has stopped.
+            UserError: another process has stopped.
         """
         if self.count == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.count
+            return [value]
+        values: list[Any] = [None] * self.count
         try:
-            distributed.all_gather_object(everyone, mine)
+            distributed.all_gather_object(values, value)
         except RuntimeError as error:
             raise UserError(
-                "another process has stopped: mend what it says, and type the same command again"
+                "another process has stopped: correct the error that it printed, and type the same command again"
             ) from error
-        return everyone
+        return values
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, which alone does it, in all of them."""
-        return self.gather(work() if self.is_first else None)[0]  # type: ignore[return-value]
+    def from_rank_0(self, work: Callable[[], T]) -> T:
+        """Runs `work` in rank 0 alone, and returns its result in all processes."""
+        return self.gather(work() if self.is_rank_0 else None)[0]  # type: ignore[return-value]
 
 
 @contextmanager
 def open_processes() -> Iterator[Processes]:
-    """Joins the processes that torchrun started; all but the first are silent.
+    """Joins the processes that torchrun started; only rank 0 prints.
 
-    The first one that fails says why. It ends, and torchrun ends the others.
+    The first process that fails prints its error and ends; torchrun ends the others.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes(0, 1)
         return
-    store, index, count = next(distributed.rendezvous("env://"))
+    store, rank, count = next(distributed.rendezvous("env://"))
     # gloo, with GPUs too: what is exchanged is small, and NCCL would give up after ten minutes.
     group = distributed.PrefixStore("stage", store)
-    distributed.init_process_group("gloo", store=group, rank=index, world_size=count, timeout=_PATIENCE)
+    distributed.init_process_group("gloo", store=group, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:
-        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
-            if index:
-                silence.enter_context(redirect_stdout(nowhere))
-                silence.enter_context(redirect_stderr(nowhere))
-            yield Processes(index, count)
+        with open(os.devnull, "w") as null, ExitStack() as redirections:
+            if rank:
+                redirections.enter_context(redirect_stdout(null))
+                redirections.enter_context(redirect_stderr(null))
+            yield Processes(rank, count)
     except (Exception, KeyboardInterrupt) as error:
-        if store.add("stage-errors", 1) > 1:  # another has said it, or what this one's follows from
+        if store.add("stage-errors", 1) > 1:  # another process printed its error first
             raise SystemExit(EXIT_USER_ERROR) from error
         raise
     finally:
@@ -114,7 +114,7 @@ def open_processes() -> Iterator[Processes]:
 def in_processes(
     script: Callable[[Sequence[str] | None, Processes], None],
 ) -> Callable[[Sequence[str] | None], None]:
-    """A script's body that is run in each of the processes, for `exit_code`."""
+    """Wraps a script's body for `exit_code`, so that it runs in each of the processes."""
 
     def run(argv: Sequence[str] | None) -> None:
         with open_processes() as processes:

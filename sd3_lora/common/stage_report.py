@@ -1,4 +1,4 @@
-"""A stage of work and what it took: time, peak device memory, peak host memory. GiB is 1024³ bytes."""
+"""A stage of work, measured: seconds, peak device memory, peak host memory. GiB is 1024³ bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SAMPLE_INTERVAL_S = 0.02
 
 @dataclass
 class StageReport:
-    """What one stage took.
+    """The measurements of one stage.
 
     Attributes:
         name: of the stage.
@@ -42,12 +42,12 @@ class StageReport:
 
 @contextmanager
 def memory_stage(
-    name: str, device: torch.device, reports: list[StageReport], say: Callable[[str], None] = print
+    name: str, device: torch.device, reports: list[StageReport], log: Callable[[str], None] = print
 ) -> Iterator[StageReport]:
-    """Measures the block, says its line and appends it to `reports`.
+    """Measures the block, logs its line, and appends its report to `reports`.
 
-    The block must itself delete what it loaded; on leaving, the allocator's cache is handed back, so that the next
-    stage starts from nothing.
+    The block has to delete what it loaded. At the end the allocator's cache is freed, so that the next stage starts
+    with an empty device.
     """
     report = StageReport(name)
     if device.type == "cuda":
@@ -67,7 +67,7 @@ def memory_stage(
             report.peak_reserved_gib = torch.cuda.max_memory_reserved(device) / GIB
         reports.append(report)
         free_memory(device)
-    say(report.sentence())
+    log(report.sentence())
 
 
 class PeakSampler:

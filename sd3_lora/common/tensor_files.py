@@ -22,7 +22,7 @@ class TensorFiles:
         paths: the files; together they hold each tensor once.
 
     Raises:
-        UserError: two files hold a tensor of the same name, so that which of them is meant is anyone's guess.
+        UserError: two files hold a tensor of the same name.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -56,17 +56,17 @@ class TensorFiles:
         return {name: handle.get_slice(name).get_dtype() for name, handle in self._handles.items()}
 
     def require_unchanged(self) -> None:
-        """Checks that the files are those that were opened: a mapped one that was cut short would kill the process.
+        """Checks that the files are as they were opened: to read a mapped file that was cut short kills the process.
 
         Raises:
-            UserError: one was removed or written to.
+            UserError: a file was removed or changed.
         """
         for path, state in self._opened.items():
             if _state(path) != state:
                 raise UserError(f"{path} was removed or changed while it was read: put it back, and start again")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, in the file's dtype; it may lie in the mapped file, so copy what is to stay."""
+        """The whole tensor, in the file's dtype; it may be a view of the mapped file, so copy what is to be kept."""
         return self._handles[name].get_tensor(name)
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,10 @@ class TensorFiles:
 
 def _state(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

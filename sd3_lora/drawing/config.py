@@ -52,6 +52,13 @@ class InferenceConfig:
         default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
     )
     vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
+    vae_tile: str = field(
+        default="auto",
+        metadata={
+            "help": "What the VAE decodes at a time: whole pictures, or overlapping tiles of this side, a multiple of "
+            "32 pixels; the picture differs a little. auto: whole where that fits, else the largest tile that does."
+        },
+    )
 
     def __post_init__(self) -> None:
         require_right(self._faults())

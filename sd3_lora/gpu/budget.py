@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a script may take, and what of it is left for tensors."""
+"""How much of a GPU's memory a script may use, and how much of it is left for tensors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from sd3_lora.common.stage_report import StageReport
 
 import torch
 
-# Of a process that no GPU can be asked about; an H100's is this large, a T4's about half.
+# CUDA's own memory in a process where it cannot be measured: as on an H100; a T4's is about half.
 ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
-# Kernels are loaded as they are first used, and stay beside the context that was measured at the start; the text
-# encoders use few.
+# Kernels are loaded when they are first used, after the context was measured; the text encoders use few.
 LATER_KERNELS_BYTES = int(0.16 * GIB)
 FEW_KERNELS_BYTES = int(0.02 * GIB)
 
 
 @dataclass(frozen=True)
 class DeviceBudget:
-    """What a script may use of one device.
+    """The memory of one device that a script may use.
 
     Attributes:
         total_bytes: in all.
-        context_bytes: of it, CUDA's own: measured, or assumed where there is no GPU.
-        device: that it is of.
+        context_bytes: CUDA's own part of it: measured, or assumed where there is no GPU.
+        device: whose memory it is.
     """
 
     total_bytes: int
@@ -38,21 +37,21 @@ class DeviceBudget:
 
     @property
     def tensor_bytes(self) -> int:
-        """What is left for torch's allocator."""
+        """Bytes left for torch's allocator."""
         return max(0, self.total_bytes - self.context_bytes)
 
     def cap(self) -> None:
-        """Has torch's allocator refuse what would go over the budget."""
+        """Makes torch's allocator refuse to exceed the budget."""
         if self.device.type == "cuda":
             index = _index(self.device)
             whole = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
 
     def used_bytes(self, stages: Iterable[StageReport] = ()) -> int:
-        """The most that this process took: CUDA's own and the most that the allocator held; 0 on a CPU.
+        """The peak bytes of this process: CUDA's own and the most that the allocator held; 0 on a CPU.
 
         Args:
-            stages: those that are over, since each of them has the allocator count its peak anew.
+            stages: the finished stages, since each stage resets the allocator's peak.
         """
         if self.device.type != "cuda":
             return 0
@@ -63,11 +62,11 @@ class DeviceBudget:
 def open_budget(
     config: BudgetConfig, device: torch.device, later_bytes: int = LATER_KERNELS_BYTES
 ) -> DeviceBudget | None:
-    """The budget that was asked for, or what is free; None on a CPU where none was asked for.
+    """The budget that was asked for, or all free memory; None on a CPU where none was asked for.
 
     Args:
         config: the flags.
-        device: that it is of.
+        device: whose memory is used.
         later_bytes: of kernels that will be loaded later.
 
     Raises:
@@ -102,7 +101,7 @@ def sentence(parts: Mapping[str, int]) -> str:
 
 
 def compared(predicted_bytes: int, measured_bytes: int) -> str:
-    """A prediction beside what came of it; 0 bytes measured means that there is no GPU to measure."""
+    """The line that compares the predicted and the measured peak; 0 bytes measured means that there is no GPU."""
     measured = f"measured {measured_bytes / GIB:.2f}" if measured_bytes else "not measured: no GPU"
     return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
 
@@ -123,8 +122,8 @@ def too_small(what: str, needed_bytes: int) -> BudgetTooSmall:
     """The refusal of a budget that nothing fits, with the smallest that would do.
 
     Args:
-        what: needs it, in the singular: "encoding a picture".
-        needed_bytes: at the least, CUDA's own included.
+        what: the work that needs it, in the singular: "encoding a picture".
+        needed_bytes: the least that it needs, CUDA's own included.
     """
     gib = enough_gib(needed_bytes)
     return BudgetTooSmall(f"{what} needs at least {gib} GiB: type --vram_budget_gib {gib}", needed_bytes)
@@ -136,18 +135,18 @@ def enough_gib(needed_bytes: int) -> str:
 
 
 def _largest() -> int:
-    return 1 << 62  # --plan without a GPU and without a budget: nothing has to be given up
+    return 1 << 62  # --plan without a GPU and without a budget: everything fits
 
 
 _CONTEXTS: dict[int, int] = {}
 
 
 def _context_bytes(device: torch.device) -> int:
-    """What CUDA takes beside the tensors, measured once: the driver's figure less what others and tensors take."""
+    """Bytes of CUDA beside the tensors, measured once: how much the driver's figure grows, less the tensors."""
     index = _index(device)
     if index not in _CONTEXTS:
         before = driver_bytes(index)
-        # A process of several has made it when it chose its GPU: there is nothing left to measure.
+        # One of several processes has made its context when it chose its GPU: too late to measure it.
         was_there = torch._C._cuda_hasPrimaryContext(index)  # type: ignore[attr-defined]  # its stub lacks it
         square = torch.zeros(64, 64, device=device, dtype=torch.float16)
         square @ square
@@ -164,7 +163,7 @@ def _context_bytes(device: torch.device) -> int:
 
 
 def _index(device: torch.device) -> int:
-    """Which GPU: accelerate's device says no more than "cuda", and means the current one."""
+    """The GPU's number; a device without one, as accelerate's "cuda", is the current GPU."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
@@ -173,9 +172,9 @@ class _Memory(ctypes.Structure):
 
 
 def driver_bytes(index: int) -> int | None:
-    """What the driver says is in use on a GPU, by all programs; None where it cannot be asked.
+    """Bytes in use on a GPU by all programs, as the driver reports; None where it cannot be asked.
 
-    NVML, because torch's own question would make the context that is to be measured.
+    Through NVML, because torch's own function would create the context that is to be measured.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")

@@ -14,7 +14,7 @@ class Copy:
     """A copy that was started.
 
     Attributes:
-        done: recorded behind it on its stream; None on a CPU, where it is done already.
+        done: the event behind it on its stream; None on a CPU, where it is done already.
     """
 
     done: torch.cuda.Event | None = None
@@ -23,10 +23,10 @@ class Copy:
 class CopyStream:
     """Copies for one device, one after another, on a stream of their own.
 
-    Nothing here makes the host wait: what has to wait is queued behind an event. On a CPU a copy is done at once.
+    The host never waits here: the device's streams wait for events. On a CPU a copy is done at once.
 
     Args:
-        device: that computes; its computation is what the calling thread's current stream holds.
+        device: that computes, on the calling thread's current stream.
     """
 
     def __init__(self, device: torch.device):
@@ -35,11 +35,11 @@ class CopyStream:
         _copy_streams.add(self)
 
     def start(self, copy: Callable[[], object]) -> Copy:
-        """Runs `copy` after everything that has been queued on the device so far, but beside what is queued later.
+        """Queues `copy` after everything that is queued on the device so far, and beside what is queued later.
 
-        Memory that `copy` allocates on the device is of this stream's pool: freed, it can only go to a later copy,
-        which again starts after everything that was queued before. So it is never overwritten while in use, even if
-        it is given up before anyone has waited for the copy.
+        Memory that `copy` allocates on the device belongs to this stream's pool. Once freed it can only be reused by
+        a later copy, which again starts after everything that was queued before. So it is never overwritten while in
+        use, even if it is freed before anything has waited for the copy.
 
         Args:
             copy: calls `copy_(..., non_blocking=True)`; without a gradient.
@@ -54,12 +54,12 @@ class CopyStream:
                 return Copy(self._stream.record_event())
 
     def wait(self, copy: Copy) -> None:
-        """Makes what is queued on the device from now on wait for `copy`."""
+        """Has everything that is queued on the device from now on wait for `copy`."""
         if copy.done is not None:
             torch.cuda.current_stream(self._device).wait_event(copy.done)
 
-    def join_recording(self) -> None:
-        """Has the recording that is under way, if any, wait for what it has copied."""
+    def join_capture(self) -> None:
+        """Has the capture of a CUDA graph, if one is going on, wait for the copies that it has captured."""
         if self._stream is None:
             return
         with torch.cuda.stream(self._stream):
@@ -72,18 +72,18 @@ _copy_streams: weakref.WeakSet[CopyStream] = weakref.WeakSet()
 
 
 def join_captured_copies() -> None:
-    """Makes a recording that is given up wait for the copies that it has begun: without that it cannot be ended."""
+    """Has a capture that failed wait for the copies that it has captured: else it cannot be ended."""
     for copies in list(_copy_streams):
-        copies.join_recording()
+        copies.join_capture()
 
 
 @dataclass(frozen=True)
 class DeviceFlag:
-    """A yes or no that the device will have said soon.
+    """A boolean that the device computes, on its way to the host.
 
     Attributes:
-        host: a bool scalar in pinned memory, once `arrived` has happened.
-        arrived: None where it is there already.
+        host: a bool scalar in pinned memory, valid after `arrived`.
+        arrived: the event behind the copy; None where the value is on the host already.
     """
 
     host: torch.Tensor
@@ -91,7 +91,7 @@ class DeviceFlag:
 
     @classmethod
     def of(cls, value: torch.Tensor) -> DeviceFlag:
-        """Begins to bring a bool scalar to the host, without waiting for it."""
+        """Starts to copy a bool scalar to the host, without a host–device synchronisation."""
         if value.device.type != "cuda":
             return cls(value, None)
         host = torch.empty((), dtype=torch.bool, pin_memory=True)
@@ -100,5 +100,5 @@ class DeviceFlag:
 
     def __bool__(self) -> bool:
         if self.arrived is not None:
-            self.arrived.synchronize()  # for what was queued up to here, not for what was queued since
+            self.arrived.synchronize()  # waits for the work queued before `of`, not for what was queued since
         return bool(self.host)

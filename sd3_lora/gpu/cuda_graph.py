@@ -1,8 +1,8 @@
-"""A computation on a GPU that is recorded once, as a CUDA graph, and replayed from then on.
+"""A computation on a GPU that is captured once as a CUDA graph, and replayed from then on.
 
-A micro-step of SD3-Medium is some six thousand kernels, and the VAE's encoder six hundred. Many are shorter than the
-host needs to start one, which it does only while it has Python's lock. A graph starts them all at once, and they are
-the same kernels: the numbers stay what they are, bit for bit.
+A micro-step of SD3-Medium is some six thousand kernels, and the VAE's encoder six hundred. Many take
+less time than the host needs to launch one, and it launches only while it holds Python's lock. A graph launches them
+all at once. They are the same kernels, so the numbers are the same.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 
 
 class CapturedCall:
-    """A computation that is recorded the first time it is called, and replayed from then on.
+    """A computation that is captured the first time it is called, and replayed from then on.
 
-    What the first replay gives is compared with what the plain computation gave: a graph that lacked a copy or a wait
-    would give other numbers without a word.
+    The first replay's result is compared with that of the plain computation, since a graph that lacked a copy or a
+    wait would give wrong numbers without an error.
 
     Args:
         compute: tensors on the device → a tensor. It may change no memory but `changed`, and must draw nothing at
             random.
         device: a GPU.
-        changed: what it adds to; zero when it is first called.
-        asked: whether the user asked for it; else what cannot be recorded is computed as it is.
-        say: told why not.
+        changed: the tensors to which it adds; zero when it is first called.
+        asked: whether the user asked for it. If not, a computation that cannot be captured runs without a graph.
+        log: gets a line with the reason for that.
 
     Attributes:
-        captured: whether it has been captured, and replayed at least once.
-        refusal: why it could not be; None where it was, or was not tried.
+        captured: whether it has been captured and replayed at least once.
+        refusal: why it could not be captured; None where it was, or was not tried.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class CapturedCall:
         device: torch.device,
         changed: Sequence[torch.Tensor] = (),
         asked: bool = False,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         self._compute, self._device, self._changed = compute, device, changed
-        self._asked, self._say = asked, say
+        self._asked, self._log = asked, log
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._result = torch.empty(())
@@ -53,22 +53,22 @@ class CapturedCall:
         self.refusal: str | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """What `compute` gives. Inputs of other shapes than the first end the replaying: a last, smaller batch."""
+        """The result of `compute`. Inputs of another shape, such as a last, smaller batch, end the replays."""
         if self._graph is not None and any(a.shape != b.shape for a, b in zip(self._inputs, inputs, strict=True)):
             self._give_up()
         if self._may_capture and self._graph is None:
             self._capture(inputs)
         if self._graph is None:
             return self._compute(*inputs)
-        for mine, given in zip(self._inputs, inputs, strict=True):
-            mine.copy_(given, non_blocking=True)
+        for captured, given in zip(self._inputs, inputs, strict=True):
+            captured.copy_(given, non_blocking=True)
         self._graph.replay()
         return self._result.clone()
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
         self._inputs = tuple(map(torch.clone, inputs))
         try:
-            # Once as it is, on another stream as graphs ask for it: kernels are loaded and workspaces made.
+            # Once without a graph, on another stream as capturing needs it: loads kernels and makes workspaces.
             aside = torch.cuda.Stream(self._device)
             aside.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(aside):
@@ -77,7 +77,7 @@ class CapturedCall:
             torch.cuda.synchronize(self._device)
             expected = [tensor.to("cpu", copy=True) for tensor in (result, *self._changed)]
             del result
-            # The graph has memory of its own: what that run took goes back first, or the peak would double.
+            # The graph has its own memory. What that run took is freed first, or the peak would double.
             drop_workspaces(self._device)
             free_memory(self._device)
             graph = torch.cuda.CUDAGraph()
@@ -85,7 +85,7 @@ class CapturedCall:
                 try:
                     self._result = self._compute(*self._inputs)
                 except BaseException:
-                    # With copies under way its end would fail too, and keep its memory and its stream for ever.
+                    # With unfinished copies ending the capture would fail too, and never free its memory and stream.
                     join_captured_copies()
                     raise
             self._clear()
@@ -97,12 +97,12 @@ class CapturedCall:
             if self._asked:
                 raise
             graph = None
-            cause = error.__context__ or error  # the recording's end may fail for what failed in it
-            for found in (error, cause):
-                traceback.clear_frames(found.__traceback__)  # which hold what was computed
+            cause = error.__context__ or error  # a failure while capturing makes the end of the capture fail too
+            for each in (error, cause):
+                traceback.clear_frames(each.__traceback__)  # the frames hold the computed tensors
             self._give_up()
             self.refusal = str(cause).splitlines()[0]
-            self._say(f"not replayed as a graph ({self.refusal}); kernels are started one by one")
+            self._log(f"not captured as a CUDA graph ({self.refusal}): kernels are launched one by one")
         finally:
             self._clear()
 
@@ -112,12 +112,12 @@ class CapturedCall:
 
     def _give_up(self) -> None:
         self._may_capture, self._graph, self._inputs, self._result = False, None, (), torch.empty(())
-        drop_workspaces(self._device)  # the recording's lies in the graph's memory, which could not go before it
+        drop_workspaces(self._device)  # the capture's lie in the graph's memory, and keep it from being freed
         free_memory(self._device)
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """But for the order in which some kernels sum; and for infinities, which the first loss scale makes."""
-    both = found.isfinite() & expected.isfinite()
-    difference = torch.where(both, found - expected, 0).double().norm()
+def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal up to the order in which some kernels sum. Infinities are left out: the first loss scale makes some."""
+    both = actual.isfinite() & expected.isfinite()
+    difference = torch.where(both, actual - expected, 0).double().norm()
     return bool(difference <= 0.01 * torch.where(both, expected, 0).double().norm())

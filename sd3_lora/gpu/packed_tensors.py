@@ -1,4 +1,4 @@
-"""Tensors side by side in one buffer, which is copied at once."""
+"""Tensors side by side in one buffer, so that one copy moves them all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
     """The offset of each tensor in a buffer that holds them all, and at the end the buffer's size, in bytes.
 
-    Where torch's allocator would begin a tensor: kernels are chosen by alignment too, and are to be the same.
+    Each begins where torch's allocator would place it: alignment decides which kernel runs, and so the numbers.
     """
     offsets = [0]
     for tensor in tensors:
@@ -22,7 +22,7 @@ def layout(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 
 def views(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of the same shapes and dtypes, which lie in `buffer`."""
+    """Views of `buffer` with the shapes and dtypes of the tensors."""
     return [
         buffer[offset : offset + tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape)
         for offset, tensor in zip(layout(tensors), tensors, strict=False)

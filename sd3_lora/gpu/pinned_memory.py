@@ -1,4 +1,4 @@
-"""Memory of the host that a GPU copies from by itself."""
+"""Pinned host memory, from which a GPU copies while the host goes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SLAB_BYTES = 256 * 1024**2
 
 
 def _slabs(sizes: Sequence[int]) -> list[list[int]]:
-    """The sizes, in their order, by the slab that they share."""
+    """The sizes in their order, grouped by the slab that they share."""
     capacity = max(_SLAB_BYTES, _power_of_two(8 * max(sizes)))  # little of it is left over
     slabs: list[list[int]] = [[]]
     for size in sizes:
@@ -28,29 +28,29 @@ def _power_of_two(size: int) -> int:
 
 
 def pinned_bytes(sizes: Sequence[int]) -> int:
-    """What `pinned_buffers` takes."""
+    """Bytes of host memory that `pinned_buffers` allocates."""
     return sum(_power_of_two(sum(slab)) for slab in _slabs(sizes))
 
 
 def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
-    """uint8 of each size on the host, made as they are asked for; pinned where the device is a GPU.
+    """Yields a uint8 buffer of each size on the host; pinned where the device is a GPU.
 
-    By torch's own allocator, which alone makes memory that a CUDA graph may copy from. It rounds up to a power of two,
-    an attention of SD3-Medium from 36 MiB to 64; so several share a slab of such a size.
+    They come from torch's allocator, because a CUDA graph may only copy from its memory. It rounds up to a power of
+    two (an attention of SD3-Medium from 36 MiB to 64), so several buffers share a slab of such a size.
 
     Args:
-        sizes: multiples of 512.
-        device: that is copied to.
+        sizes: in bytes, multiples of 512.
+        device: the copies' destination.
 
     Raises:
         UserError: the driver does not pin so much.
     """
     for slab in _slabs(sizes):
         try:
-            room = torch.empty(_power_of_two(sum(slab)), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            slab_buffer = torch.empty(_power_of_two(sum(slab)), dtype=torch.uint8, pin_memory=device.type == "cuda")
         except RuntimeError as error:
             raise UserError(
                 f"the driver did not pin {pinned_bytes(sizes) / GIB:.1f} GiB of host memory for the streamed "
-                f"transformer ({str(error).splitlines()[0]}): close other programs, or do without streaming"
+                f"transformer ({str(error).splitlines()[0]}): close other programs, or type --stream_from files"
             ) from error
-        yield from room[: sum(slab)].split(slab)
+        yield from slab_buffer[: sum(slab)].split(slab)

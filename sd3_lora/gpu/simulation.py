@@ -1,8 +1,8 @@
-"""What code would allocate on a GPU, counted without one: it is run on tensors that have shapes and no memory.
+"""How much code would allocate on a GPU, counted without one: it runs on meta tensors, which have no memory.
 
-Meta tensors go through the same modules, the same autograd and the same checkpointing as real ones, so whatever those
-keep is counted, for any model, LoRA and size. Three things are stood in for, as a meta tensor has no GPU's kernels:
-autocast's casts, the fused attention, and a 4-bit layer's weight, which is unpacked for as long as it is multiplied.
+Meta tensors go through the same modules, the same autograd and the same recomputation as real ones, so all that these
+keep is counted, for any model, LoRA and size. Three things that only GPU kernels do are simulated: autocast's casts,
+fused attention, and a 4-bit layer's weight, which is unpacked while it is multiplied.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _IN_FLOAT32 = {
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Counts the storages that are made while it is active, and the most that there were at once.
+    """Counts the bytes of storages that are made while it is active, and their peak.
 
     Attributes:
-        now: bytes of the storages made here that are still alive.
-        peak: the most that `now` has been.
+        now: bytes of the storages made since it became active that are still alive.
+        peak: the largest `now` so far.
     """
 
     def __init__(self) -> None:
@@ -188,10 +188,10 @@ def stand_in_for_gpu(
 ) -> None:
     """Has a module on the meta device compute as it would on a GPU under `torch.autocast("cuda", dtype)`.
 
-    In backward too, where a checkpoint computes it anew.
+    In backward too, where blocks are recomputed.
 
     Args:
-        module: a model, and in a call of its own each part that is recomputed.
+        module: a model; each recomputed part of it needs a call of its own.
         dtype: as autocast's; float32 casts nothing.
         packed: whether a weight is held in 4 bits.
         attention_kernel: math keeps a score for each pair of tokens; the others are fused, and do not.

@@ -21,7 +21,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption, and the file that says so."""
+    """A caption, and the file that holds it."""
 
     image: Path
     text: str
@@ -72,7 +72,7 @@ def _sidecars(images: Sequence[Path]) -> Iterator[Caption]:
 
 
 def _metadata(folder: Path, images: Sequence[Path]) -> Iterator[Caption]:
-    """The captions in metadata files. A row of a file that exists but is none of `images` says nothing."""
+    """The captions in metadata files. Rows of other existing files are ignored."""
     by_key = {_key(image): image for image in images}
     for parent in sorted({folder, *(image.parent for image in images)}):
         for source in (parent / name for name in METADATA_NAMES):
@@ -125,7 +125,7 @@ def _csv_rows(source: Path, lines: Sequence[str]) -> Iterator[dict[str, Any]]:
     reader = csv.DictReader((line + "\n" for line in lines), strict=True)
     try:
         for number, row in enumerate(reader, start=1):
-            if None in row:  # where DictReader puts what is too much
+            if None in row:  # where DictReader puts surplus cells
                 raise UserError(
                     f"{source}, row {number} has more cells than the header: put double quotes around its caption"
                 )
@@ -141,13 +141,13 @@ def instance_images(
 ) -> tuple[tuple[InstanceImage, ...], tuple[Path, ...]]:
     """The distinct pictures of a folder, each with its caption or else the instance prompt; nothing is decoded.
 
-    Identical files are named and used once, with the caption that any of them has.
+    Identical files are printed and used once, with the caption that one of them has.
 
     Args:
         folder: the folder of the pictures.
         instance_prompt: for the pictures without a caption; None if there is none.
         recursive: whether to read subfolders.
-        hashes_path: where a large folder's hashes are noted (see `hash_pictures`).
+        hashes_path: where a large folder's hashes are kept (see `hash_pictures`).
 
     Returns:
         The pictures, sorted by path, and the files and folders that were left out.
@@ -172,7 +172,7 @@ def instance_images(
 
 
 def _prompt(paths: Sequence[Path], captions: dict[Path, str], instance_prompt: str | None) -> str:
-    """What identical files are to be called."""
+    """The prompt of identical files."""
     captioned = [path for path in paths if path in captions]
     for path in captioned[1:]:
         if captions[path] != captions[captioned[0]]:

@@ -86,6 +86,13 @@ class LatentConfig:
         default=None,
         metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels, and fit."},
     )
+    vae_tile: str = field(
+        default="auto",
+        metadata={
+            "help": "What the VAE encodes at a time: whole pictures, or overlapping tiles of this side, a multiple of "
+            "32 pixels; the numbers differ a little. auto: whole where that fits, else the largest tile that does."
+        },
+    )
     output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 

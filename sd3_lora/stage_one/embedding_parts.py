@@ -1,8 +1,8 @@
-"""The finished chunks of a stage one under way, each in a file of its own beside the output.
+"""The finished chunks of a stage one that is running, each in a file beside the output.
 
 A part is a safetensors file: `prompt_embeds` (N, S, D) and `pooled_prompt_embeds` (N, P), float16; the prompts and the
-provenance are in its metadata. It is written as fast as the disk takes it. A row of the output takes some 10 ms, and
-those of one chunk are written while the next is encoded.
+provenance are in its metadata. A part is written at the disk's speed. A row of the output takes some 10 ms, so the rows
+of one chunk are written while the next chunk is encoded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 _METADATA_KEY = "sd3_lora"
-_LOOK_AGAIN_S = 0.05
+_POLL_S = 0.05
 
 
-class GivenUpError(Exception):
-    """The rows that are asked for will not come, or are not wanted any more."""
+class CancelledError(Exception):
+    """The reader was cancelled before the last row."""
 
 
 class EmbeddingParts:
@@ -35,7 +35,7 @@ class EmbeddingParts:
 
     Args:
         output_path: the embeddings file that the parts will become.
-        provenance: parts of any other are discarded.
+        provenance: parts with another provenance are deleted.
     """
 
     def __init__(self, output_path: Path, provenance: Provenance):
@@ -58,7 +58,7 @@ class EmbeddingParts:
         return sorted(self.folder.glob("part-*.safetensors"))
 
     def numbers(self) -> list[int]:
-        """Those of the parts that are there, in order."""
+        """The numbers of the existing parts, in order."""
         return [int(path.stem.removeprefix("part-")) for path in self._paths()]
 
     def prompts(self) -> set[str]:
@@ -70,10 +70,10 @@ class EmbeddingParts:
         return done
 
     def add(self, number: int, prompts: Sequence[str], prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> None:
-        """Stores one chunk under a number that no other has.
+        """Stores one chunk under a number that no other part has.
 
         Args:
-            number: they are read in the order of the numbers.
+            number: parts are read in the order of their numbers.
             prompts: N.
             prompt_embeds: `(N, S, D)` float16.
             pooled: `(N, P)` float16.
@@ -88,25 +88,25 @@ class EmbeddingParts:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def read(self, numbers: Sequence[int], given_up: threading.Event) -> Iterator[PromptEmbedding]:
-        """The rows of these parts, which may still have to be added: each is waited for.
+    def read(self, numbers: Sequence[int], cancelled: threading.Event) -> Iterator[PromptEmbedding]:
+        """Yields the rows of these parts, and waits for those that are still to be added.
 
         Args:
             numbers: of the parts, in the order of the rows.
-            given_up: set when no more parts will be added, or nobody wants the rows any more.
+            cancelled: set when no more parts will be added, or the rows are no longer needed.
 
         Raises:
-            GivenUpError: it was set before the last row.
+            CancelledError: the event was set before the last row.
         """
         for number in numbers:
             while not self._path(number).exists():
-                if given_up.wait(_LOOK_AGAIN_S):
-                    raise GivenUpError
+                if cancelled.wait(_POLL_S):
+                    raise CancelledError
             with _open(self._path(number)) as (tensors, metadata):
                 embeds, pooled = tensors.get_slice("prompt_embeds"), tensors.get_slice("pooled_prompt_embeds")
                 for row, prompt in enumerate(metadata["prompts"]):
-                    if given_up.is_set():
-                        raise GivenUpError
+                    if cancelled.is_set():
+                        raise CancelledError
                     yield PromptEmbedding(prompt, (), (), embeds[row], pooled[row])
 
     def remove(self) -> None:

@@ -105,7 +105,7 @@ class EmbeddingStore:
         row = self._row[prompt]
         try:
             table = self._file.read_row_group(row, columns=["prompt_embeds", "pooled_prompt_embeds"])
-        except (pa.ArrowException, OSError) as error:  # damaged behind an intact footer
+        except (pa.ArrowException, OSError) as error:  # damaged, although the footer is intact
             raise self._not_whole(error) from error
 
         def tensor(column: str) -> torch.Tensor:
@@ -113,7 +113,7 @@ class EmbeddingStore:
             return torch.from_numpy(np.array(values, dtype=np.float16))
 
         prompt_embeds, pooled = tensor("prompt_embeds").reshape(self._shape), tensor("pooled_prompt_embeds")
-        # The largest is NaN where any is; to ask each number takes ten times as long.
+        # The largest is NaN where any number is; testing each number takes ten times as long.
         if not (torch.isfinite(prompt_embeds.abs().max()) and torch.isfinite(pooled.abs().max())):
             raise UserError(
                 f"{self.path} holds a NaN or infinity for {prompt!r}: delete it and run compute_embeddings.py again"
@@ -121,7 +121,7 @@ class EmbeddingStore:
         return PromptEmbedding(prompt, self._roles[prompt], self._image_ids[prompt], prompt_embeds, pooled)
 
     def read_all(self, prompts: Iterable[str] | None = None) -> Iterator[PromptEmbedding]:
-        """Rows one after another; the next is read, in a thread, while one is used."""
+        """Yields rows; while one is used, a thread reads the next."""
         yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
 
 
@@ -138,7 +138,7 @@ def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[Pr
             if writer is None:
                 shapes = embedding.prompt_embeds.shape, embedding.pooled_prompt_embeds.shape
                 schema = _schema(*shapes, provenance)
-                # The least and the largest of 600,000 numbers would take as long to find as all the rest.
+                # Statistics over a row's 600,000 numbers would double the time of writing it.
                 writer = pq.ParquetWriter(
                     temporary, schema, compression="zstd", use_dictionary=["prompt"], write_statistics=["prompt"]
                 )
@@ -193,7 +193,7 @@ def _row_table(embedding: PromptEmbedding, schema: pa.Schema) -> pa.Table:
 def with_uses(
     embeddings: Iterable[PromptEmbedding], roles: dict[str, tuple[str, ...]], image_ids: dict[str, tuple[str, ...]]
 ) -> Iterator[PromptEmbedding]:
-    """The same rows with the uses of this run; a prompt that it did not ask for keeps its row, without any."""
+    """The same rows with this run's roles and image ids; a prompt of earlier runs keeps its row, without any."""
     seen: set[str] = set()
     for embedding in embeddings:
         if embedding.prompt not in seen:

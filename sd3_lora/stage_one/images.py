@@ -27,7 +27,7 @@ RASTER_EXTENSIONS = frozenset({
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 # Only these, so that an .eps or .psd under another name never reaches Ghostscript or a flattened preview. TGA has no
-# magic number and takes what resembles its header, so it is asked last.
+# magic number and accepts whatever resembles its header, so it is tried last.
 _FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO", "QOI", "TGA"]
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF.{4}WEBP|BM.{4}\0{4}|\0\0\0\x0cjP  \r\n\x87\n"
@@ -157,7 +157,7 @@ def _head(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read(64)
-    except OSError:  # whoever needs the whole file says so
+    except OSError:  # reading the whole file reports it
         return b""
 
 
@@ -187,7 +187,7 @@ def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -
     """
     if _is_heif(_head(path)):
         _register_heif(path)
-    Image.init()  # HEIF, and AVIF in an old Pillow, are known only where they are installed
+    Image.init()  # HEIF, and AVIF in an old Pillow, are listed only where they are installed
     formats = [name for name in _FORMATS if name in Image.OPEN]
     # Pillow warns from 89 megapixels and refuses from 179: a large scan is no attack.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -220,12 +220,12 @@ def _register_heif(path: Path) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except SyntaxError:  # an EXIF block that does not parse says nothing of the orientation
+    except SyntaxError:  # an EXIF block that does not parse: the orientation is unknown
         return image.copy()
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """The colours that the file's ICC profile means: phones photograph in Display P3, scanners in Adobe RGB."""
+    """Converts from the file's ICC profile to sRGB: phones write Display P3, scanners Adobe RGB."""
     profile = image.info.get("icc_profile")
     if not profile or "transparency" in image.info or image.mode not in ("RGB", "RGBA", "CMYK"):
         return image
@@ -235,7 +235,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             return image  # no rounding where there is nothing to change
         mode = "RGBA" if image.mode == "RGBA" else "RGB"
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError):  # a profile that does not parse says nothing of the colours
+    except (ImageCms.PyCMSError, OSError):  # a profile that does not parse: the colours are unknown
         return image
     return converted or image
 
@@ -245,7 +245,7 @@ def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> I
         image = _to_8_bits(image)
     image = _to_srgb(image)
     if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")  # a copy takes a third of a decoding
+        return image if image.mode == "RGB" else image.convert("RGB")  # no copy: it takes a third of the time to decode
     image = image.convert("RGBA")
     color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
@@ -306,10 +306,10 @@ def crop_boxes(width: int, height: int, resolution: int, num_crops: int, flip: b
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
     """Resizes (Lanczos, antialiased), crops and mirrors an RGB picture.
 
-    Only the crop's own part is computed; but for rounding it is what resizing the whole picture would give.
+    Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
 
     Returns:
-        `(R, R, 3)` uint8, as Pillow has it: a quarter of what a device would be sent in float32.
+        `(R, R, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
     """
     # Multiplied before divided: the last edge is then exact, and never outside the picture.
     left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size))
@@ -321,17 +321,17 @@ def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
 def pixels_of(picture: Image.Image) -> torch.Tensor:
     """`(H, W, 3)` uint8 of an RGB picture.
 
-    Taken from where Pillow has them, four bytes a pixel: NumPy's way holds Python's lock for milliseconds, in which the
-    thread that has the GPU compute cannot go on.
+    Copied from Pillow's own memory, four bytes a pixel. NumPy's conversion holds Python's lock for milliseconds, during
+    which the thread that launches the GPU's kernels stands still.
     """
     try:
         shared = pa.array(picture)
-    except ValueError:  # of more than 4 megapixels, whose rows are not in one piece
+    except ValueError:  # above 4 megapixels Pillow's rows are not contiguous
         return torch.from_numpy(np.array(picture))
     rgbx = torch.from_dlpack(shared.values).view(picture.height, picture.width, 4)
     return rgbx[..., :3].clone(memory_format=torch.contiguous_format)
 
 
 def to_pixels(rgb: torch.Tensor) -> torch.Tensor:
-    """What the VAE takes: `(..., R, R, 3)` uint8 → `(..., 3, R, R)` float32 in [-1, 1], a view in memory order."""
+    """The VAE's input: `(..., R, R, 3)` uint8 → `(..., 3, R, R)` float32 in [-1, 1], a view in memory order."""
     return rgb.movedim(-1, -3).float() / 127.5 - 1.0

@@ -1,7 +1,7 @@
 """The latent cache: the VAE's posterior of every crop of every picture, one safetensors file a picture.
 
-A file is named by its picture's id and holds `<variant>.mean` and `<variant>.std`, `(16, H/8, W/8)` each, raw: the
-shift and the scale of the VAE are applied in training (`normalize_latents`), so that the cache is what the VAE said.
+A file is named by its picture's id and holds `<variant>.mean` and `<variant>.std`, `(16, H/8, W/8)` each, raw:
+the VAE's shift and scale are applied in training (`normalize_latents`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def denormalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class CachedPicture:
-    """What a picture's file says of itself.
+    """What the cache holds of one picture.
 
     Attributes:
         variants: of which it holds posteriors, sorted.
@@ -56,6 +56,10 @@ class CachedPicture:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
         return any(tile_px is None or side < tile_px for side in self.tiles.values())
 
+    def has_other_tiles(self, tile_px: int | None) -> bool:
+        """Whether a variant was encoded in tiles of another side; None is a whole picture."""
+        return any(self.tiles.get(variant) != tile_px for variant in self.variants)
+
 
 class LatentCache:
     """A folder of posteriors, keyed by image id and variant.
@@ -70,7 +74,12 @@ class LatentCache:
         self.folder = folder
         self.wanted = wanted
         self.alpha_background = alpha_background
-        self._looked_at: dict[str, CachedPicture] = {}  # to open 10,000 files takes seconds
+        self._read: dict[str, CachedPicture] = {}  # opening 10,000 files takes seconds
+
+    @property
+    def resolution(self) -> int:
+        """The side of the crops in pixels."""
+        return self.wanted.size
 
     def path(self, image_id: str) -> Path:
         """The file of one picture."""
@@ -78,11 +87,11 @@ class LatentCache:
 
     def remove(self, image_id: str) -> None:
         """Deletes a picture's file."""
-        self._looked_at.pop(image_id, None)
+        self._read.pop(image_id, None)
         self.path(image_id).unlink()
 
     def remove_unfinished(self) -> None:
-        """Deletes what an interrupted run left under temporary names."""
+        """Deletes temporary files that an interrupted run left."""
         for path in self.folder.glob(".*.unfinished"):
             path.unlink()
 
@@ -91,13 +100,13 @@ class LatentCache:
         try:
             handle = safe_open(path, "pt")
             metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
-            found, background = Provenance.from_dict(metadata["provenance"]), metadata["alpha_background"]
+            provenance, background = Provenance.from_dict(metadata["provenance"]), metadata["alpha_background"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not a whole latent file of this project ({type(error).__name__}): delete it and run "
                 "precompute_latents.py again"
             ) from error
-        difference = found.difference(self.wanted, "resolution")
+        difference = provenance.difference(self.wanted, "resolution")
         if self.alpha_background not in (None, background):
             difference = difference or f"alpha_background {background}, not {self.alpha_background}"
         if difference:
@@ -105,24 +114,24 @@ class LatentCache:
         return handle
 
     def look(self, image_id: str) -> CachedPicture | None:
-        """What the cache holds of a picture; None if it has no file. Each file is opened once, and after `add`.
+        """What the cache holds of a picture; None if it has no file. A file is opened once, and again after `add`.
 
         Raises:
             UserError: a truncated or foreign file.
             StaleLatents: a file made with other settings.
         """
-        if image_id in self._looked_at:
-            return self._looked_at[image_id]
+        if image_id in self._read:
+            return self._read[image_id]
         if not self.path(image_id).is_file():
             return None
         with self._open(image_id) as handle:
             names = [name.removesuffix(".mean") for name in handle.keys() if name.endswith(".mean")]  # noqa: SIM118
             metadata = json.loads(handle.metadata()[_METADATA_KEY])
         width, height = metadata["picture_size"]
-        # Files of before tiles were noted are taken for whole.
-        found = CachedPicture(tuple(sorted(names)), (width, height), metadata.get("tiles_px", {}))
-        self._looked_at[image_id] = found
-        return found
+        # A file from before tiles were recorded counts as encoded whole.
+        picture = CachedPicture(tuple(sorted(names)), (width, height), metadata.get("tiles_px", {}))
+        self._read[image_id] = picture
+        return picture
 
     def variants(self, image_id: str) -> tuple[str, ...]:
         """The variants that the cache holds of a picture; none if it has no file.
@@ -130,8 +139,8 @@ class LatentCache:
         Raises:
             UserError: as `look`.
         """
-        found = self.look(image_id)
-        return found.variants if found else ()
+        picture = self.look(image_id)
+        return picture.variants if picture else ()
 
     def tiles(self, image_id: str) -> dict[str, int]:
         """For each variant that was encoded in tiles, their side in pixels.
@@ -139,8 +148,8 @@ class LatentCache:
         Raises:
             UserError: as `look`.
         """
-        found = self.look(image_id)
-        return found.tiles if found else {}
+        picture = self.look(image_id)
+        return picture.tiles if picture else {}
 
     def read(self, image_id: str, variant: str) -> LatentPosterior:
         """One posterior.
@@ -150,7 +159,7 @@ class LatentCache:
             StaleLatents: a file made with other settings.
         """
         with self._open(image_id) as handle:
-            # Copied out of the file's mapping: Windows replaces no file that is mapped.
+            # Copied out of the mapped file: Windows cannot replace a mapped file.
             mean, std = (handle.get_tensor(f"{variant}.{part}").clone() for part in ("mean", "std"))
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise UserError(
@@ -166,19 +175,19 @@ class LatentCache:
         posteriors: Iterable[LatentPosterior],
         tile_px: int | None = None,
     ) -> None:
-        """Writes a picture's posteriors beside those that its file holds already.
+        """Adds posteriors to a picture's file.
 
         Args:
             image: the picture.
             size: its width and height in pixels, upright.
             posteriors: of its crops.
-            tile_px: the side of the tiles in which these were encoded; None for whole.
+            tile_px: side in pixels of the tiles in which these were encoded; None for whole pictures.
         """
         image_id = image.image_id
         tensors: dict[str, torch.Tensor] = {}
-        there = self.look(image_id)
-        tiles = dict(there.tiles) if there else {}
-        for variant in there.variants if there else ():
+        existing = self.look(image_id)
+        tiles = dict(existing.tiles) if existing else {}
+        for variant in existing.variants if existing else ():
             kept = self.read(image_id, variant)
             tensors |= {f"{variant}.mean": kept.mean, f"{variant}.std": kept.std}
         for posterior in posteriors:
@@ -196,7 +205,7 @@ class LatentCache:
         temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
         save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
         os.replace(temporary, self.path(image_id))
-        self._looked_at.pop(image_id, None)
+        self._read.pop(image_id, None)
 
 
 class StaleLatents(UserError):

@@ -1,6 +1,6 @@
-"""T5's blocks in halves, attention and feed-forward: what of it is on the device at a time when it is streamed.
+"""T5's blocks in halves, attention and feed-forward. A streamed T5 has one half on the device at a time.
 
-Nothing but the hidden states passes from one half to the next, and the larger takes a quarter less than a block.
+Only the hidden states pass from one half to the next, and the larger half has three quarters of a block's weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class _NoAttention(torch.nn.Module):
-    """In the attention layer's place: the hidden states as they come, no position bias, no scores."""
+    """Takes the attention layer's place: returns the hidden states unchanged, no position bias, no scores."""
 
     def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None, None]:
         return hidden_states, None, None
@@ -29,9 +29,9 @@ class Half:
     Attributes:
         block: transformers' own.
         layer: the half, its weights on the meta device until `place`.
-        layers: it and what lets everything pass in the other's place. The block still clamps fp16 after each; for what
-            has passed that is the second time, which changes nothing.
-        buffer: uint8 on the host, which holds the weights as `layout` has it.
+        layers: the half, and an identity in place of the other half. The block clamps fp16 after each of them; after
+            the identity that is a second time, which changes nothing.
+        buffer: uint8 on the host; it holds the weights at the offsets of `layout`.
     """
 
     block: Any
@@ -47,7 +47,7 @@ class Half:
         self.block.layer = self.layers
 
     def leave(self) -> None:
-        """Has the weights on the meta device again."""
+        """Moves the weights to the meta device again."""
         self._set([torch.empty_like(parameter, device="meta") for parameter in self.layer.parameters()])
 
     def _set(self, values: list[torch.Tensor]) -> None:
@@ -62,14 +62,14 @@ def _halves(block: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def set_dtypes(blocks: torch.nn.ModuleList, dtype: torch.dtype) -> None:
-    """As transformers loads T5: `wo` in float32 whatever the dtype (`T5PreTrainedModel._keep_in_fp32_modules`)."""
+    """Casts as transformers does when it loads T5: `wo` stays float32 (`T5PreTrainedModel._keep_in_fp32_modules`)."""
     for name, parameter in blocks.named_parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(torch.float32 if name.endswith("wo.weight") else dtype)
 
 
 def half_bytes(blocks: torch.nn.ModuleList) -> int:
-    """What the largest half's weights take."""
+    """Bytes of the largest half's weights."""
     return max(layout(list(layer.parameters()))[-1] for block in blocks for layer in _halves(block))
 
 
@@ -78,7 +78,7 @@ def read_halves(weights: TensorFiles, blocks: torch.nn.ModuleList) -> Iterator[H
 
     Args:
         weights: T5's files.
-        blocks: of transformers' encoder, on the meta device in the dtypes that they are to have.
+        blocks: of transformers' encoder, on the meta device, already in their dtypes.
     """
     size = half_bytes(blocks)
     buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]

@@ -90,12 +90,12 @@ def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor
 
 @contextmanager
 def tensor_cores_for_wo(files: ModelFiles, precision: T5Precision) -> Iterator[None]:
-    """Has T5's `wo`, in float32 whatever the precision, multiplied by tensor cores where that rounds no factor.
+    """Multiplies T5's `wo` by tensor cores in the block, where that rounds no factor. `wo` is float32 in any precision.
 
-    They round factors to TF32, a float16's ten bits in a float32's range. In 16 bits and fewer what `wo` multiplies was
-    a float16 before; and so was its weight, or a bfloat16, where the model's files have it so.
+    Tensor cores round float32 factors to TF32, which has float16's ten bits. Under 16 bits or fewer the activations
+    were a float16 before, and so were the weights where the model's files hold float16 or bfloat16.
     """
-    files.component("text_encoder_3")  # downloaded and looked at now, if need be
+    files.component("text_encoder_3")  # downloads the files if need be
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
         dtypes = weights.dtypes()
     is_exact = precision != "fp32" and all(
@@ -112,31 +112,31 @@ def tensor_cores_for_wo(files: ModelFiles, precision: T5Precision) -> Iterator[N
 def rounded(
     batches: Iterable[Sequence[torch.Tensor]], prompts: Sequence[str], encoder: str
 ) -> tuple[torch.Tensor, ...]:
-    """What an encoder gives, batch by batch, as float16 on the CPU.
+    """An encoder's outputs, batch by batch, as float16 on the CPU.
 
     Args:
-        batches: tensors `(B, ...)`, alike in number; they are rounded on their device, which is fast.
+        batches: for each batch the outputs `(B, ...)`; they are rounded on their device, which is fast.
         prompts: N, in the batches' order.
-        encoder: its name.
+        encoder: its name, for an error.
 
     Returns:
-        As many tensors `(N, ...)`.
+        The outputs `(N, ...)`.
 
     Raises:
         UserError: as `to_float16`.
     """
-    found = []
+    outputs = []
     for values in batches:
-        own, prompts = prompts[: len(values[0])], prompts[len(values[0]) :]
-        found.append([to_float16(each, own, encoder).cpu() for each in values])
-    return tuple(torch.cat(each) for each in zip(*found, strict=True))
+        batch_prompts, prompts = prompts[: len(values[0])], prompts[len(values[0]) :]
+        outputs.append([to_float16(each, batch_prompts, encoder).cpu() for each in values])
+    return tuple(torch.cat(each) for each in zip(*outputs, strict=True))
 
 
 def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> torch.Tensor:
     """Rounds `(N, ...)` to float16, the precision of the store.
 
     Raises:
-        UserError: a NaN, or a value that float16 would turn to infinity; names the first such prompt.
+        UserError: a NaN, or a value that float16 would turn to infinity; the message names the first such prompt.
     """
     per_prompt = values.flatten(1).float().abs().amax(1)  # NaN propagates
     bad = ~(per_prompt <= _FLOAT16_MAX)
@@ -150,17 +150,17 @@ def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> to
 
 
 def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """`values` in pieces of `size` rows, with a progress bar where there are several."""
+    """Yields `size` rows at a time, with a progress bar from four batches on."""
     pieces = values.split(size)
     return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
-    """Token ids `(N, length)`, padded and cut to `length`; says which prompts are cut."""
+    """Token ids `(N, length)`, padded and cut to `length`; prints which prompts are cut."""
     options = {"padding": "max_length", "max_length": length, "truncation": True}
     ids = tokenizer(list(prompts), return_tensors="pt", **options).input_ids
     untruncated = tokenizer(list(prompts)).input_ids
-    too_long = [prompt for prompt, found in zip(prompts, untruncated, strict=True) if len(found) > length]
+    too_long = [prompt for prompt, tokens in zip(prompts, untruncated, strict=True) if len(tokens) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
         others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
@@ -169,7 +169,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
 
 
 def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
-    """One CLIP text encoder: on the plan's device, whole or, as T5 is streamed, one layer at a time."""
+    """One CLIP text encoder on the plan's device, whole or streamed layer by layer."""
     encoder = CLIPTextModelWithProjection.from_pretrained(
         files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
     )
@@ -217,10 +217,10 @@ def encode_t5_resident(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
 
 @torch.no_grad()
 def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEncoderPlan) -> Iterator[torch.Tensor]:
-    """T5 with half a block on the device at a time, read straight from the safetensors files.
+    """T5 with half a block on the device at a time, streamed from the safetensors files.
 
-    All prompts pass one half while the next is read, in the batches of the resident encoder, through transformers' own
-    block modules: the result is the resident encoder's, bit for bit.
+    All prompts pass one half while the next half is read. Batches and modules are those of the resident encoder, so
+    the result is the same, bit for bit.
 
     Args:
         files: the model.
@@ -234,21 +234,21 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
     encoder = empty_t5(files, dtype)
     with TensorFiles(files.weight_files("text_encoder_3")) as weights:
         is_kept = len(token_ids) <= plan.kept_prompts
-        place = device if is_kept else torch.device("cpu")
+        hidden_device = device if is_kept else torch.device("cpu")
         pieces = token_ids.split(plan.batch_size)
-        hidden = [weights.rows("shared.weight", ids).to(place, dtype) for ids in pieces]  # (B, T, D)
-        room = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
-        position_bias = None  # (1, heads, T, T): made by the first block, shared by all
+        hidden = [weights.rows("shared.weight", ids).to(hidden_device, dtype) for ids in pieces]  # (B, T, D)
+        weight_buffer = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
+        position_bias = None  # (1, heads, T, T): computed by the first block, used by all
         halves = read_ahead(read_halves(weights, encoder.block))
         for half in tqdm(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
-            half.place(room)
+            half.place(weight_buffer)
             for i, batch in enumerate(hidden):
                 states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)
                 position_bias = bias if position_bias is None else position_bias
                 if states.dtype == batch.dtype and not is_kept:
-                    batch.copy_(states)  # into memory that is there: to map pages anew takes longer than to copy
+                    batch.copy_(states)  # reuses its memory: mapping new pages takes longer than the copy
                 else:
-                    hidden[i] = states.to(place)
+                    hidden[i] = states.to(hidden_device)
                 del states
             half.leave()
         name = "final_layer_norm"
@@ -261,12 +261,12 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
 
 @dataclass(frozen=True)
 class IdentifierReport:
-    """How the rarest word of a prompt falls into tokens.
+    """How the rarest word of a prompt is tokenized.
 
     Attributes:
         word: the identifier.
         pieces: by tokenizer, its tokens.
-        is_common: whether CLIP knows it as one frequent token, so that it has a meaning already.
+        is_common: whether it is one frequent token of CLIP, and so has a meaning already.
     """
 
     word: str
@@ -274,7 +274,7 @@ class IdentifierReport:
     is_common: bool
 
     def sentences(self) -> list[str]:
-        """What to tell the user: the tokens, and a warning where they do not serve."""
+        """The lines to print: the tokens, and a warning where the word is a poor identifier."""
         shown = "; ".join(f"{name}: {' '.join(pieces)}" for name, pieces in self.pieces.items())
         lines = [f"identifier {self.word!r} → {shown}"]
         if self.is_common:
@@ -291,15 +291,15 @@ class IdentifierReport:
 
 
 def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> IdentifierReport | None:
-    """Finds the word that stands for the subject, and how it tokenizes; None for an empty prompt.
+    """The word that stands for the subject, and how it is tokenized; None for an empty prompt.
 
-    It is the rarest word that the class prompt lacks. CLIP's byte-pair ids follow frequency (a merge learnt later is
-    rarer), so more pieces, then a higher id, mean rarer.
+    It is the rarest word that is not in the class prompt. CLIP's byte-pair ids follow frequency (a later merge is
+    rarer), so more tokens, then a higher id, mean rarer.
     """
     known = set((class_prompt or "").lower().split())
-    words = [w.strip(".,;:!?'\"()[]<>") for w in instance_prompt.split()]
-    words = [w for w in words if w and w.lower() not in known]
-    if not words:
+    candidates = [word.strip(".,;:!?'\"()[]<>") for word in instance_prompt.split()]
+    candidates = [word for word in candidates if word and word.lower() not in known]
+    if not candidates:
         return None
     tokenizers = {
         "CLIP": CLIPTokenizer.from_pretrained(files.component("tokenizer")),
@@ -310,8 +310,8 @@ def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str
     def ids(word: str) -> list[int]:
         return clip(word, add_special_tokens=False).input_ids
 
-    word = max(words, key=lambda w: (len(ids(w)), max(ids(w), default=0)))
-    pieces = {name: tokenizer.tokenize(word) for name, tokenizer in tokenizers.items()}
+    identifier = max(candidates, key=lambda word: (len(ids(word)), max(ids(word), default=0)))
+    pieces = {name: tokenizer.tokenize(identifier) for name, tokenizer in tokenizers.items()}
     # Of CLIP's 49,408 tokens the first fifth holds the everyday words: dog 1,929, photo 1,125; sks is 48,136.
-    is_common = len(ids(word)) == 1 and ids(word)[0] < len(clip) // 5
-    return IdentifierReport(word, pieces, is_common)
+    is_common = len(ids(identifier)) == 1 and ids(identifier)[0] < len(clip) // 5
+    return IdentifierReport(identifier, pieces, is_common)

@@ -1,8 +1,8 @@
 """The VAE's group norms on a GPU, spread over all of it.
 
 torch sums each group of channels in one block of threads. A picture has 32 groups, an H100 132 multiprocessors: at
-1024 px the norms took half of the encoder's time. Here every channel is summed by itself, by what synchronized batch
-norm is made of, and groups are put together of their channels. A layout with channels last is kept as it is.
+1024 px the norms took half of the encoder's time. Here every channel is summed by itself, by the kernels of
+synchronized batch norm, and each group's statistics are made of its channels'. Channels-last tensors stay so.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import torch
 
 
 def arrange_vae(vae: torch.nn.Module) -> None:
-    """Has a VAE compute as is fast where it is: on a GPU with channels last in memory, its norms spread.
+    """Makes a VAE fast on its device: on a GPU channels last in memory, and its group norms spread.
 
-    That is the layout of tensor cores: cuDNN would turn every feature map into it and back, and torch's own norms back
-    and into it. Only for inference.
+    Tensor cores need channels last: else cuDNN converts every feature map to that layout and back. Only for inference.
     """
     if next(vae.parameters()).is_cuda:
         vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -24,14 +23,14 @@ def arrange_vae(vae: torch.nn.Module) -> None:
 
 
 def spread_group_norms(vae: torch.nn.Module) -> None:
-    """Has the group norms of a VAE on a GPU computed so; on a CPU nothing changes. Only for inference.
+    """Spreads the group norms of a VAE over all of a GPU; on a CPU nothing changes. Only for inference.
 
     The numbers differ by the rounding of float32 sums.
     """
     for module in vae.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            words = module.num_groups, module.eps, module.weight, module.bias
-            module.forward = partial(_group_norm, *words)  # type: ignore[method-assign]
+            arguments = module.num_groups, module.eps, module.weight, module.bias
+            module.forward = partial(_group_norm, *arguments)  # type: ignore[method-assign]
 
 
 def _group_norm(groups: int, eps: float, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

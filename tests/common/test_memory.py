@@ -73,22 +73,22 @@ def write_group(folder: Path, **files: str) -> None:
 def test_a_control_group_limits_the_host(tmp_path: Path) -> None:
     """Both versions, at any level; pages of files can be dropped, so they are free."""
     own, mounted = tmp_path / "cgroup", tmp_path / "mounted"
-    assert memory._rooms_in_groups(own, mounted) == []
+    assert memory._free_in_groups(own, mounted) == []
     own.write_text("4:cpu,memory:/docker/abc\n0::/a/b\n")
-    assert memory._rooms_in_groups(own, mounted) == []
+    assert memory._free_in_groups(own, mounted) == []
     stat = "anon 600\ninactive_file 250\nactive_file 50\nfile 900"
     write_group(mounted / "a", memory__max="1000", memory__current="900", memory__stat=stat)
     write_group(mounted / "a" / "b", memory__max="max", memory__current="900", memory__stat=stat)
     stat = "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 30"
     files = {"memory__limit_in_bytes": "2000", "memory__usage_in_bytes": "100", "memory__stat": stat}
     write_group(mounted / "memory", **files)
-    assert sorted(memory._rooms_in_groups(own, mounted)) == [400, 1950]
+    assert sorted(memory._free_in_groups(own, mounted)) == [400, 1950]
 
 
 def test_what_the_host_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     free = psutil.virtual_memory().available
     assert 0 < available_host_bytes() <= psutil.virtual_memory().total
-    monkeypatch.setattr(memory, "_rooms_in_groups", lambda *_: [free + 2**60, 12])
+    monkeypatch.setattr(memory, "_free_in_groups", lambda *_: [free + 2**60, 12])
     assert available_host_bytes() == 12
-    monkeypatch.setattr(memory, "_rooms_in_groups", lambda *_: [])
+    monkeypatch.setattr(memory, "_free_in_groups", lambda *_: [])
     assert available_host_bytes() == pytest.approx(free, rel=0.5)

@@ -58,10 +58,10 @@ def test_a_step_that_cannot_be_recorded_is_computed(
     compute, gradient = tiny_step()
     monkeypatch.setattr(torch.cuda, "Stream", stand_in)
     said: list[str] = []
-    step = CapturedCall(compute, CPU, [gradient], say=said.append)
+    step = CapturedCall(compute, CPU, [gradient], log=said.append)
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert gradient.tolist() == [3.0] * 3
-    assert said == [f"not replayed as a graph ({reason}); kernels are started one by one"]
+    assert said == [f"not captured as a CUDA graph ({reason}): kernels are launched one by one"]
     with pytest.raises(RuntimeError, match="capturing"):
         CapturedCall(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
@@ -90,9 +90,9 @@ def test_a_recording_that_fails_waits_for_its_copies_before_it_is_ended(monkeypa
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr("sd3_lora.gpu.cuda_graph.join_captured_copies", lambda: events.append("joined"))
     said: list[str] = []
-    assert CapturedCall(compute, CPU, say=said.append)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert CapturedCall(compute, CPU, log=said.append)(torch.ones(2)).tolist() == [2.0, 2.0]
     assert events == ["begun", "joined", "ended"]
-    assert said == ["not replayed as a graph (CUDA out of memory); kernels are started one by one"]
+    assert said == ["not captured as a CUDA graph (CUDA out of memory): kernels are launched one by one"]
 
 
 class FakeGraph:
@@ -128,7 +128,8 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
     assert step(torch.full((3,), 2.0)).item() == 6.0
     assert gradient.tolist() == pytest.approx([2.0 + (error if error < 0.01 else 0)] * 3)
     reason = "its replay gives other numbers than the plain computation"
-    assert said == ([f"not replayed as a graph ({reason}); kernels are started one by one"] if error > 0.01 else [])
+    refusal = f"not captured as a CUDA graph ({reason}): kernels are launched one by one"
+    assert said == ([refusal] if error > 0.01 else [])
 
 
 def test_a_last_batch_of_another_size_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +226,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool,
                 optimizer.zero_grad(set_to_none=False)
         results.append((torch.stack(losses), flat.detach().clone()))
     assert all(map(torch.equal, *results))
-    assert [line[:44] for line in said] == (["not replayed as a graph (CUDA out of memory."] if full else [])
+    assert [line[:49] for line in said] == (["not captured as a CUDA graph (CUDA out of memory."] if full else [])
     assert torch.cuda.current_stream() == stream
     torch.rand(1, device=GPU)  # refused while a generator thinks that it is recorded
     del transformer, step, compute, optimizer, scaler, trained, flat, parameter

@@ -11,7 +11,7 @@ from typing import Any
 
 import compute_embeddings
 from sd3_lora.common.records import PromptEmbedding, Provenance
-from sd3_lora.stage_one.embedding_parts import EmbeddingParts, GivenUpError
+from sd3_lora.stage_one.embedding_parts import CancelledError, EmbeddingParts
 
 import pytest
 import torch
@@ -115,30 +115,30 @@ def test_a_part_that_is_not_there_yet_is_waited_for(parts: EmbeddingParts) -> No
 
 
 def test_whoever_waits_is_told_that_no_more_will_come(parts: EmbeddingParts) -> None:
-    given_up = threading.Event()
-    rows = parts.read([1, 2], given_up)
+    cancelled = threading.Event()
+    rows = parts.read([1, 2], cancelled)
     assert next(rows).prompt == CHUNKS[1][0]
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, rows)
-        given_up.set()
-        with pytest.raises(GivenUpError):
+        cancelled.set()
+        with pytest.raises(CancelledError):
             coming.result(timeout=20)
 
 
 def test_rows_end_when_they_are_not_wanted_any_more(parts: EmbeddingParts) -> None:
-    given_up = threading.Event()
-    rows = parts.read([0, 1], given_up)
+    cancelled = threading.Event()
+    rows = parts.read([0, 1], cancelled)
     assert next(rows).prompt == CHUNKS[0][0]
-    given_up.set()  # as by whoever interrupts the writing of the last chunk
-    with pytest.raises(GivenUpError):
+    cancelled.set()  # as by whoever interrupts the writing of the last chunk
+    with pytest.raises(CancelledError):
         next(rows)
 
 
 def test_whoever_is_interrupted_while_it_waits_gives_up_what_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def work(given_up: threading.Event) -> int:
-        seen.append(given_up.wait(timeout=20))
+    def work(cancelled: threading.Event) -> int:
+        seen.append(cancelled.wait(timeout=20))
         return 0
 
     def interrupted(_: compute_embeddings.Future) -> None:

@@ -55,7 +55,7 @@ def crops(many: Path, tiny_sd3: Path, tmp_path: Path) -> Callable[..., Any]:
     cache = LatentCache(tmp_path / "latents", files.provenance(["vae"], "fp32", 64), "white")
 
     def call(batch_size: int, threads: int, broken: list[BrokenImage] | None = None) -> Any:
-        return decode_ahead(images, CENTER, 64, cache, batch_size, threads, [] if broken is None else broken)
+        return decode_ahead(images, CENTER, cache, batch_size, threads, [] if broken is None else broken)
 
     return call
 
@@ -232,7 +232,7 @@ def test_many_pictures_are_recorded_on_a_gpu(
     monkeypatch.setattr(precompute_latents, "encode", lambda a, b, _: encode(a, b, torch.device("cpu")))
     tile = VaeTile(None, 4, 0, 0)
     made, broken = precompute_latents.encode_missing(
-        files, images, config, 64, cache, torch.device("cuda"), tile, threads=2
+        files, images, config, cache, torch.device("cuda"), tile, threads=2
     )
     assert (made, broken) == (count, [])
     assert recorded == ([4, 4, 4, 4] if count == 16 else [])
@@ -250,7 +250,7 @@ def test_a_gpu_gives_the_same_recorded_and_not(
         words = ["--device", "cuda", "--vae_batch_size", 5, "--vae_precision", precision]
         said = run(*words, "--output_path", tmp_path / name)
         assert "wrote 12 crops" in said.out
-        assert "not replayed" not in said.out
+        assert "not captured" not in said.out
         found.append({path.name: load_file(path) for path in sorted((tmp_path / name).glob("*.safetensors"))})
     recorded, plain = found
     assert len(recorded) == 12

@@ -106,6 +106,23 @@ def test_each_variant_has_its_own(
     assert tiles() == [{"256x256+0+0-flip": 128}] * 2
 
 
+def test_a_forced_tile_replaces_others_under_overwrite_alone(
+    run: Callable[..., Result], tiles: Callable[..., list[dict[str, int]]]
+) -> None:
+    assert "note: " not in run().out
+    note = "note: 2 of 2 pictures were cached otherwise than --vae_tile 128: add --overwrite to encode them again\n"
+    result = run("--vae_tile", 128)
+    assert note in result.out
+    assert "wrote 0 crops" in result.out
+    assert tiles() == [{}, {}]
+    for flag, px in ((128, 128), (192, 192), (128, 128), ("whole", None), (512, None)):
+        result = run("--vae_tile", flag, "--overwrite")
+        assert ("wrote 2 crops" in result.out) == (flag != 512)  # of a picture of 256 px: whole already
+        assert "were cached otherwise" not in result.out
+        assert tiles() == [{"256x256+0+0": px} if px else {}] * 2
+    assert "note: " not in run("--vae_tile", "whole").out
+
+
 def test_training_says_once_how_many_are_tiled(script: Script, private: Prepared, tmp_path: Path) -> None:
     files = ModelFiles(ModelConfig(str(private.model)))
     cache = LatentCache(private.latents, files.provenance(["vae"], "fp32", 64), "white")

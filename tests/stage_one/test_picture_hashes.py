@@ -26,7 +26,7 @@ def paths(tmp_path: Path) -> list[Path]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are read; any folder is large, and any file has settled."""
     monkeypatch.setattr(picture_hashes, "NOTED_FROM_BYTES", 0)
-    monkeypatch.setattr(picture_hashes, "_SETTLED_NS", -(10**12))
+    monkeypatch.setattr(picture_hashes, "_CLOCK_TICK_NS", -(10**12))
     names: list[str] = []
     hash_file = picture_hashes.hash_file
 
@@ -69,7 +69,7 @@ def test_another_file_with_the_old_size_and_date_is_read(paths: list[Path], tmp_
 def test_a_file_that_is_just_being_written_is_not_noted(
     paths: list[Path], tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(picture_hashes, "_SETTLED_NS", 10**12)
+    monkeypatch.setattr(picture_hashes, "_CLOCK_TICK_NS", 10**12)
     notes = tmp_path / NOTES_NAME
     hash_pictures(paths, notes)
     hash_pictures(paths, notes)

@@ -74,7 +74,7 @@ from sd3_lora.common.processes import in_processes
 
 def run(argv, processes):
     print("begun")
-    if processes.index == 1 or argv == ["both"]:
+    if processes.rank == 1 or argv == ["both"]:
         raise UserError("it cannot be") if argv != ["crash"] else ValueError("a mistake of ours")
     processes.gather(None)
     print("done")
@@ -114,7 +114,7 @@ def test_without_torchrun_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_processes() as processes:
         assert processes == Processes(0, 1)
         assert processes.gather("mine") == ["mine"]
-        assert processes.from_first(lambda: "its") == "its"
+        assert processes.from_rank_0(lambda: "its") == "its"
         assert processes.cpu_cores >= 1
 
 

@@ -16,6 +16,7 @@ from sd3_lora.stage_one import text_encoder_plan
 from sd3_lora.stage_one.text_encoder_plan import (
     BATCH_SIZE,
     TextEncoderPlan,
+    TextWork,
     choose_text_encoder_plan,
     encoder_bytes,
     working_bytes,
@@ -47,7 +48,7 @@ def choose(
     files: ModelFiles, device: torch.device, budget: DeviceBudget | None, *args: Any, length: int = 77
 ) -> tuple[TextEncoderPlan, list[str]]:
     said: list[str] = []
-    return choose_text_encoder_plan(files, device, budget, length, *args, say=said.append), said
+    return choose_text_encoder_plan(files, TextWork(length, *args), device, budget, said.append), said
 
 
 def test_the_default_precision(files: ModelFiles) -> None:
@@ -217,7 +218,7 @@ def test_int8_that_does_not_fit_is_streamed_in_fp16_and_says_so(big_files: Model
     chosen, said = choose(big_files, CUDA, budget_of(big_files, "int8", False, -1), asked, False)
     assert chosen == TextEncoderPlan("fp16", True, 77, CUDA)
     assert said == [
-        "T5 in int8 takes 8.0 GiB and 8.0 GiB are left for it: streaming it in fp16, one block at a time (--t5_stream)"
+        "T5 in int8 takes 8.0 GiB and 8.0 GiB are free: streaming it in fp16, one block at a time (--t5_stream)"
     ]
     enough = budget_of(big_files, "int8", False)
     assert choose(big_files, CUDA, enough, asked, False) == (TextEncoderPlan("int8", False, 77, CUDA), [])
@@ -266,7 +267,7 @@ def test_on_a_cpu_the_free_host_memory_decides(files: ModelFiles, monkeypatch: p
 
 
 def test_nf4_that_does_not_fit_is_an_error(big_files: ModelFiles) -> None:
-    with pytest.raises(UserError, match=r"T5 in nf4 takes .* left for it: type --t5_precision fp16 --t5_stream"):
+    with pytest.raises(UserError, match=r"T5 in nf4 takes .* are free: type --t5_precision fp16 --t5_stream"):
         choose(big_files, CUDA, budget_of(big_files, "nf4", False, -1), "nf4", False)
 
 

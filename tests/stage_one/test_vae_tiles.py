@@ -17,7 +17,15 @@ from sd3_lora.gpu.budget import DeviceBudget, open_budget
 from sd3_lora.plan import memory_plan
 from sd3_lora.stage_one import text_encoder_plan, vae_tiles
 from sd3_lora.stage_one.images import open_rgb
-from sd3_lora.stage_one.vae_tiles import SIDES_PX, VaeTile, VaeWork, choose_tile, vae_weight_bytes
+from sd3_lora.stage_one.vae_tiles import (
+    SIDES_PX,
+    AskedTile,
+    VaeTile,
+    VaeWork,
+    choose_tile,
+    read_asked_tile,
+    vae_weight_bytes,
+)
 
 import numpy as np
 import pytest
@@ -149,6 +157,53 @@ def test_the_choice_in_words() -> None:
     assert VaeTile(512, 4, 0, 0).describe() == "4 pictures at a time, in tiles of 512 px"
 
 
+# --vae_tile
+
+
+def test_the_flag_is_auto_whole_or_a_side_that_tiles_may_have() -> None:
+    def read(flag: str) -> AskedTile:
+        return read_asked_tile(flag, PictureSize(256, 512), 8)
+
+    assert [read(flag) for flag in ("auto", "whole", "32", "480")] == ["auto", "whole", 32, 480]
+    assert [read(flag) for flag in ("512", "1024")] == ["whole", "whole"]  # the picture is one tile
+    for flag, typed in (("100", "96"), ("8", "32"), ("0", "32"), ("-64", "auto"), ("half", "auto")):
+        with pytest.raises(UserError) as caught:
+            read(flag)
+        assert str(caught.value) == (
+            f"--vae_tile {flag} is not auto, whole or a multiple of 32 pixels: type --vae_tile {typed}"
+        )
+        assert read(typed)
+    assert read_asked_tile("48", PictureSize.square(512), 4) == 48  # four latents of another VAE
+
+
+def test_a_forced_tile_is_taken_where_more_fits_and_where_less_would_do(full_files: ModelFiles) -> None:
+    for room in (None, budget(80), budget(0.3122 + 4.1 / 16 + 12 * 4 / 1024 + 0.001)):
+        assert choose_tile(full_files, DECODE, room, 256).side_px == 256
+    assert choose_tile(full_files, DECODE, budget(80), "whole").side_px is None
+    four = VaeWork("decode", "fp32", FULL, 4, may_shrink=True)
+    each = 4.1 / 16 + 12 * 4 / 1024
+    assert choose_tile(full_files, four, budget(0.3122 + 3 * each + 0.001), 256).batch_size == 3
+    assert choose_tile(full_files, replace(four, may_shrink=False), budget(80), 256).batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "remedy"),
+    [
+        ("whole", 0.3122 + 1.1, "4.92 GiB: type --vram_budget_gib 4.92, or --vae_tile 512"),
+        (768, 0.3122 + 1.1, "3.17 GiB: type --vram_budget_gib 3.17, or --vae_tile 512"),
+        ("whole", 0.32, "4.92 GiB: type --vram_budget_gib 4.92"),  # no tile fits either
+    ],
+)
+def test_a_forced_tile_that_does_not_fit_is_refused_with_what_would_do(
+    full_files: ModelFiles, asked: Any, room: float, remedy: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        choose_tile(full_files, DECODE, budget(room), asked)
+    assert str(caught.value) == f"--vae_tile {asked}: the VAE in fp32 needs at least {remedy}"
+    typed = float(remedy.split()[0])
+    assert choose_tile(full_files, DECODE, budget(typed - 0.5), asked)
+
+
 # The numbers
 
 
@@ -263,6 +318,37 @@ def test_a_budget_too_small_deletes_and_writes_nothing(
     assert cache(*short).code == 0  # all cached: nothing needs to fit
 
 
+def test_a_forced_tile_of_latents_is_the_one_that_a_budget_chooses(
+    cache: Callable[..., Result], tiny_budget: Any, tmp_path: Path
+) -> None:
+    chosen = cache("--vram_budget_gib", tiny_budget("encode", 128), folder="chosen")
+    forced = cache("--vae_tile", 128, "--vae_batch_size", 1, folder="forced")
+    whole = cache("--vae_tile", 256, "--vae_batch_size", 1, folder="whole")
+    assert chosen.out.count("; --overwrite with a larger --vram_budget_gib will replace them\n") == 1
+    assert forced.out.count("; --overwrite with --vae_tile whole will replace them\n") == 1
+    assert "note: " not in whole.out
+    for path in (tmp_path / "chosen").glob("*.safetensors"):
+        assert (tmp_path / "forced" / path.name).read_bytes() != (tmp_path / "whole" / path.name).read_bytes()
+        expected, tensors = load_file(path), load_file(tmp_path / "forced" / path.name)
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+def test_a_whole_picture_forced_over_a_small_budget_writes_nothing(
+    cache: Callable[..., Result], tiny_budget: Any, tmp_path: Path
+) -> None:
+    small = ("--vram_budget_gib", tiny_budget("encode", 192), "--vae_precision", "fp32")
+    result = cache("--vae_tile", "whole", *small)
+    assert result.code == 2
+    assert result.err == (
+        "error: --vae_tile whole: the VAE in fp32 needs at least 0.77 GiB: "
+        "type --vram_budget_gib 0.77, or --vae_tile 192\n"
+    )
+    assert not list((tmp_path / "latents").glob("*.safetensors"))
+    assert cache("--vae_tile", 192, *small).code == 0
+    result = cache("--vae_tile", 100)
+    assert result.err == "error: --vae_tile 100 is not auto, whole or a multiple of 32 pixels: type --vae_tile 96\n"
+
+
 def test_a_plan_loads_and_writes_nothing(
     cache: Callable[..., Result],
     script: Callable[..., Result],
@@ -318,6 +404,9 @@ def test_a_picture_is_decoded_within_a_budget(
     assert capped == pytest.approx([tiny_budget("decode", None), tiny_budget("decode", 128)])
     assert (whole == expected).all()
     assert 0 < np.abs(tiled - expected).mean() < 30
+    result, forced = draw("free", "--vae_tile", 128)  # drawn whole before
+    assert "1 pictures of 256×256, 0 of them drawn before" in result.out
+    assert (forced == tiled).all()
 
 
 def test_a_new_prompt_is_encoded_within_the_same_budget(
