@@ -13,9 +13,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from sd3_lora.common.command_line import (
     UserError,
@@ -26,14 +25,16 @@ from sd3_lora.common.command_line import (
     require_writable_folder,
     save_run,
 )
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
-from sd3_lora.common.devices import DeviceConfig, planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.devices import planned_device
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, BudgetConfig, compared, open_budget, sentence
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
 from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan, choose_text_encoder_plan, describe_t5
@@ -42,47 +43,6 @@ from sd3_lora.stage_one.text_encoders import encode_prompts, report_identifier
 from tqdm import tqdm
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
-
-
-@dataclass(frozen=True)
-class EmbeddingConfig:
-    """What to embed, how, and where to write it."""
-
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures of the subject; captions beside them (dog.txt for dog.jpg, or metadata.jsonl) "
-            "are embedded too. Default: the folder dog, or examples/robot.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None,
-        metadata={"aliases": ["--prompt"], "help": "The prompt with the identifier: 'a photo of sks dog'."},
-    )
-    class_prompt: str | None = field(
-        default=None, metadata={"help": "The same without the identifier: 'a photo of a dog'."}
-    )
-    validation_prompt: list[str] = field(
-        default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
-    )
-    prompts_file: str | None = field(
-        default=None, metadata={"help": "Text file with more such prompts, one a line, for inference.py."}
-    )
-    negative_prompt: str | None = field(
-        default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
-    )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-    max_sequence_length: int = field(default=77, metadata={"help": "T5 tokens of a prompt, 1 to 512."})
-    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
-        default=None,
-        metadata={"help": "Of T5's weights. Default: that of an existing file, else int8 on a GPU, fp32 on a CPU."},
-    )
-    t5_stream: bool = field(
-        default=False, metadata={"help": "Keep one T5 block at a time on the device (fp16 or fp32): the least memory."}
-    )
-    output_path: str = field(default="sample_embeddings.parquet", metadata={"help": "The parquet file to write."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
 
 
 def collect_prompts(

@@ -14,21 +14,22 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.common.devices import DTYPES, DeviceConfig, one_thread
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.devices import DTYPES, one_thread
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.gpu.budget import BudgetConfig, compared, open_budget, sentence
+from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
@@ -46,59 +47,6 @@ TILES_NOTE = (
     "note: at its borders a tile sees less of the picture, and the latents differ a little from those of the whole; "
     "--overwrite with a larger --vram_budget_gib will replace them"
 )
-
-
-@dataclass(frozen=True)
-class LatentConfig:
-    """Which pictures, which crops of them, and where to write."""
-
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures. Default: the folder dog, or examples/robot.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None, metadata={"help": "Only to check that identical pictures have the same caption."}
-    )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
-    alpha_background: Literal["white", "mean"] = field(
-        default="white", metadata={"help": "What shows through transparent pixels: white or the mean colour."}
-    )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
-    )
-    center_crop: bool = field(default=False, metadata={"help": "One crop, from the centre: the same as --num_crops 1."})
-    num_crops: int = field(
-        default=3,
-        metadata={"help": "Crops of a picture that is not square, evenly spread along its longer side."},
-    )
-    random_flip: bool = field(default=False, metadata={"help": "Cache the mirrored twin of each crop too."})
-    vae_precision: Literal["fp32", "fp16", "bf16"] | None = field(
-        default=None,
-        metadata={"help": "Of the VAE and of the stored posteriors. Default: that of an existing cache, else fp32."},
-    )
-    vae_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels, and fit."},
-    )
-    output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
-
-    def __post_init__(self) -> None:
-        if self.num_crops < 1 or (self.vae_batch_size is not None and self.vae_batch_size < 1):
-            raise ValueError("--num_crops and --vae_batch_size must be at least 1")
-
-    def batch_size(self, resolution: int) -> int:
-        """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""
-        return self.vae_batch_size or max(1, min(16, (1024 // resolution) ** 2))
-
-    @property
-    def crops(self) -> int:
-        """How many crops of a picture that is not square."""
-        return 1 if self.center_crop else self.num_crops
 
 
 @dataclass(frozen=True)

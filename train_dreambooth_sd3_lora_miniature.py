@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import say_miniature
-from sd3_lora.common.devices import DeviceConfig, choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, compared, open_budget, sentence
+from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
 from sd3_lora.plan.step_execution import StepExecution, choose_execution, compile_blocks
@@ -35,6 +36,7 @@ from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, r
 from sd3_lora.training.config import (
     REFUSED_FLAGS,
     DataConfig,
+    FlowConfig,
     LoraFlags,
     OptimizerConfig,
     RunConfig,
@@ -42,7 +44,7 @@ from sd3_lora.training.config import (
 )
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.training.flow import flow_matching_loss, interpolate
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
 from sd3_lora.training.micro_batches import MicroBatches, StepInputs
 from sd3_lora.training.model_card import write_model_card

@@ -37,8 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import UserError, exit_code, write_text_atomically
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import choose_device
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora
 
 import torch

@@ -36,12 +36,13 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.devices import choose_device
 from sd3_lora.common.memory import GIB, drop_workspaces, free_memory
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding
 from sd3_lora.common.stage_report import PeakSampler
-from sd3_lora.gpu.budget import BudgetConfig, driver_bytes, open_budget
+from sd3_lora.gpu.budget import driver_bytes, open_budget
 from sd3_lora.plan.memory_plan import spread_streamed_blocks
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
 from sd3_lora.stage_one.embedding_store import write_embeddings

@@ -23,9 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.devices import choose_device
 from sd3_lora.common.memory import free_memory
-from sd3_lora.common.model_files import PROJECT_FOLDER
 
 from evaluate import VERSIONS, circumstances
 from memory import with_text_encoders

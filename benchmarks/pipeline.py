@@ -21,9 +21,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.devices import choose_device
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import PROJECT_FOLDER
 from sd3_lora.common.stage_report import PeakSampler
 from sd3_lora.gpu.budget import driver_bytes
 

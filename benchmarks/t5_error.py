@@ -14,9 +14,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import read_text_lines
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE
 from sd3_lora.common.devices import choose_device
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan
 from sd3_lora.stage_one.text_encoders import encode_prompts
 

@@ -126,7 +126,8 @@ def prepare_packages() -> int:
 def check_access(model: str) -> int:
     """Says at once whether a model can be read: fetches its index, a file of some hundred bytes."""
     from sd3_lora.common.command_line import exit_code
-    from sd3_lora.common.model_files import ModelConfig, ModelFiles
+    from sd3_lora.common.config import ModelConfig
+    from sd3_lora.common.model_files import ModelFiles
 
     def check(_: Sequence[str] | None) -> None:
         files = ModelFiles(ModelConfig(model))

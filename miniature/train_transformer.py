@@ -28,7 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
-from sd3_lora.training.flow import FlowConfig, flow_matching_loss, interpolate
+from sd3_lora.training.config import FlowConfig
+from sd3_lora.training.flow import flow_matching_loss, interpolate
 
 import torch
 from architecture import NETWORKS, make_models

@@ -81,7 +81,8 @@ def script(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def miniature_files() -> Any:
     """The bundled miniature, as `ModelFiles`."""
-    from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+    from sd3_lora.common.config import ModelConfig
+    from sd3_lora.common.model_files import MINIATURE, ModelFiles
 
     return ModelFiles(ModelConfig(str(MINIATURE)))
 

@@ -12,11 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
-from transformers import HfArgumentParser
-from transformers.utils import logging as transformers_logging
+from transformers.hf_argparser import HfArgumentParser
 
 EXIT_USER_ERROR = 2
 
@@ -76,6 +72,12 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         argv: its arguments.
         smaller: the flags to try when the GPU's memory runs out.
     """
+    # Here, because flags are parsed before anything as heavy is imported.
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
     # A bar for each file that loads in milliseconds would bury what the scripts say.
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sd3_lora.common.model_files import PROJECT_FOLDER
-
+PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 EXAMPLE_SUBJECT = PROJECT_FOLDER / "examples" / "robot"
 EXAMPLE_PROMPT = "a photo of sks robot"
 EXAMPLE_PROMPTS_FILE = PROJECT_FOLDER / "examples" / "prompts.txt"

@@ -6,24 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from sd3_lora.common.command_line import UserError
 
 import torch
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class DeviceConfig:
-    """Where to compute; every script has this flag."""
-
-    device: Literal["auto", "cuda", "cpu"] = field(
-        default="auto", metadata={"help": "auto takes the GPU where there is one."}
-    )
 
 
 @dataclass(frozen=True)

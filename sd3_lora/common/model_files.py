@@ -6,11 +6,12 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.records import Provenance
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -26,41 +27,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-PROJECT_FOLDER = Path(__file__).resolve().parents[2]
 MINIATURE = PROJECT_FOLDER / "miniature"
 TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 FORMAT_VERSION = 1
 _SAMPLES_PER_FILE, _BYTES_PER_SAMPLE = 16, 4096
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model; every script has these flags."""
-
-    pretrained_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder or hub id of an SD3 pipeline, such as stabilityai/stable-diffusion-3-medium-diffusers. "
-            "Without it: the bundled miniature."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})
-    variant: str | None = field(default=None, metadata={"help": "Which weight files of the model, such as fp16."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
-
-    @property
-    def is_miniature(self) -> bool:
-        """Whether no model was named, so that the bundled one is meant."""
-        return self.pretrained_model_name_or_path is None
-
-    def flags(self) -> dict[str, Any]:
-        """The flags that name the same model again, for a command in a message."""
-        return {
-            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
-            "revision": self.revision,
-            "variant": self.variant,
-            "cache_dir": self.cache_dir,
-        }
 
 
 class ModelFiles:

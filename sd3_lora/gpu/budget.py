@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.stage_report import StageReport
 
@@ -19,24 +20,6 @@ ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
 # encoders use few.
 LATER_KERNELS_BYTES = int(0.16 * GIB)
 FEW_KERNELS_BYTES = int(0.02 * GIB)
-
-
-@dataclass(frozen=True)
-class BudgetConfig:
-    """How much memory may be used; every script has these flags."""
-
-    vram_budget_gib: float | None = field(
-        default=None,
-        metadata={
-            "help": "GiB of GPU memory to stay under, CUDA's own included. Default: what is free. Without a GPU the "
-            "same plan is made, and nothing is capped."
-        },
-    )
-    plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
-
-    def __post_init__(self) -> None:
-        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
-            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command
-from sd3_lora.common.model_files import PROJECT_FOLDER, TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.embedding_store import EmbeddingStore

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
-from sd3_lora.common.devices import DeviceConfig
-from sd3_lora.common.model_files import ModelConfig
-from sd3_lora.gpu.budget import BudgetConfig
-from sd3_lora.training.flow import FlowConfig
+
+WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
@@ -56,34 +55,17 @@ def _at_least_one(config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(CropFlags):
     """What stage one left, and what of it to train on."""
 
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures. Without it: the pictures that the embeddings file knows.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None,
-        metadata={"help": "The prompt of pictures without a caption; default: the one that stage one was given."},
-    )
     data_df_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "What compute_embeddings.py wrote."})
     latents_path: str = field(
         default=LATENTS_PATH,
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
     )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Checked against the embeddings file; default: whatever it holds."}
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
-    )
-    center_crop: bool = field(default=False, metadata={"help": "Train on the central crop only."})
     num_crops: int | None = field(
         default=None, metadata={"help": "Train on the crops that this many give; default: all in the cache."}
     )
@@ -265,6 +247,46 @@ class RunConfig:
     def trackers(self) -> list[str]:
         """report_to as a list."""
         return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How noise levels are drawn and errors weighted."""
+
+    weighting_scheme: WeightingScheme = field(
+        default="logit_normal",
+        metadata={
+            "help": "logit_normal and mode draw more of the middle noise levels; sigma_sqrt and cosmap weight the "
+            "loss; none does neither."
+        },
+    )
+    logit_mean: float = field(
+        default=0.0,
+        metadata={
+            "help": "Of logit_normal. As in diffusers, whose table of timesteps descends: a positive mean draws LESS "
+            "noise (the opposite of the paper's sign)."
+        },
+    )
+    logit_std: float = field(default=1.0, metadata={"help": "Of logit_normal."})
+    mode_scale: float = field(
+        default=1.29, metadata={"help": "Of mode; in diffusers' descending table, as with --logit_mean."}
+    )
+    precondition_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "Measure the error of the predicted picture instead of the velocity's (diffusers' larger script "
+            "does): it multiplies the loss by sigma squared."
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Replaces the shift of the model's own scheduler (3.0 in SD3)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.logit_std < 0:
+            raise ValueError("--logit_std must not be negative")
+        if self.timestep_shift is not None and self.timestep_shift <= 0:
+            raise ValueError("--timestep_shift must be positive: 3.0 is SD3's own")
 
 
 @dataclass(frozen=True)

@@ -5,54 +5,14 @@ Shapes: B batch. sigma 0 is the picture, sigma 1 the noise. All of this is float
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
+
+from sd3_lora.training.config import FlowConfig
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
-
-WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """How noise levels are drawn and errors weighted."""
-
-    weighting_scheme: WeightingScheme = field(
-        default="logit_normal",
-        metadata={
-            "help": "logit_normal and mode draw more of the middle noise levels; sigma_sqrt and cosmap weight the "
-            "loss; none does neither."
-        },
-    )
-    logit_mean: float = field(
-        default=0.0,
-        metadata={
-            "help": "Of logit_normal. As in diffusers, whose table of timesteps descends: a positive mean draws LESS "
-            "noise (the opposite of the paper's sign)."
-        },
-    )
-    logit_std: float = field(default=1.0, metadata={"help": "Of logit_normal."})
-    mode_scale: float = field(
-        default=1.29, metadata={"help": "Of mode; in diffusers' descending table, as with --logit_mean."}
-    )
-    precondition_outputs: bool = field(
-        default=False,
-        metadata={
-            "help": "Measure the error of the predicted picture instead of the velocity's (diffusers' larger script "
-            "does): it multiplies the loss by sigma squared."
-        },
-    )
-    timestep_shift: float | None = field(
-        default=None, metadata={"help": "Replaces the shift of the model's own scheduler (3.0 in SD3)."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.logit_std < 0:
-            raise ValueError("--logit_std must not be negative")
-        if self.timestep_shift is not None and self.timestep_shift <= 0:
-            raise ValueError("--timestep_shift must be positive: 3.0 is SD3's own")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from sd3_lora.common.devices import one_thread
 from sd3_lora.common.records import TrainingBatch
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
-from sd3_lora.training.flow import FlowConfig, load_noise_table, sample_table_indices
+from sd3_lora.training.flow import load_noise_table, sample_table_indices
 from sd3_lora.training.state import Training
 from sd3_lora.transformer.modulations_ahead import Modulating
 

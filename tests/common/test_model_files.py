@@ -12,7 +12,8 @@ from typing import Any
 
 from sd3_lora.common import model_files
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.model_files import MINIATURE, TEXT_COMPONENTS, ModelConfig, ModelFiles, check_size
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, TEXT_COMPONENTS, ModelFiles, check_size
 from sd3_lora.common.records import Provenance
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan
 from sd3_lora.stage_one.text_encoders import load_clip

@@ -8,15 +8,10 @@ import re
 from unittest.mock import MagicMock
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.gpu.budget import (
-    ASSUMED_CONTEXT_BYTES,
-    BudgetConfig,
-    _context_bytes,
-    open_budget,
-    sentence,
-)
+from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, open_budget, sentence
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
 from sd3_lora.plan.memory_plan import (

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import compute_embeddings
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelConfig, ModelFiles
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget
 from sd3_lora.stage_one import text_encoders
 from sd3_lora.stage_one.embedding_store import EmbeddingStore

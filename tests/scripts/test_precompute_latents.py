@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import precompute_latents
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.images import crop_boxes, crop_rgb, hash_file, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, normalize_latents

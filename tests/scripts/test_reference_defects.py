@@ -10,13 +10,15 @@ import json
 import shutil
 from pathlib import Path
 
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import choose_training_dtype
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan
 from sd3_lora.stage_one.text_encoders import load_t5
 from sd3_lora.training import micro_batches
-from sd3_lora.training.flow import FlowConfig, flow_matching_loss, load_noise_table
+from sd3_lora.training.config import FlowConfig
+from sd3_lora.training.flow import flow_matching_loss, load_noise_table
 from sd3_lora.training.model_card import licence_of
 
 import pyarrow.parquet as pq

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one.text_encoder_plan import CLIP_BATCH_SIZE, TextEncoderPlan
 from sd3_lora.stage_one.text_encoders import encode_clip, load_clip
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.stage_one import vae_tiles
 from sd3_lora.stage_one.images import hash_file

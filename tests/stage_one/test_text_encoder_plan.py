@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
-from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, open_budget
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.gpu.budget import DeviceBudget, open_budget
 from sd3_lora.stage_one import text_encoder_plan
 from sd3_lora.stage_one.text_encoder_plan import (
     BATCH_SIZE,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import round_up
-from sd3_lora.common.model_files import ModelConfig, ModelFiles
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.stage_one import text_encoders
 from sd3_lora.stage_one.t5_halves import half_bytes

@@ -9,9 +9,10 @@ from typing import Any
 
 from sd3_lora import memory_plan, text_encoder_plan, vae_tiles
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
-from sd3_lora.gpu.budget import BudgetConfig, DeviceBudget, open_budget
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
+from sd3_lora.gpu.budget import DeviceBudget, open_budget
 from sd3_lora.stage_one.images import open_rgb
 from sd3_lora.stage_one.vae_tiles import SIDES_PX, VaeTile, choose_tile, vae_weight_bytes
 

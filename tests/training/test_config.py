@@ -11,18 +11,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.devices import DeviceConfig
-from sd3_lora.common.model_files import ModelConfig
-from sd3_lora.gpu.budget import BudgetConfig
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.training.config import (
     DEFAULT_STEPS,
     REFUSED_FLAGS,
     DataConfig,
+    FlowConfig,
     LoraFlags,
     OptimizerConfig,
     RunConfig,
 )
-from sd3_lora.training.flow import FlowConfig
 from sd3_lora.transformer import recompute
 from sd3_lora.transformer.lora import LORA_FILE
 

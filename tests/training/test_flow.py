@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sd3_lora.training.flow import FlowConfig, NoiseTable, flow_matching_loss, interpolate, load_noise_table
+from sd3_lora.training.config import FlowConfig
+from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.flow import sample_table_indices as sample_indices
 
 import pytest

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.packed_tensors import layout
 from sd3_lora.plan.step_time import model_costs

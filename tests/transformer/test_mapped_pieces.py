@@ -12,7 +12,8 @@ from typing import Any
 
 import sd3_lora.transformer.mapped_pieces
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.packed_tensors import views
 from sd3_lora.gpu.pinned_memory import pinned_bytes

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from sd3_lora.common.model_files import MINIATURE, ModelConfig, ModelFiles
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.transformer.base_weights import load_transformer
 from sd3_lora.transformer.lora import attach_lora, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks

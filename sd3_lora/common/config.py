@@ -1,0 +1,100 @@
+"""The flags that several scripts have. Imports nothing heavy: flags are parsed before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class PictureFlags:
+    """Which pictures of the subject, and what they show."""
+
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures of the subject, with captions beside them where there are any (dog.txt for "
+            "dog.jpg, or metadata.jsonl). Default in stage one: the folder dog, or examples/robot; in training: the "
+            "pictures that the embeddings file knows.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--prompt"],
+            "help": "The prompt of pictures without a caption, with the identifier: 'a photo of sks dog'. Default in "
+            "training: the one that stage one was given.",
+        },
+    )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+
+
+@dataclass(frozen=True)
+class CropFlags(PictureFlags):
+    """Which pictures, and how they are cropped."""
+
+    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
+    )
+    center_crop: bool = field(
+        default=False, metadata={"help": "One crop of each picture, from its centre: the same as --num_crops 1."}
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or hub id of an SD3 pipeline, such as stabilityai/stable-diffusion-3-medium-diffusers. "
+            "Without it: the bundled miniature."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})
+    variant: str | None = field(default=None, metadata={"help": "Which weight files of the model, such as fp16."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether no model was named, so that the bundled one is meant."""
+        return self.pretrained_model_name_or_path is None
+
+    def flags(self) -> dict[str, Any]:
+        """The flags that name the same model again, for a command in a message."""
+        return {
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+            "revision": self.revision,
+            "variant": self.variant,
+            "cache_dir": self.cache_dir,
+        }
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where to compute."""
+
+    device: Literal["auto", "cuda", "cpu"] = field(
+        default="auto", metadata={"help": "auto takes the GPU where there is one."}
+    )
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How much memory may be used."""
+
+    vram_budget_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB of GPU memory to stay under, CUDA's own included. Default: what is free. Without a GPU the "
+            "same plan is made, and nothing is capped."
+        },
+    )
+    plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
+
+    def __post_init__(self) -> None:
+        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
+            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")

@@ -1,0 +1,66 @@
+"""The flags of inference.py. Imports nothing heavy: flags are parsed before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What to draw, with which LoRA, and where to."""
+
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Folder, file or hub id of a LoRA; may be repeated. Without it: the model as it is (on the "
+            f"miniature, {LORA_FOLDER} where that is there).",
+        },
+    )
+    lora_scale: list[float] = field(
+        default_factory=list, metadata={"action": "extend", "help": "Strength of each --lora; default 1."}
+    )
+    prompt: list[str] = field(
+        default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
+    )
+    prompts_file: str | None = field(default=None, metadata={"help": "Text file with prompts, one a line."})
+    negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
+    num_images: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
+    guidance: float = field(default=7.0, metadata={"help": "Classifier-free guidance; 1 or less is without."})
+    height: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
+    width: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
+    seed: int = field(default=0, metadata={"help": "Of the starting noise."})
+    batch_size: int = field(default=1, metadata={"help": "Pictures denoised together."})
+    outdir: str = field(default="images", metadata={"help": "Where the pictures go."})
+    data_df_path: str = field(
+        default=EMBEDDINGS_PATH, metadata={"help": "An embeddings file; its prompts need no text encoder."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "T5 tokens. Default: as the LoRA's training."}
+    )
+    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
+        default=None, metadata={"help": "Of T5, for prompts that have no embedding yet."}
+    )
+    t5_stream: bool = field(default=False, metadata={"help": "Keep one T5 block at a time on the device."})
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    base_precision: Literal["16bit", "nf4", "auto"] = field(
+        default="16bit",
+        metadata={
+            "help": "Of the transformer's weights. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
+            "quarter of it and changes the picture; auto takes nf4 where 16bit does not fit on the device."
+        },
+    )
+    vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1")
+        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+            raise ValueError(f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each")

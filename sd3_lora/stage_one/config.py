@@ -1,0 +1,74 @@
+"""The flags of the two stage-one scripts. Imports nothing heavy: flags are parsed before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sd3_lora.common.config import CropFlags, PictureFlags
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig(PictureFlags):
+    """What to embed, how, and where to write it."""
+
+    class_prompt: str | None = field(
+        default=None, metadata={"help": "The same without the identifier: 'a photo of a dog'."}
+    )
+    validation_prompt: list[str] = field(
+        default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
+    )
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "Text file with more such prompts, one a line, for inference.py."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
+    )
+    max_sequence_length: int = field(default=77, metadata={"help": "T5 tokens of a prompt, 1 to 512."})
+    t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
+        default=None,
+        metadata={"help": "Of T5's weights. Default: that of an existing file, else int8 on a GPU, fp32 on a CPU."},
+    )
+    t5_stream: bool = field(
+        default=False, metadata={"help": "Keep one T5 block at a time on the device (fp16 or fp32): the least memory."}
+    )
+    output_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "The parquet file to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
+
+
+@dataclass(frozen=True)
+class LatentConfig(CropFlags):
+    """Which pictures, which crops of them, and where to write."""
+
+    alpha_background: Literal["white", "mean"] = field(
+        default="white", metadata={"help": "What shows through transparent pixels: white or the mean colour."}
+    )
+    num_crops: int = field(
+        default=3,
+        metadata={"help": "Crops of a picture that is not square, evenly spread along its longer side."},
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Cache the mirrored twin of each crop too."})
+    vae_precision: Literal["fp32", "fp16", "bf16"] | None = field(
+        default=None,
+        metadata={"help": "Of the VAE and of the stored posteriors. Default: that of an existing cache, else fp32."},
+    )
+    vae_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Crops in one forward of the VAE. Default: as many as make one of 1024 pixels, and fit."},
+    )
+    output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
+
+    def __post_init__(self) -> None:
+        if self.num_crops < 1 or (self.vae_batch_size is not None and self.vae_batch_size < 1):
+            raise ValueError("--num_crops and --vae_batch_size must be at least 1")
+
+    def batch_size(self, resolution: int) -> int:
+        """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""
+        return self.vae_batch_size or max(1, min(16, (1024 // resolution) ** 2))
+
+    @property
+    def crops(self) -> int:
+        """How many crops of a picture that is not square."""
+        return 1 if self.center_crop else self.num_crops
