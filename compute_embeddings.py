@@ -8,29 +8,40 @@ no later stage ever loads T5's 4.8 billion parameters.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import EmbeddingConfig
+
+COMMAND_LINE = CommandLine(
+    "compute_embeddings.py",
+    __doc__,
+    (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sd3_lora.common.command_line import (
     UserError,
     command,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
-    save_run,
 )
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
 from sd3_lora.common.devices import planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
 from sd3_lora.stage_one.captions import instance_images
@@ -142,12 +153,7 @@ def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = parse_flags(
-        (EmbeddingConfig, ModelConfig, DeviceConfig, BudgetConfig),
-        argv,
-        "compute_embeddings.py",
-        __doc__.splitlines()[0],
-    )
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("compute_embeddings.py")
@@ -214,14 +220,19 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
         print(compared(sum(predicted.values()), measured))
-    save_run(
-        output_path.with_suffix(".json"),
-        configs,
-        reports,
-        wrote=str(output_path),
-        predicted_bytes=sum(predicted.values()),
-        measured_bytes=measured,
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=plan.t5_precision,
+        processes=processes.count,
+        plan={**asdict(plan), "parts": predicted},
+        prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
+        trigger=instance_prompt,
+        max_sequence_length=config.max_sequence_length,
     )
+    results = RunResults(str(output_path), reports, measured)
+    RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
     print(f"wrote {output_path}: {count} prompts, {size_mib:.1f} MiB")
     print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
 

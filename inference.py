@@ -8,44 +8,58 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.drawing.config import InferenceConfig
+
+COMMAND_LINE = CommandLine(
+    "inference.py",
+    __doc__,
+    (InferenceConfig, BaseFlags, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import (
     UserError,
     exit_code,
-    parse_flags,
     read_text_lines,
     require_writable_folder,
-    save_run,
 )
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
-from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size
+from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
+from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import InferenceConfig
 from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
+from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget, sentence
-from sd3_lora.plan.memory_plan import CLIP_TOKENS, BasePlan, plan_denoising
+from sd3_lora.gpu.forecast import Phase
+from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import denormalize_latents
 from sd3_lora.stage_one.text_encoder_plan import choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
-from sd3_lora.stage_one.vae_norms import arrange_vae
-from sd3_lora.stage_one.vae_tiles import choose_tile
-from sd3_lora.transformer.base_weights import load_transformer
+from sd3_lora.stage_one.vae import load_vae
+from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile
 from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
-from sd3_lora.transformer.mapped_pieces import MappedPieces
-from sd3_lora.transformer.streaming import PinnedPieces, pieces_of, stream_transformer
+from sd3_lora.transformer.placement import AskedPlacement, arrange
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from tqdm import tqdm
 
@@ -134,22 +148,26 @@ def embed(
 def plan_of(
     files: ModelFiles,
     config: InferenceConfig,
+    base: BaseFlags,
     loras: Sequence[Lora],
     latent_size: tuple[int, int],
     text_tokens: int,
     dtype: torch.dtype,
     budget: DeviceBudget | None,
-) -> BasePlan:
+) -> Plan:
     """Where the transformer's weights are kept."""
     rows = config.batch_size * (2 if config.guidance > 1 else 1)
     lora_bytes = sum(lora.path.stat().st_size for lora in loras)
     shape = DenoisingShape(rows, latent_size, text_tokens, dtype, lora_bytes)
-    return plan_denoising(files, shape, budget, config.base_precision)
+    blocks = files.read_config("transformer")["num_layers"]
+    asked = AskedPlacement.of(base, None, blocks)
+    asked.check(blocks)
+    return plan_denoising(files, shape, budget, asked)
 
 
 def load_denoiser(
     files: ModelFiles,
-    plan: BasePlan,
+    plan: Plan,
     latent_size: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
@@ -158,9 +176,18 @@ def load_denoiser(
     """Diffusers' own pipeline with the transformer, the scheduler and the LoRAs, and nothing else."""
     from diffusers import StableDiffusion3Pipeline  # here, because its import takes a second that a rerun does not need
 
-    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.streamed_blocks)
-    for lora in loras:
-        check_lora_fits(lora.path, transformer)
+    names = [f"lora_{index}" for index in range(len(loras))]
+
+    def add_loras(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
+        for lora in loras:
+            check_lora_fits(lora.path, transformer)
+        for name, lora in zip(names, loras, strict=True):
+            transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
+        if names:
+            transformer.set_adapters(names, [lora.scale for lora in loras])
+        return []
+
+    transformer = arrange(files, plan.placement, device, dtype, latent_size, add_loras).transformer
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(files.component("scheduler")),
@@ -172,16 +199,6 @@ def load_denoiser(
         tokenizer_2=None,
         tokenizer_3=None,
     )
-    names = [f"lora_{index}" for index in range(len(loras))]
-    for name, lora in zip(names, loras, strict=True):
-        transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
-    if names:
-        transformer.set_adapters(names, [lora.scale for lora in loras])
-    if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks, plan.streamed_blocks)
-        paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
-        source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        stream_transformer(transformer, device, source, plan.buffers, plan.streamed_blocks)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -242,10 +259,8 @@ def size_px(asked: int | None, flag: str, loras: Sequence[Lora], files: ModelFil
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    configs = parse_flags(
-        (InferenceConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "inference.py", __doc__.splitlines()[0]
-    )
-    config, model, device_config, budget_config = configs
+    configs = COMMAND_LINE.parse(argv)
+    config, base, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("inference.py")
     device = choose_device(device_config.device)
@@ -265,7 +280,7 @@ def run(argv: Sequence[str] | None) -> None:
     chosen = choose_training_dtype(config.mixed_precision, planned)
     channels, vae_scale = files.latent_channels_and_scale()
     latent_size = (height // vae_scale, width // vae_scale)
-    plan = plan_of(files, config, loras, latent_size, CLIP_TOKENS + length, chosen.dtype, budget)
+    plan = plan_of(files, config, base, loras, latent_size, files.clip_tokens() + length, chosen.dtype, budget)
     settings = {
         "model": files.provenance(["transformer", "vae"], chosen.name, 0).identity,
         "lora": [lora.identity() for lora in loras],
@@ -276,47 +291,57 @@ def run(argv: Sequence[str] | None) -> None:
         "width": width,
         "seed": config.seed,
         "max_sequence_length": length,
-        "precision": chosen.name + (f", base {plan.base_precision}" if plan.base_precision else ""),
+        "precision": chosen.name + (f", base {plan.placement.precision}" if plan.placement.precision else ""),
         "vae_precision": config.vae_precision,
     }
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [plan for plan in plans if not plan.is_drawn()]
     print(f"{len(plans)} pictures of {width}×{height}, {len(plans) - len(to_draw)} of them drawn before")
     if to_draw or budget_config.plan:
-        tile = choose_tile(files, "decode", config.vae_precision, height, width, budget)
+        tile = choose_tile(files, VaeWork("decode", config.vae_precision, PictureSize(width, height)), budget)
         if budget:
-            print(f"transformer in {chosen.name}, {plan.sentence()}: {sentence(plan.parts)}")
+            print(f"transformer in {chosen.name}, {plan.base_sentence()}: {plan.forecast.largest.sentence()}")
             print(f"VAE in {config.vae_precision}, {tile.describe()}: {sentence(tile.predicted_parts(budget))}")
     if budget_config.plan:
         return
     reports: list[StageReport] = []
+    width_of_head = files.read_config("transformer")["attention_head_dim"]
+    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, width_of_head, trains=False)
     if to_draw:
         wanted = list(dict.fromkeys([*(plan.prompt for plan in to_draw), config.negative_prompt]))
         embeddings = embed(wanted, files, config, length, device, budget, reports)
 
-        with memory_stage(f"denoise ({chosen.name})", device, reports):
+        with (
+            memory_stage(f"denoise ({chosen.name})", device, reports),
+            attention_kernel(plan.placement.attention_kernel),
+        ):
             pipeline = load_denoiser(files, plan, latent_size, chosen.dtype, device, loras)
             latents = denoise(pipeline, to_draw, embeddings, config, (channels, *latent_size))
             del pipeline
 
         with memory_stage(f"decode ({config.vae_precision})", device, reports):
-            vae = AutoencoderKL.from_pretrained(
-                files.component("vae"),
-                variant=model.variant,
-                torch_dtype=DTYPES[config.vae_precision],
-                use_safetensors=True,
-            ).to(device)
-            arrange_vae(vae)
-            tile.apply(vae)
+            vae = load_vae(files, config.vae_precision, device, tile)
             decode_and_save(vae, to_draw, latents)
             del vae
 
-    memory: dict[str, Any] = {}
-    if budget and to_draw:  # of the last two stages: what encoding took, it has told
-        predicted = max(plan.peak_bytes, sum(tile.predicted_parts(budget).values()))
-        memory = {"predicted_bytes": predicted, "measured_bytes": budget.used_bytes(reports[-2:])}
-        print(compared(predicted, memory["measured_bytes"]))
-    save_run(outdir / "run.json", configs, reports, **memory, wrote=f"{len(to_draw)} pictures in {outdir}")
+    forecast, measured = plan.forecast, 0
+    if budget:
+        forecast = replace(forecast, phases=(*forecast.phases, Phase("decode", tile.predicted_parts(budget))))
+    if budget and to_draw:  # of the last two stages: that of encoding is printed before
+        measured = budget.used_bytes(reports[-2:])
+        print(compared(forecast.peak_bytes, measured))
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=chosen.name,
+        plan=replace(plan, forecast=forecast).to_dict() if to_draw else {},
+        prompts=tuple(prompts[:MOST_PROMPTS]),
+        max_sequence_length=length,
+        seed=config.seed,
+    )
+    results = RunResults(f"{len(to_draw)} pictures in {outdir}", reports, measured)
+    RunRecord(configs, facts).save(outdir / "run.json", results)
     print(f"wrote {len(to_draw)} pictures to {outdir}")
 
 

@@ -8,23 +8,37 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.stage_one.config import LatentConfig
+
+COMMAND_LINE = CommandLine(
+    "precompute_latents.py",
+    __doc__,
+    (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig),
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import itertools
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.common.devices import DTYPES, one_thread
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.devices import one_thread
+from sd3_lora.common.model_files import ModelFiles, library_versions
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
@@ -33,8 +47,8 @@ from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
-from sd3_lora.stage_one.vae_norms import arrange_vae
-from sd3_lora.stage_one.vae_tiles import VaeTile, choose_tile
+from sd3_lora.stage_one.vae import load_vae
+from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
 
 import torch
 from diffusers import AutoencoderKL
@@ -181,19 +195,6 @@ def store(cache: LatentCache, crop: Crop, posteriors: Sequence[LatentPosterior],
     cache.add(crop.image, crop.picture_size, posteriors, tile_px)
 
 
-def load_vae(files: ModelFiles, precision: str, device: torch.device, tile: VaeTile) -> AutoencoderKL:
-    """The VAE on its device, as the tile has it."""
-    vae = AutoencoderKL.from_pretrained(
-        files.component("vae"),
-        variant=files.config.variant,
-        torch_dtype=DTYPES[precision],
-        use_safetensors=True,
-    ).to(device)
-    arrange_vae(vae)
-    tile.apply(vae)
-    return vae
-
-
 def encode_missing(
     files: ModelFiles,
     images: Sequence[InstanceImage],
@@ -288,9 +289,7 @@ def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentCo
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = parse_flags(
-        (LatentConfig, ModelConfig, DeviceConfig, BudgetConfig), argv, "precompute_latents.py", __doc__.splitlines()[0]
-    )
+    configs = COMMAND_LINE.parse(argv)
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("precompute_latents.py")
@@ -316,9 +315,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     cache = LatentCache(output_path, files.provenance(["vae"], precision, resolution), config.alpha_background)
 
     def choose() -> VaeTile:
-        batch_size, may_shrink = config.batch_size(resolution), config.vae_batch_size is None
-        own = choose_tile(files, "encode", precision, resolution, resolution, budget, batch_size, may_shrink)
-        return min(processes.gather(own), key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
+        size, batch_size = PictureSize.square(resolution), config.batch_size(resolution)
+        work = VaeWork("encode", precision, size, batch_size, may_shrink=config.vae_batch_size is None)
+        tiles = processes.gather(choose_tile(files, work, budget))
+        return min(tiles, key=lambda tile: tile.working_bytes)  # what the smallest GPU holds
 
     tile = choose() if config.overwrite or budget_config.plan else None
 
@@ -366,14 +366,17 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
         print(compared(sum(predicted.values()), measured))
-    save_run(
-        output_path / "run.json",
-        configs,
-        reports,
-        wrote=f"{count} crops in {output_path}",
-        predicted_bytes=sum(predicted.values()),
-        measured_bytes=measured,
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=precision,
+        processes=processes.count,
+        plan={**(asdict(tile) if tile else {}), "parts": predicted},
+        resolution=resolution,
     )
+    results = RunResults(f"{count} crops in {output_path}", reports, measured)
+    RunRecord(configs, facts).save(output_path / "run.json", results)
     print(f"wrote {count} crops of {len(missing) - len(broken)} pictures to {output_path}")
     require_whole(broken, len(images), config)
     after = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}

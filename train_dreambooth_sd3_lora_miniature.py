@@ -8,80 +8,78 @@ memory here.
 
 from __future__ import annotations
 
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
+
+COMMAND_LINE = CommandLine(
+    "train_dreambooth_sd3_lora_miniature.py",
+    __doc__,
+    tuple(TrainingFlags.classes()),
+    REFUSED_FLAGS,
+    HARMLESS_FLAGS,
+)
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import hashlib
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, parse_flags, require_writable_folder, save_run
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import say_miniature
-from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.model_files import ModelFiles, library_versions
+from sd3_lora.common.records import StepInputs
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget, sentence
+from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
+from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.plan.memory_plan import CLIP_TOKENS, TrainingPlan, plain_plan, plan_training
-from sd3_lora.plan.step_execution import StepExecution, choose_execution, compile_blocks
+from sd3_lora.gpu.forecast import Forecast
+from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
+from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state
-from sd3_lora.training.config import (
-    REFUSED_FLAGS,
-    DataConfig,
-    FlowConfig,
-    LoraFlags,
-    OptimizerConfig,
-    RunConfig,
-    TrainingFlags,
-)
+from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.flow import flow_matching_loss, interpolate
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.training.micro_batches import MicroBatches, StepInputs
+from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.training.model_card import write_model_card
-from sd3_lora.training.optimizer import flatten_parameters, make_optimizer, optimizer_step
+from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.trackers import start_trackers
-from sd3_lora.transformer.base_weights import load_transformer
+from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
-from sd3_lora.transformer.mapped_pieces import MappedPieces
-from sd3_lora.transformer.modulations_ahead import ModulationsAhead
-from sd3_lora.transformer.recompute import recompute_blocks
-from sd3_lora.transformer.streaming import PinnedPieces, pieces_of, stream_transformer
+from sd3_lora.transformer.placement import AskedPlacement, arrange
+from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
+DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens where nothing says how many: compute_embeddings.py's default
 
 
-def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """What the transformer is called in."""
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-
-def micro_step(model: torch.nn.Module, inputs: StepInputs, flow: FlowConfig, dtype: torch.dtype) -> torch.Tensor:
-    """The loss of one micro-batch, a float32 scalar."""
+def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig) -> torch.Tensor:
+    """The loss of one micro-batch, a float32 scalar. The plan simulates this very function."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
-    with precision(inputs.latents.device, dtype):
-        velocity = model(
-            hidden_states=noisy_latents.to(dtype),
-            timestep=inputs.timesteps,
-            encoder_hidden_states=inputs.prompt_embeds,
-            pooled_projections=inputs.pooled_prompt_embeds,
-            return_dict=False,
-        )[0]
+    velocity = model(noisy_latents, inputs.timesteps, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
     return flow_matching_loss(velocity, inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow)
 
 
@@ -102,108 +100,144 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
     return None
 
 
-def run_signature(
+def run_facts(
     flags: TrainingFlags,
     stage_one: StageOne,
     data: TrainingData,
-    store: EmbeddingStore,
-    plan: TrainingPlan,
-    execution: StepExecution,
-    dtype: torch.dtype,
+    plan: Plan,
+    precision: str,
     seed: int,
     processes: int,
-) -> dict[str, Any]:
+) -> RunFacts:
+    """What the run works on, and how, before its first step."""
+    prompts = tuple(dict.fromkeys(image.prompt for image in data.images))
+    return RunFacts(
+        model=stage_one.files.name,
+        revision=stage_one.files.revision,
+        versions=library_versions(),
+        precision=precision,
+        processes=processes,
+        plan=plan.to_dict(),
+        prompts=prompts[:MOST_PROMPTS],
+        trigger=flags.data.instance_prompt or prompts[0],
+        resolution=stage_one.resolution,
+        max_sequence_length=data.text.size,
+        seed=seed,
+    )
+
+
+def run_identity(
+    flags: TrainingFlags, facts: RunFacts, stage_one: StageOne, data: TrainingData, kernels: str
+) -> RunIdentity:
     """What decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
-    return {
+    values = {
         "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
-        "--resolution": stage_one.resolution,
-        "--max_sequence_length": store.provenance.size,
-        "--t5_precision": store.provenance.precision,
+        "--resolution": facts.resolution,
+        "--max_sequence_length": facts.max_sequence_length,
+        "--t5_precision": data.text.precision,
         **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        "a global batch of": flags.run.train_batch_size * processes,
-        "the precision": str(dtype).removeprefix("torch."),
-        "--base_precision": plan.base_precision or "16bit",
-        "--compile": execution.kernels,
-        "--seed": seed,
+        "a global batch of": flags.run.train_batch_size * facts.processes,
+        "the precision": str(DTYPES[facts.precision]).removeprefix("torch."),
+        "--base_precision": facts.plan["precision"] or "16bit",
+        "--compile": kernels,
+        "--seed": facts.seed,
     }
+    return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
+
+
+def make_step(
+    training: Training, flags: TrainingFlags, execution: StepExecution, report: Callable[[str], None]
+) -> Callable[..., torch.Tensor]:
+    """`StepInputs` → the loss, whose gradient is added to the trainables'. A CUDA graph where that was chosen."""
+    ahead, window = training.ahead, flags.run.gradient_accumulation_steps
+
+    def compute(*inputs: torch.Tensor) -> torch.Tensor:
+        with ahead.active() if ahead else nullcontext():
+            loss = micro_step(training.model, StepInputs(*inputs), flags.flow)
+            training.scaler.scale(loss / window).backward()
+        return loss.detach()
+
+    if not execution.captured:
+        return compute
+    gradients = training.trainables.gradients
+    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report)
+
+
+def accumulate(
+    training: Training, batches: MicroBatches, step: Callable[..., torch.Tensor], window: int, drawable: int
+) -> tuple[torch.Tensor, str]:
+    """The micro-steps of one optimizer step.
+
+    The host draws the next micro-batch while the device computes (two, where modulations are computed ahead).
+
+    Args:
+        training: whose modulations may be computed ahead.
+        batches: the run's.
+        step: computes one.
+        window: how many.
+        drawable: how many may be drawn, these included.
+
+    Returns:
+        Their mean loss, a scalar on the device; and the names of their pictures.
+    """
+    losses, names = [], []
+    for drawable_now in range(drawable, drawable - window, -1):
+        batches.draw_ahead(drawable_now)
+        inputs, seen, coming = batches.take()
+        if training.ahead:
+            with training.model.precision(inputs.latents.device):
+                training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
+        losses.append(step(*inputs))
+        names += seen
+        batches.draw_ahead(drawable_now - 1)  # while the device computes
+    return torch.stack(losses).mean(), ", ".join(dict.fromkeys(names))
 
 
 def train(
     training: Training,
-    data: TrainingData,
-    stage_one: StageOne,
+    batches: MicroBatches,
+    step: Callable[..., torch.Tensor],
     flags: TrainingFlags,
-    steps: int,
-    dtype: torch.dtype,
-    execution: StepExecution,
     log: LossLog,
     outputs: Outputs,
     accelerator: Accelerator,
 ) -> float:
-    """The loop: whole windows of micro-batches, one optimizer step each, never more than `steps`.
+    """The loop: whole windows of micro-batches, one optimizer step each, never more than `training.steps`.
 
-    Returns the milliseconds of a step, without the first ones where there are more: those load, record and compile.
+    Returns the milliseconds of a step, without the first ones where there are more: those load, compile and capture.
 
-    The host runs ahead of the device: it draws the next micro-batch while the device computes (two, where modulations
-    are computed ahead), and learns one step late whether the scaler skipped a step.
+    The host runs ahead of the device, and learns one step late whether the scaler skipped a step.
     """
-    run, flow, ahead = flags.run, flags.flow, training.ahead
-    model, flat, window = training.transformer.train(), training.flat, run.gradient_accumulation_steps
-    batches = MicroBatches(training, data, stage_one, flow, dtype, accelerator.device)
-
-    def compute(*inputs: torch.Tensor) -> torch.Tensor:
-        with ahead.active() if ahead else nullcontext():
-            loss = micro_step(model, StepInputs(*inputs), flow, dtype)
-            training.scaler.scale(loss / window).backward()
-        return loss.detach()
-
-    step: Callable[..., torch.Tensor] = compute
-    if execution.captured:
-        step = CapturedCall(compute, flat.device, [flat.grad], execution.asked, accelerator.print)
-    queued: PendingStep | None = None
+    training.model.train()
+    window, queued = flags.run.gradient_accumulation_steps, None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
-
-    def finish_queued() -> None:
-        """Takes note of the step that was queued last."""
-        if queued is not None:
-            if not queued.skipped:
-                training.lr_scheduler.step()
-            log.add(queued)
-
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
-    with tqdm(initial=training.step, total=steps, desc="steps", disable=not accelerator.is_local_main_process) as bar:
-        while training.step < steps:
+    with tqdm(
+        initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
+    ) as bar:
+        while training.step < training.steps:
             training.step += 1
-            at_end = training.step == steps
-            # Nothing is drawn past a checkpoint, which is to say where the draws stand.
-            steps_to_save = min(steps - training.step, -training.step % run.checkpointing_steps)
+            at_end = training.step == training.steps
+            # Nothing is drawn past a checkpoint, which notes where the draws stand.
+            steps_to_save = min(training.steps - training.step, -training.step % flags.run.checkpointing_steps)
             at_checkpoint = steps_to_save == 0 and not at_end
-            losses, seen = [], []
-            for index in range(window):
-                left = window * (steps_to_save + 1) - index
-                batches.draw_ahead(left)
-                inputs, names, coming = batches.take()
-                if ahead:
-                    with precision(accelerator.device, dtype):
-                        ahead.advance(inputs.modulating, coming.modulating if coming else None)
-                losses.append(step(*inputs))
-                seen += names
-                batches.draw_ahead(left - 1)  # while the device computes
-            finish_queued()
+            loss, pictures = accumulate(training, batches, step, window, window * (steps_to_save + 1))
+            finish_step(training, log, queued)
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
-                flat.grad.copy_(accelerator.reduce(flat.grad, "mean"))
+                training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
             learning_rate = training.lr_scheduler.get_last_lr()[0]
-            norm, skipped = optimizer_step(flat, training.optimizer, training.scaler, flags.optimizer.max_grad_norm)
-            pictures = ", ".join(dict.fromkeys(seen))
-            queued = PendingStep(training.step, torch.stack(losses).mean(), norm, learning_rate, skipped, pictures)
+            norm, skipped = optimizer_step(
+                training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
+            )
+            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
             bar.update()
             if training.step % READ_EVERY == 0 or at_checkpoint or at_end:
-                finish_queued()
+                finish_step(training, log, queued)
                 queued = None
                 for line in log.read():
                     accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
@@ -213,6 +247,14 @@ def train(
                 outputs.save_checkpoint(training, accelerator)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
+
+
+def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
+    """Notes the step that was queued last, once the device has said whether the scaler skipped it."""
+    if queued is not None:
+        if not queued.skipped:
+            training.lr_scheduler.step()
+        log.add(queued)
 
 
 def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:
@@ -228,88 +270,80 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
-    plan: TrainingPlan,
-    dtype: torch.dtype,
+    planned: PlannedTraining,
     seed: int,
     pictures: int,
     accelerator: Accelerator,
-) -> tuple[Training, int]:
-    """The frozen transformer with a new LoRA and all that trains it; and how many steps to take."""
-    files, lora, run = stage_one.files, flags.lora, flags.run
-    device, processes = accelerator.device, accelerator.num_processes
-    latent_side = stage_one.resolution // files.latent_channels_and_scale()[1]
-    latent_size = (latent_side, latent_side)
-    transformer = load_transformer(files, device, dtype, plan.base_precision, latent_size, plan.streamed_blocks)
-    targets = target_modules(transformer, lora.layers, lora.blocks)
-    parameters = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
-    ahead = None
-    if plan.streamed:
-        pieces = pieces_of(transformer.transformer_blocks, plan.streamed_blocks)
-        paths = files.weight_files("transformer") if plan.leaves_blocks_unread else []
-        source = MappedPieces(pieces, device, paths) if plan.from_files else PinnedPieces(pieces, device, paths)
-        streamed = stream_transformer(transformer, device, source, plan.buffers, plan.streamed_blocks)
-        if plan.modulated_ahead:
-            ahead = ModulationsAhead(transformer, streamed, plan.modulated_ahead)
-    recompute_blocks(transformer, plan.recomputed, plan.offload_inputs)
-    flat = flatten_parameters(parameters)
-    steps = run.steps(pictures, processes)
-    pictures_per_step = run.train_batch_size * run.gradient_accumulation_steps * processes
-    optimizer, lr_scheduler = make_optimizer(flags.optimizer, flat, pictures_per_step, steps)
+) -> Training:
+    """The frozen transformer with a new LoRA, and all that trains it."""
+    files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
+    processes, dtype = accelerator.num_processes, planned.dtype
+
+    def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
+        targets = target_modules(transformer, lora.layers, lora.blocks)
+        return attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
+
+    arranged = arrange(
+        files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
+    )
+    rate = flags.optimizer.scaled_rate(run.pictures_per_step(processes))
+    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate)])
+    optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
-    training = Training(
-        transformer,
-        flat,
+    accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
+    return Training(
+        VelocityModel(arranged.transformer, dtype),
+        trainables,
         optimizer,
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
         DataOrder(pictures, seed),
-        ahead,
+        planned.steps,
+        arranged.ahead,
     )
-    accelerator.print(
-        f"LoRA: {flat.numel() / 1e6:.2f} M parameters in float32 in {len(targets)} layers, rank {lora.rank}"
-    )
-    return training, steps
 
 
-def make_plan(
-    flags: TrainingFlags,
-    files: ModelFiles,
-    resolution: int,
-    text_tokens: int,
-    dtype: torch.dtype,
-    budget: DeviceBudget | None,
-    processes: int,
-) -> TrainingPlan:
-    """What is kept where: whatever fits the budget, or all on the device where there is none."""
-    run, lora = flags.run, flags.lora
-    if budget is None:
-        return plain_plan(
-            files.read_config("transformer")["num_layers"], run.base_precision, run.gradient_checkpointing
-        )
+def training_task(
+    flags: TrainingFlags, files: ModelFiles, latent_size: tuple[int, int], dtype: torch.dtype, processes: int
+) -> TrainingTask:
+    """What is to be planned.
+
+    Raises:
+        UserError: flags that cannot be obeyed.
+    """
+    blocks, lora = files.read_config("transformer")["num_layers"], flags.lora
+    asked = AskedPlacement.of(flags.base, flags.step, blocks)
+    asked.check(blocks, processes)
     shape = StepShape(
-        run.train_batch_size,
-        resolution // files.latent_channels_and_scale()[1],
-        text_tokens,
+        flags.run.train_batch_size,
+        latent_size,
+        text_tokens_of(flags.data, files),
         lora.layers,
         lora.blocks,
         lora.rank,
         lora.lora_dropout,
         dtype,
-        flags.optimizer.use_8bit_adam,
+        bytes_per_parameter(flags.optimizer, dtype),
     )
-    plan = [plan_training(files, shape, budget, run.base_precision, run.gradient_checkpointing, processes == 1)]
-    broadcast_object_list(plan)  # by the first rank's GPU: all are to compute with the same numbers
+    return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
+
+
+def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
+    """What is kept where: the fastest that fits the budget, or all on the device where there is none."""
+    # Rank 0's GPU decides: all are to compute with the same numbers.
+    plan = [plan_training(task, budget) if budget else Plan(plain_placement(task.files, task.asked), Forecast())]
+    broadcast_object_list(plan)
     return plan[0]
 
 
-def text_tokens_of(data: DataConfig) -> int:
-    """The tokens of a prompt, before anything else of the data is looked at: as asked for, as embedded, or 77 + 77."""
+def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
+    """The tokens of a prompt, before the data is looked at: as asked for, as embedded, or by default."""
     length = data.max_sequence_length
     if length is None and Path(data.data_df_path).is_file():
         with EmbeddingStore(Path(data.data_df_path)) as store:
             length = store.provenance.size
-    return CLIP_TOKENS + (length or 77)
+    return files.clip_tokens() + (length or DEFAULT_SEQUENCE_LENGTH)
 
 
 def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerator) -> int:
@@ -321,7 +355,7 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
     return int(drawn[0])
 
 
-def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> tuple[TrainingData, EmbeddingStore]:
+def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
     """What stage one left, checked against what is asked for; latents that are not there yet are made."""
     store = stage_one.open_embeddings()
     require_writable_folder(output_dir)
@@ -330,51 +364,23 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData(images, stage_one.variants(images, cache), store, cache), store
+    return TrainingData(images, stage_one.variants(images, cache), store, cache)
 
 
-def make_outputs(
-    flags: TrainingFlags, stage_one: StageOne, data: TrainingData, length: int, signature: dict[str, Any]
-) -> Outputs:
-    """Where the run writes, and what a LoRA's metadata will say of it."""
-    prompts = list(dict.fromkeys(image.prompt for image in data.images))
-    record = {
-        "base_model": stage_one.files.name,
-        "revision": stage_one.files.revision,
-        "instance_prompts": prompts[:20],
-        "trigger": flags.data.instance_prompt or prompts[0],
-        "max_sequence_length": length,
-        "resolution": stage_one.resolution,
-        "seed": signature["--seed"],
-    }
-    return Outputs(Path(flags.run.output_dir), flags.lora, record, signature, flags.run.checkpoints_total_limit)
-
-
-def finish(
-    outputs: Outputs,
-    training: Training,
-    flags: TrainingFlags,
-    reports: list[StageReport],
-    log: LossLog,
-    path: Path,
-    took: dict[str, Any],
-) -> None:
+def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
     """Writes what lies beside the LoRA, and says what to do with it."""
-    prompts, seed = outputs.record["instance_prompts"], outputs.record["seed"]
-    facts = {"steps": training.step, "rank": flags.lora.rank, "learning rate": flags.optimizer.learning_rate}
-    write_model_card(outputs.folder / "README.md", outputs.record["base_model"], prompts, {**facts, "seed": seed})
-    results = {**took, "wrote": str(path), "seed": seed, "loss": log.recent_mean, "skipped": log.skipped}
-    save_run(outputs.folder / "run.json", flags.groups(), reports, **results)
-    prompt = outputs.record["trigger"]
-    if len(prompts) == 1:  # a caption says already where its picture was taken
+    record = outputs.record
+    write_model_card(outputs.folder / "README.md", record, results.steps or 0)
+    record.save(outputs.folder / "run.json", results)
+    prompt = record.facts.trigger or ""
+    if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
-    print("next: " + command("inference.py", **flags.model.flags(), lora=outputs.folder, prompt=prompt))
+    print("next: " + command("inference.py", **model.flags(), lora=outputs.folder, prompt=prompt))
 
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    groups = (DataConfig, LoraFlags, OptimizerConfig, RunConfig, FlowConfig, ModelConfig, DeviceConfig, BudgetConfig)
-    flags = TrainingFlags(*parse_flags(groups, argv, SCRIPT, __doc__.splitlines()[0], REFUSED_FLAGS))
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
@@ -390,15 +396,26 @@ def run(argv: Sequence[str] | None) -> None:
     files = ModelFiles(flags.model)
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
-    tokens = text_tokens_of(flags.data)
-    plan = make_plan(flags, files, resolution, tokens, chosen.dtype, budget, accelerator.num_processes)
+    latent_size = files.latent_size(resolution)
+    task = training_task(flags, files, latent_size, chosen.dtype, accelerator.num_processes)
+    plan = make_plan(task, budget)
+    say(f"plan: {plan.sentence()}")
+    if flags.step.gradient_checkpointing:
+        say(recompute_note(task, budget))
     if budget:
-        say(f"plan: {plan.sentence()}\npredicted peak: {sentence(plan.parts)}")
+        say(f"predicted peak: {plan.forecast.largest.sentence()}")
     if flags.budget.plan:
         return
+    require_attention_kernel(
+        plan.placement.attention_kernel,
+        device,
+        chosen.dtype,
+        files.read_config("transformer")["attention_head_dim"],
+        True,
+    )
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
-    data, store = open_data(stage_one, output_dir, accelerator)
+    data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
@@ -407,19 +424,18 @@ def run(argv: Sequence[str] | None) -> None:
     if budget:
         budget.cap()
     reports: list[StageReport] = []
-    with memory_stage("load transformer", device, reports, say):
-        training, steps = load_training(stage_one, flags, plan, chosen.dtype, seed, len(data), accelerator)
+    steps = flags.run.steps(len(data), accelerator.num_processes)
     micro_steps = steps * flags.run.gradient_accumulation_steps
-    execution = choose_execution(
-        flags.run.compile, plan, device, flags.lora.lora_dropout, micro_steps, earlier.get("--compile")
-    )
-    if execution.compiled:
-        compile_blocks(training.transformer, execution.asked)
+    asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
+    dropout, kernels_before = flags.lora.lora_dropout, earlier.get("--compile")
+    execution = choose_execution(asked, plan, device, dropout, micro_steps, kernels_before)
+    planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
+    with memory_stage("load transformer", device, reports, say):
+        training = load_training(stage_one, flags, planned, seed, len(data), accelerator)
     say(f"each micro-step: {execution.sentence()}")
-    signature = run_signature(
-        flags, stage_one, data, store, plan, execution, chosen.dtype, seed, accelerator.num_processes
-    )
-    outputs = make_outputs(flags, stage_one, data, store.provenance.size, signature)
+    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
+    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
+    outputs = Outputs(output_dir, flags.lora, record, flags.run.checkpoints_total_limit)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
@@ -434,25 +450,36 @@ def run(argv: Sequence[str] | None) -> None:
     log.cut_back(training.step)
     accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    with memory_stage("train", device, reports, say):
-        ms_a_step = train(training, data, stage_one, flags, steps, chosen.dtype, execution, log, outputs, accelerator)
+    batches = MicroBatches(training, data, stage_one, flags.flow, chosen.dtype, device)
+    step = make_step(training, flags, execution, say)
+    with memory_stage("train", device, reports, say), attention_kernel(plan.placement.attention_kernel):
+        ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
         measured = budget.used_bytes(reports) if budget else 0
         if budget:
-            say(compared(plan.peak_bytes, measured))
+            say(compared(plan.forecast.peak_bytes, measured))
         say(f"wrote {path}, read back and compared")
         say(f"{ms_a_step:.0f} ms a step, {log.skipped} steps skipped by the scaler")
-        took = {"plan": asdict(plan), "measured_bytes": measured, "ms_a_step": ms_a_step}
-        finish(outputs, training, flags, reports, log, path, took)
+        results = RunResults(
+            wrote=str(path),
+            stages=reports,
+            measured_bytes=measured,
+            steps=training.step,
+            ms_a_step=ms_a_step,
+            execution=execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict(),
+            loss=log.recent_mean,
+            skipped=log.skipped,
+        )
+        finish(outputs, flags.model, results)
     accelerator.end_training()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    smaller = "--gradient_checkpointing, --mixed_precision fp16, a lower --train_batch_size or --resolution"
+    smaller = "a lower --vram_budget_gib, --mixed_precision fp16, a lower --train_batch_size or --resolution"
     return exit_code(run, argv, smaller)
 
 

@@ -19,7 +19,6 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import statistics
 import struct
@@ -36,25 +35,27 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import BudgetConfig, ModelConfig
-from sd3_lora.common.devices import choose_device
+from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.memory import GIB, drop_workspaces, free_memory
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.processes import in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding
 from sd3_lora.common.stage_report import PeakSampler
-from sd3_lora.gpu.budget import driver_bytes, open_budget
-from sd3_lora.plan.memory_plan import spread_streamed_blocks
+from sd3_lora.gpu.budget import BudgetTooSmall, driver_bytes, open_budget
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
 from sd3_lora.stage_one.embedding_store import write_embeddings
 from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache
+from sd3_lora.training.config import TrainingFlags
 
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
 from memory_cases import DRAW, EMBED, LATENTS, SETS, SIZES_PX, TRAIN, Case
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from placements import placement_of
 
 PROMPT, PICTURES = "a photo of sks dog", 4
 
@@ -142,13 +143,22 @@ def hollow_model(models: Path, name: str) -> Path:
     return folder
 
 
-def call(case: Case, model: Path, words: Sequence[object], device: str) -> tuple[str, str | None]:
-    """Runs the script; what it said, and its last line where it was refused."""
+def call(case: Case, model: Path, words: Sequence[object], device: str) -> dict[str, Any]:
+    """Runs the script; what a row says of a refusal, empty where there was none."""
     words = ["--pretrained_model_name_or_path", model, "--device", device, *words, *case.flags]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = script_of(case).main([str(word) for word in words])
-    return out.getvalue(), err.getvalue().strip().splitlines()[-1] if code else None
+    body = in_processes(script_of(case).run) if case.script in (EMBED, LATENTS) else script_of(case).run
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            body([str(word) for word in words])
+        except (UserError, torch.OutOfMemoryError) as error:
+            return refusal(error)
+    return {}
+
+
+def refusal(error: Exception) -> dict[str, Any]:
+    """What a row says of it: the sentence for people, and the budget that would do where one was too small."""
+    needed = {"needed_gib": error.needed_gib} if isinstance(error, BudgetTooSmall) else {}
+    return {"failed": f"error: {error}", **needed}
 
 
 def script_of(case: Case) -> Any:
@@ -186,13 +196,20 @@ def trained_folder(models: Path) -> Path:
 
 
 def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
-    """What --plan says of 16-bit training."""
-    said, refused = call(case, model, [*training_words(case), "--mixed_precision", "bf16"], device)
-    if refused:
-        return {**asdict(case), "failed": refused}
-    (plan,) = re.findall(r"^plan: (.*)$", said, re.MULTILINE)
-    (peak,) = re.findall(r"^predicted peak: .* = ([\d.]+) GiB$", said, re.MULTILINE)
-    return {**asdict(case), "plan": plan, "predicted_gib": float(peak)}
+    """What is planned for 16-bit training."""
+    script = script_of(case)
+    words = ["--pretrained_model_name_or_path", model, "--device", device, "--mixed_precision", "bf16"]
+    words += [*training_words(case), *case.flags]
+    flags = TrainingFlags(*script.COMMAND_LINE.parse([str(word) for word in words]))
+    gpu, files = choose_device(device), ModelFiles(flags.model)
+    dtype = choose_training_dtype(flags.run.mixed_precision, planned_device(device, gpu, True)).dtype
+    try:
+        task = script.training_task(flags, files, files.latent_size(case.resolution), dtype, processes=1)
+        plan = script.make_plan(task, open_budget(flags.budget, gpu))
+    except UserError as error:
+        return {**asdict(case), **refusal(error)}
+    row = {**asdict(case), "placement": placement_of(asdict(plan.placement))}
+    return row | {"predicted_gib": round(plan.forecast.peak_bytes / GIB, 2)}
 
 
 @contextlib.contextmanager
@@ -229,23 +246,6 @@ def step_times(case: Case) -> Iterator[list[float]]:
         yield times
 
 
-@contextlib.contextmanager
-def streamed_as(case: Case) -> Iterator[None]:
-    """Has the training script stream its base as the case says, every block but the last computed anew."""
-    if case.streamed is None:
-        yield
-        return
-    (buffers, staying), make_plan = case.streamed, script_of(case).make_plan
-
-    def plan(*words: Any) -> Any:
-        found = make_plan(*words)
-        streamed_blocks = spread_streamed_blocks(found.blocks, staying)
-        return replace(found, streamed_blocks=streamed_blocks, buffers=buffers, recomputed=found.blocks - 1, parts={})
-
-    with mock.patch.object(script_of(case), "make_plan", plan):
-        yield
-
-
 def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[str, Any]:
     """Runs the script once; what it said of its memory and time.
 
@@ -266,26 +266,20 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     start = time.perf_counter()
     with contextlib.ExitStack() as held:
         beside_gib = held.enter_context(weights_beside(case.beside, device))
-        if case.efficient_attention and torch.cuda.is_available():
-            held.enter_context(sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION))
-        held.enter_context(streamed_as(case))
         times = held.enter_context(step_times(case))
         sampler = held.enter_context(PeakSampler(lambda: driver_bytes(0) or 0, interval_s=0.1))
-        said, refused = call(case, model, words, device)
+        refused = call(case, model, words, device)
     row: dict[str, Any] = {**asdict(case), "elapsed_s": round(time.perf_counter() - start, 1)}
-    row["plan"] = (re.findall(r"^plan: (.*)$", said, re.MULTILINE) or [None])[0]
     if refused:
-        return row | {"failed": refused}
+        return row | refused
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
-    if "plan" in record:
-        row["parts_gib"] = {name: round(size / GIB, 3) for name, size in record["plan"]["parts"].items()}
-        row["predicted_gib"] = round(sum(record["plan"]["parts"].values()) / GIB, 3)
-    else:
-        row["said"] = [line for line in said.splitlines() if " = " in line or "peak" in line]
-        row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
+    plan = record["plan"]
+    placed = {name: value for name, value in plan.items() if name != "parts"}
+    row |= {"placement": placement_of(placed)} if case.script in (TRAIN, DRAW) else {"settings": placed}
+    row["parts_gib"] = {name: round(size / GIB, 3) for name, size in plan["parts"].items()}
+    row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
     row |= {"beside_gib": beside_gib} if beside_gib else {}
     if case.streamed:
-        row = {key: value for key, value in row.items() if key not in ("parts_gib", "predicted_gib")}  # of another plan
         gpu = choose_device(device)
         row["link_gb_per_s"] = round(bytes_a_second(gpu) / 1e9, 1) if gpu.type == "cuda" else None
         row["flops_a_byte"] = round(measure_flops_a_byte(gpu, torch.float16))
@@ -295,8 +289,8 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row["allocated_gib"] = {stage["name"]: round(stage["peak_device_gib"], 3) for stage in stages}
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
-    row["execution"] = re.findall(r"^(?:each micro-step: |not replayed)(.*)$", said, re.MULTILINE)
-    row["ms_a_step"] = next(map(int, re.findall(r"(\d+) ms a step", said)), None)
+    if case.script == TRAIN:
+        row |= {"execution": record["execution"], "ms_a_step": round(record["ms_a_step"])}
     if len(times) > 2:
         row["step_ms"] = round(1000 * statistics.median(after - before for before, after in pairwise(times)), 1)
     return row
@@ -308,14 +302,14 @@ def run_until_it_fits(case: Case, run: Callable[[Case], dict[str, Any]]) -> dict
     sizes = sorted(SIZES_PX, reverse=True) if case.largest else [case.resolution]
     for size in sizes:
         row = run(replace(case, resolution=size))
-        if "too little" not in row.get("failed", ""):
+        if "needed_gib" not in row:
             break
         refused.append(row["failed"])
-    found = re.search(r"at least ([\d.]+) GiB", row.get("failed", "")) if case.smallest else None
-    if found:
+    needed_gib = row.get("needed_gib") if case.smallest else None
+    if needed_gib:
         refused = [row["failed"]]
         flags = list(case.flags)
-        flags[flags.index("--vram_budget_gib") + 1] = found[1]
+        flags[flags.index("--vram_budget_gib") + 1] = needed_gib
         row = run(replace(case, flags=tuple(flags)))
     return row | ({"refused": refused} if refused else {})
 
@@ -349,7 +343,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = arguments.result and Path(str(arguments.result).replace("{set}", name))
         rows = results.setdefault(path, [])
         rows.append({"set": name, **row})
-        shown = ("name", "model", "resolution", "batch", "rank", "plan", "predicted_gib", "measured_gib", "driver_gib")
+        shown = (
+            "name",
+            "model",
+            "resolution",
+            "batch",
+            "rank",
+            "placement",
+            "predicted_gib",
+            "measured_gib",
+            "driver_gib",
+        )
         shown += ("host_gib", "step_ms", "execution", "failed", "elapsed_s")
         print({key: row[key] for key in shown if row.get(key) is not None}, flush=True)
         if path:

@@ -35,13 +35,12 @@ class Case:
         script: which of the four.
         use_8bit_adam: or AdamW in 32 bits.
         beside: components whose weights lie on the device in float32 meanwhile, as if they had been loaded too.
-        efficient_attention: whether no other kernel may be used: what a T4 has.
         largest: whether the largest of `SIZES_PX` that is not refused is to run, whatever `resolution` says.
         smallest: whether a refused budget is to be replaced by the smallest that would do, as the refusal names it.
         with_lora: whether the last row's LoRA is to be drawn with.
         exactness: against the row before it: exact, rounding or lossy.
         trick: the flag or script that makes the difference to the row before it.
-        streamed: with so many buffers and so many blocks that stay, whatever would be planned.
+        streamed: of a streamed step that is to be compared, its buffers and how many blocks stay on the device.
     """
 
     name: str
@@ -54,7 +53,6 @@ class Case:
     script: str = TRAIN
     use_8bit_adam: bool = True
     beside: tuple[str, ...] = ()
-    efficient_attention: bool = False
     largest: bool = False
     smallest: bool = False
     with_lora: bool = False
@@ -72,7 +70,7 @@ NF4, ALL_BLOCKS = ("--base_precision", "nf4"), ("--gradient_checkpointing",)
 
 
 def accuracy_cases() -> Iterator[Case]:
-    """Three models, three resolutions, batches of 1 and 4, ranks 4 and 128; none, some and all blocks computed anew."""
+    """Three models, three resolutions, batches of 1 and 4, ranks 4 and 128; none, some and all blocks recomputed."""
     grid = itertools.product((4, 1), (4, 128), SIZES_PX, random_sd3.TRANSFORMERS)
     for number, (batch, rank, resolution, model) in enumerate(grid):
         flags = (ALL_BLOCKS, budget(30), ())[number % 3]
@@ -87,10 +85,10 @@ def target_cases() -> Iterator[Case]:
     yield Case("warm-up", "sd3-medium", 512)
     for resolution, gib in ((1024, 1.6), (512, 1.2)):
         for _ in range(2):  # in turns: the machine is noisy
-            plain = (*ALL_BLOCKS, "--compile", "off")
-            yield Case("resident, all blocks anew, plain", "sd3-medium", resolution, flags=plain, steps=12)
+            plain = (*ALL_BLOCKS, "--compile", "off", "--capture", "off")
+            yield Case("resident, all blocks recomputed, plain", "sd3-medium", resolution, flags=plain, steps=12)
             yield Case("streamed", "sd3-medium", resolution, flags=budget(gib), steps=12, smallest=True)
-        yield Case("resident, all blocks anew", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
+        yield Case("resident, all blocks recomputed", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
     yield Case("16-bit base", "sd3-medium", flags=budget(5.2))
     yield Case("nf4", "sd3-medium", flags=budget(3.0, *NF4), steps=12)
     yield Case("nf4", "sd3-medium", 512, flags=budget(2.2, *NF4), steps=12)
@@ -115,8 +113,10 @@ def card_run_cases() -> Iterator[Case]:
     for model in random_sd3.TRANSFORMERS:
         for gib in CARDS_GIB:
             yield Case(f"{gib} GiB", model, flags=budget(gib), largest=True)
-        t4 = budget(CARDS_GIB[-1], "--mixed_precision", "fp16")
-        yield Case(f"{CARDS_GIB[-1]} GiB, as a T4", model, flags=t4, largest=True, efficient_attention=True)
+        t4 = budget(
+            CARDS_GIB[-1], "--mixed_precision", "fp16", "--attention_kernel", "efficient"
+        )  # the one that it has
+        yield Case(f"{CARDS_GIB[-1]} GiB, as a T4", model, flags=t4, largest=True)
 
 
 def ladder_cases() -> Iterator[Case]:
@@ -134,12 +134,14 @@ def ladder_cases() -> Iterator[Case]:
     yield row("latents cached", "precompute_latents.py", "exact", *fp32, **adam)
     yield row("base in fp16", "--mixed_precision fp16", "rounding", *fp16, **adam)
     yield row("Adam's state in 8 bits", "--use_8bit_adam", "lossy", *fp16)
-    yield row("all blocks computed anew", ALL_BLOCKS[0], "exact", *fp16, *ALL_BLOCKS)
-    yield row("base in 4 bits", "--base_precision nf4", "lossy", *fp16, *ALL_BLOCKS, *NF4)
-    yield row("instead: fp16 base streamed", "--vram_budget_gib 2.2", "exact", *fp16, *budget(2.2))
-    yield row("block inputs on the host", "--vram_budget_gib", "exact", *fp16, *budget(1.0), smallest=True)
-    small = {"smallest": True, "resolution": 512}
-    yield row("512 px, fp16 base streamed", "--resolution 512", "lossy", *fp16, *budget(1.0), **small)
+    recomputed, streamed = ("--recompute_blocks", "24"), ("--stream_blocks", "24")
+    offloaded = ("--offload_inputs", "on", "--stream_buffers", "2")
+    yield row("all blocks recomputed", " ".join(recomputed), "exact", *fp16, *recomputed)
+    yield row("base in 4 bits", " ".join(NF4), "lossy", *fp16, *recomputed, *NF4)
+    yield row("instead: fp16 base streamed", " ".join(streamed), "exact", *fp16, *recomputed, *streamed)
+    yield row("block inputs offloaded", " ".join(offloaded[:2]), "exact", *fp16, *recomputed, *streamed, *offloaded)
+    small = (*fp16, *recomputed, *streamed, *offloaded)
+    yield row("512 px", "--resolution 512", "lossy", *small, resolution=512)
 
 
 def text_cases() -> Iterator[Case]:
@@ -185,11 +187,35 @@ def streaming_cases() -> Iterator[Case]:
     """A streamed step by the buffers and the blocks on the device, beside the resident one: as `stream_buffers.py`."""
     for resolution in (1024, 512):
         yield Case("resident", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12)
-        for setting in SETTINGS:
-            yield Case("streamed", "sd3-medium", resolution, flags=ALL_BLOCKS, steps=12, streamed=setting)
+        for buffers, staying in SETTINGS:
+            flags = ("--recompute_blocks", "23", "--stream_blocks", str(24 - staying), "--stream_buffers", str(buffers))
+            yield Case("streamed", "sd3-medium", resolution, flags=flags, steps=12, streamed=(buffers, staying))
+
+
+def flag_cases() -> Iterator[Case]:
+    """Each trick forced by its flag, beside the step without any: what it saves and what it costs."""
+    recomputed, streamed = ("--recompute_blocks", "23"), ("--stream_blocks", "24")
+    yield Case("warm-up", "sd3-medium", steps=2)
+    for flags in (
+        (),
+        ("--recompute_blocks", "12"),
+        ("--recompute_blocks", "24"),
+        ("--recompute_blocks", "24", "--offload_inputs", "on"),
+        (*recomputed, *streamed),
+        (*recomputed, *streamed, "--stream_from", "files"),
+        (*recomputed, *streamed, "--stream_buffers", "2"),
+        (*recomputed, *streamed, "--modulations_ahead", "off"),
+        (*recomputed, "--stream_blocks", "12"),
+        ("--capture", "off"),
+        *(("--attention_kernel", kernel) for kernel in ("cudnn", "flash", "efficient")),
+        ("--recompute_blocks", "24", "--attention_kernel", "math"),
+        ("--compile", "on"),
+    ):
+        yield Case(" ".join(flags) or "no flag", "sd3-medium", flags=flags, steps=12)
 
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "flags": flag_cases,
     "accuracy": accuracy_cases,
     "targets": target_cases,
     "pictures": picture_cases,

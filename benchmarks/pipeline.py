@@ -52,16 +52,16 @@ def run_process(words: Sequence[object]) -> tuple[dict[str, Any], subprocess.Com
 def measure(name: str, script: str, flags: Sequence[object], report: Path, processes: int = 1) -> dict[str, Any]:
     """Runs one script, with torchrun if in several processes, and returns what it took; its report is in `report`."""
     shared = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    took, finished = run_process([*shared, PROJECT_FOLDER / script, *flags])
+    took, _ = run_process([*shared, PROJECT_FOLDER / script, *flags])
     row: dict[str, Any] = {"name": name, "script": script, "flags": list(map(str, flags)), **took}
     if "failed" in row:
         return row
-    stages = json.loads(report.read_text(encoding="utf-8"))["stages"]
+    record = json.loads(report.read_text(encoding="utf-8"))
+    stages = record["stages"]
     row["stages"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in stages]
     row["allocated_gib"] = round(max((stage["peak_device_gib"] for stage in stages), default=0.0), 2)
     row["host_gib"] = round(max((stage["peak_host_gib"] for stage in stages), default=0.0), 2)
-    row["said"] = [line for line in finished.stdout.splitlines() if " ms a step" in line or "T5 in" in line]
-    return row
+    return row | {key: record[key] for key in ("precision", "plan", "execution", "ms_a_step") if key in record}
 
 
 def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:

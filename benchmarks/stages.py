@@ -27,11 +27,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from precompute_latents import MOST_THREADS, decode
+from precompute_latents import MOST_THREADS, LatentConfig, decode
 from sd3_lora.common.devices import choose_device, cpu_cores
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import hash_file
 

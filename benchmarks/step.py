@@ -41,6 +41,7 @@ import torch
 from evaluate import VERSIONS, circumstances
 from memory import PROMPT, fabricate_stage_one, model_folder
 from PIL import Image
+from placements import placement_of
 from timed_peer import Clock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,31 +79,31 @@ class Case:
     script: str | None = None
 
 
-def ours(compiling: str, *more: str) -> tuple[str, ...]:
-    """The flags of our script in one setting."""
-    return ("--compile", compiling, *more)
+PLAIN = ("--compile", "off", "--capture", "off")
+CAPTURED = ("--compile", "off", "--capture", "on")
+COMPILED = ("--compile", "on")
 
 
 def cases_of_size(resolution: int) -> Iterator[Case]:
     """The peers, and ours as they are set and with each step towards the fastest."""
     yield Case("diffusers' sd3_lora_colab", resolution, ALL_BLOCKS, script=REFERENCE)
     yield Case("diffusers' train_dreambooth_lora_sd3", resolution, ALL_BLOCKS, script=BIG_SCRIPT)
-    yield Case("ours, all blocks anew, plain", resolution, ours("off", *ALL_BLOCKS))
-    yield Case("ours, all blocks anew", resolution, ours("graph", *ALL_BLOCKS))
-    yield Case("ours, plain", resolution, ours("off"))
-    yield Case("ours, replayed", resolution, ours("graph"))
-    yield Case("ours, compiled and replayed", resolution, ours("blocks"))
+    yield Case("ours, all blocks recomputed, plain", resolution, (*PLAIN, *ALL_BLOCKS))
+    yield Case("ours, all blocks recomputed", resolution, (*CAPTURED, *ALL_BLOCKS))
+    yield Case("ours, plain", resolution, PLAIN)
+    yield Case("ours, replayed", resolution, CAPTURED)
+    yield Case("ours, compiled and replayed", resolution, COMPILED)
 
 
 def batch_cases() -> Iterator[Case]:
     """Four pictures a step."""
-    yield Case("ours, replayed", 1024, ours("graph"), batch=4)
-    yield Case("ours, compiled and replayed", 1024, ours("blocks"), batch=4)
+    yield Case("ours, replayed", 1024, CAPTURED, batch=4)
+    yield Case("ours, compiled and replayed", 1024, COMPILED, batch=4)
 
 
 def sd35_cases() -> Iterator[Case]:
     """What SimpleTuner publishes 0.72 s for, on an H100: three pictures, rank 128, bf16."""
-    for name, flags in (("ours, replayed", ours("graph")), ("ours, compiled and replayed", ours("blocks"))):
+    for name, flags in (("ours, replayed", CAPTURED), ("ours, compiled and replayed", COMPILED)):
         yield Case(name, 1024, flags, "sd3.5-medium", 3, 128, "bf16")
 
 
@@ -110,8 +111,8 @@ def cpu_cases() -> Iterator[Case]:
     """Of the miniature, in float32."""
     peer = Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT)
     yield peer
-    yield replace(peer, name="ours", flags=ours("off"), script=None)
-    yield replace(peer, name="ours, compiled", flags=ours("blocks"), script=None)  # needs a C++ compiler
+    yield replace(peer, name="ours", flags=PLAIN, script=None)
+    yield replace(peer, name="ours, compiled", flags=COMPILED, script=None)  # needs a C++ compiler
 
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -193,16 +194,14 @@ def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, devic
     script = importlib.import_module(TRAIN)
     embeddings, latents = fabricate_stage_one(model, case.resolution)
     words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
-    said, refused = io.StringIO(), io.StringIO()
-    redirected = contextlib.redirect_stdout(said), contextlib.redirect_stderr(refused)
+    refused = io.StringIO()
+    redirected = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refused)
     with counted_steps(script, warm, steps) as clock, redirected[0], redirected[1]:
         code = script.main([str(word) for word in (*words, "--device", device, *case.flags)])
     if code:
-        return {"failed": said.getvalue().splitlines()[-1:]}
-    how = [
-        line for line in said.getvalue().splitlines() if line.startswith(("plan", "each micro-step", "not replayed"))
-    ]
-    return {**clock.report(), "said": how}
+        return {"failed": refused.getvalue().strip().splitlines()[-1:]}
+    record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    return {**clock.report(), "placement": placement_of(record["plan"]), "execution": record["execution"]}
 
 
 def peer_words(case: Case, model: Path) -> list[object]:
@@ -263,12 +262,17 @@ def save_short_text(model: Path) -> None:
     T5EncoderModel(t5).half().save_pretrained(model / "text_encoder_3")
 
 
+def prepare_model(name: str, models: Path) -> Path:
+    """The folder of a random model, which is made where it is not there."""
+    if not (models / name / "model_index.json").is_file():
+        random_sd3.save(name, models / name, ["transformer", "vae"])
+        save_short_text(models / name)  # before anything is embedded with it
+    return model_folder(models, name)
+
+
 def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     """One row."""
-    if not (flags.models / case.model / "model_index.json").is_file():
-        random_sd3.save(case.model, flags.models / case.model, ["transformer", "vae"])
-        save_short_text(flags.models / case.model)  # before anything is embedded with it
-    model = model_folder(flags.models, case.model)
+    model = prepare_model(case.model, flags.models)
     output = flags.models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -298,35 +302,26 @@ def loss_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
         ):
             folder.mkdir(parents=True, exist_ok=True)
             importlib.import_module(script).main([str(word) for word in (*words, *device)])
-        for compiling in (
-            ("off", "graph", "blocks") if choose_device(flags.device).type == "cuda" else ("off", "blocks")
-        ):
-            output = folder / compiling
+        ways = {"plain": PLAIN, "replayed": CAPTURED, "compiled": COMPILED}
+        if choose_device(flags.device).type != "cuda":
+            del ways["replayed"]
+        for name, how in ways.items():
+            output = folder / name
             shutil.rmtree(output, ignore_errors=True)
-            words = [
-                *stored,
-                *device,
-                "--compile",
-                compiling,
-                "--output_dir",
-                output,
-                "--seed",
-                0,
-                "--report_to",
-                "none",
-            ]
+            words = [*stored, *device, *how, "--output_dir", output, "--seed", 0, "--report_to", "none"]
             words += ["--max_train_steps", 200, "--rank", 8, "--learning_rate", 5e-4, "--train_batch_size", 2]
             importlib.import_module(TRAIN).main([str(word) for word in words])
             lines = (output / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-            losses[compiling] = [json.loads(line)["loss"] for line in lines]
+            losses[name] = [json.loads(line)["loss"] for line in lines]
+    plain = losses["plain"]
     return [
         {
-            "name": f"losses of 200 steps, --compile {compiling}",
-            "largest_relative_difference": max(abs(a - b) / b for a, b in zip(found, losses["off"], strict=True)),
-            "steps_with_equal_loss": sum(a == b for a, b in zip(found, losses["off"], strict=True)),
+            "name": f"losses of 200 steps, {name}",
+            "largest_relative_difference": max(abs(a - b) / b for a, b in zip(found, plain, strict=True)),
+            "steps_with_equal_loss": sum(a == b for a, b in zip(found, plain, strict=True)),
             "last": found[-1],
         }
-        for compiling, found in losses.items()
+        for name, found in losses.items()
     ]
 
 
@@ -383,7 +378,7 @@ def gpu_rows(flags: argparse.Namespace) -> list[dict[str, Any]]:
     for count in (1, torch.cuda.device_count()):
         output = flags.models / f"output-{count}-gpus"
         shutil.rmtree(output, ignore_errors=True)
-        case = Case(f"{count} GPU(s)", 1024, ours("graph"))
+        case = Case(f"{count} GPU(s)", 1024, CAPTURED)
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", count]
         launch += [*(("--multi_gpu",) if count > 1 else ()), "--num_machines", 1, "--mixed_precision", "no"]
         words = [*launch, "--dynamo_backend", "no", Path(__file__).resolve().parent.parent / f"{TRAIN}.py"]

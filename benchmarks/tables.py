@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dreambooth_scores import table
+from placements import streaming
 
 PROJECT = Path(__file__).resolve().parent.parent
 # In a document: the command with the result's path, the table, the end.
@@ -87,7 +88,11 @@ def memory_table(result: dict[str, Any]) -> str:
             continue
         seen.add(key)
         numbers = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {row['host_gib']:.2f}"
-        shape = f"{row['batch']}, {row['rank']}" if row.get("plan") else "–"
+        shape = (
+            f"{row['batch']}, {row['rank']}"
+            if row.get("script") not in ("precompute_latents.py", "inference.py")
+            else "–"
+        )
         lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
     return "\n".join([*lines, "", _measured_on(result)])
 
@@ -130,11 +135,10 @@ def _what(row: dict[str, Any]) -> str:
         return "VAE encodes a picture in tiles"
     if row.get("script") == "inference.py":
         return f"{row['name'].replace('draw', 'a whole picture')}"
-    base, _, blocks = row["plan"].partition("; ")
-    base = re.sub(r" (block by block|piece by piece \(.*\))$", "", base)  # as the plan said it before and after
-    base = base.removeprefix("base ").replace(", on the device", "").replace("unchanged", "16-bit")
-    base = base.replace(" streamed from host memory", " streamed").replace("16-bit, streamed", "16-bit streamed")
-    return f"{base.replace('in 4 bits (nf4)', 'nf4')}, {blocks.split(' computed')[0]} anew"
+    if "placement" not in row:  # of a build that told it in a sentence alone
+        return str(row["plan"])
+    placement = row["placement"]
+    return f"{streaming(placement)}, {placement['recomputed']} of {placement['blocks']} blocks recomputed"
 
 
 def plans_table(result: dict[str, Any]) -> str:
@@ -156,12 +160,13 @@ def plans_table(result: dict[str, Any]) -> str:
 
 def _cell(exact: dict[str, Any], auto: dict[str, Any]) -> str:
     """R: all on the device, a share of the blocks computed anew; S: streamed; 4: in 4 bits."""
-    if "plan" not in exact:
-        return f"4S {auto['predicted_gib']:.1f}" if "plan" in auto else "–"
-    if "streamed" in exact["plan"]:
+    if "placement" not in exact:
+        return f"4S {auto['predicted_gib']:.1f}" if "placement" in auto else "–"
+    placement = exact["placement"]
+    if placement["streamed"]:
         return f"S {exact['predicted_gib']:.1f}"
-    anew, count = re.findall(r"(\d+) of (\d+) blocks", exact["plan"])[0]
-    return f"{exact['predicted_gib']:.1f}" + (f", {anew}/{count} anew" if anew != "0" else "")
+    anew = f", {placement['recomputed']}/{placement['blocks']} anew" if placement["recomputed"] else ""
+    return f"{exact['predicted_gib']:.1f}{anew}"
 
 
 def _measured_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -254,14 +259,18 @@ def cards_table(result: dict[str, Any]) -> str:
 
 
 def _card_cell(row: dict[str, Any]) -> str:
-    if "plan" not in row or "failed" in row:
+    if "measured_gib" not in row or "failed" in row:
         return "–"
-    anew, count = re.findall(r"(\d+) of (\d+) blocks", row["plan"])[0]
-    how = f"{anew}/{count} anew"
-    if "streamed" in row["plan"]:
-        some = re.search(r"(\d+) of its (\d+) blocks streamed", row["plan"])
-        how = (f"{some[1]}/{some[2]} streamed" if some else "streamed") + (f", {how}" if anew != "0" else "")
+    how = _card_placement(row["placement"]) if "placement" in row else str(row["plan"])
     return f"{row['resolution']} px: {row['driver_gib']:.1f} GiB, {how}, {row['step_ms'] / 1000:.2f} s"
+
+
+def _card_placement(placement: dict[str, Any]) -> str:
+    streamed, recomputed, blocks = (placement[key] for key in ("streamed", "recomputed", "blocks"))
+    anew = f"{recomputed}/{blocks} anew"
+    if not streamed:
+        return anew
+    return ("streamed" if streamed == blocks else f"{streamed}/{blocks} streamed") + (f", {anew}" if recomputed else "")
 
 
 def saving_table(result: dict[str, Any]) -> str:

@@ -12,10 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from precompute_latents import decode
+from precompute_latents import LatentConfig, decode
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import to_pixels
 from sd3_lora.stage_one.vae_norms import spread_group_norms
 from sd3_lora.stage_one.vae_tiles import VaeTile

@@ -6,7 +6,7 @@
     python miniature/train_transformer.py --renders FOLDER_OF_WEBP --work WORK --minutes 12
 
 The loss is that of `sd3_lora.training.flow` without weights. For most of the time captions are padded to 36 + 46
-tokens, and only at the end to the 77 + 77 that SD3's pipeline always gives, which costs half as much again. Give
+tokens, and only at the end to as many as SD3's pipeline gives by default, which costs half as much again. Give
 `--stop_after` to train in pieces: run the same command again to go on.
 
 Shapes: B batch, S text tokens (CLIP's and T5's), D joint width, P pooled width.
@@ -28,21 +28,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
+from sd3_lora.stage_one.text_encoders import join_embeddings
 from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.flow import flow_matching_loss, interpolate
 
 import torch
-from architecture import NETWORKS, make_models
+from architecture import CLIP_TOKENS, NETWORKS, make_models
 from diffusers import AutoencoderKL
 from pool import SHORT_CLIP_TOKENS, SHORT_T5_TOKENS, load_pool, padded, tokenize
 from render import Renderer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.nn import functional
 from transformers import CLIPTokenizer, T5TokenizerFast
 from world import MINIATURE, load_objects
 
-SHORT, LONG = (SHORT_CLIP_TOKENS, SHORT_T5_TOKENS), (77, 77)
+SHORT = (SHORT_CLIP_TOKENS, SHORT_T5_TOKENS)
+LONG = (CLIP_TOKENS, 77)  # as in use: the scripts' default --max_sequence_length
 LONG_SHARE = 0.2  # of the time, at the end, with padding as in use
 EMPTY_SHARE = 0.1  # of the captions, for guidance
 SIGMA_MEAN, SIGMA_STD = 0.8, 1.2  # of the logit of sigma: between SD3's training (0, 1) and its shift of 3 (ln 3, 1)
@@ -92,13 +93,11 @@ class TextToVelocity(torch.nn.Module):
             self.models[name](ids, output_hidden_states=True)
             for name, ids in (("text_encoder", clip), ("text_encoder_2", clip_2))
         ]
-        clips = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        t5_hidden = self.models["text_encoder_3"](t5)[0]
-        clips = functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))
+        clip_hidden = [output.hidden_states[-2] for output in outputs]
         return self.models["transformer"](
             hidden_states=noisy,
             timestep=1000 * sigmas,
-            encoder_hidden_states=torch.cat([clips.to(t5_hidden.dtype), t5_hidden], 1),
+            encoder_hidden_states=join_embeddings(clip_hidden, self.models["text_encoder_3"](t5)[0]),
             pooled_projections=torch.cat([output.text_embeds for output in outputs], -1),
             return_dict=False,
         )[0]

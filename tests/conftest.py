@@ -102,27 +102,16 @@ def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
     """
     import shutil
 
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+    from small_transformer import smaller_transformer
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         shutil.copytree(PROJECT / "miniature" / name, folder / name)
-    SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=16,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=width,
-        caption_projection_dim=32,
-        pooled_projection_dim=24,
-        out_channels=16,
-        pos_embed_max_size=16,
-        qk_norm="rms_norm",
-    ).save_pretrained(folder / "transformer")
-    # The miniature's VAE and CLIPs, but smaller still.
+    sizes = {"num_layers": 2, "joint_attention_dim": width, "pooled_projection_dim": 24, "pos_embed_max_size": 16}
+    smaller_transformer(**sizes).save_pretrained(folder / "transformer")
+    # Likewise the miniature's VAE and text encoders, but smaller still.
     vae = AutoencoderKL.load_config(PROJECT / "miniature" / "vae")
     vae |= {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 64}
     AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
@@ -130,16 +119,8 @@ def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
         sizes = {"hidden_size": size, "projection_dim": size, "intermediate_size": 2 * size, "num_hidden_layers": 2}
         config = CLIPTextConfig.from_pretrained(PROJECT / "miniature" / name, **sizes, num_attention_heads=2)
         CLIPTextModelWithProjection(config).save_pretrained(folder / name)
-    t5 = T5Config(
-        vocab_size=T5Config.from_pretrained(PROJECT / "miniature" / "text_encoder_3").vocab_size,
-        d_model=width,
-        d_kv=8,
-        d_ff=64,
-        num_layers=3,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.1,
-    )
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 64, "num_heads": 2}
+    t5 = T5Config.from_pretrained(PROJECT / "miniature" / "text_encoder_3", **sizes)
     T5EncoderModel(t5).save_pretrained(folder / "text_encoder_3")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     shutil.copy(PROJECT / "miniature" / "model_index.json", folder / "model_index.json")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.gpu.copy_stream import Copy, CopyStream
 from sd3_lora.transformer.lora import attach_lora, target_modules
 
@@ -18,6 +19,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 WIDTH = 32  # of the transformer and of the text
 
 
+def smaller_transformer(**sizes: object) -> SD3Transformer2DModel:
+    """Random weights in the miniature's transformer, but narrower, for 8 × 8 latents, and with these sizes."""
+    config = SD3Transformer2DModel.load_config(MINIATURE / "transformer")
+    config |= {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": WIDTH}
+    return SD3Transformer2DModel.from_config(config | sizes)
+
+
 def make_transformer(
     layers: int = 6, dropout: float = 0.0, dtype: torch.dtype = torch.float32, dual: tuple[int, ...] = (0, 1)
 ) -> SD3Transformer2DModel:
@@ -26,19 +34,13 @@ def make_transformer(
     `lora_B` is random too, so that every LoRA weight has a gradient.
     """
     torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
+    transformer = smaller_transformer(
         in_channels=4,
-        num_layers=layers,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=WIDTH,
-        pooled_projection_dim=8,
         out_channels=4,
+        num_layers=layers,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=8,
         pos_embed_max_size=8,
-        qk_norm="rms_norm",
         dual_attention_layers=dual,
     )
     for parameter in transformer.parameters():

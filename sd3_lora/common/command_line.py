@@ -1,67 +1,262 @@
-"""The command line: flags from dataclasses, and one sentence for an error that a user can cause."""
+"""The command line: flags from dataclasses, and one sentence for each error that a user can cause.
+
+Importing this takes a tenth of a second, so that a mistyped flag and `--help` are answered at once: the scripts call
+`CommandLine.answer_at_once` before they import torch.
+"""
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import errno
-import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers.hf_argparser import HfArgumentParser
-
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+# Flags that name a file or folder, in which `~` is the user's own.
+PATH_FLAGS = {
+    "cache_dir",
+    "data_df_path",
+    "instance_data_dir",
+    "latents_path",
+    "lora",
+    "outdir",
+    "output_dir",
+    "output_path",
+    "pretrained_model_name_or_path",
+    "prompts_file",
+    "resume_from_checkpoint",
+}
+# What other trainers and diffusers call it.
+OTHER_NAMES = {
+    "epochs": "num_train_epochs",
+    "guidance_scale": "guidance",
+    "image_dir": "instance_data_dir",
+    "lora_path": "lora",
+    "lr": "learning_rate",
+    "max_epochs": "num_train_epochs",
+    "model": "pretrained_model_name_or_path",
+    "model_path": "pretrained_model_name_or_path",
+    "network_alpha": "lora_alpha",
+    "network_dim": "rank",
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "num_steps",
+    "output_dir": "outdir",
+    "save_every_n_steps": "checkpointing_steps",
+    "steps": "num_steps",
+    "train_data_dir": "instance_data_dir",
+}
 
 
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
 
 
-class _Parser(HfArgumentParser):
-    """argparse's own error, but in the one-sentence form that all the errors of the scripts have."""
+class WrongFlags(ValueError):
+    """What a group of flags finds wrong with its values, a sentence each."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: `python {self.prog} --help` lists the flags")
+    def __init__(self, faults: Sequence[str]):
+        super().__init__("; ".join(faults))
+        self.faults = tuple(faults)
 
 
-def parse_flags(
-    groups: Sequence[type],
-    argv: Sequence[str] | None,
-    script: str,
-    description: str,
-    refused: Mapping[str, str] | None = None,
-) -> tuple[Any, ...]:
-    """Parses `argv` into one instance of each dataclass in `groups`.
-
-    Args:
-        groups: frozen dataclasses whose field metadata holds the help text.
-        argv: the arguments; None means those of the process.
-        script: the file name that the user typed.
-        description: the first line of `--help`.
-        refused: flags that diffusers' scripts know and this one does not have, each with what to do instead.
+def require_right(faults: Iterable[str]) -> None:
+    """For a group's `__post_init__`: all that is wrong is said at once.
 
     Raises:
-        UserError: an unknown, refused or malformed flag, or a value that a dataclass rejects.
+        WrongFlags: there is any fault.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for word in argv:
-        flag = word.split("=", 1)[0].replace("-", "_").lstrip("_")
-        if word.startswith("--") and flag in (refused or {}):
-            raise UserError(f"--{flag} is not part of {script}: {(refused or {})[flag]}")
-    parser = _Parser(list(groups), prog=script, description=description, allow_abbrev=False)
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            args=argv, look_for_args_file=False, return_remaining_strings=True
+    found = tuple(faults)
+    if found:
+        raise WrongFlags(found)
+
+
+def less_than_one(group: object, *names: str) -> Iterator[str]:
+    """A fault for each of these flags that is set and less than 1."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < 1:
+            yield f"--{name} {value} must be at least 1"
+
+
+@dataclass(frozen=True)
+class HarmlessFlag:
+    """A flag of diffusers' scripts that changes nothing here, and is taken with a note.
+
+    Attributes:
+        note: why it changes nothing.
+        takes_value: whether a value follows it.
+        only: the one value for which that is so; None for any.
+        otherwise: what to do where another value was meant.
+    """
+
+    note: str
+    takes_value: bool = False
+    only: str | None = None
+    otherwise: str = ""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a script can be told.
+
+    Attributes:
+        script: the file name that the user types.
+        description: the script's docstring, whose first line `--help` shows.
+        groups: frozen dataclasses, whose fields are flags with their help in the metadata; each is a part of `--help`
+            under the first sentence of its docstring.
+        refused: flags that diffusers' scripts know and this one does not have, each with what to do instead.
+        harmless: flags of those that are taken with a note.
+    """
+
+    script: str
+    description: str
+    groups: tuple[type, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    harmless: Mapping[str, HarmlessFlag] = field(default_factory=dict)
+
+    def answer_at_once(self) -> None:
+        """Ends the process, before anything heavy is imported, where the command line is wrong or asks for help.
+
+        An interruption meanwhile gets its sentence instead of a traceback.
+        """
+        signal.signal(signal.SIGINT, _end_on_interrupt)
+        try:
+            self.parse(None, report=lambda _: None)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_USER_ERROR)
+
+    def parse(self, argv: Sequence[str] | None, report: Callable[[str], None] = print) -> tuple[Any, ...]:
+        """One instance of each group.
+
+        Args:
+            argv: the arguments; None means those of the process.
+            report: told the notes.
+
+        Raises:
+            UserError: all that is wrong with the command line, a sentence each.
+        """
+        parser = self._parser()
+        faults: list[str] = []
+        words = list(self._without_known_others(sys.argv[1:] if argv is None else argv, faults, report))
+        try:
+            values, unknown = parser.parse_known_args(words)
+        except _ParserError as error:  # nothing behind it can be understood
+            raise UserError(_all_of([*faults, *parser.faults, str(error)])) from error
+        faults += parser.faults
+        flags = [word for word in unknown if word.startswith("--")]  # what follows them may be their values
+        faults += [self._about_unknown(word, parser) for word in flags or unknown[:1]]
+        groups = []
+        for group in self.groups:
+            names = [flag.name for flag in fields(group)]
+            try:
+                groups.append(group(**{name: _expanded(name, getattr(values, name)) for name in names}))
+            except WrongFlags as error:
+                faults += error.faults
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            raise UserError(_all_of(faults))
+        return tuple(groups)
+
+    def _parser(self) -> Any:
+        from transformers import HfArgumentParser  # half a second, which only parsing needs
+
+        class Parser(_Faults, HfArgumentParser):
+            """Collects what is wrong instead of ending at the first."""
+
+        for group in self.groups:
+            group._argument_group_name = (group.__doc__ or "").splitlines()[0].rstrip(".:")  # type: ignore[attr-defined]
+        return Parser(
+            list(self.groups),
+            prog=self.script,
+            usage="python %(prog)s [flags]",
+            description=self.description.splitlines()[0],
+            allow_abbrev=False,
         )
-    except ValueError as error:  # raised by a dataclass' own __post_init__
-        raise UserError(str(error)) from error
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]}")
-    return tuple(parsed)
+
+    def _without_known_others(
+        self, argv: Sequence[str], faults: list[str], report: Callable[[str], None]
+    ) -> Iterator[str]:
+        """The words without those flags of other scripts that are known; what is wrong with these goes to `faults`."""
+        words = iter(argv)
+        for word in words:
+            name, given, value = word.partition("=")
+            name = name.replace("-", "_").lstrip("_")
+            if not word.startswith("--") or (name not in self.refused and name not in self.harmless):
+                yield word
+                continue
+            if name in self.refused:
+                faults.append(f"--{name} is not part of {self.script}: {self.refused[name]}")
+                continue
+            flag = self.harmless[name]
+            if flag.takes_value and not given:
+                value = next(words, "")
+            if flag.only is not None and value != flag.only:
+                faults.append(f"--{name} {value} is not part of {self.script}: {flag.otherwise}")
+            else:
+                report(f"note: --{name} changes nothing: {flag.note}")
+
+    def _about_unknown(self, word: str, parser: argparse.ArgumentParser) -> str:
+        flag = word.split("=", 1)[0]
+        known = sorted(name for name in parser._option_string_actions if name.startswith("--"))
+        known = [name for name in known if "-" not in name[2:]]  # each stands there with hyphens too
+        name = flag.lstrip("-").replace("-", "_")
+        other = f"--{OTHER_NAMES.get(name, '')}"
+        near = [other] if other in known else difflib.get_close_matches(f"--{name}", known, 1, 0.7)
+        advice = f"type {near[0]}" if near else f"`python {self.script} --help` lists the flags"
+        return f"unknown argument {flag}: {advice}"
+
+
+class _ParserError(Exception):
+    """What argparse cannot go on after."""
+
+
+class _Faults(argparse.ArgumentParser):
+    """argparse that notes a value it cannot take, and goes on."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.faults: list[str] = []
+        super().__init__(*args, **kwargs)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.faults.append(str(error))
+            return action.default
+
+    def error(self, message: str) -> NoReturn:
+        raise _ParserError(message)
+
+
+def _all_of(faults: Sequence[str]) -> str:
+    if len(faults) == 1:
+        return faults[0]
+    return "\n  ".join([f"{len(faults)} things are wrong with the command line:", *faults])
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """With the user's folder for `~` in flags that name files."""
+    if name not in PATH_FLAGS:
+        return value
+    if isinstance(value, list):
+        return [os.path.expanduser(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def _end_on_interrupt(*_: object) -> NoReturn:
+    """Ends the process at once: nothing has been begun, and libraries may swallow an exception as they are imported."""
+    print("\ninterrupted: run the same command again", file=sys.stderr, flush=True)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None, smaller: str = "") -> int:
@@ -72,7 +267,6 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         argv: its arguments.
         smaller: the flags to try when the GPU's memory runs out.
     """
-    # Here, because flags are parsed before anything as heavy is imported.
     import torch
     from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
@@ -81,6 +275,8 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
     # A bar for each file that loads in milliseconds would bury what the scripts say.
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
+    if signal.getsignal(signal.SIGINT) is _end_on_interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # A Windows console of another code page must not turn a prompt into a crash.
@@ -101,24 +297,30 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 
-def command(script: str, **flags: Any) -> str:
-    """The command line that a message asks the user to type; None and False values are left out.
-
-    >>> command("inference.py", lora="my lora", num_images=2)
-    "python inference.py --lora 'my lora' --num_images 2"
-    """
-    words = ["python", script]
+def command_words(script: str, **flags: Any) -> list[str]:
+    """The script and its arguments; None and False values are left out."""
+    words = [script]
     for name, value in flags.items():
         if value is None or value is False:
             continue
         words.append(f"--{name}")
         if value is not True:
-            words.append(shlex.quote(str(value)))
-    return " ".join(words)
+            words.append(str(value))
+    return words
+
+
+def command(script: str, **flags: Any) -> str:
+    """The command line that a message asks the user to type, quoted as the system's shell reads it.
+
+    >>> command("inference.py", lora="my lora", num_images=2)
+    "python inference.py --lora 'my lora' --num_images 2"
+    """
+    words = ["python", *command_words(script, **flags)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def require_writable_folder(folder: Path) -> None:
@@ -141,15 +343,6 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def save_run(path: Path, configs: Sequence[Any], stages: Sequence[Any], **results: Any) -> None:
-    """Saves the resolved flags, what each stage took, and what was written, as JSON beside the output."""
-    flags: dict[str, Any] = {}
-    for config in configs:
-        flags.update(asdict(config))
-    content = {"flags": flags, "stages": [asdict(stage) for stage in stages], **results}
-    write_text_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def read_text_lines(path: Path) -> list[str]:

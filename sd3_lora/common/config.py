@@ -1,51 +1,16 @@
-"""The flags that several scripts have. Imports nothing heavy: flags are parsed before torch is imported."""
+"""Flags that every script has. Nothing here is heavy to import: a mistyped flag is answered at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-@dataclass(frozen=True)
-class PictureFlags:
-    """Which pictures of the subject, and what they show."""
-
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures of the subject, with captions beside them where there are any (dog.txt for "
-            "dog.jpg, or metadata.jsonl). Default in stage one: the folder dog, or examples/robot; in training: the "
-            "pictures that the embeddings file knows.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--prompt"],
-            "help": "The prompt of pictures without a caption, with the identifier: 'a photo of sks dog'. Default in "
-            "training: the one that stage one was given.",
-        },
-    )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-
-
-@dataclass(frozen=True)
-class CropFlags(PictureFlags):
-    """Which pictures, and how they are cropped."""
-
-    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
-    )
-    center_crop: bool = field(
-        default=False, metadata={"help": "One crop of each picture, from its centre: the same as --num_crops 1."}
-    )
+from sd3_lora.common.command_line import WrongFlags
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model."""
+    """Which model; every script has these flags."""
 
     pretrained_model_name_or_path: str | None = field(
         default=None,
@@ -75,7 +40,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where to compute."""
+    """Where to compute; every script has this flag."""
 
     device: Literal["auto", "cuda", "cpu"] = field(
         default="auto", metadata={"help": "auto takes the GPU where there is one."}
@@ -84,7 +49,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How much memory may be used."""
+    """How much memory may be used; every script has these flags."""
 
     vram_budget_gib: float | None = field(
         default=None,
@@ -96,5 +61,5 @@ class BudgetConfig:
     plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
 
     def __post_init__(self) -> None:
-        if self.vram_budget_gib is not None and self.vram_budget_gib <= 0:
-            raise ValueError(f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8")
+        if self.vram_budget_gib is not None and not self.vram_budget_gib > 0:
+            raise WrongFlags([f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8"])

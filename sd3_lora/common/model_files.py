@@ -190,6 +190,15 @@ class ModelFiles:
         config = self.read_config("vae")
         return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
 
+    def clip_tokens(self) -> int:
+        """The tokens that a CLIP makes of every prompt; T5's follow them."""
+        return int(self.read_config("text_encoder")["max_position_embeddings"])
+
+    def latent_size(self, resolution: int) -> tuple[int, int]:
+        """Height and width of a square picture's latents."""
+        side = resolution // self.latent_channels_and_scale()[1]
+        return side, side
+
     def resolution(self, asked: int | None) -> int:
         """`asked`, or the model's own resolution in pixels.
 

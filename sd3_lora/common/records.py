@@ -1,16 +1,21 @@
 """The typed objects that cross from one stage to the next.
 
-Shapes: B batch, S text tokens (CLIP's 77 + T5's max_sequence_length), D joint attention width, P pooled width,
+Shapes: B batch, S text tokens (CLIP's and T5's), D joint attention width, P pooled width,
 H, W pixels of the crop.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+# Settings of stage one that came after format version 1, each with the value that artefacts have which lack it: what
+# the builds did that made those. At its default a setting is not written, so that earlier builds read the artefact too.
+LATER_SETTINGS: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class InstanceImage:
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """What the three text encoders say of one prompt.
+    """One prompt's embedding by the three text encoders.
 
     Attributes:
         prompt: the text.
@@ -87,6 +92,33 @@ class TrainingBatch:
     loss_weights: torch.Tensor
 
 
+class StepInputs(NamedTuple):
+    """What a micro-step computes from, on the device.
+
+    Attributes:
+        latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
+        noise: likewise.
+        sigmas: `(B, 1, 1, 1)` float32.
+        timesteps: `(B,)` float32.
+        prompt_embeds: `(B, S, D)` in the transformer's dtype.
+        pooled_prompt_embeds: `(B, P)` likewise.
+        loss_weights: `(B,)` float32.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    prompt_embeds: torch.Tensor
+    pooled_prompt_embeds: torch.Tensor
+    loss_weights: torch.Tensor
+
+    @property
+    def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the blocks' modulations are made of: `timesteps` and `pooled_prompt_embeds`."""
+        return self.timesteps, self.pooled_prompt_embeds
+
+
 @dataclass(frozen=True)
 class Provenance:
     """Where an artefact comes from; it is stored inside the artefact.
@@ -96,10 +128,11 @@ class Provenance:
         model: the model's hub id or folder, as the user gave it; used in messages, never compared.
         revision: the hub's commit; None for a folder.
         config_hash: sha256 of the configurations of the components that made the artefact.
-        weights_hash: sha256 of sampled bytes of their weights; None for a hub model, where the revision says it.
+        weights_hash: sha256 of sampled bytes of their weights; None for a hub model, which its revision identifies.
         precision: int8, nf4, fp16, bf16 or fp32 of the component that dominates (T5, or the VAE).
         size: max_sequence_length in T5 tokens, or the resolution in pixels.
         versions: of the libraries; information only, never compared.
+        settings: flag → value, of `LATER_SETTINGS`; one that is missing has its default there.
     """
 
     format_version: int
@@ -110,19 +143,23 @@ class Provenance:
     precision: str
     size: int
     versions: dict[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-        return asdict(self)
+        """As plain JSON types; `settings` only where one differs from its default."""
+        values = asdict(self)
+        settings = {name: value for name, value in values.pop("settings").items() if value != _default_of(name)}
+        return values | ({"settings": settings} if settings else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Provenance:
-        """From what `to_dict` gave.
+        """From what `to_dict` gave, in this build or an earlier one.
 
         Raises:
-            KeyError: a field is missing (a foreign file).
+            KeyError: a field of format version 1 is missing (a foreign file).
         """
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        required = [f.name for f in fields(cls) if f.default_factory is MISSING]
+        return cls(**{name: values[name] for name in required}, settings=dict(values.get("settings", {})))
 
     @property
     def identity(self) -> str:
@@ -146,6 +183,11 @@ class Provenance:
             return f"precision {self.precision}, not {wanted.precision}"
         if self.size != wanted.size:
             return f"{size_name} {self.size}, not {wanted.size}"
+        for name in sorted({*self.settings, *wanted.settings}):
+            mine, theirs = (side.settings.get(name, _default_of(name)) for side in (self, wanted))
+            if mine != theirs:
+                known = name in LATER_SETTINGS
+                return f"{name} {mine}, " + (f"not {theirs}" if known else "which this build does not know")
         return None
 
     def same_model(self, other: Provenance) -> bool:
@@ -157,3 +199,7 @@ class Provenance:
             return False
         pairs = ((self.revision, other.revision), (self.weights_hash, other.weights_hash))
         return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
+
+
+def _default_of(setting: str) -> Any:
+    return LATER_SETTINGS.get(setting)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from sd3_lora.common.command_line import UserError
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 
 
 class TensorFiles:
@@ -81,3 +83,26 @@ def _state(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whose bytes depend on what is in it alone.
+
+    safetensors writes the entries of the metadata in any order, another one in each process: two equal files would
+    have other hashes. Here they are sorted.
+
+    Args:
+        path: to write; not atomic.
+        tensors: by name, on the CPU.
+        metadata: text by name.
+    """
+    content = save(dict(tensors), dict(metadata))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.write(memoryview(content)[start:])

@@ -1,10 +1,12 @@
-"""The flags of inference.py. Imports nothing heavy: flags are parsed before torch is imported."""
+"""The flags of drawing. Nothing here is heavy to import."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sd3_lora.common.command_line import less_than_one, require_right
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
 
 
@@ -49,18 +51,14 @@ class InferenceConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
     )
-    base_precision: Literal["16bit", "nf4", "auto"] = field(
-        default="16bit",
-        metadata={
-            "help": "Of the transformer's weights. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
-            "quarter of it and changes the picture; auto takes nf4 where 16bit does not fit on the device."
-        },
-    )
     vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1")
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(self, "num_images", "num_steps", "batch_size", "height", "width")
+        if self.seed < 0:
+            yield f"--seed {self.seed} must be at least 0"
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
-            raise ValueError(f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each")
+            yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"

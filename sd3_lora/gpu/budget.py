@@ -107,7 +107,19 @@ def compared(predicted_bytes: int, measured_bytes: int) -> str:
     return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
 
 
-def too_small(what: str, needed_bytes: int) -> UserError:
+class BudgetTooSmall(UserError):
+    """The refusal of a budget that nothing fits.
+
+    Attributes:
+        needed_gib: the smallest that would do, CUDA's own included, as it is typed: "1.01".
+    """
+
+    def __init__(self, sentence: str, needed_bytes: int):
+        super().__init__(sentence)
+        self.needed_gib = enough_gib(needed_bytes)
+
+
+def too_small(what: str, needed_bytes: int) -> BudgetTooSmall:
     """The refusal of a budget that nothing fits, with the smallest that would do.
 
     Args:
@@ -115,7 +127,7 @@ def too_small(what: str, needed_bytes: int) -> UserError:
         needed_bytes: at the least, CUDA's own included.
     """
     gib = enough_gib(needed_bytes)
-    return UserError(f"{what} needs at least {gib} GiB: type --vram_budget_gib {gib}")
+    return BudgetTooSmall(f"{what} needs at least {gib} GiB: type --vram_budget_gib {gib}", needed_bytes)
 
 
 def enough_gib(needed_bytes: int) -> str:

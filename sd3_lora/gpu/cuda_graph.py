@@ -29,6 +29,10 @@ class CapturedCall:
         changed: what it adds to; zero when it is first called.
         asked: whether the user asked for it; else what cannot be recorded is computed as it is.
         say: told why not.
+
+    Attributes:
+        captured: whether it has been captured, and replayed at least once.
+        refusal: why it could not be; None where it was, or was not tried.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class CapturedCall:
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._result = torch.empty(())
         self._may_capture = True
+        self.captured = False
+        self.refusal: str | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """What `compute` gives. Inputs of other shapes than the first end the replaying: a last, smaller batch."""
@@ -86,7 +92,7 @@ class CapturedCall:
             graph.replay()
             if not all(map(_is_close, (self._result.cpu(), *(tensor.cpu() for tensor in self._changed)), expected)):
                 raise RuntimeError("its replay gives other numbers than the plain computation")
-            self._graph = graph
+            self._graph, self.captured = graph, True
         except RuntimeError as error:
             if self._asked:
                 raise
@@ -95,7 +101,8 @@ class CapturedCall:
             for found in (error, cause):
                 traceback.clear_frames(found.__traceback__)  # which hold what was computed
             self._give_up()
-            self._say(f"not replayed as a graph ({str(cause).splitlines()[0]}); kernels are started one by one")
+            self.refusal = str(cause).splitlines()[0]
+            self._say(f"not replayed as a graph ({self.refusal}); kernels are started one by one")
         finally:
             self._clear()
 

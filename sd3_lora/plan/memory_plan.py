@@ -1,29 +1,34 @@
-"""What training and drawing keep where, so that it fits a budget; and the peak that this will have, part by part.
+"""Which placement training and drawing take, so that they fit a budget; and the memory that this is expected to take.
 
 The peak is the sum of CUDA's own memory, the base's weights, the LoRA with its gradients and optimizer, and the step:
 the activations that are kept for backward and the working memory beside them (`step_memory.py`).
 
-Of the measures that leave every number what it is, the fastest that fits is taken: compute k of the n blocks anew, as
-few as will do; then send the blocks' inputs to the host; then let the matrices of blocks visit the device
-(`streaming.py`), of as few as will do, and compute k anew again: how many of each, is weighed by what the step computes
-and copies (`step_time.py`). Weights in 4 bits change the numbers, and have to be asked for.
+Of the measures that change no number, the fastest that fits is taken:
+
+1. recompute k of the n blocks, as few as will do;
+2. offload the blocks' inputs;
+3. stream the matrices of blocks (`streaming.py`), of as few as will do, and recompute k: how many of each is weighed by
+   what the step computes and copies (`step_time.py`).
+
+Weights in 4 bits change the numbers, and have to be asked for. Each field of a placement can be fixed by its flag; the
+plan then chooses the others.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.gpu.budget import DeviceBudget, enough_gib
+from sd3_lora.common.placement_flags import AskedPrecision
+from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib
+from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.gpu.pinned_memory import pinned_bytes
-from sd3_lora.plan.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
+from sd3_lora.plan.step_memory import DenoisingShape, Step, StepMemory, StepShape, simulate_denoising, simulate_step
 from sd3_lora.plan.step_time import (
     StepCost,
     StepSize,
@@ -35,11 +40,10 @@ from sd3_lora.plan.step_time import (
 )
 from sd3_lora.transformer.base_weights import BasePrecision, base_bytes
 from sd3_lora.transformer.mapped_pieces import ring_sizes
+from sd3_lora.transformer.placement import AskedPlacement, Placement, spread_streamed_blocks
 
 import torch
 
-CLIP_TOKENS = 77  # of SD3's CLIPs; T5's tokens follow them
-AskedPrecision = Literal["16bit", "nf4", "auto"]
 _PRECISIONS: dict[AskedPrecision, list[BasePrecision | None]] = {
     "16bit": [None],
     "nf4": ["nf4"],
@@ -50,156 +54,140 @@ WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
 # streaming copies on, has pages of its own.
 UNUSED_BYTES = 48 * 1024**2
-# A recorded step has pages of its own, and more for the stream on which inputs leave and come.
+# A captured step has pages of its own, and more for the stream that offloads inputs.
 GRAPH_UNUSED_BYTES = 8 * 1024**2
 OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
-# Of the host's memory, what a streamed base leaves: for Python and its libraries, and the inputs that are sent there.
+# Of the host's memory, what a streamed base leaves: for Python and its libraries, and for offloaded inputs.
 HOST_ROOM_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True)
-class BasePlan:
-    """Where the base is kept, and the peak that this has; all that there is to plan for drawing.
+class Plan:
+    """A placement with its forecast."""
 
-    Attributes:
-        base_precision: nf4, or None for 16 bits (32 under --mixed_precision no).
-        blocks: how many there are.
-        streamed_blocks: the indices of those whose matrices visit the device from the host; none if all are there.
-        buffers: for how many of their pieces there is room on the device.
-        from_files: whether they come from the mapped weight files at each visit, as the host cannot hold them.
-        host_bytes: of the host's memory, what is pinned for them.
-        parts: the predicted peak in bytes, by part.
-    """
+    placement: Placement
+    forecast: Forecast
 
-    base_precision: BasePrecision | None
-    blocks: int
-    streamed_blocks: tuple[int, ...]
-    buffers: int
-    from_files: bool
-    host_bytes: int
-    parts: dict[str, int]
+    def base_sentence(self) -> str:
+        """Where the weights are, and how much host memory is pinned for them, in words."""
+        pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if self.placement.streamed else ""
+        return self.placement.base_sentence() + pinned
 
-    @property
-    def streamed(self) -> bool:
-        """Whether any block's frozen matrices stay on the host and visit the device."""
-        return bool(self.streamed_blocks)
-
-    @property
-    def leaves_blocks_unread(self) -> bool:
-        """Whether what streams them reads them from the files. Of a base in 4 bits there is none."""
-        return self.streamed and self.base_precision is None
-
-    @property
-    def peak_bytes(self) -> int:
-        """The predicted peak."""
-        return sum(self.parts.values())
+    def to_dict(self) -> dict[str, Any]:
+        """For a record: the placement's fields, what is pinned of the host's memory, and the peak's parts in bytes."""
+        return {
+            **asdict(self.placement),
+            "host_bytes": self.forecast.host_bytes,
+            "parts": dict(self.forecast.largest.parts),
+        }
 
     def sentence(self) -> str:
-        """What is kept where, in words."""
-        base = "in 4 bits (nf4)" if self.base_precision else "unchanged"
-        if not self.streamed:
-            return f"base {base}, on the device"
-        source = "the weight files" if self.from_files else "host memory"
-        held = f"{self.host_bytes / GIB:.1f} GiB pinned, {self.buffers} pieces on the device"
-        some = len(self.streamed_blocks) < self.blocks
-        which = f"{len(self.streamed_blocks)} of its {self.blocks} blocks " if some else ""
-        return f"base {base}, {which}streamed from {source} piece by piece ({held})"
+        """All of it, in words."""
+        place = self.placement
+        return f"{self.base_sentence()}; {place.step_sentence()}{place.kernel_sentence()}"
 
 
 @dataclass(frozen=True)
-class TrainingPlan(BasePlan):
-    """What training keeps where.
+class TrainingTask:
+    """What is to be planned.
 
     Attributes:
-        recomputed: how many of the first blocks are computed anew in backward.
-        offload_inputs: whether the recomputed blocks' inputs are sent to the host until backward.
-        has_room_for_graph: whether the peak includes what recording a micro-step as a CUDA graph takes; else it may be
-            recorded, or may not.
-    """
-
-    recomputed: int
-    offload_inputs: bool
-    has_room_for_graph: bool
-
-    @property
-    def modulated_ahead(self) -> list[int]:
-        """The blocks that visit the device and are computed anew: for those there are `ModulationsAhead`."""
-        return [block for block in self.streamed_blocks if block < self.recomputed]
-
-    def sentence(self) -> str:
-        """What is kept where, in words."""
-        inputs = ", their inputs sent to the host" if self.offload_inputs else ""
-        return f"{super().sentence()}; {self.recomputed} of {self.blocks} blocks computed anew in backward{inputs}"
-
-
-_Plan = TypeVar("_Plan", bound=BasePlan)
-
-
-def plain_plan(blocks: int, asked: AskedPrecision, all_recomputed: bool) -> TrainingPlan:
-    """What is done where there is no budget: all on the device, and no more computed anew than asked for."""
-    precision: BasePrecision | None = "nf4" if asked == "nf4" else None
-    return TrainingPlan(precision, blocks, (), 0, False, 0, {}, blocks if all_recomputed else 0, False, True)
-
-
-def plan_training(
-    files: ModelFiles,
-    shape: StepShape,
-    budget: DeviceBudget,
-    asked: AskedPrecision = "16bit",
-    all_recomputed: bool = False,
-    can_stream: bool = True,
-) -> TrainingPlan:
-    """The fastest plan that fits.
-
-    Args:
         files: the model.
         shape: of the step.
-        budget: to stay under.
-        asked: 16bit for exact measures alone; nf4; or auto, which takes nf4 rather than stream the exact weights.
-        all_recomputed: whether all blocks are to be computed anew (`--gradient_checkpointing`).
+        step: the step that will train, to be simulated.
+        asked: what flags fix.
         can_stream: not with several processes.
+    """
+
+    files: ModelFiles
+    shape: StepShape
+    step: Step
+    asked: AskedPlacement = field(default_factory=AskedPlacement)
+    can_stream: bool = True
+
+
+def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
+    """What is done where there is no budget: all on the device and nothing recomputed, but for what flags fix."""
+    config = files.read_config("transformer")
+    count: int = config["num_layers"]
+    precision: BasePrecision | None = "nf4" if asked.precision == "nf4" else None
+    pieces = len(model_costs(config, torch.float32, precision)) if asked.streamed else 0
+    recomputed = asked.recomputed or (count - 1 if asked.offload_inputs and asked.recomputed is None else 0)
+    return Placement(
+        count,
+        precision,
+        spread_streamed_blocks(count, count - asked.streamed) if asked.streamed else (),
+        asked.stream_from or "host",
+        min(asked.buffers or STREAM_BUFFERS[0], pieces),
+        tuple(range(recomputed)),
+        bool(asked.offload_inputs and recomputed),
+        asked.modulations_ahead is not False,
+        asked.attention_kernel,
+    )
+
+
+def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
+    """The fastest plan that fits.
 
     Raises:
         UserError: nothing fits; says the smallest budget that would do, and whether nf4 would.
     """
-    for plan in each_plan(files, shape, budget, asked, all_recomputed, can_stream):
-        if plan.peak_bytes <= budget.total_bytes:
-            return plan
-    smallest = enough_gib(plan.peak_bytes)
+    chosen, smallest_bytes = _first_that_fits(each_plan(task, budget), budget)
+    if chosen:
+        return chosen
+    smallest, asked = enough_gib(smallest_bytes), task.asked
     remedy = f"type --vram_budget_gib {smallest}"
-    if asked == "16bit":
-        packed = each_plan(files, shape, budget, "nf4", all_recomputed, can_stream)
-        if _first_that_fits(packed, budget):
-            remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
-    raise UserError(
+    packed = replace(task, asked=replace(asked, precision="nf4"))
+    may_be_packed = asked.precision == "16bit" and asked.stream_from != "files"
+    if may_be_packed and _first_that_fits(each_plan(packed, budget), budget)[0]:
+        remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
+    fixed = f" with {asked.typed}" if asked.typed else ""
+    leave = f", or leave out {asked.typed}" if asked.typed else ""
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little, training takes at least "
-        f"{smallest} GiB here: {remedy}, or lower --resolution or --train_batch_size"
+        f"{smallest} GiB here{fixed}: {remedy}, or lower --resolution or --train_batch_size{leave}",
+        smallest_bytes,
     )
 
 
-def _first_that_fits(plans: Iterable[_Plan], budget: DeviceBudget) -> _Plan | None:
-    return next((plan for plan in plans if plan.peak_bytes <= budget.total_bytes), None)
+def _first_that_fits(plans: Iterable[Plan], budget: DeviceBudget) -> tuple[Plan | None, int]:
+    """The first plan within the budget, or None; and the smallest peak that was seen, in bytes."""
+    smallest = 0
+    for plan in plans:
+        peak = plan.forecast.peak_bytes
+        smallest = min(peak, smallest or peak)
+        if peak <= budget.total_bytes:
+            return plan, smallest
+    return None, smallest
 
 
-class _Base(NamedTuple):
-    """Where the base's weights are, first what a plan says of it, and how many bytes of them are on the device."""
+def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
+    """What --gradient_checkpointing costs here, beside what the plan would do without it."""
+    free = replace(task.asked, recomputed=None)
+    plan = Plan(plain_placement(task.files, free), Forecast())
+    if budget:
+        plan = plan_training(replace(task, asked=free), budget)
+    config, count = task.files.read_config("transformer"), plan.placement.blocks
+    size = StepSize.of(config, task.shape)
+    costs = model_costs(config, task.shape.dtype, plan.placement.precision)
+    ratio = sum(computed_flops(costs, size, range(count))) / sum(computed_flops(costs, size, plan.placement.recomputed))
+    peak = f" within {plan.forecast.peak_bytes / GIB:.2f} GiB" if budget else ""
+    return (
+        f"note: --gradient_checkpointing recomputes all {count} blocks. Without it {len(plan.placement.recomputed)} "
+        f"would be{peak}, and a step would compute {1 - 1 / ratio:.0%} less"
+    )
 
-    streamed_blocks: tuple[int, ...]
-    buffers: int
-    from_files: bool
-    host_bytes: int
+
+@dataclass(frozen=True)
+class _Base:
+    """Where the base's weights are, in a placement that says nothing else yet, and what of them is where."""
+
+    placement: Placement
     device_bytes: int
-
-
-def spread_streamed_blocks(count: int, staying: int) -> tuple[int, ...]:
-    """Those of `count` blocks that visit the device where `staying` stay there.
-
-    Spread evenly: while one that stays computes, a copy is under way.
-    """
-    return tuple(i for i in range(count) if (i + 1) * staying // count == i * staying // count)
+    host_bytes: int
 
 
 class _Places:
@@ -210,73 +198,94 @@ class _Places:
         dtype: of a base that is not in 4 bits.
         precision: nf4, or None.
         latent_size: height and width, in latent pixels.
+        asked: what flags fix.
     """
 
     def __init__(
-        self, files: ModelFiles, dtype: torch.dtype, precision: BasePrecision | None, latent_size: tuple[int, int]
+        self,
+        files: ModelFiles,
+        dtype: torch.dtype,
+        precision: BasePrecision | None,
+        latent_size: tuple[int, int],
+        asked: AskedPlacement,
     ):
         config = files.read_config("transformer")
         self.blocks: int = config["num_layers"]
         self.costs = model_costs(config, dtype, precision)
         self.block_sizes = block_sizes(self.costs)
+        self._asked = asked
+        ahead = asked.modulations_ahead is not False
+        self._plain = Placement(
+            self.blocks, precision, modulations_ahead=ahead, attention_kernel=asked.attention_kernel
+        )
         self._whole = base_bytes(files, dtype, precision, latent_size)
-        # No file holds 4-bit weights: they are made as they are loaded.
-        self._may_be_in_files = precision is None
         self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
 
     def on_device(self) -> _Base:
         """All of them on the device."""
-        return _Base((), 0, False, 0, self._whole)
+        return _Base(self._plain, self._whole, 0)
 
-    def streamed(self, staying: int, buffers: int) -> _Base:
+    def streamed(self, resident: int, buffers: int) -> _Base:
         """So many blocks on the device, and of the others' matrices so many pieces, or all if there are fewer.
 
-        All these are on the host or, if they are too many, in the files.
+        All these are on the host or, if they are too many, in the files. No file holds 4-bit weights.
         """
-        streamed_blocks = spread_streamed_blocks(self.blocks, staying)
-        pieces = [piece.size for piece in self.costs if piece.block in streamed_blocks]
-        from_files = self._may_be_in_files and pinned_bytes(pieces) > self._host_bytes
-        pinned = pinned_bytes(ring_sizes(pieces) if from_files else pieces)
-        count = min(buffers, len(pieces))
-        return _Base(streamed_blocks, count, from_files, pinned, self._whole - sum(pieces) + count * max(pieces))
+        blocks = spread_streamed_blocks(self.blocks, resident)
+        pieces = [piece.size for piece in self.costs if piece.block in blocks]
+        is_too_much = self._plain.precision is None and pinned_bytes(pieces) > self._host_bytes
+        source = self._asked.stream_from or ("files" if is_too_much else "host")
+        pinned = pinned_bytes(ring_sizes(pieces) if source == "files" else pieces)
+        count = min(self._asked.buffers or buffers, len(pieces))
+        placement = replace(self._plain, streamed=blocks, stream_from=source, buffers=count)
+        return _Base(placement, self._whole - sum(pieces) + count * max(pieces), pinned)
+
+    def most_streamed(self, resident: Sequence[int]) -> list[_Base]:
+        """The most blocks streamed, with ever fewer buffers."""
+        buffers = [self._asked.buffers] if self._asked.buffers else STREAM_BUFFERS
+        return [self.streamed(min(resident), count) for count in buffers]
 
 
-def _only_smaller(plans: Iterable[_Plan]) -> Iterator[_Plan]:
+def _only_smaller(plans: Iterable[Plan]) -> Iterator[Plan]:
     """Those that take less than every plan before them: no budget has use for the others."""
     smallest = math.inf
     for plan in plans:
-        if plan.peak_bytes < smallest:
-            smallest = plan.peak_bytes
+        if plan.forecast.peak_bytes < smallest:
+            smallest = plan.forecast.peak_bytes
             yield plan
 
 
+def _resident_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
+    """How many blocks may stay on the device where others are streamed."""
+    return range(blocks) if asked.streamed is None else [blocks - asked.streamed]
+
+
 def plan_denoising(
-    files: ModelFiles,
-    shape: DenoisingShape,
-    budget: DeviceBudget | None,
-    asked: AskedPrecision = "16bit",
-) -> BasePlan:
+    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget | None, asked: AskedPlacement | None = None
+) -> Plan:
     """The fastest plan that fits; everything on the device where there is no budget.
 
     Args:
         files: the model.
         shape: of a forward.
         budget: to stay under.
-        asked: as in `plan_training`.
+        asked: what flags fix.
 
     Raises:
         UserError: nothing fits; says the smallest budget that would do.
     """
+    asked = asked or AskedPlacement()
     if budget is None:
-        blocks = files.read_config("transformer")["num_layers"]
-        return BasePlan("nf4" if asked == "nf4" else None, blocks, (), 0, False, 0, {})
-    plans: list[BasePlan] = []
-    for precision in _PRECISIONS[asked]:
-        working = simulate_denoising(files.read_config("transformer"), shape, precision)
-        places = _Places(files, shape.dtype, precision, shape.latent_size)
-        bases = [places.on_device()]
-        bases += [places.streamed(staying, STREAM_BUFFERS[0]) for staying in reversed(range(places.blocks))]
-        bases += [places.streamed(0, buffers) for buffers in STREAM_BUFFERS[1:]]
+        return Plan(plain_placement(files, asked), Forecast())
+    plans: list[Plan] = []
+    for precision in _PRECISIONS[asked.precision]:
+        config = files.read_config("transformer")
+        working = simulate_denoising(config, shape, precision, asked.attention_kernel)
+        places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
+        bases = [] if asked.streamed else [places.on_device()]
+        if asked.streamed != 0:
+            resident = _resident_counts(asked, places.blocks)
+            bases += [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
+            bases += places.most_streamed(resident)[1:]
         for base in bases:
             parts = {
                 "CUDA": budget.context_bytes,
@@ -284,100 +293,101 @@ def plan_denoising(
                 "LoRA": shape.lora_bytes,
                 "working memory": working + WORKSPACE_BYTES,
             }
-            parts["unused between them"] = _unused(parts, bool(base.streamed_blocks))
-            plans.append(BasePlan(precision, places.blocks, *base[:4], parts))
+            parts["unused between them"] = _unused(parts, bool(base.placement.streamed))
+            plans.append(Plan(base.placement, Forecast((Phase("denoise", parts),), base.host_bytes)))
     # 4 bits on the device before the exact ones are streamed.
-    plans = list(_only_smaller(sorted(plans, key=lambda plan: plan.streamed)))
-    chosen = _first_that_fits(plans, budget)
+    resident_first = sorted(plans, key=lambda plan: bool(plan.placement.streamed))
+    chosen, smallest_bytes = _first_that_fits(_only_smaller(resident_first), budget)
     if chosen:
         return chosen
-    smallest = enough_gib(plans[-1].peak_bytes)
-    raise UserError(
+    smallest = enough_gib(smallest_bytes)
+    leave = f", or leave out {asked.typed}" if asked.typed else ""
+    raise BudgetTooSmall(
         f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
-        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or --batch_size"
+        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or "
+        f"--batch_size{leave}",
+        smallest_bytes,
     )
 
 
-def each_plan(
-    files: ModelFiles,
-    shape: StepShape,
-    budget: DeviceBudget,
-    asked: AskedPrecision,
-    all_recomputed: bool,
-    can_stream: bool,
-) -> Iterator[TrainingPlan]:
+def each_plan(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     """All plans that may be taken, the fastest first; each takes less than those before it.
 
     One after another: who has memory enough does not wait until the others are reckoned, and the GPU timed for them.
     """
-    return _only_smaller(_all_plans(files, shape, budget, asked, all_recomputed, can_stream))
+    return _only_smaller(_all_plans(task, budget))
 
 
-def _all_plans(
-    files: ModelFiles,
-    shape: StepShape,
-    budget: DeviceBudget,
-    asked: AskedPrecision,
-    all_recomputed: bool,
-    can_stream: bool,
-) -> Iterator[TrainingPlan]:
-    config = files.read_config("transformer")
+def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
+    asked, shape, config = task.asked, task.shape, task.files.read_config("transformer")
     count: int = config["num_layers"]
-    most = count if all_recomputed else count - 1
-    counts = range(most if all_recomputed else 0, most + 1)
-    planners: list[tuple[_Places, partial[TrainingPlan]]] = []
-    for precision in _PRECISIONS[asked]:
-        places = _Places(files, shape.dtype, precision, (shape.latent_side, shape.latent_side))
-        plan = partial(_predict, simulate_step(config, shape, precision), shape, budget, precision)
-        planners.append((places, plan))
-        yield from (plan(places.on_device(), k) for k in counts)
-        yield plan(places.on_device(), most, offload_inputs=True)
-    if not can_stream:
+    # All but one: to recompute the last block too saves nothing (see `recompute_blocks`).
+    counts = range(count) if asked.recomputed is None else [asked.recomputed]
+    planners: list[tuple[_Places, _Planner]] = []
+    for precision in _PRECISIONS[asked.precision]:
+        places = _Places(task.files, shape.dtype, precision, shape.latent_size, asked)
+        memory = simulate_step(config, shape, precision, task.step, asked.attention_kernel)
+        planner = _Planner(memory, shape, budget)
+        planners.append((places, planner))
+        if not asked.streamed:
+            base = places.on_device()
+            yield from (planner.plan(base, k, offload) for offload, k in _recomputing(asked, counts))
+    if not task.can_stream or asked.streamed == 0:
         return
     size, rate = StepSize.of(config, shape), measure_flops_a_byte(budget.device, shape.dtype)
-    for places, plan in planners:
-        bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in range(count)]
-        computed = [computed_flops(places.costs, size, k) for k in counts]
-        ways = []
-        for base, (k, flops) in itertools.product(bases, zip(counts, computed, strict=True)):
-            copied = copied_flops(places.block_sizes, base.streamed_blocks, k, base.from_files, rate)
-            ways.append((StepCost(flops, copied).time, base, k))
-        yield from (plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
-        smallest = [places.streamed(0, buffers) for buffers in STREAM_BUFFERS]
-        yield from (plan(base, most, offload_inputs=True) for base in smallest)
-        yield plan(smallest[-1], most, offload_inputs=True, room_for_graph=False)
+    for places, planner in planners:
+        resident = _resident_counts(asked, count)
+        bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in resident]
+        computed = {k: computed_flops(places.costs, size, range(k)) for k in counts}
+        ways: list[tuple[tuple[float, float], _Base, int]] = []
+        for base, k in itertools.product(bases, counts):
+            copied = copied_flops(places.block_sizes, _recompute(base.placement, k), rate)
+            ways.append((StepCost(computed[k], copied).time, base, k))
+        if not asked.offload_inputs:
+            yield from (planner.plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
+        offload = asked.offload_inputs is not False and max(counts) > 0
+        smallest = places.most_streamed(resident)
+        yield from (planner.plan(base, max(counts), offload) for base in smallest)
+        yield planner.plan(smallest[-1], max(counts), offload, room_for_graph=False)
 
 
-def _predict(
-    step: StepMemory,
-    shape: StepShape,
-    budget: DeviceBudget,
-    precision: BasePrecision | None,
-    base: _Base,
-    recomputed: int,
-    offload_inputs: bool = False,
-    room_for_graph: bool = True,
-) -> TrainingPlan:
-    """The plan with its peak."""
-    # Beside each parameter its gradient, and two moments of the optimizer; 8-bit ones take 2 bytes and their scales,
-    # and in fp16 all that changes is there twice while a step may have to be undone.
-    moments = 2.1 if shape.use_8bit_adam else 8
-    undone = 4 + moments if shape.use_8bit_adam and shape.dtype == torch.float16 else 0
-    of_a_parameter = 4 + 4 + moments + undone
-    activations, working = step.peak(recomputed, offload_inputs)
-    parts = {
-        "CUDA": budget.context_bytes,
-        "weights": base.device_bytes,
-        "LoRA and optimizer": int(step.lora / 4 * of_a_parameter),
-        "activations": activations,
-        "working memory": working + WORKSPACE_BYTES,
-    }
-    # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
-    fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
-    if room_for_graph:
-        fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
-    parts["unused between them"] = _unused(parts, bool(base.streamed_blocks)) + fragments
-    return TrainingPlan(precision, len(step.kept), *base[:4], parts, recomputed, offload_inputs, room_for_graph)
+def _recomputing(asked: AskedPlacement, counts: Sequence[int]) -> Iterator[tuple[bool, int]]:
+    """Whether inputs are offloaded, and how many blocks are recomputed: what costs least time first."""
+    if not asked.offload_inputs:
+        yield from ((False, k) for k in counts)
+    if asked.offload_inputs is not False:
+        yield from ((True, k) for k in (counts if asked.offload_inputs else [max(counts)]) if k)
+
+
+def _recompute(placement: Placement, count: int) -> Placement:
+    return replace(placement, recomputed=tuple(range(count)))
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Forecasts placements of one model in one precision."""
+
+    memory: StepMemory
+    shape: StepShape
+    budget: DeviceBudget
+
+    def plan(self, base: _Base, recomputed: int, offload_inputs: bool = False, room_for_graph: bool = True) -> Plan:
+        """The plan with its peak."""
+        placement = replace(_recompute(base.placement, recomputed), offload_inputs=offload_inputs)
+        activations, working = self.memory.peak(placement.recomputed, offload_inputs)
+        parts = {
+            "CUDA": self.budget.context_bytes,
+            "weights": base.device_bytes,
+            "LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter),
+            "activations": activations,
+            "working memory": working + WORKSPACE_BYTES,
+        }
+        # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
+        fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
+        if room_for_graph:
+            fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
+        parts["unused between them"] = _unused(parts, bool(placement.streamed)) + fragments
+        return Plan(placement, Forecast((Phase("step", parts),), base.host_bytes, room_for_graph))
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

@@ -1,24 +1,37 @@
-"""How a micro-step is carried out: kernel by kernel from the host, recorded as one CUDA graph (`recorded.py`), or with
-its blocks compiled as well, which are fewer kernels and round elsewhere.
+"""How a micro-step is carried out: kernel by kernel from the host, or captured as one CUDA graph and replayed
+(`cuda_graph.py`); with plain blocks or compiled ones (`compiled.py`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.plan.memory_plan import TrainingPlan
+from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.plan.memory_plan import Plan
+from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled
 
 import torch
-from diffusers import SD3Transformer2DModel
 
-AskedCompile = Literal["auto", "off", "blocks", "graph"]
 # Compiling takes about half a minute, and saves a quarter of a micro-step: 23 of 90 ms at 1024 px on an H100, more on a
 # slower GPU.
 COMPILE_FROM_MICRO_STEPS = 2000
-COMPILED = "blocks"
+COMPILED, NOT_COMPILED = "blocks", "off or graph"  # as a checkpoint notes it
+
+
+@dataclass(frozen=True)
+class AskedExecution:
+    """What flags fix; None leaves it to `choose_execution`.
+
+    Attributes:
+        compile: `--compile on` or off.
+        capture: `--capture on` or off.
+    """
+
+    compile: bool | None = None
+    capture: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -27,91 +40,115 @@ class StepExecution:
 
     Attributes:
         compiled: whether the blocks are compiled: other kernels, other roundings.
-        recorded: whether a micro-step is recorded as a CUDA graph.
-        asked: whether the user asked for it, so that it must not quietly be something else.
+        captured: whether a micro-step is captured as a CUDA graph.
+        must_capture: whether that was asked for, so that a failure is an error.
+        refusal: why a micro-step could not be captured, known after the first; None where it could, or was not tried.
     """
 
-    compiled: bool
+    compiled: Compiled
     captured: bool
-    asked: bool
+    must_capture: bool
+    refusal: str | None = None
 
     @property
     def kernels(self) -> str:
-        """What decides the numbers, as --compile names it."""
-        return COMPILED if self.compiled else "off or graph"
+        """What decides the numbers, as checkpoints note it."""
+        return NOT_COMPILED if self.compiled is Compiled.NO else COMPILED
+
+    def carried_out(self, call: CapturedCall | None) -> StepExecution:
+        """What came of it, after the last micro-step: what could not be compiled or captured ran as it was.
+
+        Args:
+            call: that was to be captured, if any.
+        """
+        compiled = self.compiled if blocks_were_compiled() else Compiled.NO
+        captured, refusal = (call.captured, call.refusal) if call else (False, None)
+        return replace(self, compiled=compiled, captured=captured, refusal=refusal)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a record."""
+        return {"compiled": self.compiled is not Compiled.NO, "captured": self.captured, "refusal": self.refusal}
 
     def sentence(self) -> str:
         """In words."""
-        kernels = "blocks compiled" if self.compiled else "plain kernels"
-        return f"{kernels}, {'replayed as one CUDA graph' if self.captured else 'started one by one'}"
+        kernels = "plain blocks" if self.compiled is Compiled.NO else "compiled blocks"
+        return f"{kernels}, {'replayed as one CUDA graph' if self.captured else 'launched kernel by kernel'}"
+
+
+@dataclass(frozen=True)
+class PlannedTraining:
+    """All that is decided before the transformer is loaded.
+
+    Attributes:
+        plan: what is kept where.
+        execution: how a micro-step is carried out.
+        dtype: of the transformer.
+        latent_size: height and width of the crops, in latent pixels.
+        steps: optimizer steps of the whole run.
+    """
+
+    plan: Plan
+    execution: StepExecution
+    dtype: torch.dtype
+    latent_size: tuple[int, int]
+    steps: int
 
 
 def choose_execution(
-    asked: AskedCompile,
-    plan: TrainingPlan,
+    asked: AskedExecution,
+    plan: Plan,
     device: torch.device,
     dropout: float,
     micro_steps: int,
     kernels_before: str | None = None,
 ) -> StepExecution:
-    """What was asked for; under auto the fastest that this run can have and that the steps to come repay.
+    """What was asked for; else the fastest that this run can have and that the steps to come repay.
 
     Args:
-        asked: `--compile`.
+        asked: what flags fix.
         plan: where the base is.
         device: that computes.
         dropout: of the LoRA: drawn by the host, so that no graph can hold it.
         micro_steps: of the whole run.
-        kernels_before: of the checkpoint that the run goes on from; auto keeps its numbers.
+        kernels_before: of the checkpoint that the run goes on from, whose numbers are kept.
 
     Raises:
         UserError: this run cannot have what was asked for.
     """
-    no_graph = (
-        "it needs a GPU"
-        if device.type != "cuda"
-        else "the host reads what visits the device from files"
-        if plan.from_files
-        else "its graph may not fit into the budget"  # under auto it is tried, and the step computed as it is if not
-        if asked == "graph" and not plan.has_room_for_graph
-        else "dropout is drawn by the host"
-        if dropout
-        else ""
-    )
+    no_graph = _why_no_graph(plan, device, dropout, bool(asked.capture))
     no_compiling = (
-        "blocks that visit the device are not compiled"
-        if plan.streamed
+        "streamed blocks are not compiled"
+        if plan.placement.streamed
         else "4-bit weights are not compiled"
-        if plan.base_precision
+        if plan.placement.precision
         else ""
     )
-    if asked == "graph" and no_graph:
-        raise UserError(f"--compile graph: {no_graph}: leave it out")
-    if asked == "blocks" and no_compiling:
-        raise UserError(f"--compile blocks: {no_compiling}: leave it out, or give more memory with --vram_budget_gib")
-    if asked == "auto":
-        repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
-        compiled = not no_compiling and (repaid if kernels_before is None else kernels_before == COMPILED)
+    if asked.capture and no_graph:
+        raise UserError(f"--capture on: {no_graph}: leave it out")
+    if asked.compile and no_compiling:
+        raise UserError(f"--compile on: {no_compiling}: leave it out, or give more memory with --vram_budget_gib")
+    if asked.compile is not None:
+        compiled = Compiled.ALWAYS if asked.compile else Compiled.NO
     else:
-        compiled = asked == "blocks"
-    return StepExecution(compiled, asked != "off" and not no_graph, asked in ("blocks", "graph"))
+        repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
+        wanted = repaid if kernels_before is None else kernels_before == COMPILED
+        compiled = Compiled.WHERE_POSSIBLE if wanted and not no_compiling else Compiled.NO
+    return StepExecution(compiled, asked.capture is not False and not no_graph, bool(asked.capture))
+
+
+def _why_no_graph(plan: Plan, device: torch.device, dropout: float, must_fit: bool) -> str:
+    """Why a micro-step cannot be captured; empty if it can.
+
+    Where the graph may not fit, it is tried unless it `must_fit`: the step then runs kernel by kernel.
+    """
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if plan.placement.stream_from == "files" and plan.placement.streamed:
+        return "the host reads streamed blocks from files"
+    if must_fit and not plan.forecast.has_room_for_graph:
+        return "its graph may not fit into the budget"
+    return "dropout is drawn by the host" if dropout else ""
 
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None  # not on Windows
-
-
-def compile_blocks(transformer: SD3Transformer2DModel, asked: bool) -> None:
-    """Has each block compiled when it first runs; blocks of one kind share their kernels.
-
-    Args:
-        transformer: with its LoRA attached.
-        asked: whether the user asked for it; else a block that does not compile runs as it is.
-    """
-    from torch import _dynamo  # its import costs seconds, and only this needs it
-
-    # After runs of other shapes in this process kernels would be made for any shape, and in the end none any more.
-    _dynamo.reset()
-    _dynamo.config.suppress_errors = not asked
-    for block in transformer.transformer_blocks:
-        block.compile()

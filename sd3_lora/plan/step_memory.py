@@ -5,21 +5,24 @@ and put together from there.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from sd3_lora.common.memory import round_up
+from sd3_lora.common.placement_flags import AttentionKernel
+from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
 from sd3_lora.transformer.lora import attach_lora, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
+from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from diffusers import SD3Transformer2DModel
 
-# How many blocks' inputs are on the device at a time when they are sent to the host: this block's, the one that leaves,
-# and in backward the one that arrives.
+# How many blocks' inputs are on the device at a time when they are offloaded: this block's, the one that leaves, and in
+# backward the one that arrives.
 INPUTS_IN_FLIGHT = 3
 
 
@@ -29,25 +32,25 @@ class StepShape:
 
     Attributes:
         batch_size: pictures in a micro-batch.
-        latent_side: of the crops, in latent pixels.
-        text_tokens: of a prompt, the CLIPs' 77 included.
+        latent_size: height and width of the crops, in latent pixels.
+        text_tokens: of a prompt, the CLIPs' included.
         layers: that get a LoRA, as `target_modules` takes them.
         blocks: likewise.
         rank: of the LoRA.
         dropout: of the LoRA.
         dtype: of autocast, and of the base where it is not in 4 bits.
-        use_8bit_adam: whether the optimizer's state takes 2 bytes a parameter instead of 8.
+        bytes_per_parameter: of what is trained, with its gradient and the optimizer's state.
     """
 
     batch_size: int
-    latent_side: int
+    latent_size: tuple[int, int]
     text_tokens: int
     layers: Sequence[str] | None
     blocks: Sequence[int] | None
     rank: int
     dropout: float
     dtype: torch.dtype
-    use_8bit_adam: bool
+    bytes_per_parameter: float
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class DenoisingShape:
     Attributes:
         batch_size: rows in it: two a picture under guidance.
         latent_size: height and width, in latent pixels.
-        text_tokens: of a prompt, the CLIPs' 77 included.
+        text_tokens: of a prompt, the CLIPs' included.
         dtype: of the base and of what it computes in.
         lora_bytes: of the LoRAs' weights.
     """
@@ -74,11 +77,11 @@ class StepMemory:
     """What a step allocates, in bytes.
 
     Attributes:
-        kept: for each block, the activations that it keeps for backward if it is not computed anew.
+        kept: for each block, the activations that it keeps for backward if it is not recomputed.
         inputs: for each block, what it keeps if it is.
         outside: what is kept by all that is not a block.
         working: the most that backward takes beside what is kept.
-        working_recomputed: the same where every block is computed anew.
+        working_recomputed: the same where every block is recomputed.
         lora: the trained parameters, in float32.
     """
 
@@ -89,21 +92,25 @@ class StepMemory:
     working_recomputed: int
     lora: int
 
-    def peak(self, recomputed: int, offload_inputs: bool) -> tuple[int, int]:
+    def peak(self, recomputed: Sequence[int], offload_inputs: bool) -> tuple[int, int]:
         """The activations that are kept and the working memory beside them, at the worst moment.
 
-        That is either the end of forward, with the recomputed blocks' inputs and all that the others keep; or a
-        moment of backward when the others' activations are gone: those of one block that was just computed anew, and
-        the inputs before it.
+        That is either the end of forward, with the recomputed blocks' inputs and all that the others keep; or a moment
+        of backward: the activations of one block that was just recomputed, those that the blocks before it keep, and
+        the inputs.
+
+        Args:
+            recomputed: indices of blocks.
+            offload_inputs: whether their inputs are offloaded.
         """
-        inputs = list(self.inputs[:recomputed])
+        inputs = [self.inputs[block] for block in recomputed]
         if offload_inputs:
             inputs = sorted(inputs)[-INPUTS_IN_FLIGHT:]
-        kept = self.outside + sum(inputs)
-        after_forward = kept + sum(self.kept[recomputed:]), self.working
-        if not recomputed:
-            return after_forward
-        return max(after_forward, (kept + max(self.kept[:recomputed]), self.working_recomputed), key=sum)
+        outside = self.outside + sum(inputs)
+        kept = [0 if block in recomputed else size for block, size in enumerate(self.kept)]
+        moments = [(outside + sum(kept), self.working)]
+        moments += [(outside + sum(kept[:block]) + self.kept[block], self.working_recomputed) for block in recomputed]
+        return max(moments, key=sum)
 
 
 def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DModel:
@@ -123,7 +130,12 @@ def _packed_weights(
     return lambda weight: precision == "nf4" and id(weight) in frozen
 
 
-def simulate_denoising(config: dict[str, Any], shape: DenoisingShape, precision: BasePrecision | None) -> int:
+def simulate_denoising(
+    config: dict[str, Any],
+    shape: DenoisingShape,
+    precision: BasePrecision | None,
+    attention_kernel: AttentionKernel | None = None,
+) -> int:
     """The most bytes that a forward without gradient takes, by a model of the first two blocks and the last."""
     dual = set(config.get("dual_attention_layers") or ())
     count = min(3, config["num_layers"])
@@ -139,7 +151,7 @@ def simulate_denoising(config: dict[str, Any], shape: DenoisingShape, precision:
             ),
             "pooled_projections": torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
         }
-    stand_in_for_gpu(transformer, torch.float32, _packed_weights(transformer, precision))
+    stand_in_for_gpu(transformer, torch.float32, _packed_weights(transformer, precision), attention_kernel)
     counter = AllocationCounter()
     with torch.no_grad(), counter:
         transformer(**words, return_dict=False)
@@ -157,8 +169,25 @@ class _Kind(NamedTuple):
     is_last: bool
 
 
-def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePrecision | None) -> StepMemory:
-    """Runs forward and backward of a model with one block of each kind on tensors that have no memory."""
+Step = Callable[[VelocityModel, StepInputs], torch.Tensor]  # → the loss of a micro-batch
+
+
+def simulate_step(
+    config: dict[str, Any],
+    shape: StepShape,
+    precision: BasePrecision | None,
+    step: Step,
+    attention_kernel: AttentionKernel | None = None,
+) -> StepMemory:
+    """Runs a training step of a model with one block of each kind, on tensors that have no memory.
+
+    Args:
+        config: of the transformer.
+        shape: of the step.
+        precision: of the base.
+        step: the very one that trains.
+        attention_kernel: that computes attention.
+    """
     count = config["num_layers"]
     dual = set(config.get("dual_attention_layers") or ())
     trained = set(range(count) if shape.blocks is None else shape.blocks)
@@ -180,7 +209,8 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
         for kind, block in zip(kinds, transformer.transformer_blocks, strict=True)
     }
     packed = _packed_weights(transformer, precision)
-    stand_in_for_gpu(transformer, shape.dtype, packed)
+    stand_in_for_gpu(transformer, shape.dtype, packed, attention_kernel)
+    model = VelocityModel(transformer, shape.dtype)
     counter = AllocationCounter()
     at: list[int] = []  # before each block and after the last, when what nobody keeps of the block before is gone
     marks = [
@@ -188,13 +218,13 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
         for module in (*transformer.transformer_blocks, transformer.norm_out)
     ]
     with counter:
-        loss = _forward(transformer, config, shape)
+        loss = step(model, _hollow_inputs(config, shape))
         after_forward = counter.now
         loss.backward()
     for mark in marks:
         mark.remove()
     kept = dict(zip(kinds, (after - before for before, after in itertools.pairwise(at)), strict=True))
-    tokens = (shape.latent_side // config["patch_size"]) ** 2 + shape.text_tokens
+    tokens = image_tokens(config, shape.latent_size) + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
     one_input = shape.batch_size * tokens * width * shape.dtype.itemsize
     outside = max(0, after_forward - sum(kept.values()))
@@ -209,31 +239,35 @@ def simulate_step(config: dict[str, Any], shape: StepShape, precision: BasePreci
             lora=4 * sum(trained_in[kind] for kind in blocks),
         )
 
-    # Which block needs the most beside what is kept, shows when each is computed anew.
-    recompute_blocks(transformer, len(kinds))
+    # Which block needs the most beside what is kept, shows when each is recomputed.
+    every = range(len(kinds))
+    recompute_blocks(transformer, every)
     for block in transformer.transformer_blocks:
-        stand_in_for_gpu(block, shape.dtype, packed)
-    with AllocationCounter() as anew:
-        _forward(transformer, config, shape).backward()
-    beside = anew.peak - sum(memory(kinds, 0, 0).peak(len(kinds), False))
+        stand_in_for_gpu(block, shape.dtype, packed, attention_kernel)
+    with AllocationCounter() as recomputing:
+        step(model, _hollow_inputs(config, shape)).backward()
+    beside = recomputing.peak - sum(memory(kinds, 0, 0).peak(every, False))
     return memory(keys, max(0, counter.peak - after_forward), max(0, beside))
 
 
-def _forward(transformer: SD3Transformer2DModel, config: dict[str, Any], shape: StepShape) -> torch.Tensor:
-    """The loss of a micro-batch, as `micro_step` has it."""
-    side, size = shape.latent_side, shape.batch_size
+def image_tokens(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:
+    """How many tokens the transformer makes of a picture's latents."""
+    height, width = latent_size
+    patch: int = config["patch_size"]
+    return (height // patch) * (width // patch)
+
+
+def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
+    """A micro-batch without memory."""
+    size = shape.batch_size
     with torch.device("meta"):
-        latents = torch.empty(size, config["in_channels"], side, side)
-        noise = torch.empty_like(latents)
-        prompt_embeds = torch.empty(size, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype)
-        pooled = torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype)
-        sigmas = torch.empty(size, 1, 1, 1)
-    velocity = transformer(
-        hidden_states=((1 - sigmas) * latents + sigmas * noise).to(shape.dtype),
-        timestep=sigmas.flatten(),
-        encoder_hidden_states=prompt_embeds,
-        pooled_projections=pooled,
-        return_dict=False,
-    )[0]
-    loss: torch.Tensor = ((velocity.float() - (noise - latents)) ** 2).flatten(1).mean(1).mean()
-    return loss
+        latents = torch.empty(size, config["in_channels"], *shape.latent_size)
+        return StepInputs(
+            latents=latents,
+            noise=torch.empty_like(latents),
+            sigmas=torch.empty(size, 1, 1, 1),
+            timesteps=torch.empty(size),
+            prompt_embeds=torch.empty(size, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
+            pooled_prompt_embeds=torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
+            loss_weights=torch.empty(size),
+        )

@@ -13,8 +13,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sd3_lora.common.memory import drop_workspaces, free_memory, round_up
-from sd3_lora.plan.step_memory import StepShape, make_hollow
+from sd3_lora.plan.step_memory import StepShape, image_tokens, make_hollow
 from sd3_lora.transformer.base_weights import BasePrecision, values_in_4_bits
+from sd3_lora.transformer.placement import Placement
 from sd3_lora.transformer.streaming import pieces_of
 
 import torch
@@ -46,7 +47,7 @@ class StepSize:
     @classmethod
     def of(cls, config: Mapping[str, Any], shape: StepShape) -> StepSize:
         """That of a training step."""
-        tokens = (shape.latent_side // config["patch_size"]) ** 2
+        tokens = image_tokens(config, shape.latent_size)
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return cls(shape.batch_size, tokens, shape.text_tokens, width)
 
@@ -132,17 +133,17 @@ class StepCost:
         return sum(longer), sum(self.computed) + sum(self.copied)
 
 
-def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: int) -> Passes:
-    """What a micro-batch computes: forward, twice that in backward, and of the recomputed blocks forward anew.
+def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: Collection[int]) -> Passes:
+    """What a micro-batch computes: forward; in backward twice that, and forward again of the recomputed blocks.
 
     Args:
         costs: of all pieces.
         size: of the step.
-        recomputed: how many of the first blocks are computed anew.
+        recomputed: indices of blocks.
     """
     forward = sum(piece.flops(size) for piece in costs)
-    anew = sum(piece.flops(size) for piece in costs if piece.block < recomputed)
-    return Passes(forward, 2 * forward + anew)
+    again = sum(piece.flops(size) for piece in costs if piece.block in recomputed)
+    return Passes(forward, 2 * forward + again)
 
 
 class BlockSize(NamedTuple):
@@ -160,29 +161,23 @@ def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
     return [BlockSize(*size) for size in sizes]
 
 
-def copied_flops(
-    sizes: Sequence[BlockSize],
-    streamed_blocks: Collection[int],
-    recomputed: int,
-    from_files: bool,
-    flops_a_byte: float = FLOPS_A_BYTE,
-) -> Passes:
+def copied_flops(sizes: Sequence[BlockSize], placement: Placement, flops_a_byte: float = FLOPS_A_BYTE) -> Passes:
     """What would be computed while a micro-batch's copies are under way.
 
-    A piece is copied once in each pass: computed anew, a block is still there for its gradients. A modulation is copied
-    once a step: in backward, for the next one, where its block is computed anew; else in forward.
+    A piece is copied once in each pass: recomputed, a block is still there for its gradients. A modulation that is
+    computed ahead is copied once a step: in backward, for the next one. Another is copied in forward, and where its
+    block is recomputed in backward too: its gradient needs no matrix.
 
     Args:
         sizes: of all blocks.
-        streamed_blocks: the blocks whose pieces visit the device.
-        recomputed: how many of the first blocks are computed anew.
-        from_files: whether they come from the weight files.
+        placement: which of them are streamed, and from where.
         flops_a_byte: of the device.
     """
-    both = sum(sizes[block].others for block in streamed_blocks)
-    forward = sum(sizes[block].modulations for block in streamed_blocks if block >= recomputed)
-    backward = sum(sizes[block].modulations for block in streamed_blocks if block < recomputed)
-    slower = flops_a_byte * (FILES_SLOWDOWN if from_files else 1)
+    ahead = placement.ahead_blocks
+    both = sum(sizes[block].others for block in placement.streamed)
+    forward = sum(sizes[block].modulations for block in placement.streamed if block not in ahead)
+    backward = sum(sizes[block].modulations for block in placement.streamed if block in placement.recomputed)
+    slower = flops_a_byte * (FILES_SLOWDOWN if placement.stream_from == "files" else 1)
     return Passes(slower * (both + forward), slower * (both + backward))
 
 

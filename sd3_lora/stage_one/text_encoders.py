@@ -1,7 +1,7 @@
 """The three text encoders of SD3: loaded one at a time, used, freed.
 
-Shapes: N prompts, B prompts of a batch, T T5 tokens, S = 77 + T text tokens, D joint attention width (T5's),
-P pooled width (the two CLIPs' projections side by side).
+Shapes: N prompts, B prompts of a batch, C CLIP tokens, T T5 tokens, S = C + T text tokens, D joint attention width
+(T5's), P pooled width (the two CLIPs' projections side by side).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts through CLIP-L, CLIP-G and T5, one encoder at a time.
 
-    The arrangement is `StableDiffusion3Pipeline.encode_prompt`'s: the CLIPs' penultimate hidden states side by side,
-    padded with zeros to T5's width, followed by T5's tokens; the pooled projections side by side.
+    The arrangement is `StableDiffusion3Pipeline.encode_prompt`'s: `join_embeddings`, and the pooled projections side
+    by side.
 
     Returns:
         prompt_embeds `(N, S, D)` and pooled_prompt_embeds `(N, P)`, float16 on the CPU.
@@ -50,7 +50,7 @@ def encode_prompts(
         UserError: an embedding that float16 cannot hold, with its prompt.
     """
     clip_hidden, pooled = [], []
-    clip_tokens = CLIPTokenizer.from_pretrained(files.component("tokenizer")).model_max_length
+    clip_tokens = files.clip_tokens()
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
@@ -69,9 +69,23 @@ def encode_prompts(
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
         (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
 
-    clips = torch.cat(clip_hidden, dim=-1)  # (N, 77, D1 + D2)
-    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (N, 77, D)
-    return torch.cat([clips, t5_hidden], dim=1), torch.cat(pooled, dim=-1)
+    return join_embeddings(clip_hidden, t5_hidden), torch.cat(pooled, dim=-1)
+
+
+def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor) -> torch.Tensor:
+    """The prompt's embedding of the encoders' hidden states, as `StableDiffusion3Pipeline.encode_prompt` joins them.
+
+    Args:
+        clip_hidden: of each CLIP, the penultimate hidden states `(B, C, d)`. Side by side they are narrower than T5's,
+            and are padded with zeros.
+        t5_hidden: `(B, T, D)`; they follow the CLIPs' tokens.
+
+    Returns:
+        `(B, C + T, D)` in the dtype of `t5_hidden`.
+    """
+    clips = torch.cat(list(clip_hidden), dim=-1)  # (B, C, d1 + d2)
+    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (B, C, D)
+    return torch.cat([clips.to(t5_hidden.dtype), t5_hidden], dim=1)
 
 
 @contextmanager
@@ -171,7 +185,7 @@ def encode_clip(
     length: int,
     plan: TextEncoderPlan,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields each batch's penultimate hidden states `(B, 77, d)` and pooled projections `(B, p)`, on the device."""
+    """Yields each batch's penultimate hidden states `(B, C, d)` and pooled projections `(B, p)`, on the device."""
     for ids in batches(tokenize(tokenizer, prompts, length), plan.clip_batch_size):
         output = encoder(ids.to(plan.device), output_hidden_states=True)
         yield output.hidden_states[-2], output.text_embeds

@@ -14,6 +14,7 @@ from typing import Literal
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.budget import DeviceBudget, too_small
 
@@ -66,69 +67,77 @@ class VaeTile:
         return f"{pictures} at a time, " + ("whole" if self.side_px is None else f"in tiles of {self.side_px} px")
 
 
-def choose_tile(
-    files: ModelFiles,
-    task: Task,
-    precision: str,
-    height: int,
-    width: int,
-    budget: DeviceBudget | None,
-    batch_size: int = 1,
-    smaller_batch: bool = False,
-) -> VaeTile:
+@dataclass(frozen=True)
+class VaeWork:
+    """What the VAE is to do.
+
+    Attributes:
+        task: encode or decode.
+        precision: of the VAE: fp32, fp16 or bf16.
+        size: of each picture.
+        batch_size: pictures in one forward.
+        may_shrink: whether the batch may be smaller.
+    """
+
+    task: Task
+    precision: str
+    size: PictureSize
+    batch_size: int = 1
+    may_shrink: bool = False
+
+
+def choose_tile(files: ModelFiles, work: VaeWork, budget: DeviceBudget | None) -> VaeTile:
     """The largest piece that fits the budget: whole pictures, a batch of fewer, one, then ever smaller tiles.
 
     Args:
         files: the model.
-        task: encode or decode.
-        precision: of the VAE: fp32, fp16 or bf16.
-        height: of a picture in pixels.
-        width: of a picture in pixels.
+        work: what is to be done.
         budget: what may be used of the device; None for no limit.
-        batch_size: pictures in one forward.
-        smaller_batch: whether the batch may be smaller, too.
 
     Raises:
         UserError: not even the smallest tile fits.
     """
-    weights = vae_weight_bytes(files, precision)
+    weights = vae_weight_bytes(files, work.precision)
 
-    def tile(side_px: int | None, batch: int) -> VaeTile:
-        working = working_bytes(files, task, precision, height, width, side_px, batch)
-        return VaeTile(side_px, batch, weights, working)
+    def tile(side_px: int | None, batch_size: int) -> VaeTile:
+        return VaeTile(side_px, batch_size, weights, working_bytes(files, work, side_px, batch_size))
 
-    batches = range(batch_size, 0, -1) if smaller_batch else [batch_size]
+    batches = range(work.batch_size, 0, -1) if work.may_shrink else [work.batch_size]
     candidates = [tile(None, batch) for batch in batches]
-    candidates += [tile(side, batches[-1]) for side in SIDES_PX if side < max(height, width)]
+    candidates += [tile(side, batches[-1]) for side in SIDES_PX if side < work.size.longer_side]
     if budget is None:
         return candidates[0]
     for candidate in candidates:
         if weights + candidate.working_bytes <= budget.tensor_bytes:
             return candidate
     least = min(sum(candidate.predicted_parts(budget).values()) for candidate in candidates)
-    raise too_small(f"the VAE in {precision}", least)
+    raise too_small(f"the VAE in {work.precision}", least)
 
 
 def vae_weight_bytes(files: ModelFiles, precision: str) -> int:
-    """What the VAE's weights take on the device, from the shapes in its files' headers."""
+    """Bytes of the VAE's weights on the device, from the shapes in its files' headers."""
     files.component("vae")  # downloaded now, if need be
     with TensorFiles(files.weight_files("vae")) as weights:
         return sum(DTYPES[precision].itemsize * shape.numel() for shape in weights.shapes().values())
 
 
-def working_bytes(
-    files: ModelFiles, task: Task, precision: str, height: int, width: int, side_px: int | None, batch_size: int
-) -> int:
-    """What a forward takes beside the weights.
+def working_bytes(files: ModelFiles, work: VaeWork, side_px: int | None, batch_size: int) -> int:
+    """Bytes of a forward beside the weights.
 
     `WORKING_GIB[task] · (channels / 128) · batch · pixels / 1024²`, where `pixels` are those of a tile or of the whole
     picture, and `channels` those of the VAE's first level, 128 in SD3; in tiles, the pictures themselves beside it,
     `PICTURES_BESIDE_TILES · batch · 3 · height · width` numbers.
+
+    Args:
+        files: the model.
+        work: what is to be done.
+        side_px: of a tile; None for whole pictures.
+        batch_size: pictures in one forward.
     """
-    is_exact = DTYPES[precision] == torch.float32
+    dtype, size = DTYPES[work.precision], work.size
     channels = files.read_config("vae")["block_out_channels"][0]
-    per_pixel = WORKING_GIB[task][0 if is_exact else 1] * GIB / 1024**2 * channels / MEASURED_WIDTH
+    per_pixel = WORKING_GIB[work.task][0 if dtype == torch.float32 else 1] * GIB / 1024**2 * channels / MEASURED_WIDTH
     if side_px is None:
-        return math.ceil(batch_size * per_pixel * height * width)
-    pictures = PICTURES_BESIDE_TILES * 3 * DTYPES[precision].itemsize * height * width
-    return math.ceil(batch_size * (per_pixel * min(side_px, height) * min(side_px, width) + pictures))
+        return math.ceil(batch_size * per_pixel * size.height * size.width)
+    pictures = PICTURES_BESIDE_TILES * 3 * dtype.itemsize * size.pixels
+    return math.ceil(batch_size * (per_pixel * min(side_px, size.height) * min(side_px, size.width) + pictures))

@@ -24,14 +24,14 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     bitsandbytes starts its kernels on the default stream. So must be what makes the gradient.
 
     Args:
-        parameters: in float32.
+        parameters: in float32, or torch's groups of them.
         options: of `bitsandbytes.optim.AdamW8bit`.
     """
 
     # By this GradScaler does not wait, but sets `found_inf`: a float32 scalar, not 0 where the gradient was infinite.
     _step_supports_amp_scaling = True
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], **options: Any):
+    def __init__(self, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]], **options: Any):
         super().__init__(parameters, **options)
         self._was_skipped: DeviceFlag | None = None
 

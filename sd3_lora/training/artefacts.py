@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command
+from sd3_lora.common.command_line import UserError, command, command_words
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
@@ -46,7 +45,11 @@ class StageOne:
     device: str
 
     def command(self, script: str, **more: Any) -> str:
-        """The stage-one command that makes what is asked for."""
+        """The stage-one command that makes what is asked for, to be typed."""
+        return command(script, **{**self._flags(script), **more})
+
+    def _flags(self, script: str) -> dict[str, Any]:
+        """Of a stage-one script that makes what is asked for."""
         data = self.data
         if script == "compute_embeddings.py":
             own = {
@@ -69,7 +72,7 @@ class StageOne:
             "recursive": data.recursive,
             "device": None if self.device == "auto" else self.device,
         }
-        return command(script, **{**shared, **own, **more})
+        return {**shared, **own}
 
     def open_embeddings(self) -> EmbeddingStore:
         """The embeddings file.
@@ -112,10 +115,11 @@ class StageOne:
         Raises:
             UserError: it failed.
         """
-        remedy = self.command("precompute_latents.py")
+        name = "precompute_latents.py"
+        remedy = self.command(name)
         print(f"{self.data.latents_path} holds no latents yet; in a process of its own: {remedy}", flush=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-        _, script, *words = shlex.split(remedy)
+        script, *words = command_words(name, **self._flags(name))
         if subprocess.run([sys.executable, PROJECT_FOLDER / script, *words], env=environment, check=False).returncode:
             raise UserError(f"there are no latents to train on: mend what is said above, then type `{remedy}`")
 

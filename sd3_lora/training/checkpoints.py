@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.run_record import RunIdentity
 
 import torch
 from safetensors import SafetensorError
@@ -150,20 +152,27 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
             shutil.rmtree(folder)
 
 
-def require_same_run(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+def require_same_run(saved: Mapping[str, Any], identity: RunIdentity, folder: Path) -> None:
     """Checks that what decides the numbers is unchanged.
+
+    A flag that the checkpoint's build did not have had its default. What only a newer build knows is refused whatever
+    its value, since nothing here can say what it does to the numbers.
 
     Args:
         saved: flag or noun → value, of the checkpoint.
-        now: the same, of this command.
+        identity: of this command.
         folder: the checkpoint's.
 
     Raises:
-        UserError: one differs; names it with both values.
+        UserError: one differs, or is unknown; names it with its values.
     """
-    for name, value in now.items():
-        if saved.get(name) != value:
-            raise UserError(
-                f"{folder} was trained with {name} {saved.get(name)}, not {value}: type the same to go on, "
-                "or give another --output_dir to start anew"
-            )
+    for name, value in identity.unknown(saved):
+        raise UserError(
+            f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
+            "build that wrote it, or give another --output_dir to start anew"
+        )
+    for name, before, now in identity.changed(saved):
+        raise UserError(
+            f"{folder} was trained with {name} {before}, not {now}: type the same to go on, "
+            "or give another --output_dir to start anew"
+        )

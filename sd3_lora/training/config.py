@@ -3,69 +3,94 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ModelConfig
+from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
-
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
+_LATER = "prior preservation is not built yet"
+_DRAW = "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N"
+_UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
+_FREED = "the text encoders are freed before training; only the transformer is trained"
+_ADAMW = "the optimizer is AdamW; leave it out"
 # Flags of diffusers' scripts that are not here, with what to do instead.
 REFUSED_FLAGS = {
-    "with_prior_preservation": "prior preservation is not built yet; fewer --max_train_steps hold drift down",
-    "class_data_dir": "prior preservation is not built yet; put all pictures in --instance_data_dir",
-    "class_prompt": "prior preservation is not built yet; compute_embeddings.py takes --class_prompt",
-    "num_class_images": "prior preservation is not built yet; leave it out",
-    "prior_loss_weight": "prior preservation is not built yet; leave it out",
-    "prior_generation_precision": "prior preservation is not built yet; leave it out",
-    "sample_batch_size": "prior preservation is not built yet; leave it out",
-    "train_text_encoder": "the text encoders are freed before training; only the transformer is trained",
-    "text_encoder_lr": "the text encoders are freed before training; --learning_rate is the transformer's",
-    "adam_weight_decay_text_encoder": "the text encoders are freed before training; leave it out",
-    "validation_prompt": "draw with inference.py after training, or with --lora OUTPUT_DIR/checkpoint-N beside it",
+    "with_prior_preservation": f"{_LATER}; fewer --max_train_steps hold drift down",
+    "class_data_dir": f"{_LATER}; leave it out, and keep class pictures out of --instance_data_dir",
+    "class_prompt": f"{_LATER}; compute_embeddings.py takes --class_prompt",
+    "num_class_images": f"{_LATER}; leave it out",
+    "prior_loss_weight": f"{_LATER}; leave it out",
+    "prior_generation_precision": f"{_LATER}; leave it out",
+    "sample_batch_size": f"{_LATER}; leave it out",
+    "train_text_encoder": _FREED,
+    "text_encoder_lr": f"{_FREED}, at --learning_rate",
+    "adam_weight_decay_text_encoder": f"{_FREED}; leave it out",
+    "validation_prompt": _DRAW,
     "num_validation_images": "inference.py takes --num_images",
-    "validation_epochs": "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N",
+    "validation_epochs": _DRAW,
     "dataset_name": "download the dataset and give its folder as --instance_data_dir",
     "dataset_config_name": "download the dataset and give its folder as --instance_data_dir",
     "image_column": "put the pictures in a folder, --instance_data_dir",
     "caption_column": "put captions beside the pictures: dog.txt for dog.jpg, or metadata.jsonl",
-    "repeats": "pictures repeat by themselves; --max_train_steps says for how long",
-    "cache_latents": "latents are always cached: run precompute_latents.py",
-    "dataloader_num_workers": "batches come from the cached tensors; there is no loader to widen",
-    "upcast_before_saving": "the LoRA is always trained and saved in float32",
-    "push_to_hub": "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training",
-    "hub_token": "type `hf auth login`, then `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training",
-    "hub_model_id": "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training",
-    "local_rank": "torchrun and accelerate launch pass it in the environment",
-    "prodigy_beta3": "the optimizer is AdamW; leave it out",
-    "prodigy_decouple": "the optimizer is AdamW; leave it out",
-    "prodigy_use_bias_correction": "the optimizer is AdamW; leave it out",
-    "prodigy_safeguard_warmup": "the optimizer is AdamW; leave it out",
+    "push_to_hub": _UPLOAD,
+    "hub_token": f"type `hf auth login`; then {_UPLOAD}",
+    "hub_model_id": _UPLOAD,
+    "prodigy_beta3": _ADAMW,
+    "prodigy_decouple": _ADAMW,
+    "prodigy_use_bias_correction": _ADAMW,
+    "prodigy_safeguard_warmup": _ADAMW,
+}
+# Those that ask for what is always so.
+HARMLESS_FLAGS = {
+    "cache_latents": HarmlessFlag("latents are always cached"),
+    "dataloader_num_workers": HarmlessFlag("batches come from cached tensors, without a loader", takes_value=True),
+    "upcast_before_saving": HarmlessFlag("the LoRA is always trained and saved in float32"),
+    "local_rank": HarmlessFlag("torchrun and accelerate launch pass it in the environment", takes_value=True),
+    "repeats": HarmlessFlag(
+        "each picture comes once in a pass",
+        takes_value=True,
+        only="1",
+        otherwise="pictures repeat by themselves; --max_train_steps says for how long",
+    ),
 }
 
 
-def _at_least_one(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-
-
 @dataclass(frozen=True)
-class DataConfig(CropFlags):
+class DataConfig:
     """What stage one left, and what of it to train on."""
 
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures. Without it: the pictures that the embeddings file knows.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={"help": "The prompt of pictures without a caption; default: the one that stage one was given."},
+    )
     data_df_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "What compute_embeddings.py wrote."})
     latents_path: str = field(
         default=LATENTS_PATH,
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
     )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
     max_sequence_length: int | None = field(
         default=None, metadata={"help": "Checked against the embeddings file; default: whatever it holds."}
     )
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
+    )
+    center_crop: bool = field(default=False, metadata={"help": "Train on the central crop only."})
     num_crops: int | None = field(
         default=None, metadata={"help": "Train on the crops that this many give; default: all in the cache."}
     )
@@ -79,7 +104,7 @@ class DataConfig(CropFlags):
     )
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "num_crops")
+        require_right(less_than_one(self, "num_crops", "resolution"))
 
 
 @dataclass(frozen=True)
@@ -100,13 +125,16 @@ class LoraFlags:
     )
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "rank")
-        if self.lora_alpha is not None and self.lora_alpha <= 0:
-            raise ValueError("--lora_alpha must be positive")
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(self, "rank")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            yield "--lora_alpha must be positive"
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError("--lora_dropout must be at least 0 and less than 1")
+            yield "--lora_dropout must be at least 0 and less than 1"
         if self.lora_blocks is not None and any(not block.strip().isdecimal() for block in self.lora_blocks.split(",")):
-            raise ValueError(f"--lora_blocks {self.lora_blocks} is not a list of numbers: type for example 12,13")
+            yield f"--lora_blocks {self.lora_blocks} is not a list of numbers: type for example 12,13"
 
     @property
     def alpha(self) -> float:
@@ -156,16 +184,23 @@ class OptimizerConfig:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
 
     def __post_init__(self) -> None:
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
         if self.optimizer.lower() != "adamw":
-            raise ValueError(f"--optimizer {self.optimizer} is unknown: type --optimizer AdamW")
+            yield f"--optimizer {self.optimizer} is unknown: type --optimizer AdamW"
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
-            raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1")
-        if self.lr_warmup_steps < 0 or self.learning_rate <= 0 or self.max_grad_norm <= 0:
-            raise ValueError("--learning_rate and --max_grad_norm must be positive, --lr_warmup_steps not negative")
+            yield "--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1"
+        if not (self.learning_rate > 0 and self.max_grad_norm > 0) or self.lr_warmup_steps < 0:
+            yield "--learning_rate and --max_grad_norm must be positive, --lr_warmup_steps not negative"
         if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
-            raise ValueError("--adam_beta1 and --adam_beta2 must be at least 0 and less than 1")
-        if self.adam_weight_decay < 0 or self.adam_epsilon < 0:
-            raise ValueError("--adam_weight_decay and --adam_epsilon must not be negative")
+            yield "--adam_beta1 and --adam_beta2 must be at least 0 and less than 1"
+        if not (self.adam_weight_decay >= 0 and self.adam_epsilon >= 0):
+            yield "--adam_weight_decay and --adam_epsilon must not be negative"
+
+    def scaled_rate(self, pictures_per_step: int) -> float:
+        """The learning rate, multiplied where --scale_lr says so."""
+        return self.learning_rate * (pictures_per_step if self.scale_lr else 1)
 
 
 @dataclass(frozen=True)
@@ -186,25 +221,6 @@ class RunConfig:
         default=None,
         metadata={"help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU, fp32 on a CPU."},
     )
-    gradient_checkpointing: bool = field(
-        default=False,
-        metadata={"help": "Compute all blocks anew in the backward pass. Default: as few as fit the GPU, if any."},
-    )
-    base_precision: Literal["16bit", "nf4", "auto"] = field(
-        default="16bit",
-        metadata={
-            "help": "Of the frozen transformer. 16bit is exact (32 bits under --mixed_precision no); nf4 takes a "
-            "quarter of it and changes the numbers; auto takes nf4 where 16bit does not fit on the device."
-        },
-    )
-    compile: Literal["auto", "off", "blocks", "graph"] = field(
-        default="auto",
-        metadata={
-            "help": "graph replays each micro-step as one CUDA graph, with the same numbers; blocks compiles the "
-            "transformer's blocks as well, half a minute once, with other roundings; off does neither; auto does what "
-            "the run can have and repays."
-        },
-    )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
     checkpoints_total_limit: int | None = field(default=None, metadata={"help": "How many checkpoints to keep."})
@@ -218,7 +234,10 @@ class RunConfig:
     logging_dir: str = field(default="logs", metadata={"help": "For trackers, below the output folder."})
 
     def __post_init__(self) -> None:
-        _at_least_one(
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(
             self,
             "train_batch_size",
             "gradient_accumulation_steps",
@@ -228,11 +247,11 @@ class RunConfig:
             "checkpoints_total_limit",
         )
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed {self.seed} must be at least 0 and less than 2**63")
+            yield f"--seed {self.seed} must be at least 0 and less than 2**63"
         known = {"tensorboard", "wandb", "comet_ml", "all", "none"}
-        unknown = [name for name in self.trackers if name not in known]
-        if unknown:
-            raise ValueError(f"--report_to {unknown[0]} is unknown: type tensorboard, wandb, comet_ml, all or none")
+        for name in self.trackers:
+            if name not in known:
+                yield f"--report_to {name} is unknown: type tensorboard, wandb, comet_ml, all or none"
 
     def steps(self, pictures: int, processes: int) -> int:
         """Optimizer steps: as given, or as many as the epochs take, rounded up to whole windows."""
@@ -240,8 +259,11 @@ class RunConfig:
             return self.max_train_steps
         if self.num_train_epochs is None:
             return DEFAULT_STEPS
-        pictures_per_step = self.train_batch_size * self.gradient_accumulation_steps * processes
-        return math.ceil(self.num_train_epochs * pictures / pictures_per_step)
+        return math.ceil(self.num_train_epochs * pictures / self.pictures_per_step(processes))
+
+    def pictures_per_step(self, processes: int) -> int:
+        """Pictures of an optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps * processes
 
     @property
     def trackers(self) -> list[str]:
@@ -283,10 +305,13 @@ class FlowConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.logit_std < 0:
-            raise ValueError("--logit_std must not be negative")
-        if self.timestep_shift is not None and self.timestep_shift <= 0:
-            raise ValueError("--timestep_shift must be positive: 3.0 is SD3's own")
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not self.logit_std >= 0:
+            yield "--logit_std must not be negative"
+        if self.timestep_shift is not None and not self.timestep_shift > 0:
+            yield "--timestep_shift must be positive: 3.0 is SD3's own"
 
 
 @dataclass(frozen=True)
@@ -297,6 +322,8 @@ class TrainingFlags:
     lora: LoraFlags
     optimizer: OptimizerConfig
     run: RunConfig
+    base: BaseFlags
+    step: StepFlags
     flow: FlowConfig
     model: ModelConfig
     device: DeviceConfig
@@ -305,3 +332,8 @@ class TrainingFlags:
     def groups(self) -> list[object]:
         """The groups, to save them."""
         return [getattr(self, f.name) for f in fields(self)]
+
+    @classmethod
+    def classes(cls) -> list[type]:
+        """The groups' classes, to parse them."""
+        return list(get_type_hints(cls).values())

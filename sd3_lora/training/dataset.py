@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, TrainingBatch
+from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, Provenance, TrainingBatch
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import crop_boxes, mirrored
 from sd3_lora.stage_one.latent_cache import LatentCache
@@ -45,6 +45,11 @@ class TrainingData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def text(self) -> Provenance:
+        """Where the embeddings come from: T5's precision, and its tokens of a prompt."""
+        return self._store.provenance
 
     def batch(self, indices: Sequence[int], variant_draws: torch.Tensor) -> TrainingBatch:
         """Stacks some pictures.

@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 from sd3_lora.common.devices import one_thread
-from sd3_lora.common.records import TrainingBatch
+from sd3_lora.common.records import StepInputs, TrainingBatch
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import load_noise_table, sample_table_indices
 from sd3_lora.training.state import Training
-from sd3_lora.transformer.modulations_ahead import Modulating
 
 import torch
-
-
-class StepInputs(NamedTuple):
-    """What a micro-step computes from, on the device.
-
-    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
-
-    Attributes:
-        latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
-        noise: likewise.
-        sigmas: `(B, 1, 1, 1)` float32.
-        timesteps: `(B,)` float32.
-        prompt_embeds: `(B, S, D)` in the transformer's dtype.
-        pooled_prompt_embeds: `(B, P)` likewise.
-        loss_weights: `(B,)` float32.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    sigmas: torch.Tensor
-    timesteps: torch.Tensor
-    prompt_embeds: torch.Tensor
-    pooled_prompt_embeds: torch.Tensor
-    loss_weights: torch.Tensor
-
-    @property
-    def modulating(self) -> Modulating:
-        """What the blocks' modulations are made of."""
-        return self.timesteps, self.pooled_prompt_embeds
 
 
 class MicroBatches:

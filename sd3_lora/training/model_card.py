@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from pathlib import Path
+
+from sd3_lora.common.run_record import RunRecord
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -22,15 +24,16 @@ def licence_of(base_model: str) -> dict[str, str]:
     return {"license": "mit"} if base_model == "miniature" else {}
 
 
-def write_model_card(path: Any, base_model: str, prompts: Sequence[str], facts: Mapping[str, Any]) -> None:
+def write_model_card(path: Path, record: RunRecord, steps: int) -> None:
     """Writes the card.
 
     Args:
         path: of the README.md.
-        base_model: hub id or folder of the base model.
-        prompts: the instance prompts, the first of which is shown as the trigger.
-        facts: rows of the table: rank, steps and the like.
+        record: of the run.
+        steps: optimizer steps that the LoRA was trained for.
     """
+    facts, flags = record.facts, record.identity.values
+    base_model = facts.model
     is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
     data = ModelCardData(
         base_model=base_model if is_hub_id else None,
@@ -38,17 +41,23 @@ def write_model_card(path: Any, base_model: str, prompts: Sequence[str], facts: 
         tags=["text-to-image", "lora", "dreambooth", "stable-diffusion-3", "diffusers"],
         **licence_of(base_model),
     )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    settings = {
+        "steps": steps,
+        "rank": flags["--rank"],
+        "learning rate": flags["--learning_rate"],
+        "seed": facts.seed,
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     body = f"""# SD3 DreamBooth LoRA
 
-Trained on {base_model}. Say `{prompts[0]}` to draw the subject.
+Trained on {base_model}. Say `{facts.trigger}` to draw the subject.
 
 ```python
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained("{base_model}")
+pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(base_model)})
 pipeline.load_lora_weights("THIS_FOLDER")
-pipeline("{prompts[0]}").images[0].save("picture.png")
+pipeline({_literal(facts.trigger)}).images[0].save("picture.png")
 ```
 
 | setting | value |
@@ -56,3 +65,8 @@ pipeline("{prompts[0]}").images[0].save("picture.png")
 {rows}
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+
+
+def _literal(text: str | None) -> str:
+    """As a string of Python in double quotes."""
+    return json.dumps(text, ensure_ascii=False)

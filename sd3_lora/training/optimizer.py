@@ -1,49 +1,42 @@
-"""The optimizer of the LoRA: AdamW over one flat tensor, its schedule, and one step that nobody waits for."""
+"""The optimizer: AdamW over flat tensors, its schedule, and a step without a host–device synchronisation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.config import OptimizerConfig
+from sd3_lora.training.trainables import Trainables
 
 import torch
 from diffusers.optimization import get_scheduler
 
 
-def flatten_parameters(parameters: Sequence[torch.nn.Parameter]) -> torch.nn.Parameter:
-    """One parameter with the memory of all, and its gradient with that of theirs.
+def bytes_per_parameter(config: OptimizerConfig, dtype: torch.dtype) -> float:
+    """What a trained parameter takes on the device: itself, its gradient, and the optimizer's two moments.
 
-    A LoRA is hundreds of small tensors: as one, it is unscaled, measured, clipped, updated, cleared and exchanged
-    between processes by a kernel each. The update is elementwise, so its numbers are the same (8-bit states have their
-    blocks of 256 cut elsewhere).
+    8-bit moments take 2 bytes and their scales. In fp16 all that 8-bit Adam changes is there twice for a moment, since
+    a step may have to be undone.
 
     Args:
-        parameters: all of one dtype and device, without gradients yet. Their data and gradients become views, so that
-            neither may be replaced afterwards, only written.
+        config: of the optimizer.
+        dtype: of autocast.
     """
-    flat = torch.nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, data, gradient in zip(parameters, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
-        parameter.data = data.view_as(parameter)
-        parameter.grad = gradient.view_as(parameter)
-    return flat
+    moments = 2.1 if config.use_8bit_adam else 8
+    undone = 4 + moments if config.use_8bit_adam and dtype == torch.float16 else 0
+    return 4 + 4 + moments + undone
 
 
-def make_optimizer(
-    config: OptimizerConfig, flat: torch.nn.Parameter, pictures_per_step: int, steps: int
-) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW, in 8 bits if asked, and its schedule.
+def make_optimizer(config: OptimizerConfig, trainables: Trainables, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """AdamW, in 8 bits if asked, and its schedule over so many steps.
 
     Raises:
         UserError: the schedule's numbers do not fit together.
     """
-    rate = config.learning_rate * (pictures_per_step if config.scale_lr else 1)
+    groups = trainables.for_optimizer()
     options: dict[str, Any] = {
-        "lr": rate,
+        "lr": groups[0]["lr"],  # the polynomial schedule reads the optimizer's, not the groups'
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
         "eps": config.adam_epsilon,
@@ -51,10 +44,11 @@ def make_optimizer(
     if config.use_8bit_adam:
         from sd3_lora.training.adam_8bit import AdamW8bit  # its import costs seconds, and only this needs it
 
-        optimizer: torch.optim.Optimizer = AdamW8bit([flat], **options)
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
     else:
         # The fused one asks the device, not the host, whether the scaler found an infinity.
-        optimizer = torch.optim.AdamW([flat], fused=flat.is_cuda, **options)
+        is_fused = all(parameter.is_cuda for parameter in trainables.parameters)
+        optimizer = torch.optim.AdamW(groups, fused=is_fused, **options)
     try:
         schedule = get_scheduler(
             config.lr_scheduler,
@@ -67,13 +61,15 @@ def make_optimizer(
         )
     except (ValueError, IndexError) as error:
         if config.lr_scheduler != "piecewise_constant":  # polynomial ends at 1e-7
-            raise UserError(f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {rate:g}") from error
+            raise UserError(
+                f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {config.learning_rate:g}"
+            ) from error
         raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
     return optimizer, schedule
 
 
 def optimizer_step(
-    flat: torch.nn.Parameter, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float
+    trainables: Trainables, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float
 ) -> tuple[torch.Tensor, DeviceFlag]:
     """Unscales, clips and applies the gradient, and clears it where it lies.
 
@@ -82,7 +78,7 @@ def optimizer_step(
         infinity or a NaN.
     """
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_([flat], max_grad_norm)
+    norm = trainables.clip(max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.run_record import RunFacts, RunRecord
 from sd3_lora.training.checkpoints import UnfinishedCheckpoint, remove_old_checkpoints, require_same_run, write_state
 from sd3_lora.training.config import LoraFlags
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
+from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +23,36 @@ from diffusers import SD3Transformer2DModel
 
 @dataclass
 class Training:
-    """All that changes from step to step, and is in a checkpoint but for `ahead`, which follows from it."""
+    """All that changes from step to step. All of it is in a checkpoint but `ahead`, which follows from it.
 
-    transformer: SD3Transformer2DModel
-    flat: torch.nn.Parameter
+    Attributes:
+        model: with its LoRA.
+        trainables: what the optimizer updates.
+        optimizer: of the trainables.
+        lr_scheduler: of its learning rates.
+        scaler: of the loss, in float16.
+        draws: of crops, noise and noise levels.
+        order: of the pictures.
+        steps: optimizer steps to take in all.
+        ahead: modulations that are computed ahead.
+        step: optimizer steps taken.
+    """
+
+    model: VelocityModel
+    trainables: Trainables
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
     scaler: torch.amp.GradScaler
     draws: GlobalDraws
     order: DataOrder
+    steps: int
     ahead: ModulationsAhead | None = None
     step: int = 0
+
+    @property
+    def transformer(self) -> SD3Transformer2DModel:
+        """With its LoRA."""
+        return self.model.transformer
 
     def state_dict(self) -> dict[str, Any]:
         """The state of this rank and of what the ranks share; tensors on the CPU."""
@@ -73,20 +95,40 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def lora_metadata(facts: RunFacts, step: int) -> dict[str, Any]:
+    """What a LoRA's file says of its training; drawing reads the trigger, the resolution and the length."""
+    return {
+        "base_model": facts.model,
+        "revision": facts.revision,
+        "instance_prompts": list(facts.prompts or ()),
+        "trigger": facts.trigger,
+        "max_sequence_length": facts.max_sequence_length,
+        "resolution": facts.resolution,
+        "seed": facts.seed,
+        "steps": step,
+    }
+
+
 @dataclass(frozen=True)
 class Outputs:
-    """Where the run writes, and what it notes there."""
+    """Where the run writes, and what it notes there.
+
+    Attributes:
+        folder: of the run.
+        lora: the flags of the LoRA.
+        record: of the run.
+        limit: how many checkpoints are kept; None for all.
+    """
 
     folder: Path
     lora: LoraFlags
-    record: dict[str, Any]
-    signature: dict[str, Any]
+    record: RunRecord
     limit: int | None
 
     def save_lora(self, training: Training, folder: Path) -> Path:
         """Writes the LoRA in diffusers' format, and reads it back."""
-        record = {**self.record, "steps": training.step}
-        return save_lora(folder, training.transformer, self.lora.rank, self.lora.alpha, record)
+        metadata = lora_metadata(self.record.facts, training.step)
+        return save_lora(folder, training.transformer, self.lora.rank, self.lora.alpha, metadata)
 
     def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
         """Writes a checkpoint on the first rank, with the random states of all."""
@@ -94,7 +136,11 @@ class Outputs:
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
                 self.save_lora(training, folder)
-                state = {**training.state_dict(), "random": random_states, "signature": self.signature}
+                state = {
+                    **training.state_dict(),
+                    "random": random_states,
+                    "signature": dict(self.record.identity.values),
+                }
                 write_state(folder, state)
             remove_old_checkpoints(self.folder, self.limit)
         accelerator.wait_for_everyone()
@@ -107,7 +153,7 @@ class Outputs:
         Raises:
             UserError: it is of a run with other numbers.
         """
-        require_same_run(state["signature"], self.signature, folder)
+        require_same_run(state["signature"], self.record.identity, folder)
         training.load_state_dict(state)
         if accelerator.process_index < len(state["random"]):  # a rank that was not there then keeps its own
             set_random_state(state["random"][accelerator.process_index], accelerator.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.tensor_files import write_tensors
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -22,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.functional import linear, pad
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -160,7 +161,7 @@ def save_lora(
     path = folder / LORA_FILE
     temporary = folder / f".{LORA_FILE}.{os.getpid()}"
     try:
-        save_file(tensors, temporary, metadata)
+        write_tensors(temporary, tensors, metadata)
         written = load_file(temporary)
         if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
             raise OSError(f"{path}: the disk returned other bytes than were written")

@@ -1,5 +1,5 @@
-"""Which activations of the transformer's blocks are kept, computed anew, or moved to the host between forward and
-backward (Chen et al., arXiv 1604.06174).
+"""Recompute: some blocks keep only their inputs for backward, which recomputes their activations (Chen et al., arXiv
+1604.06174). Those inputs may be offloaded to the host meanwhile.
 
 Shapes: B batch, S text tokens, L image tokens, C channels of the transformer.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import Copy, CopyStream
 
 import torch
@@ -20,46 +19,40 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_blocks(transformer: SD3Transformer2DModel, count: int, offload_inputs: bool = False) -> None:
-    """Keeps only the inputs of the first `count` blocks for backward, which computes the rest anew.
+def recompute_blocks(transformer: SD3Transformer2DModel, indices: Sequence[int], offload_inputs: bool = False) -> None:
+    """Keeps only the inputs of some blocks for backward, which recomputes their activations.
 
     Losses and gradients stay what they were, bit for bit: dropout draws the same mask again.
 
-    The first blocks, because backward begins with the last. With n blocks, activations A and an input I a block,
-    the end of forward holds (n - count) A + count I whichever they are. If they are the first, that is the peak, as the
-    kept activations are gone when the first A is computed anew. If they were the last, such an A would come on top.
+    Best are the first k of n blocks, because backward begins with the last. With activations A and an input I a block,
+    the end of forward holds (n - k) A + k I whichever they are. If they are the first, that is the peak, as the kept
+    activations are gone when the first A is recomputed. If they were the last, such an A would come on top.
 
-    `count` = n - 1 has the peak of `count` = n, A + (n - 1) I, for one forward of a block less: backward needs the
-    last block's activations at once.
+    k = n - 1 has the peak of k = n, A + (n - 1) I, for one forward of a block less: backward needs the last block's
+    activations at once.
 
     Args:
         transformer: the model; its blocks may be streamed.
-        count: of blocks to compute anew; 0 keeps all activations.
+        indices: of the blocks to recompute; none keeps all activations.
         offload_inputs: whether the inputs too leave the device until backward, through pinned memory; the last
             recomputed block's input stays, as it would be needed first.
-
-    Raises:
-        UserError: the transformer has fewer blocks.
     """
-    blocks = list(transformer.transformer_blocks)
-    if not 0 <= count <= len(blocks):
-        raise UserError(f"{count} blocks cannot be recomputed: this transformer has {len(blocks)}")
-    if count == 0:
+    if not indices:
         transformer.disable_gradient_checkpointing()
         return
-    chosen = {block: index for index, block in enumerate(blocks[:count])}
-    offload = _InputOffload(count - 1) if offload_inputs else None
+    chosen = {transformer.transformer_blocks[index]: place for place, index in enumerate(sorted(indices))}
+    offload = _InputOffload(len(chosen) - 1) if offload_inputs else None
     # The generators' states are wanted again only where something is drawn, and cannot be had in a CUDA graph.
     draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in transformer.modules())
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
-        index = chosen.get(block)
-        if index is None:
+        place = chosen.get(block)
+        if place is None:
             return block(*inputs)
         if offload is None:
             return _recomputed(block, inputs, draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
-        with offload.hooks(index):
+        with offload.hooks(place):
             return _recomputed(block, inputs, draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
@@ -79,7 +72,7 @@ class _InputOffload:
     """Moves the inputs of recomputed blocks to the host in forward, and back in backward.
 
     Args:
-        last: the index of the last recomputed block, whose inputs stay on the device.
+        last: the place of the last recomputed block, whose inputs stay on the device.
     """
 
     def __init__(self, last: int):
@@ -91,12 +84,12 @@ class _InputOffload:
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._before: Callable[[], _BlockInputs | None] = lambda: None
 
-    def hooks(self, index: int) -> saved_tensors_hooks:
-        """What block `index` is to be run under."""
-        if index == 0:  # there are some only if the last pass failed, and perhaps was recorded: nobody can wait for it
+    def hooks(self, place: int) -> saved_tensors_hooks:
+        """What the recomputed block of this place among them is run under."""
+        if place == 0:  # there are some only if the last pass failed, perhaps in a capture: no copy to wait for
             self._leaving.clear()
         self._let_go()
-        inputs = _BlockInputs(self, self._before, index == self._last)
+        inputs = _BlockInputs(self, self._before, place == self._last)
         # Weak, here and from block to block: the graph alone holds them, so they go when it goes.
         self._before = weakref.ref(inputs)
         return saved_tensors_hooks(inputs.pack, inputs.unpack)

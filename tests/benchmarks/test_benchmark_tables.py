@@ -68,14 +68,54 @@ def test_committed_results_say_where_they_were_made():
         assert {"date", "machine", "versions"} <= result.keys(), path.name
 
 
-def test_a_plan_in_a_few_words():
-    held = "piece by piece (2.3 GiB pinned, 6 pieces on the device); 23 of 24 blocks computed anew in backward"
-    plans = {
-        "base unchanged, on the device; 3 of 24 blocks computed anew in backward": "16-bit, 3 of 24 blocks anew",
-        f"base unchanged, streamed from host memory {held}": "16-bit streamed, 23 of 24 blocks anew",
-        f"base unchanged, 14 of its 24 blocks streamed from host memory {held}": (
-            "16-bit, 14 of its 24 blocks streamed, 23 of 24 blocks anew"
-        ),
-        f"base in 4 bits (nf4), streamed from host memory {held}": "nf4, streamed, 23 of 24 blocks anew",
+def placement(**fields):
+    whole = {"base_precision": None, "blocks": 24, "streamed": 0, "buffers": 0, "from_files": False}
+    return whole | {"recomputed": 0, "offload_inputs": False} | fields
+
+
+def test_a_placement_in_a_few_words():
+    nf4 = {"base_precision": "nf4"}
+    placements = {
+        "16-bit, 3 of 24 blocks anew": placement(recomputed=3),
+        "16-bit streamed, 23 of 24 blocks anew": placement(streamed=24, recomputed=23),
+        "16-bit, 14 of its 24 blocks streamed, 23 of 24 blocks anew": placement(streamed=14, recomputed=23),
+        "nf4, streamed, 23 of 24 blocks anew": placement(**nf4, streamed=24, recomputed=23),
     }
-    assert {plan: tables._what({"plan": plan}) for plan in plans} == plans
+    assert {words: tables._what({"placement": found}) for words, found in placements.items()} == {
+        words: words for words in placements
+    }
+
+
+def test_a_sentence_of_an_earlier_build_is_shown_as_it_stands():
+    """No number is read out of it."""
+    sentence = "base unchanged, on the device; 3 of 24 blocks computed anew in backward"
+    assert tables._what({"plan": sentence}) == sentence
+    row = {"plan": sentence, "resolution": 512, "driver_gib": 5.0, "measured_gib": 5.0, "step_ms": 250}
+    assert tables._card_cell(row) == f"512 px: 5.0 GiB, {sentence}, 0.25 s"
+
+
+def test_cells_of_the_cards():
+    row = {"resolution": 512, "driver_gib": 5.0, "measured_gib": 5.0, "step_ms": 250}
+    shown = {
+        "0/24 anew": placement(),
+        "streamed, 23/24 anew": placement(streamed=24, recomputed=23),
+        "14/24 streamed, 22/24 anew": placement(streamed=14, recomputed=22),
+        "14/24 streamed": placement(streamed=14),
+    }
+    for words, found in shown.items():
+        assert tables._card_cell({**row, "placement": found}) == f"512 px: 5.0 GiB, {words}, 0.25 s"
+        planned = tables._cell({"placement": found, "predicted_gib": 4.04}, {})
+        assert planned == ("S 4.0" if found["streamed"] else "4.0")
+    assert tables._card_cell({**row, "failed": "error"}) == "–"
+    refused, auto = {"failed": "error"}, {"placement": placement(), "predicted_gib": 2.5}
+    assert (tables._cell(refused, auto), tables._cell(refused, refused)) == ("4S 2.5", "–")
+    assert tables._cell({"placement": placement(recomputed=3), "predicted_gib": 4.04}, {}) == "4.0, 3/24 anew"
+
+
+def test_no_benchmark_takes_a_sentence_apart():
+    """What the scripts print is for people: regular expressions read documents and file names alone."""
+    for path in (PROJECT / "benchmarks").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "findall" not in text, path.name
+        assert "said.getvalue" not in text, path.name
+        assert "re.search" not in text, path.name

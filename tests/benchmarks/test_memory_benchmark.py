@@ -62,9 +62,10 @@ def case(*flags: str, script: str = memory.Case.script) -> memory.Case:
 def test_a_hollow_model_is_planned_as_a_whole_one_is(rows) -> None:
     bf16 = ("--mixed_precision", "bf16", "--vram_budget_gib", "2")
     trained, planned = rows(case(*bf16), case(*bf16, "--plan"))
-    assert (
-        trained["plan"] == planned["plan"] == "base unchanged, on the device; 0 of 4 blocks computed anew in backward"
-    )
+    assert trained["placement"] == planned["placement"]
+    assert (trained["placement"]["blocks"], trained["placement"]["streamed"]) == (4, 0)
+    assert trained["placement"]["recomputed"] == 0
+    assert trained["execution"] == {"compiled": False, "captured": False, "asked": False, "refusal": None}
     assert trained["predicted_gib"] == pytest.approx(planned["predicted_gib"], abs=0.005)
     assert trained["parts_gib"]["CUDA"] == 0.75
     assert trained["ms_a_step"] > 0
@@ -77,12 +78,12 @@ def test_a_step_is_streamed_as_asked(rows) -> None:
         for setting in (None, (2, 0), (3, 2))
     )
     found = rows(replace(resident, name="resident"), streamed, some)
-    assert [row["plan"] for row in found] == [
-        "base unchanged, on the device; 4 of 4 blocks computed anew in backward",
-        "base unchanged, streamed from host memory piece by piece (0.0 GiB pinned, 2 pieces on the device); "
-        "3 of 4 blocks computed anew in backward",
-        "base unchanged, 2 of its 4 blocks streamed from host memory piece by piece (0.0 GiB pinned, 3 pieces on the "
-        "device); 3 of 4 blocks computed anew in backward",
+    kept = [[row["placement"][key] for key in ("streamed", "buffers", "recomputed", "blocks")] for row in found]
+    assert kept == [[0, 0, 4, 4], [4, 2, 3, 4], [2, 3, 3, 4]]
+    assert [tables.streaming(row["placement"]) for row in found] == [
+        "16-bit",
+        "16-bit streamed",
+        "16-bit, 2 of its 4 blocks streamed",
     ]
     assert "predicted_gib" not in found[1]
     assert all(row["step_ms"] > 0 for row in found)
@@ -102,11 +103,14 @@ def test_the_other_scripts_tell_their_predictions(rows) -> None:
     )
     assert drawn["predicted_gib"] > 0.75
     assert encoded["predicted_gib"] > 0.75
-    assert "peak: predicted" in encoded["said"][-1]
+    assert (drawn["placement"]["blocks"], encoded["settings"]["side_px"]) == (4, None)
+    assert {"CUDA", "VAE"} <= encoded["parts_gib"].keys()
 
 
 def test_a_refused_run_is_a_row_with_its_sentence(rows) -> None:
-    assert rows(case("--vram_budget_gib", "0.76", "--plan"))[0]["failed"].startswith("error: 0.8 GiB of GPU memory")
+    (refused,) = rows(case("--vram_budget_gib", "0.76", "--plan"))
+    assert refused["failed"].startswith("error: 0.8 GiB of GPU memory")
+    assert f"at least {refused['needed_gib']} GiB" in refused["failed"]
     first, second = case("--vram_budget_gib", "3", "--plan"), case("--vram_budget_gib", "0.76", "--plan")
     (row,) = rows(first, second, part="1/2")
     assert row["flags"] == list(second.flags)
@@ -139,7 +143,7 @@ def test_the_ladder(rows, tmp_path: Path) -> None:
     assert found[1]["beside_gib"].keys() == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     assert list(found[2]["beside_gib"]) == ["vae"]
     assert [bool(row.get("refused")) for row in found] == [False] * 4 + [True] * 2
-    assert "in 4 bits" in found[3]["plan"]
+    assert found[3]["placement"]["base_precision"] == "nf4"
     lines = table(tmp_path, "ladder-h100.json")
     assert len(lines) == 2 + 5 + 2  # the warm-up is not shown
     numbers = f"0.00 | {found[2]['host_gib']:.2f} | {found[2]['step_ms']:.0f}"
@@ -170,7 +174,7 @@ def test_text_encoders(rows, tmp_path: Path) -> None:
     assert "one block at a time, 1 prompt at a time needs at least" in streamed["refused"][0]
     assert resident["predicted_gib"] == 0  # no budget, no GPU: nothing was planned
     assert 0.75 < streamed["predicted_gib"] < 0.9
-    assert long["said"][0].startswith("T5 in fp16, one block at a time")
+    assert (long["settings"]["t5_precision"], long["settings"]["t5_stream"]) == ("fp16", True)
     lines = table(tmp_path, "text.json")
     assert lines[2].startswith("| resident | 1 of 77 tokens | ")
     assert lines[4].startswith("| streamed within 0.8")

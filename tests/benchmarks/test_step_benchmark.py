@@ -47,8 +47,9 @@ def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: 
     found, failed = rows_of(tmp_path, "batch")  # without --peer there is no row of theirs
     assert found["ms"] > 0
     assert found["ms_an_image"] == pytest.approx(found["ms"] / 2, abs=0.01)
-    assert found["said"] == ["each micro-step: plain kernels, started one by one"]
-    assert "failed" in failed
+    assert found["execution"] == {"compiled": False, "captured": False, "asked": False, "refusal": None}
+    assert (found["placement"]["recomputed"], found["placement"]["blocks"]) == (2, 2)
+    assert "--compile graph: it needs a GPU" in failed["failed"][0]
 
 
 def test_the_miniature_is_timed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

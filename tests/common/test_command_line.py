@@ -3,39 +3,55 @@
 from __future__ import annotations
 
 import errno
-import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sd3_lora.common.command_line import (
+    CommandLine,
+    HarmlessFlag,
     UserError,
     command,
+    command_words,
     exit_code,
-    parse_flags,
     read_text_lines,
+    require_right,
     require_writable_folder,
-    save_run,
     write_text_atomically,
 )
-from sd3_lora.common.stage_report import StageReport
 
 import pytest
 import torch
+from conftest import PROJECT
 
 
 @dataclass(frozen=True)
 class Flags:
+    """What to count."""
+
     steps: int = field(default=1, metadata={"help": "Steps."})
     names: list[str] = field(default_factory=list, metadata={"action": "extend"})
     on: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError("--steps must be at least 1")
+        require_right(fault for fault in ("--steps must be at least 1",) if self.steps < 1)
+
+
+COMMAND_LINE = CommandLine(
+    "script.py",
+    "A script.",
+    (Flags,),
+    {"push_to_hub": "type `hf upload`"},
+    {
+        "cache_latents": HarmlessFlag("they always are"),
+        "repeats": HarmlessFlag("each comes once", takes_value=True, only="1", otherwise="leave it out"),
+    },
+)
 
 
 def parse(*words: str) -> Flags:
-    (flags,) = parse_flags((Flags,), words, "script.py", "A script.", {"push_to_hub": "type `hf upload`"})
+    (flags,) = COMMAND_LINE.parse(words)
     return flags
 
 
@@ -48,9 +64,9 @@ def test_values_and_repeated_lists() -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--stepz", "1"], "unknown argument --stepz: `python script.py --help` lists the flags"),
+        (["--stepz", "1"], "unknown argument --stepz: type --steps"),
         (["--step", "1"], "unknown argument --step: "),  # no abbreviations: a new flag must not change their meaning
-        (["--steps", "many"], "argument --steps: invalid int value: 'many': "),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--push_to_hub"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push-to-hub=yes"], "--push_to_hub is not part of script.py: type `hf upload`"),
@@ -122,8 +138,81 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
     assert path.read_text() == "old"
 
 
-def test_a_run_is_saved_with_its_flags_and_stages(tmp_path: Path) -> None:
-    save_run(tmp_path / "run.json", [Flags(3)], [StageReport("train", 1.5)], wrote="a")
-    saved = json.loads((tmp_path / "run.json").read_text())
-    assert saved["flags"] == {"steps": 3, "names": [], "on": False}
-    assert (saved["stages"][0]["name"], saved["stages"][0]["elapsed_s"], saved["wrote"]) == ("train", 1.5, "a")
+# The command line as a whole
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        parse("--stepz", "4", "--steps", "0", "--push_to_hub", "--repeats", "3", "--nonsense=1")
+    assert str(error.value).splitlines() == [
+        "5 things are wrong with the command line:",
+        "  --push_to_hub is not part of script.py: type `hf upload`",
+        "  --repeats 3 is not part of script.py: leave it out",
+        "  unknown argument --stepz: type --steps",
+        "  unknown argument --nonsense: `python script.py --help` lists the flags",
+        "  --steps must be at least 1",
+    ]
+    with pytest.raises(UserError, match=r"^2 things .*\n  argument --steps: invalid int value: 'many'\n  unknown arg"):
+        parse("--steps", "many", "--nope")
+
+
+def test_what_is_always_so_is_taken_with_a_note() -> None:
+    notes: list[str] = []
+    (flags,) = COMMAND_LINE.parse(["--repeats", "1", "--cache_latents", "--steps", "2", "--repeats=1"], notes.append)
+    assert flags.steps == 2
+    repeats = "note: --repeats changes nothing: each comes once"
+    assert notes == [repeats, "note: --cache_latents changes nothing: they always are", repeats]
+
+
+def test_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sd3_lora.training.config import DataConfig
+
+    monkeypatch.setenv("HOME", "/home/me")
+    (data,) = CommandLine("a.py", "A.", (DataConfig,)).parse(["--instance_data_dir", "~/dog", "--instance_prompt", "~"])
+    assert (data.instance_data_dir, data.instance_prompt) == ("/home/me/dog", "~")
+
+
+def test_a_command_is_quoted_as_the_system_s_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sd3_lora.common.command_line.os.name", "nt")
+    assert command("a.py", prompt="a sks dog") == 'python a.py --prompt "a sks dog"'
+    assert command_words("a.py", prompt="a sks dog", on=True, off=False) == ["a.py", "--prompt", "a sks dog", "--on"]
+
+
+SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_command_line_is_answered_before_torch_is_imported(script: str) -> None:
+    """And so is --help, whose flags stand in groups."""
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}.py", *sys.argv[1:]]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+finally:
+    heavy = {{"torch", "diffusers", "peft", "bitsandbytes"}} & sys.modules.keys()
+    print("heavy:", *heavy, file=sys.stderr)
+"""
+
+    def answer(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *words], cwd=PROJECT, capture_output=True, text=True)
+
+    wrong = answer("--devize", "cpu")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: unknown argument --devize: type --device\nheavy:\n"
+    shown = answer("--help")
+    assert (shown.returncode, shown.stderr) == (0, "heavy:\n")
+    assert f"usage: python {script}.py [flags]\n" in shown.stdout
+    assert "\nWhere to compute; every script has this flag:\n" in shown.stdout
+    assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
+
+
+def test_an_interruption_while_libraries_are_imported_is_a_sentence() -> None:
+    code = """
+import os, signal, sys
+from sd3_lora.common.command_line import CommandLine
+CommandLine("a.py", "A.", ()).answer_at_once()
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "\ninterrupted: run the same command again\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sd3_lora.common import model_files
+from sd3_lora.common import model_files, records
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import MINIATURE, TEXT_COMPONENTS, ModelFiles, check_size
@@ -55,6 +55,7 @@ def test_a_folder_is_used_in_place(tiny_sd3: Path) -> None:
     assert files.read_config("transformer")["joint_attention_dim"] == 48
     assert files.read_scheduler_config()["shift"] == 3.0
     assert files.latent_channels_and_scale() == (16, 8)
+    assert files.clip_tokens() == 77
     assert files.revision is None
 
 
@@ -227,6 +228,22 @@ def test_a_difference_names_the_first_thing_that_matters() -> None:
     assert record.difference(replace(record, size=32, precision="fp16"), "resolution") == "precision fp32, not fp16"
     other = replace(record, revision="9876543210", precision="fp16")
     assert record.difference(other, "resolution") == "model a/b@01234567, not a/b@98765432"
+
+
+def test_a_setting_that_is_not_there_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Provenance(1, "a/b", "0123456789", "c", None, "fp32", 64, {})
+    assert "settings" not in old.to_dict()
+    monkeypatch.setitem(records.LATER_SETTINGS, "made_up", 1)
+    default, other = (replace(old, settings={"made_up": value}) for value in (1, 2))
+    assert default.to_dict() == old.to_dict()
+    assert Provenance.from_dict(other.to_dict()) == other
+    assert old.difference(default, "resolution") is default.difference(old, "resolution") is None
+    assert old.difference(other, "resolution") == "made_up 1, not 2"
+    assert other.difference(old, "resolution") == "made_up 2, not 1"
+    monkeypatch.delitem(records.LATER_SETTINGS, "made_up")  # as in a build that is older than the file
+    assert other.difference(old, "resolution") == "made_up 2, which this build does not know"
+    with pytest.raises(KeyError, match="precision"):
+        Provenance.from_dict({name: value for name, value in old.to_dict().items() if name != "precision"})
 
 
 # The resolution

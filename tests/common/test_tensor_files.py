@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 
@@ -78,3 +79,21 @@ def test_a_name_in_two_files_is_refused(paths: list[Path]) -> None:
         f"{paths[0].parent} holds vector twice, in model-00002-of-00002.safetensors and in whole.safetensors: "
         "delete the file that is not of this model, or check --variant"
     )
+
+
+METADATA = {"sd3_lora": '{"trigger": "ein Hündchen \\"x\\""}', "format": "pt", "lora_adapter_metadata": "{}", "a": ""}
+
+
+@pytest.mark.parametrize("metadata", [METADATA, {}], ids=["some", "none"])
+def test_equal_files_have_equal_bytes(tmp_path: Path, metadata: dict[str, str]) -> None:
+    """safetensors itself writes the metadata in another order in each process, and in each file."""
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int64), "c": torch.randn(2).half()}
+    for number in range(20):
+        entries = list(metadata.items())[:: 1 if number % 2 else -1]
+        write_tensors(tmp_path / str(number), tensors, dict(entries))
+    contents = {(tmp_path / str(number)).read_bytes() for number in range(20)}
+    assert len(contents) == 1
+    with safe_open(tmp_path / "0", "pt") as handle:
+        assert (handle.metadata() or {}) == metadata
+        assert all(torch.equal(handle.get_tensor(name), tensor) for name, tensor in tensors.items())
+    assert int.from_bytes(contents.pop()[:8], "little") % 8 == 0

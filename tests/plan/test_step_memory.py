@@ -33,7 +33,7 @@ def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
         targets = target_modules(transformer, shape.layers, shape.blocks)
         attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
     transformer.train()
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     for module in (transformer, *transformer.transformer_blocks):
         stand_in_for_gpu(module, shape.dtype)
     with AllocationCounter() as counter:

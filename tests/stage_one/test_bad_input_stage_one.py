@@ -9,7 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from sd3_lora import devices, model_files, text_encoders
+from sd3_lora.common import devices, model_files
+from sd3_lora.stage_one import text_encoders
 
 import pytest
 import torch

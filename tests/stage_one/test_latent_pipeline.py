@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import precompute_latents
-from precompute_latents import decode_ahead, one_late
+from precompute_latents import LatentConfig, decode_ahead, one_late
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.images import BrokenImage, crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeTile

@@ -8,11 +8,11 @@ from pathlib import Path
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.stage_one import vae_tiles
 from sd3_lora.stage_one.images import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
-from sd3_lora.stage_one.vae_tiles import vae_weight_bytes
+from sd3_lora.stage_one.vae_tiles import VaeWork, vae_weight_bytes, working_bytes
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.config import DataConfig
 
@@ -32,7 +32,8 @@ def within(tiny_sd3: Path) -> Budget:
 
     def words(side: int | None) -> list[object]:
         files = ModelFiles(ModelConfig(str(tiny_sd3)))
-        needed = vae_weight_bytes(files, "fp32") + vae_tiles.working_bytes(files, "encode", "fp32", 256, 256, side, 1)
+        work = VaeWork("encode", "fp32", PictureSize.square(256))
+        needed = vae_weight_bytes(files, "fp32") + working_bytes(files, work, side, 1)
         return ["--vram_budget_gib", 0.75 + (needed + 1000) / GIB]
 
     return words

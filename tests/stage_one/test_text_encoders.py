@@ -33,7 +33,14 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import PROMPT
 from diffusers import StableDiffusion3Pipeline
-from transformers import CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG = "sks robot " * 80
@@ -84,6 +91,18 @@ def resident(files: ModelFiles, precision: str, ids: torch.Tensor) -> torch.Tens
 
 def t5_streamed(*args: Any) -> torch.Tensor:
     return torch.cat(list(encode_t5_streamed(*args)))
+
+
+def test_as_many_clip_tokens_as_the_model_has_positions(tiny_sd3: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_sd3, tmp_path / "model")
+    for name in ("text_encoder", "text_encoder_2"):
+        config = CLIPTextConfig.from_pretrained(tiny_sd3 / name, max_position_embeddings=40)
+        CLIPTextModelWithProjection(config).save_pretrained(tmp_path / "model" / name)
+    files = ModelFiles(ModelConfig(str(tmp_path / "model")))
+    prompt_embeds, pooled = encode_prompts(files, PROMPTS[:2], plan(), [])
+    assert files.clip_tokens() == 40
+    assert (prompt_embeds.shape, pooled.shape) == ((2, 40 + 20, 48), (2, 24))
+    assert not prompt_embeds[:, :40, 24:].any()  # padding beside the CLIPs
 
 
 # The stock pipeline's numbers

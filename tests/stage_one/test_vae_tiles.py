@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora import memory_plan, text_encoder_plan, vae_tiles
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import MINIATURE, ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.gpu.budget import DeviceBudget, open_budget
+from sd3_lora.plan import memory_plan
+from sd3_lora.stage_one import text_encoder_plan, vae_tiles
 from sd3_lora.stage_one.images import open_rgb
-from sd3_lora.stage_one.vae_tiles import SIDES_PX, VaeTile, choose_tile, vae_weight_bytes
+from sd3_lora.stage_one.vae_tiles import SIDES_PX, VaeTile, VaeWork, choose_tile, vae_weight_bytes
 
 import numpy as np
 import pytest
@@ -26,6 +29,8 @@ from safetensors.torch import load_file
 
 CONTEXT = GIB // 2
 CPU = torch.device("cpu")
+FULL = PictureSize.square(1024)
+DECODE = VaeWork("decode", "fp32", FULL)
 
 
 def budget(gib: float) -> DeviceBudget:
@@ -73,19 +78,19 @@ def picture() -> torch.Tensor:
 def test_the_estimate_is_what_was_measured(
     full_files: ModelFiles, task: Any, precision: str, whole: float, tile_512: float
 ) -> None:
-    weights = 4 * 83_800_000 / GIB
+    weights, work = 4 * 83_800_000 / GIB, VaeWork(task, precision, FULL)
     ample = budget(weights + whole + 0.001)
-    tile = choose_tile(full_files, task, precision, 1024, 1024, ample)
+    tile = choose_tile(full_files, work, ample)
     assert tile.side_px is None
     assert sum(tile.predicted_parts(ample).values()) / GIB == pytest.approx(0.5 + weights + whole)
-    assert choose_tile(full_files, task, precision, 1024, 1024, budget(weights + whole - 0.001)).side_px == 768
-    tile = choose_tile(full_files, task, precision, 1024, 1024, budget(weights + tile_512 + 0.001))
+    assert choose_tile(full_files, work, budget(weights + whole - 0.001)).side_px == 768
+    tile = choose_tile(full_files, work, budget(weights + tile_512 + 0.001))
     assert (tile.side_px, tile.working_bytes / GIB) == (512, pytest.approx(tile_512))
-    assert choose_tile(full_files, task, precision, 1024, 1024, budget(weights + tile_512 - 0.001)).side_px == 384
+    assert choose_tile(full_files, work, budget(weights + tile_512 - 0.001)).side_px == 384
 
 
 def test_a_narrower_vae_takes_less(files: ModelFiles) -> None:
-    tile = choose_tile(files, "decode", "fp32", 1024, 1024, budget(80))
+    tile = choose_tile(files, DECODE, budget(80))
     assert tile.working_bytes / GIB == pytest.approx(4.1 * 32 / 128)
     weights = AutoencoderKL.from_pretrained(MINIATURE / "vae", torch_dtype=torch.float16)
     assert vae_weight_bytes(files, "fp16") == sum(p.numel() * p.element_size() for p in weights.parameters())
@@ -96,7 +101,7 @@ def test_more_memory_never_means_a_smaller_tile(full_files: ModelFiles) -> None:
     for tenth in range(3, 90):
         room = budget(tenth / 10)
         try:
-            tile = choose_tile(full_files, "decode", "fp32", 1024, 1024, room)
+            tile = choose_tile(full_files, DECODE, room)
         except UserError:
             sides.append(0)
             continue
@@ -108,7 +113,8 @@ def test_more_memory_never_means_a_smaller_tile(full_files: ModelFiles) -> None:
 
 def test_a_smaller_batch_before_tiles_and_only_where_none_was_asked_for(full_files: ModelFiles) -> None:
     def chosen(room: float, smaller_batch: bool) -> tuple[int, int | None]:
-        tile = choose_tile(full_files, "encode", "fp32", 512, 512, budget(0.3122 + room), 4, smaller_batch)
+        work = VaeWork("encode", "fp32", PictureSize.square(512), 4, smaller_batch)
+        tile = choose_tile(full_files, work, budget(0.3122 + room))
         return tile.batch_size, tile.side_px
 
     whole = 2.9 / 4  # one of 512 px
@@ -120,22 +126,22 @@ def test_a_smaller_batch_before_tiles_and_only_where_none_was_asked_for(full_fil
 
 
 def test_without_a_budget_and_for_a_small_picture_there_are_no_tiles(full_files: ModelFiles) -> None:
-    assert choose_tile(full_files, "decode", "fp32", 1024, 1024, None, 4) == VaeTile(
-        None, 4, 4 * 83_800_000, vae_tiles.working_bytes(full_files, "decode", "fp32", 1024, 1024, None, 4)
-    )
+    four = replace(DECODE, batch_size=4)
+    working = vae_tiles.working_bytes(full_files, four, None, 4)
+    assert choose_tile(full_files, four, None) == VaeTile(None, 4, 4 * 83_800_000, working)
     with pytest.raises(UserError, match="needs at least"):  # 128 px is no smaller than the picture
-        choose_tile(full_files, "decode", "fp32", 128, 128, budget(0.32))
+        choose_tile(full_files, replace(DECODE, size=PictureSize.square(128)), budget(0.32))
 
 
 def test_what_not_the_smallest_tile_fits_is_told_the_smallest_budget_that_would(full_files: ModelFiles) -> None:
     with pytest.raises(UserError) as caught:
-        choose_tile(full_files, "decode", "fp32", 1024, 1024, budget(0.41))
+        choose_tile(full_files, DECODE, budget(0.41))
     # 0.5 of CUDA + 0.3122 of weights + 4.1 / 64 + 12 · 4 / 1024
     assert str(caught.value) == "the VAE in fp32 needs at least 0.93 GiB: type --vram_budget_gib 0.93"
     typed = open_budget(BudgetConfig(0.93), CPU)
     assert typed
     enough = DeviceBudget(typed.total_bytes, CONTEXT, CPU)
-    assert choose_tile(full_files, "decode", "fp32", 1024, 1024, enough).side_px == 128
+    assert choose_tile(full_files, DECODE, enough).side_px == 128
 
 
 def test_the_choice_in_words() -> None:
@@ -199,7 +205,8 @@ def tiny_budget(tiny_sd3: Path) -> Callable[[Any, int, int | None], float]:
 
     def gib(task: Any, side: int | None) -> float:
         files = ModelFiles(ModelConfig(str(tiny_sd3)))
-        needed = vae_weight_bytes(files, "fp32") + vae_tiles.working_bytes(files, task, "fp32", 256, 256, side, 1)
+        work = VaeWork(task, "fp32", PictureSize.square(256))
+        needed = vae_weight_bytes(files, "fp32") + vae_tiles.working_bytes(files, work, side, 1)
         return 0.75 + (needed + 1000) / GIB
 
     return gib

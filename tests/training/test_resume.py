@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from sd3_lora.common.run_record import RunIdentity
 from sd3_lora.training.checkpoints import read_state
 from sd3_lora.training.state import Outputs
 from sd3_lora.transformer.lora import LORA_FILE
@@ -42,6 +43,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, micro_step: int) -> None:
 def assert_same_run(left: Path, right: Path, step: int) -> None:
     """The LoRA, every tensor and number of the last checkpoint, and the loss log, bit for bit."""
     assert same_lora(left / LORA_FILE, right / LORA_FILE)
+    assert (left / LORA_FILE).read_bytes() == (right / LORA_FILE).read_bytes()  # the metadata's order too
     for name in ("state.safetensors", "state.json"):
         assert (left / f"checkpoint-{step}" / name).read_bytes() == (right / f"checkpoint-{step}" / name).read_bytes()
     assert (left / "losses.jsonl").read_bytes() == (right / "losses.jsonl").read_bytes()
@@ -370,7 +372,8 @@ def test_more_processes_than_before(
     loaded: list[Any] = []
     training = SimpleNamespace(load_state_dict=loaded.append)
     folder = run.folder / "checkpoint-3"
-    outputs = Outputs(tmp_path, None, {}, read_state(folder)["signature"], None)
+    record = SimpleNamespace(identity=RunIdentity(read_state(folder)["signature"]))
+    outputs = Outputs(tmp_path, None, record, None)
     for rank in (0, 1):
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
         outputs.load_checkpoint(folder, read_state(folder), training, accelerator)

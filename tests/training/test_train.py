@@ -284,6 +284,23 @@ def test_what_lies_beside_the_lora(script: Script, prepared: Prepared, tmp_path:
     assert f"Say `{PROMPT}`" in card
     assert "| rank | 2 |" in card
     assert same_lora(tmp_path / "checkpoint-3" / LORA_FILE, tmp_path / LORA_FILE)
+    assert (tmp_path / "checkpoint-3" / LORA_FILE).read_bytes() == (tmp_path / LORA_FILE).read_bytes()
+    assert record["execution"] == {"compiled": False, "captured": False, "asked": False, "refusal": None}
+    assert record["identity"]["--rank"] == record["flags"]["rank"]
+    assert (record["trigger"], record["prompts"], record["steps"]) == (PROMPT, [PROMPT], 3)
+
+
+def test_the_card_names_the_trigger(script: Script, private: Prepared, tmp_path: Path) -> None:
+    """Not the caption of the first picture; quotes in it are text."""
+    trigger = 'a photo of "sks" robot'
+    flags = [trigger if word == PROMPT else word for word in private.flags]
+    for path in private.pictures.iterdir():
+        path.with_suffix(".txt").write_text(PROMPT)
+    run = train(script, Flags(flags), tmp_path / "out")
+    card = (run.folder / "README.md").read_text()
+    assert f"Say `{trigger}`" in card
+    assert f"pipeline({json.dumps(trigger)}).images" in card
+    assert PROMPT not in card
 
 
 def test_the_next_command_draws(script: Script, prepared: Prepared, tmp_path: Path) -> None:

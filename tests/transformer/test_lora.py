@@ -11,6 +11,7 @@ from typing import Any
 import sd3_lora.training.state
 import sd3_lora.transformer.lora
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.run_record import RunRecord
 from sd3_lora.transformer.lora import (
     DEFAULT_LAYERS,
     LORA_FILE,
@@ -359,20 +360,20 @@ def test_what_is_read_back_is_compared(
 ) -> None:
     """A disk that lies: the file that was there stays, and nothing else is left."""
     (tmp_path / LORA_FILE).write_bytes(b"of an earlier run")
-    original = sd3_lora.transformer.lora.save_file
+    original = sd3_lora.transformer.lora.write_tensors
 
-    def save_damaged(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    def save_damaged(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         name = sorted(tensors)[7]
         if damage == "a tensor":
             del tensors[name]
         else:
             tensors[name].view(-1)[3] += 1e-6
-        original(tensors, path, metadata)
+        original(path, tensors, metadata)
         if damage == "cut short":
             os.truncate(path, path.stat().st_size - 100)
 
-    monkeypatch.setattr(sd3_lora.transformer.lora, "save_file", save_damaged)
+    monkeypatch.setattr(sd3_lora.transformer.lora, "write_tensors", save_damaged)
     with pytest.raises((OSError, SafetensorError)):
         save_lora(tmp_path, trained, 4, 12.0, RECORD)
     assert (tmp_path / LORA_FILE).read_bytes() == b"of an earlier run"
@@ -389,7 +390,7 @@ def test_the_lora_is_on_disk_before_anything_that_can_fail(
         raise RuntimeError("after the last step")
 
     state = sd3_lora.training.state
-    for module, name in ((state, "write_state"), (training, "write_model_card"), (training, "save_run")):
+    for module, name in ((state, "write_state"), (training, "write_model_card"), (RunRecord, "save")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             with pytest.raises(RuntimeError, match="after the last step"):

@@ -76,7 +76,7 @@ def test_training_is_that_of_resident_blocks(layers: int, offload: bool, shards:
     for count in sorted({0, 1, layers - 1, layers}):
         transformer = make_unread(layers=layers, dropout=0.3)
         stream(transformer, paths)
-        recompute_blocks(transformer, count, offload)
+        recompute_blocks(transformer, range(count), offload)
         assert train_steps(transformer).is_equal(plain)
 
 
@@ -103,7 +103,7 @@ def test_files_of_another_dtype_are_converted_as_they_are_read(
             assert not any(weight.isnan().any() for piece in pieces for weight in piece.weights)
         elif source == "mapped":
             stream(transformer, paths)
-        recompute_blocks(transformer, BLOCKS)
+        recompute_blocks(transformer, range(BLOCKS))
         results.append((train_steps(transformer, dtype=dtype), draw_in(transformer, dtype)))
     for trained, drawn in results[1:]:
         assert trained.is_equal(results[0][0])
@@ -122,7 +122,7 @@ def test_nothing_stale_is_read_however_late_the_copies(count: int, tmp_path: Pat
     expected = train_steps(plain, between=lambda step: draw(plain, step))
     transformer = make_unread(dropout=0.3)
     stream_poisoned(transformer, source_of(transformer, save_base(tmp_path)))
-    recompute_blocks(transformer, count, offload_inputs=True)
+    recompute_blocks(transformer, range(count), offload_inputs=True)
     with late_copies():
         assert train_steps(transformer, between=lambda step: draw(transformer, step)).is_equal(expected)
 
@@ -268,7 +268,7 @@ def test_each_piece_is_read_while_two_others_are_copied_and_compute(
         events.clear()
         draw(transformer, passes=1)
     else:
-        recompute_blocks(transformer, count)
+        recompute_blocks(transformer, range(count))
         train_steps(transformer, steps=3, between=lambda _: events.clear())
     assert events == read_ahead(prefetched(asked))
 
@@ -355,7 +355,7 @@ def test_a_file_that_vanishes_is_told_in_a_sentence(how: str, in_backward: bool,
     paths = save_base(tmp_path, layers=12)
     transformer = make_unread(layers=12)
     stream(transformer, paths)
-    recompute_blocks(transformer, 12)
+    recompute_blocks(transformer, range(12))
     if in_backward:
         loss = transformer(**inputs(0, CPU)).sample.square().mean()
     if how == "removed":
@@ -404,7 +404,7 @@ def test_a_gpu_trains_the_same(saved: torch.dtype, count: int, offload: bool, tm
     plain = train_steps(make_transformer(**words).to(GPU), GPU, steps=5, dtype=torch.float16)
     transformer = make_unread(**words)
     stream(transformer, save_base(tmp_path, dtype=saved), GPU)
-    recompute_blocks(transformer, count, offload)
+    recompute_blocks(transformer, range(count), offload)
     assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
 
 

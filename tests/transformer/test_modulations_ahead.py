@@ -83,7 +83,7 @@ def test_numbers_are_those_of_resident_blocks(buffers: int, unknown: Collection[
     for count in (1, 3, BLOCKS - 1, BLOCKS):
         transformer = make_transformer()
         ahead = ModulationsAhead(transformer, stream_poisoned(transformer, buffers=buffers), range(count))
-        recompute_blocks(transformer, count, offload_inputs=True)
+        recompute_blocks(transformer, range(count), offload_inputs=True)
         with late_copies():
             assert is_equal(train_ahead(transformer, ahead, unknown=unknown), expected)
 
@@ -93,7 +93,7 @@ def test_in_lower_precisions(make: Callable[..., SD3Transformer2DModel]) -> None
     expected = train_ahead(make(dtype=torch.bfloat16), None, dtype=torch.bfloat16)
     transformer = make(dtype=torch.bfloat16)
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead, dtype=torch.bfloat16), expected)
 
@@ -113,7 +113,7 @@ def test_a_modulation_may_have_a_lora() -> None:
 
     expected, transformer = train_ahead(make(), None), make()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead), expected)
 
@@ -126,7 +126,7 @@ def test_forward_asks_for_none_and_backward_for_each_once(monkeypatch: pytest.Mo
     first, last = modulations[:4], modulations[4:]
     rest = [index for index in range(len(pieces)) if index not in first]
     ahead = ModulationsAhead(transformer, stream_transformer(transformer, CPU), range(2))
-    recompute_blocks(transformer, 2)
+    recompute_blocks(transformer, range(2))
     asked: list[list[int]] = []
     copies: list[int] = []
 
@@ -176,7 +176,7 @@ def test_a_micro_step_that_is_repeated_gives_the_same() -> None:
 
     expected, transformer = train_ahead(make_transformer(), None), make_transformer()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     with late_copies():
         assert is_equal(train_ahead(transformer, ahead, wrap=partial(wrap, parameters=parameters)), expected)
@@ -200,7 +200,7 @@ def test_what_replays_left_in_the_buffers_is_not_taken_for_pieces(monkeypatch: p
     transformer, plain = make_transformer(), make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6, [0])
     ahead = ModulationsAhead(transformer, streamed, [0])
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     words, found = inputs(0, CPU), []
     for _ in range(3):
         ahead.advance((words["timestep"].clone(), words["pooled_projections"]), None)
@@ -219,7 +219,7 @@ def test_what_replays_left_in_the_buffers_is_not_taken_for_pieces(monkeypatch: p
 def test_outside_of_a_step_the_layers_compute_what_they_always_did() -> None:
     plain, transformer = make_transformer(), make_transformer()
     ahead = ModulationsAhead(transformer, stream_poisoned(transformer), range(BLOCKS))
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     with late_copies():
         for _ in range(2):
             assert is_equal(draw(transformer), draw(plain))
@@ -230,7 +230,7 @@ def test_nothing_holds_itself() -> None:
     transformer = make_transformer()
     streamed: StreamedBlocks | None = stream_transformer(transformer, CPU)
     ahead: ModulationsAhead | None = ModulationsAhead(transformer, streamed, range(BLOCKS))
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     train_ahead(transformer, ahead, steps=2)
     gc.collect()
     gc.disable()
@@ -268,7 +268,7 @@ def test_on_a_gpu(make: Callable[..., SD3Transformer2DModel], buffers: int, reco
     for count, unknown in ((3, ()), (BLOCKS - 1, (1, 2)), (BLOCKS, range(5))):
         transformer = make(**words)
         ahead = ModulationsAhead(transformer, stream_transformer(transformer, GPU, None, buffers), range(count))
-        recompute_blocks(transformer, count, offload_inputs=count == BLOCKS)
+        recompute_blocks(transformer, range(count), offload_inputs=count == BLOCKS)
         gradients = [p for p in transformer.parameters() if p.requires_grad]
 
         def wrap(compute: Callable[..., torch.Tensor], gradients: Any = gradients) -> Callable[..., torch.Tensor]:

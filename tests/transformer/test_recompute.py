@@ -40,7 +40,7 @@ def count_visits(transformer: torch.nn.Module) -> Iterator[list[int]]:
 def test_losses_and_gradients_are_those_of_kept_activations(count: int, offload: bool, dropout: float) -> None:
     plain = train_steps(make_transformer(dropout=dropout))
     transformer = make_transformer(dropout=dropout)
-    recompute_blocks(transformer, count, offload)
+    recompute_blocks(transformer, range(count), offload)
     assert train_steps(transformer).is_equal(plain)
 
 
@@ -58,7 +58,7 @@ def test_the_comparison_sees_a_bit_and_dropout() -> None:
 @pytest.mark.parametrize("count", [0, 1, 4, 6])
 def test_the_first_blocks_are_computed_anew_last_to_first(count: int, offload: bool) -> None:
     transformer = make_transformer()
-    recompute_blocks(transformer, count, offload)
+    recompute_blocks(transformer, range(count), offload)
     with count_visits(transformer) as visits:
         train_steps(transformer, steps=2)
     assert visits == 2 * [0, 1, 2, 3, 4, 5, *reversed(range(count))]
@@ -66,11 +66,11 @@ def test_the_first_blocks_are_computed_anew_last_to_first(count: int, offload: b
 
 def test_nothing_is_computed_anew_without_gradients_or_after_count_zero() -> None:
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, True)
+    recompute_blocks(transformer, range(6), True)
     with count_visits(transformer) as visits, torch.no_grad():
         transformer(**inputs(0, CPU))
     assert visits == [0, 1, 2, 3, 4, 5]
-    recompute_blocks(transformer, 0)
+    recompute_blocks(transformer, range(0))
     with count_visits(transformer) as visits:
         train_steps(transformer, steps=1)
     assert visits == [0, 1, 2, 3, 4, 5]
@@ -79,7 +79,7 @@ def test_nothing_is_computed_anew_without_gradients_or_after_count_zero() -> Non
 @pytest.mark.parametrize("count", [-1, 7])
 def test_a_count_that_the_transformer_does_not_have(count: int) -> None:
     with pytest.raises(UserError, match=f"^{count} blocks cannot be recomputed: this transformer has 6$"):
-        recompute_blocks(make_transformer(), count)
+        recompute_blocks(make_transformer(), range(count))
 
 
 # What a failure leaves
@@ -104,12 +104,12 @@ def test_a_forward_that_fails_leaves_no_hooks(leaky: bool, offload: bool, monkey
     if leaky:
         monkeypatch.setattr(sd3_lora.transformer.recompute, "checkpoint", leaky_checkpoint)
     failing = make_transformer()
-    recompute_blocks(failing, 6, offload)
+    recompute_blocks(failing, range(6), offload)
     failing.transformer_blocks[2].attn.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:
         failing(**inputs(0, CPU))
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, offload)
+    recompute_blocks(transformer, range(6), offload)
     with count_visits(failing) as visits:
         assert train_steps(transformer).is_equal(plain)
     assert not visits
@@ -123,7 +123,7 @@ def peak_of_kept(count: int, last: bool) -> int:
     """The most bytes of activations that a step keeps at once, counted by the storages that are alive."""
     transformer = make_transformer(layers=6, dual=())
     blocks = transformer.transformer_blocks
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     if last:  # what the choice is compared with
         chosen = list(blocks[6 - count :])
 
@@ -176,7 +176,7 @@ def test_each_block_but_the_last_sends_two_tensors_and_fetches_once(
     """hidden_states and encoder_hidden_states go one by one and come back together; temb stays."""
     counted = Counted(monkeypatch)
     transformer = make_transformer()
-    recompute_blocks(transformer, count, offload_inputs=True)
+    recompute_blocks(transformer, range(count), offload_inputs=True)
     train_steps(transformer, steps=1)
     assert counted.started == (count - 1) * (2 + 1)
 
@@ -187,7 +187,7 @@ def test_the_block_before_is_fetched_ahead() -> None:
     In whatever order autograd asks for the inputs: torch up to 2.11 saves an empty tensor of its own before them.
     """
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, offload_inputs=True)
+    recompute_blocks(transformer, range(6), offload_inputs=True)
     under_way = []
     with late_copies() as outstanding:
         backward = False
@@ -203,14 +203,14 @@ def test_the_block_before_is_fetched_ahead() -> None:
 def test_copies_may_be_as_late_as_their_waits() -> None:
     plain = train_steps(make_transformer(dropout=0.3))
     transformer = make_transformer(dropout=0.3)
-    recompute_blocks(transformer, 6, offload_inputs=True)
+    recompute_blocks(transformer, range(6), offload_inputs=True)
     with late_copies():
         assert train_steps(transformer).is_equal(plain)
 
 
 def test_a_sent_input_is_not_kept_on_the_device() -> None:
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, offload_inputs=True)
+    recompute_blocks(transformer, range(6), offload_inputs=True)
     alive = []
     for block in transformer.transformer_blocks:
 
@@ -240,7 +240,7 @@ def test_a_fetched_input_is_freed_with_its_block(monkeypatch: pytest.MonkeyPatch
     alive: list[int] = []
     monkeypatch.setattr(sd3_lora.transformer.recompute._BlockInputs, "_bring", watch)
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, offload_inputs=True)
+    recompute_blocks(transformer, range(6), offload_inputs=True)
     loss = transformer(**inputs(0, CPU)).sample.square().mean()
     loss.backward(retain_graph=True)
     assert alive == [2, 4, 4, 4, 4]  # its own and those of the block before
@@ -259,7 +259,7 @@ def test_a_graphs_host_memory_is_used_again_when_the_graph_is_gone(monkeypatch: 
 
     monkeypatch.setattr(sd3_lora.transformer.recompute._InputOffload, "send", watch)
     transformer = make_transformer()
-    recompute_blocks(transformer, 6, offload_inputs=True)
+    recompute_blocks(transformer, range(6), offload_inputs=True)
     first, second = (transformer(**inputs(0, CPU)).sample for _ in range(2))
     assert len(sent) == len(set(sent)) == 20
     del second
@@ -275,7 +275,7 @@ def test_two_forwards_before_one_backward_and_one_that_is_given_up() -> None:
     def gradients(recomputed: bool) -> list[torch.Tensor]:
         transformer = make_transformer()
         if recomputed:
-            recompute_blocks(transformer, 5, offload_inputs=True)
+            recompute_blocks(transformer, range(5), offload_inputs=True)
             transformer(**inputs(7, CPU))
         samples = [transformer(**inputs(step, CPU)).sample for step in range(2)]
         (samples[0].square().mean() + samples[1].square().mean()).backward()
@@ -288,7 +288,7 @@ def test_backward_twice() -> None:
     def gradients(recomputed: bool) -> list[torch.Tensor]:
         transformer = make_transformer()
         if recomputed:
-            recompute_blocks(transformer, 6, offload_inputs=True)
+            recompute_blocks(transformer, range(6), offload_inputs=True)
         loss = transformer(**inputs(0, CPU)).sample.square().mean()
         loss.backward(retain_graph=True)
         loss.backward()
@@ -307,7 +307,7 @@ def test_backward_twice() -> None:
 def test_a_gpu_computes_the_same(count: int, offload: bool) -> None:
     plain = train_steps(make_transformer(dropout=0.3, dtype=torch.float16).to(GPU), GPU, dtype=torch.float16)
     transformer = make_transformer(dropout=0.3, dtype=torch.float16).to(GPU)
-    recompute_blocks(transformer, count, offload)
+    recompute_blocks(transformer, range(count), offload)
     assert train_steps(transformer, GPU, dtype=torch.float16).is_equal(plain)
 
 
@@ -323,7 +323,7 @@ def test_offloaded_inputs_are_off_the_gpu() -> None:
     left = []
     for offload in (False, True):
         transformer = make_transformer(layers=24, dual=()).to(GPU)
-        recompute_blocks(transformer, 24, offload)
+        recompute_blocks(transformer, range(24), offload)
         for _ in range(2):  # the first one brings cuBLAS its workspaces, and the LoRA its gradients
             before = torch.cuda.memory_allocated()
             sample = transformer(**words).sample

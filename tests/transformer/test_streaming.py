@@ -79,7 +79,7 @@ def test_numbers_are_those_of_resident_blocks_however_early_or_late_the_copies(
     for count, offload in ((count, offload) for count in range(layers + 1) for offload in (False, True)):
         transformer = make_transformer(layers, 0.3)
         stream(transformer, source=None, buffers=buffers)
-        recompute_blocks(transformer, count, offload)
+        recompute_blocks(transformer, range(count), offload)
         with late_copies() if late else nullcontext():
             assert train_steps(transformer).is_equal(trained), (count, offload)
             assert all(map(torch.equal, draw(transformer), drawn))
@@ -98,8 +98,8 @@ def test_what_autograd_saved_is_right_whatever_ran_since(count: int) -> None:
         return [*drawn, *found, *step_back(transformer, fourth), *step_back(transformer, third)]
 
     plain, transformer = make_transformer(), make_transformer()
-    recompute_blocks(plain, count)  # whose backward adds up in the same order
-    recompute_blocks(transformer, count)
+    recompute_blocks(plain, range(count))  # whose backward adds up in the same order
+    recompute_blocks(transformer, range(count))
     stream_poisoned(transformer)
     expected = gradients(plain)
     with late_copies():
@@ -122,7 +122,7 @@ def test_mixed_dtypes_under_autocast(dtype: torch.dtype, count: int) -> None:
     plain = train_steps(make(), dtype=torch.bfloat16)
     transformer = make()
     stream_poisoned(transformer)
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     with late_copies():
         assert train_steps(transformer, dtype=torch.bfloat16).is_equal(plain)
 
@@ -148,7 +148,7 @@ def test_nf4_weights_are_streamed_too(count: int, dtype: torch.dtype) -> None:
     transformer = make_nf4(CPU, dtype)
     assert transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.uint8
     stream_poisoned(transformer)
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     with late_copies():
         assert train_steps(transformer, dtype=dtype).is_equal(plain)
 
@@ -197,7 +197,7 @@ def test_some_blocks_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         streamed = stream_transformer(transformer, CPU, buffers=3, streamed_blocks=streamed_blocks)
     assert set(staying) < set(sent)
     assert streamed.host_bytes == pinned_bytes([layout(piece.weights)[-1] for piece in own])
-    recompute_blocks(transformer, 4)
+    recompute_blocks(transformer, range(4))
     assert train_steps(transformer).is_equal(plain)
     assert streamed.copies > len(own)
 
@@ -273,7 +273,7 @@ def test_each_piece_is_copied_while_those_before_compute_and_prefetched_one_earl
     events, found = watched(monkeypatch), []
     transformer = make_transformer(layers)
     streamed = stream_transformer(transformer, CPU, None, buffers)
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     train_steps(transformer, steps=4, between=lambda _: found.append((streamed.copies, len(events))))
     if buffers == 2:
         assert [*(copied for copied, _ in found), streamed.copies] == copies
@@ -284,7 +284,7 @@ def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> Non
     """Forward, and anew; and each end's pieces are there when the other pass begins."""
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6)
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     train_steps(transformer, steps=2)
     before = streamed.copies
     train_steps(transformer, steps=1)
@@ -347,7 +347,7 @@ def test_a_pass_that_is_given_up(count: int) -> None:
 
     plain, transformer = make_transformer(), make_transformer()
     stream_poisoned(transformer)
-    recompute_blocks(transformer, count)
+    recompute_blocks(transformer, range(count))
     expected = gradients(plain)
     with late_copies():
         hook = transformer.transformer_blocks[3].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -396,7 +396,7 @@ def test_two_buffers_of_the_largest_piece() -> None:
     assert streamed.host_bytes == pinned_bytes(sizes)
     buffers = [slot.buffer for slot in streamed._slots]
     assert streamed.device_bytes == 2 * max(sizes) == sum(buffer.untyped_storage().nbytes() for buffer in buffers)
-    recompute_blocks(transformer, 3)
+    recompute_blocks(transformer, range(3))
     train_steps(transformer)
     assert {storage(slot.buffer) for slot in streamed._slots} == set(map(storage, buffers))
     for slot in streamed._slots:
@@ -474,7 +474,7 @@ def test_what_is_dropped_is_gone_at_once(make: Callable[[], SD3Transformer2DMode
 def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU)
-    recompute_blocks(transformer, BLOCKS)
+    recompute_blocks(transformer, range(BLOCKS))
     copies, loaded = [], []
     source: Any = streamed._source
     monkeypatch.setattr(

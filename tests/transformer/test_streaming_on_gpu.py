@@ -43,7 +43,7 @@ def test_a_gpu_trains_the_same(
     for offload in [False, True] if count else [False]:
         transformer = make(**words)
         stream_transformer(transformer, GPU, None, buffers, streamed_blocks)
-        recompute_blocks(transformer, count, offload)
+        recompute_blocks(transformer, range(count), offload)
         assert train_steps(transformer, GPU, steps=5, dtype=torch.float16).is_equal(plain)
 
 
@@ -134,7 +134,7 @@ def test_the_peak_is_below_that_of_resident_blocks(count: int) -> None:
             pooled_projection_dim=64,
         )
         attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=0)
-        recompute_blocks(transformer, count, offload_inputs=count > 0)
+        recompute_blocks(transformer, range(count), offload_inputs=count > 0)
         return transformer
 
     def step(transformer: SD3Transformer2DModel) -> None:

@@ -1,0 +1,144 @@
+"""What a run was, as data: its identity, facts and results, each written down once.
+
+`run.json`, a LoRA's metadata, the model card and the benchmarks' tables are all made of it; none of them is read for
+its sentences.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import write_text_atomically
+from sd3_lora.common.stage_report import StageReport
+
+MOST_PROMPTS = 20  # that are written down: a folder may hold 10,000 captions
+
+
+def flag_defaults(groups: Iterable[type]) -> dict[str, Any]:
+    """`--flag` → its default, of all flags of some dataclasses that have one."""
+    defaults: dict[str, Any] = {}
+    for group in groups:
+        for flag in fields(group):
+            if flag.default is not MISSING:
+                defaults[f"--{flag.name}"] = flag.default
+            elif flag.default_factory is not MISSING:
+                defaults[f"--{flag.name}"] = flag.default_factory()
+    return defaults
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What decides a run's numbers, and so must not change when it is resumed.
+
+    Attributes:
+        values: flag or noun → its value, as plain JSON types.
+        defaults: flag → its default, which is the value of a flag in a run of a build that did not have it.
+    """
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def changed(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+        """What another value decided in an earlier run: the name, the value then, the value now.
+
+        Args:
+            saved: the earlier run's `values`.
+        """
+        before = {name: saved.get(name, self.defaults.get(name)) for name in self.values}
+        return [(name, before[name], value) for name, value in self.values.items() if before[name] != value]
+
+    def unknown(self, saved: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """What an earlier run's identity has and this build does not know: the name, and the value then."""
+        return [(name, value) for name, value in saved.items() if name not in self.values]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run works on, and how; known before the work begins. None is what a script does not have.
+
+    Attributes:
+        model: hub id or folder, as the user gave it.
+        revision: the hub's commit; None for a folder.
+        versions: of the libraries.
+        precision: of the weights that do the work: int8, nf4, fp16, bf16 or fp32.
+        processes: how many worked.
+        plan: what is kept where, field by field; under `parts` the predicted peak in bytes, empty without a budget.
+        prompts: the distinct captions of the pictures, in the pictures' order, or what is drawn: the first 20.
+        trigger: the prompt that draws the subject.
+        resolution: side of the crops in pixels.
+        max_sequence_length: T5 tokens of a prompt.
+        seed: of every draw.
+    """
+
+    model: str
+    revision: str | None
+    versions: Mapping[str, str]
+    precision: str
+    processes: int = 1
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    prompts: tuple[str, ...] | None = None
+    trigger: str | None = None
+    resolution: int | None = None
+    max_sequence_length: int | None = None
+    seed: int | None = None
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The predicted peak; 0 where nothing was predicted."""
+        return sum(self.plan.get("parts", {}).values())
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What came of a run. None is what a script does not have.
+
+    Attributes:
+        wrote: a path, or a count and a folder, to be shown.
+        stages: what each stage took.
+        measured_bytes: the peak on the device; 0 without a GPU.
+        steps: optimizer steps in all, those of earlier commands included.
+        ms_a_step: milliseconds of an optimizer step, warm.
+        execution: how micro-steps were carried out in the end, whatever was chosen before the first.
+        loss: the mean of the last steps.
+        skipped: steps that the gradient scaler skipped.
+    """
+
+    wrote: str
+    stages: Sequence[StageReport]
+    measured_bytes: int = 0
+    steps: int | None = None
+    ms_a_step: float | None = None
+    execution: Mapping[str, Any] | None = None
+    loss: float | None = None
+    skipped: int | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run: the resolved flags, and the three parts.
+
+    Attributes:
+        flags: the groups of flags, dataclasses.
+        facts: what is worked on, and how.
+        identity: what is compared on resume; empty where artefacts carry a provenance that is compared instead.
+    """
+
+    flags: Sequence[Any]
+    facts: RunFacts
+    identity: RunIdentity = field(default_factory=lambda: RunIdentity({}))
+
+    def to_dict(self, results: RunResults) -> dict[str, Any]:
+        """As `run.json` has it: plain types in a fixed order, without what the script does not have."""
+        flags = {name: value for group in self.flags for name, value in asdict(group).items()}
+        facts = {**asdict(self.facts), "predicted_bytes": self.facts.predicted_bytes}
+        found = {"flags": flags, "identity": dict(self.identity.values), **facts, **asdict(results)}
+        return {name: value for name, value in found.items() if value is not None and value != {}}
+
+    def save(self, path: Path, results: RunResults) -> None:
+        """Writes `run.json`, atomically."""
+        content = json.dumps(self.to_dict(results), indent=1, ensure_ascii=False, default=str)
+        write_text_atomically(path, content + "\n")

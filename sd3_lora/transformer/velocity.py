@@ -1,0 +1,58 @@
+"""Noisy latents → velocity: the one way in which a step, its simulation and a picture call the transformer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+
+class VelocityModel(torch.nn.Module):
+    """The transformer, called in its precision.
+
+    Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
+
+    Args:
+        transformer: with its adapters.
+        dtype: that it computes in: float16 or bfloat16 by autocast, under which adapters stay float32; or float32.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel, dtype: torch.dtype):
+        super().__init__()
+        self.transformer = transformer
+        self.dtype = dtype
+
+    def precision(self, device: torch.device) -> AbstractContextManager[object]:
+        """What the transformer's parts are called in. On meta tensors the simulation stands in for autocast."""
+        if self.dtype == torch.float32 or device.type == "meta":
+            return nullcontext()
+        return torch.autocast(device.type, self.dtype)
+
+    def forward(
+        self,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled_prompt_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        """The velocity.
+
+        Args:
+            noisy_latents: `(B, 16, H/8, W/8)`, of any dtype.
+            timesteps: `(B,)` float32 in (0, 1000].
+            prompt_embeds: `(B, S, D)` in the transformer's dtype.
+            pooled_prompt_embeds: `(B, P)` likewise.
+
+        Returns:
+            `(B, 16, H/8, W/8)`.
+        """
+        with self.precision(noisy_latents.device):
+            velocity: torch.Tensor = self.transformer(
+                hidden_states=noisy_latents.to(self.dtype),
+                timestep=timesteps,
+                encoder_hidden_states=prompt_embeds,
+                pooled_projections=pooled_prompt_embeds,
+                return_dict=False,
+            )[0]
+        return velocity
