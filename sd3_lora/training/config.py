@@ -88,7 +88,7 @@ class DataConfig(CropFlags):
     )
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops", "resolution"))
+        require_right(less_than_one(self, "num_crops"))
 
 
 @dataclass(frozen=True)
