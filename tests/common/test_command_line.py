@@ -322,3 +322,13 @@ def test_notes_are_rank_0_s(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     monkeypatch.delenv("RANK")
     COMMAND_LINE.parse(["--cache_latents"])
     assert capsys.readouterr().out == "note: --cache_latents changes nothing: they always are\n"
+
+
+def test_what_cannot_be_drawn() -> None:
+    with pytest.raises(UserError) as error:
+        importlib.import_module("inference").COMMAND_LINE.parse(["--height", "0", "--width=-64", "--seed", "-1"])
+    assert str(error.value).splitlines()[1:] == [
+        "  --height 0 must be at least 1",
+        "  --width -64 must be at least 1",
+        "  --seed -1 must be at least 0",
+    ]
