@@ -311,7 +311,7 @@ def test_what_is_always_so_changes_nothing(script: Script, prepared: Prepared, t
     assert run.error == f"--repeats 2 is not part of {TRAINING_SCRIPT}.py: {HARMLESS_FLAGS['repeats'].otherwise}"
 
 
-# In train_dreambooth_lora_sd3.py and the sd3_lora_colab script of diffusers 0.36, where ours is another.
+# In train_dreambooth_lora_sd3.py and the sd3_lora_colab script of diffusers (58eb52c), where ours is another.
 DIFFUSERS_DEFAULTS = {
     "resolution": "512",
     "max_sequence_length": "77",
