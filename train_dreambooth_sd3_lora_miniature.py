@@ -425,6 +425,7 @@ def run(argv: Sequence[str] | None) -> None:
         budget.cap()
     reports: list[StageReport] = []
     steps = flags.run.steps(len(data), accelerator.num_processes)
+    say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     micro_steps = steps * flags.run.gradient_accumulation_steps
     asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
     dropout, kernels_before = flags.lora.lora_dropout, earlier.get("--compile")

@@ -10,10 +10,11 @@ import argparse
 import difflib
 import errno
 import os
+import re
 import shlex
 import signal
-import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ PATH_FLAGS = {
     "data_df_path",
     "instance_data_dir",
     "latents_path",
+    "logging_dir",
     "lora",
     "outdir",
     "output_dir",
@@ -34,24 +36,57 @@ PATH_FLAGS = {
     "prompts_file",
     "resume_from_checkpoint",
 }
-# What other trainers and diffusers call it.
+# What diffusers and other trainers call it: the first of the names that the script has is meant.
 OTHER_NAMES = {
-    "epochs": "num_train_epochs",
-    "guidance_scale": "guidance",
-    "image_dir": "instance_data_dir",
-    "lora_path": "lora",
-    "lr": "learning_rate",
-    "max_epochs": "num_train_epochs",
-    "model": "pretrained_model_name_or_path",
-    "model_path": "pretrained_model_name_or_path",
-    "network_alpha": "lora_alpha",
-    "network_dim": "rank",
-    "num_images_per_prompt": "num_images",
-    "num_inference_steps": "num_steps",
-    "output_dir": "outdir",
-    "save_every_n_steps": "checkpointing_steps",
-    "steps": "num_steps",
-    "train_data_dir": "instance_data_dir",
+    "batch_size": ("train_batch_size", "vae_batch_size"),
+    "cfg_scale": ("guidance",),
+    "data_dir": ("instance_data_dir",),
+    "data_df_path": ("output_path",),
+    "embeddings_path": ("data_df_path", "output_path"),
+    "epochs": ("num_train_epochs",),
+    "flip_aug": ("random_flip",),
+    "guidance_scale": ("guidance",),
+    "image_dir": ("instance_data_dir",),
+    "image_size": ("resolution", "height"),
+    "instance_prompt": ("prompt",),
+    "latents_path": ("output_path",),
+    "log_with": ("report_to",),
+    "lora_dir": ("lora",),
+    "lora_path": ("lora",),
+    "lora_rank": ("rank",),
+    "lora_strength": ("lora_scale",),
+    "lora_weight": ("lora_scale",),
+    "lora_weights": ("lora",),
+    "lr": ("learning_rate",),
+    "max_epochs": ("num_train_epochs",),
+    "max_token_length": ("max_sequence_length",),
+    "max_train_epochs": ("num_train_epochs",),
+    "model": ("pretrained_model_name_or_path",),
+    "model_id": ("pretrained_model_name_or_path",),
+    "model_path": ("pretrained_model_name_or_path",),
+    "network_alpha": ("lora_alpha",),
+    "network_dim": ("rank",),
+    "network_dropout": ("lora_dropout",),
+    "num_images_per_prompt": ("num_images",),
+    "num_inference_steps": ("num_steps",),
+    "num_validation_images": ("num_images",),
+    "optimizer_type": ("optimizer",),
+    "out_dir": ("outdir", "output_dir", "output_path"),
+    "outdir": ("output_dir", "output_path"),
+    "output": ("output_path", "output_dir", "outdir"),
+    "output_dir": ("outdir", "output_path"),
+    "output_path": ("outdir", "output_dir"),
+    "prompt": ("instance_prompt",),
+    "prompts": ("prompts_file",),
+    "resume": ("resume_from_checkpoint",),
+    "sample_prompts": ("prompts_file",),
+    "save_every_n_steps": ("checkpointing_steps",),
+    "scale": ("lora_scale",),
+    "steps": ("num_steps", "max_train_steps"),
+    "train_batch_size": ("batch_size",),
+    "train_data_dir": ("instance_data_dir",),
+    "unet_lr": ("learning_rate",),
+    "validation_prompt": ("prompt",),
 }
 
 
@@ -125,35 +160,41 @@ class CommandLine:
     def answer_at_once(self) -> None:
         """Ends the process, before anything heavy is imported, where the command line is wrong or asks for help.
 
-        An interruption meanwhile gets its sentence instead of a traceback.
+        An interruption meanwhile gets its sentence instead of a traceback. Of several processes rank 0 alone answers,
+        and its launcher ends the others.
         """
         signal.signal(signal.SIGINT, _end_on_interrupt)
+        if not _is_rank_0():
+            return
         try:
             self.parse(None, report=lambda _: None)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
 
-    def parse(self, argv: Sequence[str] | None, report: Callable[[str], None] = print) -> tuple[Any, ...]:
+    def parse(self, argv: Sequence[str] | None, report: Callable[[str], None] | None = None) -> tuple[Any, ...]:
         """One instance of each group.
 
         Args:
             argv: the arguments; None means those of the process.
-            report: told the notes.
+            report: is given each note; None prints it, in rank 0.
 
         Raises:
             UserError: all that is wrong with the command line, a sentence each.
         """
         parser = self._parser()
         faults: list[str] = []
-        words = list(self._without_known_others(sys.argv[1:] if argv is None else argv, faults, report))
+        words = list(self._without_known_others(sys.argv[1:] if argv is None else argv, faults, report or _print_note))
         try:
             values, unknown = parser.parse_known_args(words)
         except _ParserError as error:  # nothing behind it can be understood
             raise UserError(_all_of([*faults, *parser.faults, str(error)])) from error
         faults += parser.faults
         flags = [word for word in unknown if word.startswith("--")]  # what follows them may be their values
-        faults += [self._about_unknown(word, parser) for word in flags or unknown[:1]]
+        faults += [self._about_unknown(word, parser) for word in flags]
+        if unknown and not flags:
+            hint = "" if unknown == words else "put quotes around a value of several words; "
+            faults.append(f"unknown argument {unknown[0]}: {hint}{self._help_hint}")
         groups = []
         for group in self.groups:
             names = [flag.name for flag in fields(group)]
@@ -180,15 +221,21 @@ class CommandLine:
             prog=self.script,
             usage="python %(prog)s [flags]",
             description=self.description.splitlines()[0],
+            formatter_class=_Help,
             allow_abbrev=False,
         )
+
+    @property
+    def _help_hint(self) -> str:
+        return f"`python {self.script} --help` lists the flags"
 
     def _without_known_others(
         self, argv: Sequence[str], faults: list[str], report: Callable[[str], None]
     ) -> Iterator[str]:
         """The words without those flags of other scripts that are known; what is wrong with these goes to `faults`."""
-        words = iter(argv)
-        for word in words:
+        words = deque(argv)
+        while words:
+            word = words.popleft()
             name, given, value = word.partition("=")
             name = name.replace("-", "_").lstrip("_")
             if not word.startswith("--") or (name not in self.refused and name not in self.harmless):
@@ -196,24 +243,27 @@ class CommandLine:
                 continue
             if name in self.refused:
                 faults.append(f"--{name} is not part of {self.script}: {self.refused[name]}")
+                while words and not words[0].startswith("--"):  # its values, which are nobody else's
+                    words.popleft()
                 continue
             flag = self.harmless[name]
             if flag.takes_value and not given:
-                value = next(words, "")
-            if flag.only is not None and value != flag.only:
+                value = words.popleft() if words and not words[0].startswith("--") else ""
+            if flag.takes_value and not value:
+                faults.append(f"argument --{name}: expected one argument")
+            elif flag.only is not None and value != flag.only:
                 faults.append(f"--{name} {value} is not part of {self.script}: {flag.otherwise}")
             else:
                 report(f"note: --{name} changes nothing: {flag.note}")
 
     def _about_unknown(self, word: str, parser: argparse.ArgumentParser) -> str:
         flag = word.split("=", 1)[0]
-        known = sorted(name for name in parser._option_string_actions if name.startswith("--"))
-        known = [name for name in known if "-" not in name[2:]]  # each stands there with hyphens too
+        known = [name for name in parser._option_string_actions if "-" not in name[2:]]  # each has a twin with hyphens
         name = flag.lstrip("-").replace("-", "_")
-        other = f"--{OTHER_NAMES.get(name, '')}"
-        near = [other] if other in known else difflib.get_close_matches(f"--{name}", known, 1, 0.7)
-        advice = f"type {near[0]}" if near else f"`python {self.script} --help` lists the flags"
-        return f"unknown argument {flag}: {advice}"
+        others = [f"--{other}" for other in OTHER_NAMES.get(name, ()) if f"--{other}" in known]
+        # A name that means something else here than any flag gets no guess.
+        near = others if name in OTHER_NAMES else difflib.get_close_matches(f"--{name}", known, 1, 0.7)
+        return f"unknown argument {flag}: " + (f"type {near[0]}" if near else self._help_hint)
 
 
 class _ParserError(Exception):
@@ -221,21 +271,49 @@ class _ParserError(Exception):
 
 
 class _Faults(argparse.ArgumentParser):
-    """argparse that notes a value it cannot take, and goes on."""
+    """argparse that notes a value it cannot take, or lacks, and goes on."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         self.faults: list[str] = []
         super().__init__(*args, **kwargs)
 
+    def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
+        try:
+            return super()._match_argument(action, arg_strings_pattern)
+        except argparse.ArgumentError as error:
+            self._note(error)
+            return 0
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not arg_strings and action.nargs in (None, argparse.ONE_OR_MORE):
+            return action.default  # `_match_argument` has noted that there is none
         try:
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:
-            self.faults.append(str(error))
+            self._note(error)
             return action.default
+
+    def _note(self, error: argparse.ArgumentError) -> None:
+        """Notes a fault under the flag's first name alone; argparse names them all."""
+        names, slash, _ = (error.argument_name or "").partition("/")
+        self.faults.append(f"argument {names}: {error.message}" if slash else str(error))
 
     def error(self, message: str) -> NoReturn:
         raise _ParserError(message)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag on a line of its own, without its twin with hyphens, and without defaults that say nothing."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = ", ".join(name for name in action.option_strings if "-" not in name.lstrip("-"))
+        if action.nargs == 0 or action.const is True:
+            return names
+        return f"{names} {self._format_args(action, action.dest.upper())}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False or action.default in ([], "")
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def _all_of(faults: Sequence[str]) -> str:
@@ -253,9 +331,20 @@ def _expanded(name: str, value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
+def _is_rank_0() -> bool:
+    """Of the processes that torchrun or accelerate launch started, before torch is there to be asked."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_note(note: str) -> None:
+    if _is_rank_0():
+        print(note)
+
+
 def _end_on_interrupt(*_: object) -> NoReturn:
     """Ends the process at once: nothing has been begun, and libraries may swallow an exception as they are imported."""
-    print("\ninterrupted: run the same command again", file=sys.stderr, flush=True)
+    if _is_rank_0():
+        print("\ninterrupted: run the same command again", file=sys.stderr, flush=True)
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -319,8 +408,16 @@ def command(script: str, **flags: Any) -> str:
     >>> command("inference.py", lora="my lora", num_images=2)
     "python inference.py --lora 'my lora' --num_images 2"
     """
-    words = ["python", *command_words(script, **flags)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    quote = _quote_for_cmd if os.name == "nt" else shlex.quote
+    return " ".join(quote(word) for word in ("python", *command_words(script, **flags)))
+
+
+def _quote_for_cmd(word: str) -> str:
+    """In double quotes unless it needs none: to cmd.exe a single quote is a letter, and & ends a command."""
+    if re.fullmatch(r"[\w@+=:,./\\-]+", word):
+        return word
+    inner = re.sub(r'(\\*)"', r'\1\1\\"', word)  # backslashes count double before a quote, as C programs read them
+    return '"' + re.sub(r"(\\+)$", r"\1\1", inner) + '"'
 
 
 def require_writable_folder(folder: Path) -> None:

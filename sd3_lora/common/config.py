@@ -1,4 +1,4 @@
-"""Flags that every script has. Nothing here is heavy to import: a mistyped flag is answered at once."""
+"""Flags that several scripts have. Nothing here is heavy to import: a mistyped flag is answered at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,43 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sd3_lora.common.command_line import WrongFlags
+
+
+@dataclass(frozen=True)
+class PictureFlags:
+    """Which pictures, and their prompt: of both stage-one scripts and of training, whose groups begin with these."""
+
+    instance_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--local_data_dir"],
+            "help": "Folder of pictures of the subject, with captions beside them where there are any (dog.txt for "
+            "dog.jpg, or metadata.jsonl). Default in stage one: the folder dog, or examples/robot; in training: the "
+            "pictures that the embeddings file knows.",
+        },
+    )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of pictures without a caption: 'a photo of sks dog'. Default in training: the one that "
+            "stage one was given. precompute_latents.py only checks that equal pictures have equal captions.",
+        },
+    )
+    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+
+
+@dataclass(frozen=True)
+class CropFlags(PictureFlags):
+    """Which pictures, and how they are cropped: of the latents' script and of training."""
+
+    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
+    resolution: int | None = field(
+        default=None,
+        metadata={"help": "Side of the square crops in pixels. Default: the model's own (diffusers: 512)."},
+    )
+    center_crop: bool = field(
+        default=False, metadata={"help": "One crop of each picture, from its centre: the same as --num_crops 1."}
+    )
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sd3_lora.common.command_line import less_than_one, require_right
-from sd3_lora.common.defaults import LATENTS_PATH
+from sd3_lora.common.config import CropFlags, PictureFlags
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
 
 
 @dataclass(frozen=True)
-class EmbeddingConfig:
+class EmbeddingConfig(PictureFlags):
     """What to embed, how, and where to write it."""
 
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures of the subject; captions beside them (dog.txt for dog.jpg, or metadata.jsonl) "
-            "are embedded too. Default: the folder dog, or examples/robot.",
-        },
-    )
-    instance_prompt: str | None = field(
+    instance_prompt: str | None = field(  # as in `PictureFlags`, and by the name that the reference's script has for it
         default=None,
         metadata={"aliases": ["--prompt"], "help": "The prompt with the identifier: 'a photo of sks dog'."},
     )
@@ -37,7 +30,6 @@ class EmbeddingConfig:
     negative_prompt: str | None = field(
         default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
     )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
     max_sequence_length: int = field(default=77, metadata={"help": "T5 tokens of a prompt, 1 to 512."})
     t5_precision: Literal["int8", "nf4", "fp16", "fp32"] | None = field(
         default=None,
@@ -46,36 +38,23 @@ class EmbeddingConfig:
     t5_stream: bool = field(
         default=False, metadata={"help": "Keep one T5 block at a time on the device (fp16 or fp32): the least memory."}
     )
-    output_path: str = field(default="sample_embeddings.parquet", metadata={"help": "The parquet file to write."})
+    output_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "The parquet file to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
 
 
 @dataclass(frozen=True)
-class LatentConfig:
+class LatentConfig(CropFlags):
     """Which pictures, which crops of them, and where to write."""
 
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures. Default: the folder dog, or examples/robot.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None, metadata={"help": "Only to check that identical pictures have the same caption."}
-    )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
     alpha_background: Literal["white", "mean"] = field(
         default="white", metadata={"help": "What shows through transparent pixels: white or the mean colour."}
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
-    )
-    center_crop: bool = field(default=False, metadata={"help": "One crop, from the centre: the same as --num_crops 1."})
     num_crops: int = field(
         default=3,
-        metadata={"help": "Crops of a picture that is not square, evenly spread along its longer side."},
+        metadata={
+            "help": "Crops of a picture that is not square, evenly spread along its longer side (diffusers: one, "
+            "from a random place)."
+        },
     )
     random_flip: bool = field(default=False, metadata={"help": "Cache the mirrored twin of each crop too."})
     vae_precision: Literal["fp32", "fp16", "bf16"] | None = field(
@@ -97,7 +76,7 @@ class LatentConfig:
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops", "vae_batch_size", "resolution"))
+        require_right(less_than_one(self, "num_crops", "vae_batch_size"))
 
     def batch_size(self, resolution: int) -> int:
         """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""

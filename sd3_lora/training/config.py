@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
@@ -19,7 +19,7 @@ _LATER = "prior preservation is not built yet"
 _DRAW = "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N"
 _UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
 _FREED = "the text encoders are freed before training; only the transformer is trained"
-_ADAMW = "the optimizer is AdamW; leave it out"
+_ADAMW = "the optimizer is AdamW, whose --learning_rate is about 1e-4; leave it out"
 # Flags of diffusers' scripts that are not here, with what to do instead.
 REFUSED_FLAGS = {
     "with_prior_preservation": f"{_LATER}; fewer --max_train_steps hold drift down",
@@ -63,34 +63,18 @@ HARMLESS_FLAGS = {
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(CropFlags):
     """What stage one left, and what of it to train on."""
 
-    instance_data_dir: str | None = field(
-        default=None,
-        metadata={
-            "aliases": ["--local_data_dir"],
-            "help": "Folder of pictures. Without it: the pictures that the embeddings file knows.",
-        },
-    )
-    instance_prompt: str | None = field(
-        default=None,
-        metadata={"help": "The prompt of pictures without a caption; default: the one that stage one was given."},
-    )
     data_df_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "What compute_embeddings.py wrote."})
     latents_path: str = field(
         default=LATENTS_PATH,
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
     )
-    recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
-    skip_broken: bool = field(default=False, metadata={"help": "Leave out pictures that do not decode."})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": "Checked against the embeddings file; default: whatever it holds."}
+        default=None,
+        metadata={"help": "Checked against the embeddings file. Default: whatever it holds (diffusers: 77)."},
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the square crops in pixels. Default: the model's own."}
-    )
-    center_crop: bool = field(default=False, metadata={"help": "Train on the central crop only."})
     num_crops: int | None = field(
         default=None, metadata={"help": "Train on the crops that this many give; default: all in the cache."}
     )
@@ -104,7 +88,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops", "resolution"))
+        require_right(less_than_one(self, "num_crops"))
 
 
 @dataclass(frozen=True)
@@ -171,7 +155,9 @@ class OptimizerConfig:
         "constant_with_warmup",
         "piecewise_constant",
     ] = field(default="constant", metadata={"help": "The schedule of the learning rate."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Optimizer steps of warmup, for schedules that warm up."})
+    lr_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps of warmup, for schedules that warm up (diffusers: 500)."}
+    )
     lr_num_cycles: int = field(default=1, metadata={"help": "Restarts of cosine_with_restarts."})
     lr_power: float = field(default=1.0, metadata={"help": "Power of polynomial."})
     lr_step_rules: str | None = field(
@@ -188,7 +174,8 @@ class OptimizerConfig:
 
     def _faults(self) -> Iterator[str]:
         if self.optimizer.lower() != "adamw":
-            yield f"--optimizer {self.optimizer} is unknown: type --optimizer AdamW"
+            rate = ", with a --learning_rate of about 1e-4" if self.optimizer.lower() == "prodigy" else ""
+            yield f"--optimizer {self.optimizer} is unknown: type --optimizer AdamW{rate}"
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             yield "--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1"
         if not (self.learning_rate > 0 and self.max_grad_norm > 0) or self.lr_warmup_steps < 0:
@@ -209,17 +196,25 @@ class RunConfig:
 
     output_dir: str = field(default=LORA_FOLDER, metadata={"help": "Where the LoRA and the checkpoints go."})
     seed: int | None = field(default=None, metadata={"help": "Of every draw. Default: one is drawn and noted."})
-    train_batch_size: int = field(default=1, metadata={"help": "Pictures in a micro-batch, for each process."})
+    train_batch_size: int = field(
+        default=1, metadata={"help": "Pictures in a micro-batch, for each process (diffusers: 4)."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches in an optimizer step."})
     num_train_epochs: int | None = field(
-        default=None, metadata={"help": "Passes over the pictures, in place of --max_train_steps."}
+        default=None, metadata={"help": "Passes over the pictures, in place of --max_train_steps (diffusers: 1)."}
     )
     max_train_steps: int | None = field(
-        default=None, metadata={"help": f"Optimizer steps. Default without --num_train_epochs: {DEFAULT_STEPS}."}
+        default=None,
+        metadata={
+            "help": f"Optimizer steps. Default without --num_train_epochs: {DEFAULT_STEPS} (diffusers: one epoch)."
+        },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None,
-        metadata={"help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU, fp32 on a CPU."},
+        metadata={
+            "help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU (diffusers: no), "
+            "fp32 on a CPU."
+        },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
@@ -296,8 +291,8 @@ class FlowConfig:
     precondition_outputs: bool = field(
         default=False,
         metadata={
-            "help": "Measure the error of the predicted picture instead of the velocity's (diffusers' larger script "
-            "does): it multiplies the loss by sigma squared."
+            "help": "Measure the error of the predicted picture instead of the velocity's: it multiplies the loss by "
+            "sigma squared (diffusers: on in train_dreambooth_lora_sd3.py, which --precondition_outputs 1 asks for)."
         },
     )
     timestep_shift: float | None = field(
@@ -328,6 +323,25 @@ class TrainingFlags:
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
+
+    def in_force(self, resolution: int, steps: int, processes: int) -> str:
+        """One line with the settings that most decide what is learned, defaults included.
+
+        Args:
+            resolution: of the crops, in pixels.
+            steps: optimizer steps in all.
+            processes: how many.
+        """
+        run, optimizer = self.run, self.optimizer
+        rate = optimizer.scaled_rate(run.pictures_per_step(processes))
+        warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
+        return (
+            f"{resolution} px, batch {run.train_batch_size} × accumulation {run.gradient_accumulation_steps} × "
+            f"processes {processes}, {steps} steps, learning rate {rate:g} {optimizer.lr_scheduler}"
+            + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
+            + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
+            + ("on" if self.flow.precondition_outputs else "off")
+        )
 
     def groups(self) -> list[object]:
         """The groups, to save them."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from sd3_lora.common.command_line import (
+    OTHER_NAMES,
+    PATH_FLAGS,
     CommandLine,
     HarmlessFlag,
     UserError,
@@ -24,6 +29,8 @@ from sd3_lora.common.command_line import (
 import pytest
 import torch
 from conftest import PROJECT
+
+SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,21 @@ def test_values_and_repeated_lists() -> None:
         (["--steps", "0"], "--steps must be at least 1"),
         (["--push_to_hub"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push-to-hub=yes"], "--push_to_hub is not part of script.py: type `hf upload`"),
-        (["stray"], "unknown argument stray"),
+        (["--push_to_hub", "yes", "--steps", "2"], "--push_to_hub is not part of script.py: type `hf upload`"),
+        (["stray"], "unknown argument stray: `python script.py --help` lists the flags"),
+        (["--steps", "2", "3"], "unknown argument 3: put quotes around a value of several words; `python script.py"),
+        (["--steps"], "argument --steps: expected one argument"),
+        (["--names", "--on"], "argument --names: expected at least one argument"),
+        (["--repeats"], "argument --repeats: expected one argument"),
+        (["--repeats", "--on"], "argument --repeats: expected one argument"),
+        (["--cfg_scale", "7"], "unknown argument --cfg_scale: `python script.py --help` lists the flags"),
     ],
 )
 def test_bad_flags_are_one_sentence(words: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         parse(*words)
     assert str(error.value).startswith(sentence)
+    assert "\n" not in str(error.value)
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +169,68 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     ]
     with pytest.raises(UserError, match=r"^2 things .*\n  argument --steps: invalid int value: 'many'\n  unknown arg"):
         parse("--steps", "many", "--nope")
+    with pytest.raises(
+        UserError, match=r"^3 things .*\n  argument --steps: exp.*\n  argument --names: exp.*\n  unknown"
+    ):
+        parse("--steps", "--names", "--nope")
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "meant"),
+    [
+        ("inference", "guidance_scale", "guidance"),
+        ("inference", "num_inference_steps", "num_steps"),
+        ("inference", "output_dir", "outdir"),
+        ("inference", "num_images_per_prompt", "num_images"),
+        ("inference", "lora_path", "lora"),
+        ("inference", "steps", "num_steps"),
+        ("train_dreambooth_sd3_lora_miniature", "steps", "max_train_steps"),
+        ("train_dreambooth_sd3_lora_miniature", "prompt", "instance_prompt"),
+        ("train_dreambooth_sd3_lora_miniature", "network_dim", "rank"),
+        ("train_dreambooth_sd3_lora_miniature", "output_path", "output_dir"),
+        ("train_dreambooth_sd3_lora_miniature", "guidance_scale", None),  # of a drawing: nothing near is meant
+        ("precompute_latents", "output_dir", "output_path"),
+        ("precompute_latents", "train_batch_size", None),
+        ("compute_embeddings", "data_df_path", "output_path"),
+        ("compute_embeddings", "max_token_length", "max_sequence_length"),
+    ],
+)
+def test_the_names_of_other_trainers(script: str, typed: str, meant: str | None) -> None:
+    command_line = importlib.import_module(script).COMMAND_LINE
+    advice = f"type --{meant}" if meant else f"`python {script}.py --help` lists the flags"
+    for word in (f"--{typed}", f"--{typed.replace('_', '-')}=1"):
+        with pytest.raises(UserError) as error:
+            command_line.parse([word])
+        assert str(error.value) == f"unknown argument {word.removesuffix('=1')}: {advice}"
+
+
+def test_every_other_name_is_of_some_script() -> None:
+    command_lines = [importlib.import_module(script).COMMAND_LINE for script in SCRIPTS]
+    flags = [{flag.name for group in line.groups for flag in fields(group)} for line in command_lines]
+    for other, names in OTHER_NAMES.items():
+        assert all(any(name in own for own in flags) for name in names)
+        assert any(other not in own and not own.isdisjoint(names) for own in flags), other
+
+
+def test_flags_of_paths_are_known() -> None:
+    """By their names, so that a new one is not forgotten."""
+    groups = {group for script in SCRIPTS for group in importlib.import_module(script).COMMAND_LINE.groups}
+    names = {flag.name for group in groups for flag in fields(group)}
+    assert names >= PATH_FLAGS
+    assert {name for name in names if re.search(r"(dir|path|file)$", name)} <= PATH_FLAGS
+
+
+def test_the_help_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a twin with hyphens nor a default that says nothing."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        importlib.import_module("compute_embeddings").COMMAND_LINE.parse(["--help"])
+    text = capsys.readouterr().out
+    assert "\n  --instance_data_dir, --local_data_dir INSTANCE_DATA_DIR\n" in text
+    assert "\n  --recursive           Read" in text
+    assert "--instance-data-dir" not in text
+    assert not re.search(r"default: (None|False|\[\]|)\)", text)
+    assert "(default: 77)" in text
 
 
 def test_what_is_always_so_is_taken_with_a_note() -> None:
@@ -175,10 +252,13 @@ def test_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_is_quoted_as_the_system_s_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd3_lora.common.command_line.os.name", "nt")
     assert command("a.py", prompt="a sks dog") == 'python a.py --prompt "a sks dog"'
+    words = {"a": "x&y", "b": 'say "hi"', "c": "C:\\my dogs\\", "d": "it's", "e": "", "f": r"C:\dogs", "g": 1e-4}
+    typed = command("a.py", **words)
+    assert (
+        typed
+        == r"""python a.py --a "x&y" --b "say \"hi\"" --c "C:\my dogs\\" --d "it's" --e "" --f C:\dogs --g 0.0001"""
+    )
     assert command_words("a.py", prompt="a sks dog", on=True, off=False) == ["a.py", "--prompt", "a sks dog", "--on"]
-
-
-SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -216,3 +296,39 @@ os.kill(os.getpid(), signal.SIGINT)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "\ninterrupted: run the same command again\n")
+
+
+def test_of_several_processes_rank_0_answers() -> None:
+    """The others go on, so that its sentence is there before the launcher ends them all."""
+    code = """
+from sd3_lora.common.command_line import CommandLine
+CommandLine("a.py", "A.", ()).answer_at_once()
+print("went on")
+"""
+
+    def answer(rank: str) -> tuple[int, str, str]:
+        words, environment = [sys.executable, "-c", code, "--nope"], {**os.environ, "RANK": rank}
+        ended = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    assert answer("0") == (2, "", "error: unknown argument --nope: `python a.py --help` lists the flags\n")
+    assert answer("1") == (0, "went on\n", "")
+
+
+def test_notes_are_rank_0_s(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    COMMAND_LINE.parse(["--cache_latents"])
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("RANK")
+    COMMAND_LINE.parse(["--cache_latents"])
+    assert capsys.readouterr().out == "note: --cache_latents changes nothing: they always are\n"
+
+
+def test_what_cannot_be_drawn() -> None:
+    with pytest.raises(UserError) as error:
+        importlib.import_module("inference").COMMAND_LINE.parse(["--height", "0", "--width=-64", "--seed", "-1"])
+    assert str(error.value).splitlines()[1:] == [
+        "  --height 0 must be at least 1",
+        "  --width -64 must be at least 1",
+        "  --seed -1 must be at least 0",
+    ]

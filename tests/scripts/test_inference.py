@@ -190,7 +190,7 @@ def test_prompts_file_with_bom_and_crlf(script, prepared: Prepared, tmp_path: Pa
         (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora nowhere/at-all/here is neither a file or folder"),
         (["--prompt", "a", "--height", "70"], "--height 70 does not fit this model, which takes multiples of 16"),
         (["--prompt", "a", "--width", "4096"], "type --width 256"),
-        (["--prompt", "a", "--num_images", "0"], "--num_images must be at least 1"),
+        (["--prompt", "a", "--num_images", "0"], "--num_images 0 must be at least 1"),
         (["--prompt", "a", "--lora_scale", "0.5"], "give one for each"),
         (["--prompt", "a", "--prompts_file", "missing.txt"], "cannot read missing.txt"),
         (["--prompt", "a", "--no_such_flag"], "--no_such_flag"),

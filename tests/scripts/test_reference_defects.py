@@ -280,7 +280,7 @@ def test_16_validation_is_not_run_on_the_live_transformer(script, prepared: Prep
     """Validation leaves offload hooks on it: every later step moves it to the CPU and back."""
     refused = script(TRAINING_SCRIPT, *prepared.flags, "--validation_prompt", "a dog")
     assert refused.code == 2
-    assert "draw with inference.py" in refused.err
+    assert "draw a checkpoint with inference.py" in refused.err
 
 
 def test_17_sigma_sqrt_is_finite_at_every_timestep() -> None:

@@ -156,9 +156,16 @@ def test_a_resolution_that_the_model_cannot_take(
 
 
 def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    for words in (["--max_train_step", 3], ["--ranks", 3], ["stray"]):
+    for words, advice in (
+        (["--max_train_step", 3], "type --max_train_steps"),
+        (["--ranks", 3], "type --rank"),
+        (
+            ["stray"],
+            f"put quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
+        ),
+    ):
         run = train(script, prepared, tmp_path / "out", *words, code=2)
-        assert f"unknown argument {words[0]}: `python {TRAINING_SCRIPT}.py --help` lists the flags" in run.error
+        assert run.error == f"unknown argument {words[0]}: {advice}"
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.training.config import (
     DEFAULT_STEPS,
     HARMLESS_FLAGS,
@@ -238,16 +239,17 @@ def test_the_choices_are_diffusers() -> None:
 
 
 BAD_VALUES: list[tuple[list[Any], str]] = [
-    (["--optimizer", "prodigy"], "--optimizer prodigy is unknown: type --optimizer AdamW"),
+    (["--optimizer", "prodigy"], "prodigy is unknown: type --optimizer AdamW, with a --learning_rate of about 1e-4"),
+    (["--optimizer", "SGD"], "--optimizer SGD is unknown: type --optimizer AdamW"),
     (["--lr_scheduler", "piecewise_constant"], "piecewise_constant needs --lr_step_rules, for example 1:100,0.1"),
     (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "half"], "--lr_step_rules half cannot be read: type"),
     (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:100"], "--lr_step_rules 1:100 cannot be read"),
     (["--lr_scheduler", "polynomial", "--learning_rate", 1e-8], "--lr_scheduler polynomial: "),
-    (["--lr_scheduler", "exponential"], "argument --lr_scheduler/--lr-scheduler: invalid choice: 'exponential'"),
-    (["--weighting_scheme", "gauss"], "argument --weighting_scheme/--weighting-scheme: invalid choice: 'gauss'"),
-    (["--mixed_precision", "fp8"], "argument --mixed_precision/--mixed-precision: invalid choice: 'fp8'"),
+    (["--lr_scheduler", "exponential"], "argument --lr_scheduler: invalid choice: 'exponential'"),
+    (["--weighting_scheme", "gauss"], "argument --weighting_scheme: invalid choice: 'gauss'"),
+    (["--mixed_precision", "fp8"], "argument --mixed_precision: invalid choice: 'fp8'"),
     (["--learning_rate", 0], "--learning_rate and --max_grad_norm must be positive"),
-    (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+    (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
     (["--max_grad_norm", 0], "--learning_rate and --max_grad_norm must be positive"),
     (["--lr_warmup_steps", -1], "--lr_warmup_steps not negative"),
     (["--adam_beta1", 1.0], "--adam_beta1 and --adam_beta2 must be at least 0 and less than 1"),
@@ -282,11 +284,76 @@ def test_a_bad_value_is_a_sentence(
 
 @pytest.mark.parametrize("flag", REFUSED_FLAGS)
 def test_a_refused_flag_names_the_alternative(script: Script, prepared: Prepared, tmp_path: Path, flag: str) -> None:
-    for spelling in (f"--{flag}", f"--{flag.replace('_', '-')}=1"):
-        run = train(script, prepared, tmp_path / "out", spelling, code=2)
+    for spelling in ([f"--{flag}"], [f"--{flag.replace('_', '-')}=1"], [f"--{flag}", "some", "words"]):
+        run = train(script, prepared, tmp_path / "out", *spelling, code=2)
         assert run.error == f"--{flag} is not part of {TRAINING_SCRIPT}.py: {REFUSED_FLAGS[flag]}"
     assert len(REFUSED_FLAGS[flag]) > 20
     assert not (tmp_path / "out").exists()
+
+
+def test_no_refusal_has_class_pictures_trained_as_the_subject() -> None:
+    assert "keep class pictures out of --instance_data_dir" in REFUSED_FLAGS["class_data_dir"]
+
+
+def test_what_is_always_so_changes_nothing(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    words = ["--cache_latents", "--upcast_before_saving", "--dataloader-num-workers=4", "--local_rank", -1]
+    run = train(script, prepared, tmp_path / "with", *words, "--repeats", 1)
+    assert [line for line in run.out.splitlines() if line.startswith("note: --")] == [
+        f"note: --{name} changes nothing: {HARMLESS_FLAGS[name].note}"
+        for name in ("cache_latents", "upcast_before_saving", "dataloader_num_workers", "local_rank", "repeats")
+    ]
+    plain = train(script, prepared, tmp_path / "without")
+    assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
+    with_flags, without = (json.loads((each.folder / "run.json").read_text()) for each in (run, plain))
+    assert with_flags["identity"] == without["identity"]
+    assert set(with_flags["flags"]) == set(without["flags"])
+    run = train(script, prepared, tmp_path / "more", "--repeats", 2, code=2)
+    assert run.error == f"--repeats 2 is not part of {TRAINING_SCRIPT}.py: {HARMLESS_FLAGS['repeats'].otherwise}"
+
+
+# In train_dreambooth_lora_sd3.py and the sd3_lora_colab script of diffusers (58eb52c), where ours is another.
+DIFFUSERS_DEFAULTS = {
+    "resolution": "512",
+    "max_sequence_length": "77",
+    "num_crops": None,
+    "train_batch_size": "4",
+    "num_train_epochs": "1",
+    "max_train_steps": "one epoch",
+    "lr_warmup_steps": "500",
+    "mixed_precision": "no",
+    "precondition_outputs": "on",
+}
+
+
+def test_the_help_says_where_diffusers_default_is_another() -> None:
+    flags = {f.name: f for group in (*GROUPS, LatentConfig) for f in fields(group)}
+    for name, default in DIFFUSERS_DEFAULTS.items():
+        assert f"(diffusers: {default or 'one, from a random place'}" in flags[name].metadata["help"], name
+        assert str(flags[name].default) != default
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            [],
+            "batch 1 × accumulation 1 × processes 1, 1 steps, learning rate 0.0001 constant, weighting logit_normal, ",
+        ),
+        (["--train_batch_size", 2, "--gradient_accumulation_steps", 3], "px, batch 2 × accumulation 3 × processes 1, "),
+        (["--train_batch_size", 2, "--scale_lr", "--learning_rate", 2e-3], "learning rate 0.004 constant, "),
+        (["--lr_warmup_steps", 1], "0.0001 constant, weighting"),  # a schedule without a warmup
+        (["--lr_warmup_steps", 1, "--lr_scheduler", "cosine"], "0.0001 cosine after 1 steps of warmup, weighting"),
+        (["--weighting_scheme", "mode", "--precondition_outputs", 1], "weighting mode, precondition_outputs on"),
+        (["--precondition_outputs", 0], "precondition_outputs off"),
+    ],
+)
+def test_what_is_in_force_is_said(
+    script: Script, prepared: Prepared, tmp_path: Path, words: list[Any], says: str
+) -> None:
+    run = train(script, prepared, tmp_path, *words, "--max_train_steps", 1)
+    (line,) = [line for line in run.out.splitlines() if line.startswith("in force: ")]
+    assert line.startswith("in force: 64 px, batch ")
+    assert says in line
 
 
 # One by one
