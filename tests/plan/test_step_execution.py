@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,9 +163,40 @@ def test_a_run_that_may_record_its_steps_does(
 
     words = ["--gradient_accumulation_steps", 2]
     plain = train(script, prepared, tmp_path / "plain", *words)
-    recorded = StepExecution(compiled=False, recorded=True, asked=False)
+    recorded = StepExecution(compiled=False, captured=True, asked=False)
     monkeypatch.setattr(training_script(), "choose_execution", lambda *_: recorded)
     monkeypatch.setattr(training_script(), "CapturedCall", Recorder)
     run = train(script, prepared, tmp_path / "recorded", *words)
     assert steps == [7] * 6
     assert run.losses == plain.losses
+    noted = json.loads((run.folder / "run.json").read_text())["execution"]
+    assert not noted["captured"]  # the stand-in captured nothing, whatever was chosen
+
+
+# What came of it
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_blocks_that_did_not_compile_are_not_said_to_be(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    """Where nobody asked, torch runs as it is what does not compile."""
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        if not compiles:
+            raise RuntimeError("no compiler")
+        return graph
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=backend))
+    chosen = StepExecution(compiled=True, captured=False, asked=False)
+    transformer = make_transformer()
+    compile_blocks(transformer, asked=False)
+    transformer(**inputs(0, CPU))
+    assert chosen.in_force(None).compiled is compiles
+
+
+@pytest.mark.parametrize(("captured", "refusal"), [(True, None), (False, "CUDA out of memory")])
+def test_a_graph_that_could_not_be_captured_is_not_said_to_be(captured: bool, refusal: str | None) -> None:
+    call = CapturedCall(lambda: torch.zeros(()), CPU)
+    call.captured, call.refusal = captured, refusal
+    chosen = StepExecution(compiled=False, captured=True, asked=False)
+    assert chosen.in_force(call) == StepExecution(False, captured, False, refusal)
