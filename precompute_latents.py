@@ -425,7 +425,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         versions=library_versions(),
         precision=precision,
         processes=processes.count,
-        plan={**(asdict(tile) if tile else {}), "parts": predicted},
+        plan=asdict(tile) if tile else {},
+        predicted_parts=predicted,
         resolution=resolution,
     )
     results = RunResults(f"{count} crops in {output_path}", reports, measured)

@@ -119,6 +119,7 @@ def run_facts(
         precision=precision,
         processes=processes,
         plan=asdict(plan),
+        predicted_parts=plan.parts,
         prompts=prompts[:MOST_PROMPTS],
         trigger=flags.data.instance_prompt or prompts[0],
         resolution=stage_one.resolution,
