@@ -35,7 +35,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
-from sd3_lora.common.defaults import say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
@@ -73,7 +73,6 @@ from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
-DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens where nothing says how many: compute_embeddings.py's default
 
 
 def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig) -> torch.Tensor:

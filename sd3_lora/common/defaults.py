@@ -14,6 +14,7 @@ REFERENCE_PROMPT = "a photo of sks dog"
 EMBEDDINGS_PATH = "sample_embeddings.parquet"
 LATENTS_PATH = "latents"
 LORA_FOLDER = "sd3-dreambooth-lora"
+DEFAULT_SEQUENCE_LENGTH = 77  # T5 tokens of a prompt where nothing says how many, as in diffusers
 
 
 def default_subject(instance_data_dir: str | None, instance_prompt: str | None) -> tuple[Path, str | None]:

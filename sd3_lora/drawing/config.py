@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_type_hints
 
 from sd3_lora.common.command_line import less_than_one, require_right
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
+from sd3_lora.common.placement_flags import BaseFlags
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,23 @@ class InferenceConfig:
             yield f"--seed {self.seed} must be at least 0"
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
+
+
+@dataclass(frozen=True)
+class DrawingFlags:
+    """All the flags of drawing, by group, in the order of `--help`."""
+
+    drawing: InferenceConfig
+    base: BaseFlags
+    model: ModelConfig
+    device: DeviceConfig
+    budget: BudgetConfig
+
+    def groups(self) -> list[object]:
+        """The groups, to save them."""
+        return [getattr(self, f.name) for f in fields(self)]
+
+    @classmethod
+    def classes(cls) -> list[type]:
+        """The groups' classes, to parse them."""
+        return list(get_type_hints(cls).values())

@@ -33,7 +33,7 @@ def attention_kernel(kernel: AttentionKernel | None) -> Iterator[None]:
 
 
 def require_attention_kernel(
-    kernel: AttentionKernel | None, device: torch.device, dtype: torch.dtype, head_width: int, trains: bool
+    kernel: AttentionKernel | None, device: torch.device, dtype: torch.dtype, head_width: int, trains: bool = False
 ) -> None:
     """Tries the kernel on a few numbers, forward and, to train, backward.
 

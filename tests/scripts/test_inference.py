@@ -155,17 +155,17 @@ def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path
     import inference
 
     seen = {}
-    denoise, decode = inference.denoise, inference.decode_and_save
+    denoise, decode = inference.denoise_all, inference.decode_and_save
 
-    def denoise_spy(pipeline, *rest):
-        seen["transformer"] = pipeline.transformer.dtype
-        return denoise(pipeline, *rest)
+    def denoise_spy(sampler, *rest):
+        seen["transformer"] = sampler._transformer.dtype
+        return denoise(sampler, *rest)
 
     def decode_spy(vae, *rest):
         seen["vae"] = vae.dtype
         return decode(vae, *rest)
 
-    monkeypatch.setattr(inference, "denoise", denoise_spy)
+    monkeypatch.setattr(inference, "denoise_all", denoise_spy)
     monkeypatch.setattr(inference, "decode_and_save", decode_spy)
     flags = [*base_flags(prepared, tmp_path), "--prompt", "unknown"]
     assert "T5 in fp32\n" in script("inference", *flags).out
@@ -222,15 +222,48 @@ def test_a_lora_of_another_model_or_a_truncated_one(script, prepared, lora, tmp_
 def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
     import inference
 
-    load = inference.load_denoiser
+    load = inference.load_sampler
 
     def broken(*args: object) -> object:
-        pipeline = load(*args)
-        pipeline.transformer.proj_out.bias.data.fill_(float("nan"))
-        return pipeline
+        sampler = load(*args)
+        sampler._transformer.proj_out.bias.data.fill_(float("nan"))
+        return sampler
 
-    monkeypatch.setattr(inference, "load_denoiser", broken)
+    monkeypatch.setattr(inference, "load_sampler", broken)
     result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT)
     assert result.code == 2
     assert "--mixed_precision" in result.err
     assert not list(tmp_path.glob("*/*.png"))
+
+
+@pytest.mark.parametrize("denoised", [0, 1, 2])
+def test_an_interruption_loses_one_batch_at_most(
+    script, prepared: Prepared, tmp_path: Path, monkeypatch, denoised: int
+) -> None:
+    from sd3_lora.drawing.sampling import Sampler
+
+    flags = [*base_flags(prepared, tmp_path / "out"), "--prompt", PROMPT, "--num_images", 3]
+    denoise, batches = Sampler.denoise, 0
+
+    def interrupted(*args: object) -> object:
+        nonlocal batches
+        if batches == denoised:
+            raise KeyboardInterrupt
+        batches += 1
+        return denoise(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "denoise", interrupted)
+        result = script("inference", *flags)
+    assert result.code == 130
+    assert "interrupted: run the same command again to go on" in result.err
+    drawn = sorted((tmp_path / "out").glob("*/img_*.png"))
+    assert len(drawn) == denoised
+    if denoised:
+        assert f"drew {denoised} of 3 pictures" in result.out
+    again = script("inference", *flags)
+    assert f"3 pictures of 64×64, {denoised} of them drawn before" in again.out
+    whole = script("inference", *base_flags(prepared, tmp_path / "whole"), "--prompt", PROMPT, "--num_images", 3)
+    assert whole.code == 0
+    for path in sorted((tmp_path / "whole").glob("*/img_*.png")):
+        assert np.array_equal(pixels(path), pixels(tmp_path / "out" / path.parent.name / path.name))
