@@ -202,7 +202,8 @@ def facts_of(
         versions=library_versions(),
         precision=plan.t5_precision,
         processes=processes.count,
-        plan={**asdict(plan), "parts": predicted},
+        plan=asdict(plan),
+        predicted_parts=predicted,
         prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
         max_sequence_length=plan.max_sequence_length,
     )

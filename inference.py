@@ -327,9 +327,8 @@ def run(argv: Sequence[str] | None) -> None:
             del vae
 
     forecast, measured = plan.forecast, 0
-    if budget:
-        forecast = replace(forecast, phases=(*forecast.phases, Phase("decode", tile.predicted_parts(budget))))
     if budget and to_draw:  # of the last two stages: that of encoding is printed before
+        forecast = replace(forecast, phases=(*forecast.phases, Phase("decode", tile.predicted_parts(budget))))
         measured = budget.used_bytes(reports[-2:])
         print(compared(forecast.peak_bytes, measured))
     facts = RunFacts(
@@ -337,7 +336,8 @@ def run(argv: Sequence[str] | None) -> None:
         revision=files.revision,
         versions=library_versions(),
         precision=chosen.name,
-        plan=replace(plan, forecast=forecast).to_dict() if to_draw else {},
+        plan=plan.to_dict(),
+        predicted_parts=dict(forecast.largest.parts),
         prompts=tuple(prompts[:MOST_PROMPTS]),
         max_sequence_length=length,
         seed=config.seed,

@@ -475,7 +475,8 @@ def facts_of(
         versions=library_versions(),
         precision=cache.wanted.precision,
         processes=processes.count,
-        plan={**(asdict(tile) if tile else {}), "parts": predicted},
+        plan=asdict(tile) if tile else {},
+        predicted_parts=predicted,
         resolution=cache.resolution,
     )
 

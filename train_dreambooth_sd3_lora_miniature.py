@@ -118,6 +118,7 @@ def run_facts(
         precision=precision,
         processes=processes,
         plan=plan.to_dict(),
+        predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
         trigger=flags.data.instance_prompt or prompts[0],
         resolution=stage_one.resolution,

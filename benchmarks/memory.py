@@ -274,9 +274,9 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         return row | refused
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     plan = record["plan"]
-    placed = {name: value for name, value in plan.items() if name not in ("parts", "host_bytes")}
+    placed = {name: value for name, value in plan.items() if name != "host_bytes"}
     row |= {"placement": placement_of(placed)} if case.script in (TRAIN, DRAW) else {"settings": placed}
-    row["parts_gib"] = {name: round(size / GIB, 3) for name, size in plan["parts"].items()}
+    row["parts_gib"] = {name: round(size / GIB, 3) for name, size in record["predicted_parts"].items()}
     row["predicted_gib"] = round(record["predicted_bytes"] / GIB, 3)
     row |= {"beside_gib": beside_gib} if beside_gib else {}
     if case.streamed:

@@ -66,7 +66,8 @@ class RunFacts:
         versions: of the libraries.
         precision: of the weights that do the work: int8, nf4, fp16, bf16 or fp32.
         processes: how many worked.
-        plan: what is kept where, field by field; under `parts` the predicted peak in bytes, empty without a budget.
+        plan: what is kept where, field by field.
+        predicted_parts: the predicted peak in bytes, by part; empty without a budget.
         prompts: the distinct captions of the pictures, in the pictures' order, or what is drawn: the first 20.
         trigger: the prompt that draws the subject.
         resolution: side of the crops in pixels.
@@ -80,6 +81,7 @@ class RunFacts:
     precision: str
     processes: int = 1
     plan: Mapping[str, Any] = field(default_factory=dict)
+    predicted_parts: Mapping[str, int] = field(default_factory=dict)
     prompts: tuple[str, ...] | None = None
     trigger: str | None = None
     resolution: int | None = None
@@ -89,7 +91,7 @@ class RunFacts:
     @property
     def predicted_bytes(self) -> int:
         """The predicted peak; 0 where nothing was predicted."""
-        return sum(self.plan.get("parts", {}).values())
+        return sum(self.predicted_parts.values())
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,9 @@ class RunRecord:
         """As `run.json` has it: plain types in a fixed order, without what the script does not have."""
         flags = {name: value for group in self.flags for name, value in asdict(group).items()}
         facts = {**asdict(self.facts), "predicted_bytes": self.facts.predicted_bytes}
-        found = {"flags": flags, "identity": dict(self.identity.values), **facts, **asdict(results)}
-        return {name: value for name, value in found.items() if value is not None and value != {}}
+        identity = {"identity": dict(self.identity.values)} if self.identity.values else {}
+        found = {"flags": flags, **identity, **facts, **asdict(results)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def save(self, path: Path, results: RunResults) -> None:
         """Writes `run.json`, atomically."""

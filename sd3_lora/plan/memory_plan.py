@@ -77,12 +77,8 @@ class Plan:
         return self.placement.base_sentence() + pinned
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record: the placement's fields, what is pinned of the host's memory, and the peak's parts in bytes."""
-        return {
-            **asdict(self.placement),
-            "host_bytes": self.forecast.host_bytes,
-            "parts": dict(self.forecast.largest.parts),
-        }
+        """For a record: the placement's fields, and the bytes that are pinned of the host's memory."""
+        return {**asdict(self.placement), "host_bytes": self.forecast.host_bytes}
 
     def sentence(self) -> str:
         """All of it, in words."""

@@ -80,10 +80,15 @@ class AddedLora(Linear):
     peft takes a kernel for each, and writes three tensors of the output's size. In float32 the numbers are peft's but
     for rounding; in 16 bits this rounds once, where peft does three times. On a GPU a rank of 4 is multiplied as one of
     8, with zeros: tensor cores take rows of 16 bytes.
+
+    That is for one plain LoRA. What else peft's layers can be asked for, peft's own forward does: adapters that are
+    switched off, merged, several, of another kind, or chosen row by row.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
+        if not self._is_one_plain_lora() or args or kwargs:
+            return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
         product: torch.Tensor = self.base_layer(x)
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
@@ -94,6 +99,12 @@ class AddedLora(Linear):
         # Not added where the product lies: what bitsandbytes gives must not be changed.
         rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
         return rows.view(product.shape)
+
+    def _is_one_plain_lora(self) -> bool:
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return False
+        (adapter,) = self.active_adapters
+        return adapter in self.lora_A and adapter not in self.lora_variant
 
 
 def _spare_rank(rank: int, device: torch.device) -> int:

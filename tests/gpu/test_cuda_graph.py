@@ -62,6 +62,7 @@ def test_a_step_that_cannot_be_captured_is_computed(
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert gradient.tolist() == [3.0] * 3
     assert said == [f"not captured as a CUDA graph ({reason}): kernels are launched one by one"]
+    assert (step.captured, step.refusal) == (False, reason)
     with pytest.raises(RuntimeError, match="capturing"):
         CapturedCall(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
@@ -126,6 +127,7 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
             step(torch.full((3,), 2.0))
         return
     assert step(torch.full((3,), 2.0)).item() == 6.0
+    assert step.captured is (error < 0.01)
     assert gradient.tolist() == pytest.approx([2.0 + (error if error < 0.01 else 0)] * 3)
     reason = "its replay gives other numbers than the plain computation"
     refusal = f"not captured as a CUDA graph ({reason}): kernels are launched one by one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,3 +204,34 @@ def test_a_run_that_may_capture_its_steps_does(
     run = train(script, prepared, tmp_path / "captured", *words)
     assert steps == [7] * 6
     assert run.losses == plain.losses
+    noted = json.loads((run.folder / "run.json").read_text())["execution"]
+    assert not noted["captured"]  # the stand-in captured nothing, whatever was chosen
+
+
+# What came of it
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_blocks_that_did_not_compile_are_not_said_to_be(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    """Where nobody asked, torch runs as it is what does not compile."""
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        if not compiles:
+            raise RuntimeError("no compiler")
+        return graph
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=backend))
+    chosen = StepExecution(Compiled.WHERE_POSSIBLE, captured=False, must_capture=False)
+    transformer = make_transformer()
+    compile_blocks(transformer, Compiled.WHERE_POSSIBLE)
+    transformer(**inputs(0, CPU))
+    assert chosen.carried_out(None).to_dict()["compiled"] is compiles
+
+
+@pytest.mark.parametrize(("captured", "refusal"), [(True, None), (False, "CUDA out of memory")])
+def test_a_graph_that_could_not_be_captured_is_not_said_to_be(captured: bool, refusal: str | None) -> None:
+    call = CapturedCall(lambda: torch.zeros(()), CPU)
+    call.captured, call.refusal = captured, refusal
+    chosen = StepExecution(Compiled.NO, captured=True, must_capture=False)
+    assert chosen.carried_out(call) == StepExecution(Compiled.NO, captured, False, refusal)

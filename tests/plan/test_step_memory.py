@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import MINIATURE
+from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.plan import memory_plan, step_memory
-from sd3_lora.plan.step_memory import StepShape, simulate_step
+from sd3_lora.plan.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
 from sd3_lora.transformer.lora import attach_lora, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.velocity import VelocityModel
@@ -20,6 +21,8 @@ from conftest import PROJECT
 from miniature_plans import STEP
 
 SHAPE = StepShape(2, (8, 8), 97, None, None, 4, 0.0, torch.float16, 16)
+MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096}
+MEDIUM |= {"pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": None}
 DUAL = {"num_layers": 7, "dual_attention_layers": (0, 1, 2), "pos_embed_max_size": 32}
 
 
@@ -64,6 +67,36 @@ def test_twice_the_batch_keeps_twice_as_much() -> None:
     assert two.lora == one.lora
 
 
+def test_the_peak_of_any_blocks_is_that_of_those_blocks() -> None:
+    """Of the last ones it is higher than of the first (see `recompute_blocks`)."""
+    step = simulate_step(config_of(), SHAPE, None, STEP)
+    first, last, both_ends = (sum(step.peak(blocks, False)) for blocks in ((0, 1, 2), (3, 4, 5), (0, 2, 4)))
+    assert first < both_ends < last
+    assert sum(step.peak((), False)) > last
+    assert sum(step.peak(range(5), True)) < sum(step.peak(range(5), False))
+
+
+def simulated_medium(resolution: int, kernel: AttentionKernel | None) -> StepMemory:
+    latent_size = (resolution // 8, resolution // 8)
+    shape = StepShape(1, latent_size, 154, None, None, 4, 0.0, torch.float16, 16)
+    return simulate_step(config_of(**MEDIUM), shape, None, STEP, kernel)
+
+
+def test_math_attention_keeps_every_score() -> None:
+    """Of SD3-Medium at 1024 px: 24 heads, each with a score in 16 bits for each pair of 4096 + 154 tokens."""
+    fused, math = simulated_medium(1024, None), simulated_medium(1024, "math")
+    scores = 24 * (4096 + 154) ** 2 * 2
+    assert all(more - less >= scores for more, less in zip(math.kept, fused.kept, strict=True))
+    assert math.working > fused.working
+    assert math.inputs == fused.inputs
+    for kernel in ("flash", "cudnn", "efficient"):
+        assert simulated_medium(1024, kernel) == fused
+
+    shape = DenoisingShape(2, (128, 128), 154, torch.float16, 0)
+    drawn = [simulate_denoising(config_of(**MEDIUM), shape, None, kernel) for kernel in (None, "math")]
+    assert drawn[1] - drawn[0] >= 2 * scores
+
+
 def test_the_counter_knows_what_is_freed() -> None:
     with AllocationCounter() as counter, torch.device("meta"):
         kept = torch.empty(1000)  # 4000 bytes are 8 × 512
@@ -87,8 +120,7 @@ def test_what_was_measured_is_what_is_predicted_now(resolution: int, batch: int,
         if (row["model"], row["resolution"], row["batch"], row["rank"]) == ("sd3-medium", resolution, batch, 4)
         and row.get("plan") == f"base unchanged, on the device; {plan} of 24 blocks computed anew in backward"
     ]
-    sizes = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "joint_attention_dim": 4096}
-    config = config_of(**sizes, pooled_projection_dim=2048, pos_embed_max_size=192, qk_norm=None)
+    config = config_of(**MEDIUM)
     latent_size = (resolution // 8, resolution // 8)
     step = simulate_step(config, StepShape(batch, latent_size, 154, None, None, 4, 0.0, torch.float16, 16), None, STEP)
     beside = row["measured_gib"] - sum(row["parts_gib"][name] for name in ("CUDA", "weights", "LoRA and optimizer"))

@@ -446,6 +446,8 @@ def test_what_was_done_is_saved(cache: Callable[..., Result], latents: Path, tin
     assert saved["flags"]["num_crops"] == 2
     assert saved["flags"]["pretrained_model_name_or_path"] == str(tiny_sd3)
     assert [stage["name"] for stage in saved["stages"]] == ["encode pictures"]
+    assert (saved["model"], saved["precision"], saved["resolution"]) == (str(tiny_sd3), "fp32", 64)
+    assert (saved["plan"]["side_px"], saved["predicted_parts"], saved["predicted_bytes"]) == (None, {}, 0)
     assert f"wrote 5 crops of 3 pictures to {latents}" in result.out
     assert "next: python train_dreambooth_sd3_lora_miniature.py --pretrained_model_name_or_path" in result.out
 

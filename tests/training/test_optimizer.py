@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.config import OptimizerConfig
-from sd3_lora.training.optimizer import make_optimizer, optimizer_step
+from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 
@@ -55,6 +55,17 @@ def test_flat_adamw_is_adamw() -> None:
         theirs.step()
         theirs.zero_grad()
     assert all(map(torch.equal, parts, parameters))
+
+
+def test_what_a_trained_parameter_takes() -> None:
+    """Itself, its gradient, and AdamW's moments; in float16 an 8-bit step must be undoable."""
+    for is_8bit, dtype, size in (
+        (False, torch.float16, 16.0),
+        (False, torch.float32, 16.0),
+        (True, torch.bfloat16, 10.1),
+        (True, torch.float16, 16.2),
+    ):
+        assert bytes_per_parameter(OptimizerConfig(use_8bit_adam=is_8bit), dtype) == pytest.approx(size)
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

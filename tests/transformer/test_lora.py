@@ -175,6 +175,51 @@ def test_velocities_and_gradients_are_those_of_pefts_own_layers(
         torch.testing.assert_close(found, expected, atol=1e-6 * expected.abs().max().item() + 1e-9, rtol=1e-4)
 
 
+def test_an_adapter_is_switched_off_and_on(tiny_sd3: Path) -> None:
+    """As diffusers does it, and as peft's layer is asked to; off, the base gives its very bits."""
+    base = output(load_transformer(tiny_sd3))
+    transformer = load_transformer(tiny_sd3)
+    for parameter in attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, seed=0):
+        parameter.data.normal_(0, 0.2)
+    layers = [module for module in transformer.modules() if isinstance(module, AddedLora)]
+    adapted = output(transformer)
+    assert not torch.equal(adapted, base)
+    transformer.disable_lora()
+    assert all(layer.disable_adapters for layer in layers)
+    assert torch.equal(output(transformer), base)
+    transformer.enable_lora()
+    assert torch.equal(output(transformer), adapted)
+    for layer in layers:
+        layer.merge()
+    torch.testing.assert_close(output(transformer), adapted, rtol=1e-4, atol=1e-5)
+    for layer in layers:
+        layer.unmerge()
+    torch.testing.assert_close(output(transformer), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_add_up(tiny_sd3: Path) -> None:
+    """Through peft's own layer, which the fast one hands them to."""
+
+    def drawn(names: list[str], kind: type) -> torch.Tensor:
+        transformer = load_transformer(tiny_sd3)
+        targets = target_modules(transformer, None, None)
+        for name in ("default", "second"):
+            config = LoraConfig(r=2, target_modules=targets)
+            if kind is AddedLora:
+                config._register_custom_module({torch.nn.Linear: AddedLora})
+            transformer.add_adapter(config, adapter_name=name)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in sorted(transformer.named_parameters()):
+            if "lora_" in name:
+                parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        transformer.set_adapters(names)
+        return output(transformer)
+
+    both = drawn(["default", "second"], AddedLora)
+    torch.testing.assert_close(both, drawn(["default", "second"], Linear), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(both, drawn(["default"], AddedLora), rtol=1e-4, atol=1e-5)
+
+
 def test_ranks_that_tensor_cores_take() -> None:
     for device, spare in (("cuda", [7, 4, 1, 0, 7, 0]), ("cpu", [0] * 6), ("meta", [0] * 6)):
         assert [
