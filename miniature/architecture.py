@@ -36,7 +36,7 @@ from transformers import (
 )
 from world import COLOURS, PATTERNS, POSITIONS, SIZES, captions, load_objects, sample_scenes
 
-# --- what the captions speak of -----------------------------------------------------------------------------------
+# --- the captions' vocabulary ------------------------------------------------------------------------------------
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ TEMPLATES = (
 )
 CAPTION_COUNT, SUBJECT_CAPTIONS = 20_000, 200
 
-# --- how large things are -----------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------------------------------
 
 CLIP_VOCABULARY, T5_VOCABULARY = 2_000, 1_300  # at most
 CLIP_TOKENS, T5_TOKENS = 77, 512
@@ -141,7 +141,7 @@ def train_clip_vocabulary(captions: Sequence[str]) -> tuple[dict[str, int], list
     Returns:
         The vocabulary and the merges.
     """
-    # CLIP's own tokenizer brings the normalizer and the word splitter that the model will see in use.
+    # The normalizer and the word splitter of CLIP's tokenizer, as they are used with the model.
     template = CLIPTokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = template.normalizer, template.pre_tokenizer
@@ -154,8 +154,8 @@ def train_clip_vocabulary(captions: Sequence[str]) -> tuple[dict[str, int], list
     )
     bpe.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
-    words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
-    return {word: i for i, word in enumerate(dict.fromkeys(words))}, merges
+    tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
 def make_clip_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -267,7 +267,7 @@ def make_t5(tokenizer: T5TokenizerFast) -> T5EncoderModel:
 
 
 def make_models(tokenizers: Path, names: Sequence[str], seed: int) -> dict[str, torch.nn.Module]:
-    """Networks with random float32 weights. Each starts from the seed anew, so that changing one leaves the others.
+    """Networks with random float32 weights. Each is seeded by itself, so that changing one leaves the others.
 
     Args:
         tokenizers: the folder that holds them.
@@ -315,7 +315,7 @@ def write_pipeline(pipeline: StableDiffusion3Pipeline, output_dir: Path) -> None
         # transformers 5 writes its new name of the class; SD3's own index has this one, which all versions know.
         edit_json(Path(partial, "model_index.json"), {"tokenizer_3": ["transformers", "T5TokenizerFast"]})
         for config in Path(partial).glob("*/*config.json"):
-            # Where no dtype is asked for, transformers 5 takes this one and diffusers float32: they have to agree.
+            # Without an explicit dtype transformers 5 loads in this one and diffusers in float32: they have to agree.
             where_from = dict.fromkeys(("_name_or_path", "is_local", "local_files_only"))
             edit_json(config, {"dtype": "float32", **where_from})
         for new in Path(partial).iterdir():

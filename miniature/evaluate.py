@@ -36,7 +36,7 @@ PSNR_SCENES = 64  # measure_psnr draws that many at a time
 
 
 def load_pipeline(folder: Path, device: torch.device) -> StableDiffusion3Pipeline:
-    """The miniature in float32: it is small, and every device then draws the same pictures but for rounding."""
+    """The miniature in float32, in which every device draws the same pictures up to rounding."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -95,7 +95,7 @@ def held_out_psnr(vae: AutoencoderKL, count: int, device: torch.device) -> float
 
 
 def circumstances(device: torch.device, packages: Sequence[str] = VERSIONS) -> dict[str, Any]:
-    """What a result is to be read with: the date, the GPU's or the processor's name, and the packages' versions."""
+    """The conditions of a result: the date, the GPU's or the processor's name, and the packages' versions."""
     processor = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -88,7 +88,7 @@ class _Block(nn.Module):
 
 
 def load_judge(device: torch.device | str = "cpu") -> Judge:
-    """The bundled judge, ready to be asked."""
+    """The bundled judge, loaded."""
     judge = Judge(len(load_objects()))
     judge.load_state_dict({name: value.float() for name, value in load_file(JUDGE_FILE).items()})
     return judge.to(device).eval()

@@ -1,4 +1,4 @@
-"""A pool of scenes to train on, their captions as token ids: made ahead, because Python is too slow at each step.
+"""A pool of scenes to train on, with their captions as token ids. Tokenizing at each step would be too slow.
 
     python miniature/pool.py --scenes 1500000 --output_path pool.safetensors
 
@@ -51,7 +51,7 @@ def padded(ids: torch.Tensor, length: int, pad_token_id: int) -> torch.Tensor:
 
 
 def make_chunk(index: int, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Scenes `index * _CHUNK` up to `count`, with their captions' ids, by the names that the file gives them."""
+    """Scenes `index * _CHUNK` up to `count`, with their captions' ids, by their names in the file."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1_000_000 * seed + index)
     size = min(_CHUNK, count - index * _CHUNK)

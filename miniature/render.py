@@ -22,7 +22,7 @@ SIZE_JITTER = 0.05
 
 
 class Renderer:
-    """The objects' renders on a device, and what draws scenes from them.
+    """Draws scenes from the objects' renders, which it holds on a device.
 
     Args:
         objects: all objects of the world; scenes name them by index.

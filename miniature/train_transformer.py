@@ -79,7 +79,7 @@ class Data:
 
 
 class TextToVelocity(torch.nn.Module):
-    """The three text encoders and the transformer as one model, arranged as `StableDiffusion3Pipeline` does."""
+    """The three text encoders and the transformer as one model, joined as in `StableDiffusion3Pipeline`."""
 
     def __init__(self, models: dict[str, torch.nn.Module]):
         super().__init__()
@@ -140,8 +140,8 @@ def load_data(work: Path, renders: Path, device: torch.device, most: int | None)
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024; update scaled as in arXiv 2502.16982) for many small matrices at once.
 
-    The mathematics of `torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`, which takes one matrix after another:
-    a hundred small ones are a thousand launches. Here those of one shape are orthogonalized together.
+    The mathematics of `torch.optim.Muon(..., adjust_lr_fn="match_rms_adamw")`, which updates one matrix after another:
+    a thousand kernels for a hundred small matrices. Here matrices of one shape are orthogonalized together.
     """
 
     def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -212,7 +212,7 @@ def draw(count: int, generator: torch.Generator, device: torch.device) -> tuple[
 
 
 class State:
-    """Everything that a piece of the training hands to the next, in one safetensors file beside a JSON."""
+    """The state with which a later command continues the training: a safetensors file and a JSON file."""
 
     def __init__(self, model: TextToVelocity, optimizers: Sequence[torch.optim.Optimizer]):
         self.model, self.optimizers = model, optimizers
@@ -279,7 +279,7 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
         (rows, draw(len(rows), checked, device)) for rows in torch.arange(count, device=device).split(flags.batch_size)
     ]
     total_s, began_s, start = 60 * flags.minutes, state.elapsed_s, time.perf_counter()
-    told = saved = began_s
+    reported = saved = began_s
     running = torch.zeros((), device=device)
     while state.elapsed_s < min(total_s, 60 * flags.stop_after):
         done = state.elapsed_s / total_s
@@ -310,8 +310,8 @@ def train(state: State, data: Data, flags: argparse.Namespace, device: torch.dev
             saved = state.elapsed_s
             state.save(flags.work / STATE_FILE)
             export(state, flags.work)
-        if state.elapsed_s - told > 20:
-            told = state.elapsed_s
+        if state.elapsed_s - reported > 20:
+            reported = state.elapsed_s
             print(
                 f"step {state.step}, {state.elapsed_s:.0f} s, {sum(lengths)} tokens: loss {running.item():.4f}, "
                 f"checked {check(state.model, data, fixed, on_gpu):.4f}, rate {rate:.2e}",

@@ -34,7 +34,7 @@ L1_WEIGHT = 0.05
 def train(
     vae: AutoencoderKL, renderer: Renderer, objects: Sequence[int], minutes: float, learning_rate: float, seed: int
 ) -> int:
-    """Trains for a time, beside what compiling takes; returns the number of steps."""
+    """Trains for a time, compiling not included; returns the number of steps."""
     generator = torch.Generator().manual_seed(seed)
     device = renderer.device
     on_gpu = device.type == "cuda"

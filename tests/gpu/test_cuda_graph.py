@@ -1,4 +1,4 @@
-"""A recorded computation is the computation, bit for bit; where it cannot be recorded it is computed as it is."""
+"""A captured computation gives the plain one's numbers, bit for bit; what cannot be captured is computed plainly."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from small_transformer import CPU, GPU, inputs, make_transformer, needs_gpu
 
 
 class NoGraph:
-    """Stands for CUDA where a step cannot be recorded."""
+    """Stands for CUDA where a step cannot be captured."""
 
     def __init__(self, *_: object, **__: object):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
 class NoMemory:
-    """Stands for CUDA where memory runs out, and the recording then cannot be ended."""
+    """Stands for CUDA where memory runs out, and the capture then cannot be ended."""
 
     def __init__(self, *_: object, **__: object):
         try:
@@ -52,7 +52,7 @@ def tiny_step() -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     ("stand_in", "reason"),
     [(NoGraph, "operation not permitted when stream is capturing"), (NoMemory, "CUDA out of memory")],
 )
-def test_a_step_that_cannot_be_recorded_is_computed(
+def test_a_step_that_cannot_be_captured_is_computed(
     stand_in: type, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute, gradient = tiny_step()
@@ -67,7 +67,7 @@ def test_a_step_that_cannot_be_recorded_is_computed(
         CapturedCall(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
 
-def test_a_recording_that_fails_waits_for_its_copies_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture_that_fails_waits_for_its_copies_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else CUDA could not end it; and what failed is what is said, whatever its end says."""
     events: list[str] = []
 
@@ -135,7 +135,7 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
 
 
 def test_a_last_batch_of_another_size_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was recorded goes first: both would not fit."""
+    """The graph is freed first: both would not fit."""
     calls: list[object] = []
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -162,19 +162,19 @@ def test_a_gpu_replays_what_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> 
     """And nothing is left of it on the GPU when the inputs have another shape."""
     weight = torch.randn(64, 64, device=GPU)
     compute = MagicMock(side_effect=lambda x: (x @ weight).relu())
-    recorded = CapturedCall(compute, GPU)
+    captured = CapturedCall(compute, GPU)
     generator = torch.Generator(GPU).manual_seed(0)
     for rows in (8, 8, 8, 5, 8):
         x = torch.randn(rows, 64, device=GPU, generator=generator)
-        assert torch.equal(recorded(x), (x @ weight).relu())
-    assert compute.call_count == 2 + 2  # once as it is and once recorded; then the last two
+        assert torch.equal(captured(x), (x @ weight).relu())
+    assert compute.call_count == 2 + 2  # once plainly and once captured; then the last two
 
 
 @needs_gpu
-@pytest.mark.parametrize("full", [0, 1, 2], ids=["recorded", "out of memory", "out of memory in backward"])
+@pytest.mark.parametrize("full", [0, 1, 2], ids=["captured", "out of memory", "out of memory in backward"])
 @pytest.mark.parametrize("streamed", [False, True], ids=["resident", "streamed"])
 @pytest.mark.parametrize(("recomputed", "offload"), [(0, False), (5, False), (5, True)])
-def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool, streamed: bool, full: int) -> None:
+def test_a_captured_step_is_the_step_bit_for_bit(recomputed: int, offload: bool, streamed: bool, full: int) -> None:
     """As is the step that goes on when there is no memory for a graph, of which then nothing is left."""
     if full == 2 and not recomputed:
         pytest.skip("no block runs in backward")
@@ -192,9 +192,9 @@ def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool,
     free_memory(GPU)
     reserved, stream = torch.cuda.memory_reserved(), torch.cuda.current_stream()
 
-    for recorded in (False, True):
+    for captured in (False, True):
         transformer = make_transformer(dtype=torch.float16)
-        if streamed and recorded:
+        if streamed and captured:
             stream_transformer(transformer, GPU)
         else:
             transformer.to(GPU)
@@ -216,7 +216,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool,
         assert flat.grad is not None
         if full:
             transformer.transformer_blocks[3].attn.register_forward_pre_hook(run_out)
-        step = CapturedCall(compute, GPU, [flat.grad], not full, said.append) if recorded else compute
+        step = CapturedCall(compute, GPU, [flat.grad], not full, said.append) if captured else compute
         optimizer = torch.optim.AdamW([flat], lr=0.01, fused=True)
         losses = []
         for number in (0, 1, 3, 4):  # 2 has another number of tokens
@@ -230,7 +230,7 @@ def test_a_recorded_step_is_the_step_bit_for_bit(recomputed: int, offload: bool,
     assert all(map(torch.equal, *results))
     assert [line[:49] for line in said] == (["not captured as a CUDA graph (CUDA out of memory."] if full else [])
     assert torch.cuda.current_stream() == stream
-    torch.rand(1, device=GPU)  # refused while a generator thinks that it is recorded
+    torch.rand(1, device=GPU)  # refused while a generator is registered with a capture
     del transformer, step, compute, optimizer, scaler, trained, flat, parameter
     drop_workspaces(GPU)
     free_memory(GPU)

@@ -204,19 +204,19 @@ def test_float16_is_within_the_stated_tolerance() -> None:
 
 
 @pytest.mark.parametrize("count", [15, 16])
-def test_many_pictures_are_recorded_on_a_gpu(
+def test_many_pictures_are_captured_on_a_gpu(
     count: int, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a stand-in for the recorder, as there is no GPU: every batch goes through it."""
-    recorded: list[int] = []
+    """With a stand-in for CapturedCall, as there is no GPU: every batch goes through it."""
+    captured: list[int] = []
 
-    class Recorder:
+    class Capturer:
         def __init__(self, compute: Any, device: torch.device, **_: object):
             assert device.type == "cuda"
             self.compute = compute
 
         def __call__(self, rgb: torch.Tensor) -> torch.Tensor:
-            recorded.append(len(rgb))
+            captured.append(len(rgb))
             return self.compute(rgb)
 
     pictures = tmp_path / "pictures"
@@ -226,7 +226,7 @@ def test_many_pictures_are_recorded_on_a_gpu(
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     config = LatentConfig(resolution=64)
     cache = LatentCache(tmp_path, files.provenance(["vae"], "fp32", 64), "white")
-    monkeypatch.setattr(precompute_latents, "CapturedCall", Recorder)
+    monkeypatch.setattr(precompute_latents, "CapturedCall", Capturer)
     load, encode = precompute_latents.load_vae, precompute_latents.encode
     monkeypatch.setattr(precompute_latents, "load_vae", lambda a, b, _, c: load(a, b, torch.device("cpu"), c))
     monkeypatch.setattr(precompute_latents, "encode", lambda a, b, _: encode(a, b, torch.device("cpu")))
@@ -235,25 +235,25 @@ def test_many_pictures_are_recorded_on_a_gpu(
         files, images, config, cache, torch.device("cuda"), tile, threads=2
     )
     assert (made, broken) == (count, [])
-    assert recorded == ([4, 4, 4, 4] if count == 16 else [])
+    assert captured == ([4, 4, 4, 4] if count == 16 else [])
 
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_gpu_gives_the_same_recorded_and_not(
+def test_a_gpu_gives_the_same_captured_and_not(
     precision: str, run: Callable[..., Result], many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In batches of 5, of which the last has 2."""
     found = []
-    for name, least in (("recorded", 12), ("plain", 13)):
+    for name, least in (("captured", 12), ("plain", 13)):
         monkeypatch.setattr(precompute_latents, "CAPTURE_FROM", least)
         words = ["--device", "cuda", "--vae_batch_size", 5, "--vae_precision", precision]
         said = run(*words, "--output_path", tmp_path / name)
         assert "wrote 12 crops" in said.out
         assert "not captured" not in said.out
         found.append({path.name: load_file(path) for path in sorted((tmp_path / name).glob("*.safetensors"))})
-    recorded, plain = found
-    assert len(recorded) == 12
-    assert recorded.keys() == plain.keys()
-    for name, tensors in recorded.items():
+    captured, plain = found
+    assert len(captured) == 12
+    assert captured.keys() == plain.keys()
+    for name, tensors in captured.items():
         assert all(torch.equal(tensor, plain[name][key]) for key, tensor in tensors.items())
