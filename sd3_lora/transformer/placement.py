@@ -171,8 +171,8 @@ class AskedPlacement:
             )
         if self.stream_from == "files" and self.precision != "16bit":
             raise UserError(
-                f"--stream_from files: no file holds the 4-bit weights that --base_precision {self.precision} may take: "
-                "type --stream_from host, or --base_precision 16bit"
+                f"--stream_from files: no file holds the 4-bit weights that --base_precision {self.precision} may take"
+                ": type --stream_from host, or --base_precision 16bit"
             )
         needs_streaming = {
             "--stream_from": self.stream_from,
