@@ -169,8 +169,11 @@ class AskedPlacement:
                 "--offload_inputs on offloads the inputs of all recomputed blocks but the last, and --recompute_blocks "
                 f"{self.recomputed} leaves none: type 2 or more"
             )
-        if self.stream_from == "files" and self.precision == "nf4":
-            raise UserError("--stream_from files: no file holds 4-bit weights: type --stream_from host")
+        if self.stream_from == "files" and self.precision != "16bit":
+            raise UserError(
+                f"--stream_from files: no file holds the 4-bit weights that --base_precision {self.precision} may take"
+                ": type --stream_from host, or --base_precision 16bit"
+            )
         needs_streaming = {
             "--stream_from": self.stream_from,
             "--stream_buffers": self.buffers,

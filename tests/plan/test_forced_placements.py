@@ -97,7 +97,6 @@ FORCED = [
     Forced(["--recompute_blocks", 2], (0, 1)),
     Forced(["--gradient_checkpointing"], EVERY),
     Forced(["--offload_inputs", "on"], BUT_LAST, True),
-    Forced(["--cpu_offload_checkpointing"], BUT_LAST, True),
     Forced(["--recompute_blocks", 3, "--offload_inputs", "on"], (0, 1, 2), True),
     Forced(["--stream_blocks", 3], streamed=EVEN),
     Forced(["--blocks_to_swap", 3], streamed=EVEN),

@@ -55,9 +55,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"buffers": 1}, "--stream_buffers 1: one computes while another fills: type 2 or more"),
     ({"offload_inputs": True, "recomputed": 0}, f"{OFFLOADS} 0 leaves none: type 2 or more"),
     ({"offload_inputs": True, "recomputed": 1}, f"{OFFLOADS} 1 leaves none: type 2 or more"),
-    (
-        {"stream_from": "files", "precision": "nf4"},
-        "--stream_from files: no file holds 4-bit weights: type --stream_from host",
+    *(
+        (
+            {"stream_from": "files", "precision": precision},
+            f"--stream_from files: no file holds the 4-bit weights that --base_precision {precision} may take: "
+            "type --stream_from host, or --base_precision 16bit",
+        )
+        for precision in ("nf4", "auto")
     ),
     ({"stream_from": "host", "streamed": 0}, f"--stream_from {NO_STREAMS}"),
     ({"buffers": 3, "streamed": 0}, f"--stream_buffers {NO_STREAMS}"),
@@ -92,7 +96,8 @@ def test_several_processes_stream_nothing() -> None:
         {"recomputed": 0, "offload_inputs": False, "streamed": 0, "modulations_ahead": False},
         {"recomputed": 2, "offload_inputs": True},
         {"stream_from": "host", "precision": "nf4"},
-        {"stream_from": "files", "precision": "auto"},
+        {"stream_from": "host", "precision": "auto"},
+        {"stream_from": "files", "buffers": 2},
     ],
     ids=str,
 )
