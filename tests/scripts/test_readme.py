@@ -7,10 +7,10 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags
+
 import pytest
 from conftest import PROJECT, save_pictures
-
-from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 SMALLER = {"1024": "64", "500": "3", "150": "3", SD3: "TINY"}
