@@ -326,9 +326,8 @@ def run(argv: Sequence[str] | None) -> None:
     settings = picture_settings(config, drawing, files, loras, chosen.name)
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [picture for picture in plans if not picture.is_drawn()]
-    print(
-        f"{len(plans)} pictures of {drawing.size.width}×{drawing.size.height}, {len(plans) - len(to_draw)} drawn before"
-    )
+    size, before = drawing.size, len(plans) - len(to_draw)
+    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if to_draw or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
