@@ -26,7 +26,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -36,7 +36,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
-from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.devices import DTYPES, ChosenDtype, choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
@@ -145,6 +145,7 @@ def run_identity(
         "the precision": str(DTYPES[facts.precision]).removeprefix("torch."),
         "--base_precision": facts.plan["precision"] or "16bit",
         "--compile": kernels,
+        "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
     return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
@@ -337,6 +338,25 @@ def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
     return plan[0]
 
 
+def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, recomputes_all: bool) -> Iterator[str]:
+    """What is planned, in words; and what a flag costs, or why it has no effect."""
+    yield f"plan: {plan.sentence()}"
+    if recomputes_all:
+        yield recompute_note(task, budget)
+    note = task.asked.without_effect(plan.placement)
+    if note:
+        yield note
+    if budget:
+        yield f"predicted peak: {plan.forecast.largest.sentence()}"
+
+
+def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
+    """The transformer's: as its flag or accelerate launch says, else what the device does best."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
+    asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
+    return choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
+
+
 def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
     """The tokens of a prompt, before the data is looked at: as asked for, as embedded, or by default."""
     length = data.max_sequence_length
@@ -367,8 +387,20 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     return TrainingData(images, stage_one.variants(images, cache), store, cache)
 
 
+def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
+    """For a run that was resumed past its last step: its LoRA, if that was never written."""
+    accelerator.print(
+        f"nothing to do: {training.steps} steps were asked for; a larger --max_train_steps goes on from here"
+    )
+    if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
+        print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
+    accelerator.end_training()
+
+
 def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
-    """Writes what lies beside the LoRA, and says what to do with it."""
+    """Writes what lies beside the LoRA, and prints what to do with it."""
+    print(f"wrote {results.wrote}, read back and compared")
+    print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results.steps or 0)
     record.save(outputs.folder / "run.json", results)
@@ -386,9 +418,7 @@ def run(argv: Sequence[str] | None) -> None:
     device, say = accelerator.device, accelerator.print
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
-    asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
-    chosen = choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
+    chosen = choose_precision(flags, device)
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -399,20 +429,12 @@ def run(argv: Sequence[str] | None) -> None:
     latent_size = files.latent_size(resolution)
     task = training_task(flags, files, latent_size, chosen.dtype, accelerator.num_processes)
     plan = make_plan(task, budget)
-    say(f"plan: {plan.sentence()}")
-    if flags.step.gradient_checkpointing:
-        say(recompute_note(task, budget))
-    if budget:
-        say(f"predicted peak: {plan.forecast.largest.sentence()}")
+    for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
+        say(line)
     if flags.budget.plan:
         return
-    require_attention_kernel(
-        plan.placement.attention_kernel,
-        device,
-        chosen.dtype,
-        files.read_config("transformer")["attention_head_dim"],
-        True,
-    )
+    head_width = files.read_config("transformer")["attention_head_dim"]
+    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
@@ -441,10 +463,7 @@ def run(argv: Sequence[str] | None) -> None:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
-            say(f"nothing to do: {steps} steps were asked for; a larger --max_train_steps goes on from here")
-            if accelerator.is_main_process and not (output_dir / LORA_FILE).is_file():
-                say(f"wrote {outputs.save_lora(training, output_dir)}, as it is at step {training.step}")
-            accelerator.end_training()
+            write_what_is_missing(outputs, training, accelerator)
             return
     log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
     log = LossLog(log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name)
@@ -459,21 +478,18 @@ def run(argv: Sequence[str] | None) -> None:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
-        measured = budget.used_bytes(reports) if budget else 0
-        if budget:
-            say(compared(plan.forecast.peak_bytes, measured))
-        say(f"wrote {path}, read back and compared")
-        say(f"{ms_a_step:.0f} ms a step, {log.skipped} steps skipped by the scaler")
         results = RunResults(
             wrote=str(path),
             stages=reports,
-            measured_bytes=measured,
+            measured_bytes=budget.used_bytes(reports) if budget else 0,
             steps=training.step,
             ms_a_step=ms_a_step,
             execution=execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict(),
             loss=log.recent_mean,
             skipped=log.skipped,
         )
+        if budget:
+            say(compared(plan.forecast.peak_bytes, results.measured_bytes))
         finish(outputs, flags.model, results)
     accelerator.end_training()
 
