@@ -137,7 +137,7 @@ def test_repeats_make_a_picture_come_that_many_times_a_pass() -> None:
     passes = [order.take(12) for _ in range(4)]
     for taken in passes:
         assert Counter(taken) == dict.fromkeys(range(3), 4)
-    assert any(taken[:3] != taken[3:6] for taken in passes)  # shuffled over the whole pass
+    assert any(sorted(taken[:3]) != [0, 1, 2] for taken in passes)  # shuffled over the whole pass
 
 
 def test_each_pool_has_its_part_of_every_batch() -> None:
