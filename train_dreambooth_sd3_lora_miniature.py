@@ -54,11 +54,12 @@ from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, r
 from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import flow_matching_loss, interpolate
+from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.training.micro_batches import MicroBatches
+from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
+from sd3_lora.training.pool import Pool, pass_length
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.trackers import start_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
@@ -109,7 +110,7 @@ def run_facts(
     processes: int,
 ) -> RunFacts:
     """What the run works on, and how, before its first step."""
-    prompts = tuple(dict.fromkeys(image.prompt for image in data.images))
+    prompts = data.prompts
     return RunFacts(
         model=stage_one.files.name,
         revision=stage_one.files.revision,
@@ -273,7 +274,7 @@ def load_training(
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
-    pictures: int,
+    pools: Sequence[Pool],
     accelerator: Accelerator,
 ) -> Training:
     """The frozen transformer with a new LoRA, and all that trains it."""
@@ -299,7 +300,7 @@ def load_training(
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
-        DataOrder(pictures, seed),
+        DataOrder(pools, seed),
         planned.steps,
         arranged.ahead,
     )
@@ -384,7 +385,7 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData(images, stage_one.variants(images, cache), store, cache)
+    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
 
 
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
@@ -446,7 +447,7 @@ def run(argv: Sequence[str] | None) -> None:
     if budget:
         budget.cap()
     reports: list[StageReport] = []
-    steps = flags.run.steps(len(data), accelerator.num_processes)
+    steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     micro_steps = steps * flags.run.gradient_accumulation_steps
     asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
@@ -454,11 +455,11 @@ def run(argv: Sequence[str] | None) -> None:
     execution = choose_execution(asked, plan, device, dropout, micro_steps, kernels_before)
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, len(data), accelerator)
+        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    outputs = Outputs(output_dir, flags.lora, record, flags.run.checkpoints_total_limit)
+    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
@@ -470,7 +471,9 @@ def run(argv: Sequence[str] | None) -> None:
     log.cut_back(training.step)
     accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    batches = MicroBatches(training, data, stage_one, flags.flow, chosen.dtype, device)
+    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, chosen.dtype, device)
+    batches = MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
     step = make_step(training, flags, execution, say)
     with memory_stage("train", device, reports, say), attention_kernel(plan.placement.attention_kernel):
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
