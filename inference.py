@@ -76,7 +76,8 @@ class Drawing:
         latent_shape: `(16, H/8, W/8)`.
         length: T5 tokens of a prompt.
         dtype: of the transformer.
-        plan: where its weights are.
+        asked: what flags fix of where its weights are.
+        plan: where they are.
         asked_tile: of the VAE, as asked for.
     """
 
@@ -84,6 +85,7 @@ class Drawing:
     latent_shape: tuple[int, int, int]
     length: int
     dtype: torch.dtype
+    asked: AskedPlacement
     plan: Plan
     asked_tile: AskedTile
 
@@ -200,7 +202,7 @@ def plan_drawing(
     asked.check(blocks)
     plan = plan_denoising(files, shape, budget, asked)
     asked_tile = read_asked_tile(config.vae_tile, size, vae_scale)
-    return Drawing(size, (channels, *latent_size), length, dtype, plan, asked_tile)
+    return Drawing(size, (channels, *latent_size), length, dtype, asked, plan, asked_tile)
 
 
 def sampling_of(config: InferenceConfig) -> SamplingSettings:
@@ -326,9 +328,8 @@ def run(argv: Sequence[str] | None) -> None:
     settings = picture_settings(config, drawing, files, loras, chosen.name)
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [picture for picture in plans if not picture.is_drawn()]
-    print(
-        f"{len(plans)} pictures of {drawing.size.width}×{drawing.size.height}, {len(plans) - len(to_draw)} drawn before"
-    )
+    size, before = drawing.size, len(plans) - len(to_draw)
+    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if to_draw or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
@@ -337,6 +338,9 @@ def run(argv: Sequence[str] | None) -> None:
             forecast = replace(forecast, phases=(*forecast.phases, decoding))
             print(f"transformer in {chosen.name}, {drawing.plan.base_sentence()}: {forecast.phases[0].sentence()}")
             print(f"VAE in {config.vae_precision}, {tile.describe()}: {decoding.sentence()}")
+        note = drawing.asked.without_effect(drawing.plan.placement)
+        if note:
+            print(note)
     if is_plan:
         return
     measured = 0

@@ -26,7 +26,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -36,7 +36,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
-from sd3_lora.common.devices import DTYPES, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.devices import DTYPES, ChosenDtype, choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
@@ -54,11 +54,12 @@ from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, r
 from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import flow_matching_loss, interpolate
+from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
-from sd3_lora.training.micro_batches import MicroBatches
+from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
+from sd3_lora.training.pool import Pool, pass_length
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.trackers import start_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
@@ -109,7 +110,7 @@ def run_facts(
     processes: int,
 ) -> RunFacts:
     """What the run works on, and how, before its first step."""
-    prompts = tuple(dict.fromkeys(image.prompt for image in data.images))
+    prompts = data.prompts
     return RunFacts(
         model=stage_one.files.name,
         revision=stage_one.files.revision,
@@ -145,6 +146,7 @@ def run_identity(
         "the precision": str(DTYPES[facts.precision]).removeprefix("torch."),
         "--base_precision": facts.plan["precision"] or "16bit",
         "--compile": kernels,
+        "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
     return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
@@ -272,7 +274,7 @@ def load_training(
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
-    pictures: int,
+    pools: Sequence[Pool],
     accelerator: Accelerator,
 ) -> Training:
     """The frozen transformer with a new LoRA, and all that trains it."""
@@ -298,7 +300,7 @@ def load_training(
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
-        DataOrder(pictures, seed),
+        DataOrder(pools, seed),
         planned.steps,
         arranged.ahead,
     )
@@ -337,6 +339,25 @@ def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
     return plan[0]
 
 
+def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, recomputes_all: bool) -> Iterator[str]:
+    """What is planned, in words; and what a flag costs, or why it has no effect."""
+    yield f"plan: {plan.sentence()}"
+    if recomputes_all:
+        yield recompute_note(task, budget)
+    note = task.asked.without_effect(plan.placement)
+    if note:
+        yield note
+    if budget:
+        yield f"predicted peak: {plan.forecast.largest.sentence()}"
+
+
+def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
+    """The transformer's: as its flag or accelerate launch says, else what the device does best."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
+    asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
+    return choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
+
+
 def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
     """The tokens of a prompt, before the data is looked at: as asked for, as embedded, or by default."""
     length = data.max_sequence_length
@@ -364,11 +385,23 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData(images, stage_one.variants(images, cache), store, cache)
+    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+
+
+def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
+    """For a run that was resumed past its last step: its LoRA, if that was never written."""
+    accelerator.print(
+        f"nothing to do: {training.steps} steps were asked for; a larger --max_train_steps goes on from here"
+    )
+    if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
+        print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
+    accelerator.end_training()
 
 
 def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
-    """Writes what lies beside the LoRA, and says what to do with it."""
+    """Writes what lies beside the LoRA, and prints what to do with it."""
+    print(f"wrote {results.wrote}, read back and compared")
+    print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results.steps or 0)
     record.save(outputs.folder / "run.json", results)
@@ -386,9 +419,7 @@ def run(argv: Sequence[str] | None) -> None:
     device, say = accelerator.device, accelerator.print
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
-    asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
-    chosen = choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
+    chosen = choose_precision(flags, device)
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -399,20 +430,12 @@ def run(argv: Sequence[str] | None) -> None:
     latent_size = files.latent_size(resolution)
     task = training_task(flags, files, latent_size, chosen.dtype, accelerator.num_processes)
     plan = make_plan(task, budget)
-    say(f"plan: {plan.sentence()}")
-    if flags.step.gradient_checkpointing:
-        say(recompute_note(task, budget))
-    if budget:
-        say(f"predicted peak: {plan.forecast.largest.sentence()}")
+    for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
+        say(line)
     if flags.budget.plan:
         return
-    require_attention_kernel(
-        plan.placement.attention_kernel,
-        device,
-        chosen.dtype,
-        files.read_config("transformer")["attention_head_dim"],
-        True,
-    )
+    head_width = files.read_config("transformer")["attention_head_dim"]
+    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
@@ -424,7 +447,7 @@ def run(argv: Sequence[str] | None) -> None:
     if budget:
         budget.cap()
     reports: list[StageReport] = []
-    steps = flags.run.steps(len(data), accelerator.num_processes)
+    steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     micro_steps = steps * flags.run.gradient_accumulation_steps
     asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
@@ -432,26 +455,25 @@ def run(argv: Sequence[str] | None) -> None:
     execution = choose_execution(asked, plan, device, dropout, micro_steps, kernels_before)
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, len(data), accelerator)
+        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    outputs = Outputs(output_dir, flags.lora, record, flags.run.checkpoints_total_limit)
+    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
-            say(f"nothing to do: {steps} steps were asked for; a larger --max_train_steps goes on from here")
-            if accelerator.is_main_process and not (output_dir / LORA_FILE).is_file():
-                say(f"wrote {outputs.save_lora(training, output_dir)}, as it is at step {training.step}")
-            accelerator.end_training()
+            write_what_is_missing(outputs, training, accelerator)
             return
     log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
     log = LossLog(log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name)
     log.cut_back(training.step)
     accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    batches = MicroBatches(training, data, stage_one, flags.flow, chosen.dtype, device)
+    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, chosen.dtype, device)
+    batches = MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
     step = make_step(training, flags, execution, say)
     with memory_stage("train", device, reports, say), attention_kernel(plan.placement.attention_kernel):
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
@@ -459,21 +481,18 @@ def run(argv: Sequence[str] | None) -> None:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
-        measured = budget.used_bytes(reports) if budget else 0
-        if budget:
-            say(compared(plan.forecast.peak_bytes, measured))
-        say(f"wrote {path}, read back and compared")
-        say(f"{ms_a_step:.0f} ms a step, {log.skipped} steps skipped by the scaler")
         results = RunResults(
             wrote=str(path),
             stages=reports,
-            measured_bytes=measured,
+            measured_bytes=budget.used_bytes(reports) if budget else 0,
             steps=training.step,
             ms_a_step=ms_a_step,
             execution=execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict(),
             loss=log.recent_mean,
             skipped=log.skipped,
         )
+        if budget:
+            say(compared(plan.forecast.peak_bytes, results.measured_bytes))
         finish(outputs, flags.model, results)
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """Draws the ladder: a bar a row, its parts in colours, beside it the step's time and whether numbers change.
 
-    python benchmarks/plot_ladder.py benchmarks/results/ladder-h200.json docs/ladder
+    python benchmarks/plot_ladder.py benchmarks/results/ladder-h100.json docs/ladder
 
 writes docs/ladder-light.svg and docs/ladder-dark.svg, the same on a light and on a dark page. Needs matplotlib.
 """

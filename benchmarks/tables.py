@@ -64,6 +64,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "text": text_table,
         "step": step_table,
         "ladder": ladder_table,
+        "flags": flags_table,
         "cards_run": cards_table,
         "saving": saving_table,
         "streaming": streaming_table,
@@ -244,6 +245,16 @@ def ladder_table(result: dict[str, Any]) -> str:
         lines.append(f"| {row['name']} | {trick} | {numbers} | {row['exactness']} |")
     said = "SD3-Medium at 1024 px, one picture a step, rank 4; device: what the driver says, CUDA's own included."
     return "\n".join([*lines, "", f"{said} {_measured_on(result)}"])
+
+
+def flags_table(result: dict[str, Any]) -> str:
+    """One forced flag or pair a row: the peak, predicted and as the driver says, the host's, and the step's time."""
+    lines = ["| flags | predicted GiB | device | host | ms a step |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in _measured_rows(result):
+        flags = f"`{' '.join(row['flags'])}`" if row["flags"] else "none: the plan's choice"
+        sizes = f"{row['predicted_gib']:.2f} | {row['driver_gib']:.2f} | {row['host_gib']:.2f}"
+        lines.append(f"| {flags} | {sizes} | {row['step_ms']:.0f} |")
+    return "\n".join([*lines, "", f"SD3-Medium at 1024 px, one picture a step, rank 4, fp16. {_measured_on(result)}"])
 
 
 def cards_table(result: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
-"""Which room of the package may import which: pyproject.toml has the rule, and import-linter holds it.
-
-What training's parts must not know of each other follows when they are cut apart.
+"""Which room of the package may import which, and which of training's parts: pyproject.toml has the rules, and
+import-linter holds them.
 """
 
 from __future__ import annotations
@@ -58,9 +57,9 @@ def test_there_are_no_other_rooms_and_no_exceptions() -> None:
     assert sorted(scripts["forbidden_modules"]) == sorted(path.stem for path in PROJECT.glob("*.py"))
 
 
-def broken_by(copy: Path, room: str, line: str) -> str:
-    """What is said of the package with one more import in a room, within a function: there too it counts."""
-    module = copy / "sd3_lora" / room / "__init__.py"
+def broken_by(copy: Path, room: str, line: str, file: str = "__init__.py") -> str:
+    """The report on the package with one more import in a room, within a function: there too it counts."""
+    module = copy / "sd3_lora" / room / file
     before = module.read_text()
     module.write_text(f"{before}\n\ndef use() -> None:\n    {line}\n")
     try:
@@ -84,3 +83,17 @@ def test_no_room_imports_a_script(copy: Path, script: str) -> None:
 @pytest.mark.parametrize(("room", "other"), [("plan", "transformer"), ("drawing", "gpu"), ("training", "stage_one")])
 def test_an_import_that_is_allowed_is_not_refused(copy: Path, room: str, other: str) -> None:
     assert broken_by(copy, room, f"import sd3_lora.{other}") == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("micro_batches", "training.state"),
+        ("micro_batches", "training.artefacts"),
+        ("state", "training.config"),
+        ("loss_log", "gpu.copy_stream"),
+    ],
+)
+def test_a_forbidden_import_of_trainings_parts_is_found(copy: Path, part: str, other: str) -> None:
+    report = broken_by(copy, "training", f"import sd3_lora.{other}", f"{part}.py")
+    assert f"sd3_lora.training.{part} -> sd3_lora.{other}" in report

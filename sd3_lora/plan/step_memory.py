@@ -125,7 +125,7 @@ def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DM
 def _packed_weights(
     transformer: SD3Transformer2DModel, precision: BasePrecision | None
 ) -> Callable[[torch.Tensor], bool]:
-    """Tells which weights are held in 4 bits: the blocks' own matrices."""
+    """Whether a weight is held in 4 bits: the blocks' frozen matrices are."""
     frozen = {id(p) for p in transformer.transformer_blocks.parameters() if not p.requires_grad and p.dim() == 2}
     return lambda weight: precision == "nf4" and id(weight) in frozen
 
@@ -143,7 +143,7 @@ def simulate_denoising(
     with torch.device("meta"):
         transformer = make_hollow(small, shape.dtype)
         size, (height, width) = shape.batch_size, shape.latent_size
-        words = {
+        arguments = {
             "hidden_states": torch.empty(size, config["in_channels"], height, width, dtype=shape.dtype),
             "timestep": torch.empty(size),
             "encoder_hidden_states": torch.empty(
@@ -154,9 +154,12 @@ def simulate_denoising(
     stand_in_for_gpu(transformer, torch.float32, _packed_weights(transformer, precision), attention_kernel)
     counter = AllocationCounter()
     with torch.no_grad(), counter:
-        transformer(**words, return_dict=False)
-    inputs = sum(round_up(tensor.nbytes) for tensor in words.values())
+        transformer(**arguments, return_dict=False)
+    inputs = sum(round_up(tensor.nbytes) for tensor in arguments.values())
     return counter.peak + inputs
+
+
+Step = Callable[[VelocityModel, StepInputs], torch.Tensor]  # → the loss of a micro-batch
 
 
 class _Kind(NamedTuple):
@@ -169,7 +172,108 @@ class _Kind(NamedTuple):
     is_last: bool
 
 
-Step = Callable[[VelocityModel, StepInputs], torch.Tensor]  # → the loss of a micro-batch
+class _SmallModel:
+    """A hollow model with one block of each kind, and a LoRA.
+
+    Args:
+        config: of the whole transformer.
+        shape: of the step.
+        precision: of the base.
+        attention_kernel: that computes attention.
+
+    Attributes:
+        kinds: of the whole transformer's blocks.
+        distinct: the kinds, each once: those of this model's blocks.
+        transformer: with its LoRA, in training mode.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        shape: StepShape,
+        precision: BasePrecision | None,
+        attention_kernel: AttentionKernel | None,
+    ):
+        self._config, self._shape, self._attention_kernel = config, shape, attention_kernel
+        self.kinds = _kinds_of_blocks(config, shape.blocks)
+        self.distinct = list(dict.fromkeys(self.kinds))
+        small = {**config, "num_layers": len(self.distinct)}
+        small["dual_attention_layers"] = tuple(i for i, kind in enumerate(self.distinct) if kind.is_dual)
+        with torch.device("meta"):
+            self.transformer = make_hollow(small, shape.dtype)
+            trained = [i for i, kind in enumerate(self.distinct) if kind.is_trained]
+            targets = target_modules(self.transformer, shape.layers, trained)
+            attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
+        self.transformer.train()
+        self._packed = _packed_weights(self.transformer, precision)
+        self._stand_in(self.transformer)
+
+    def _stand_in(self, module: torch.nn.Module) -> None:
+        stand_in_for_gpu(module, self._shape.dtype, self._packed, self._attention_kernel)
+
+    @property
+    def trained_parameters(self) -> dict[_Kind, int]:
+        """How many a block of each kind has."""
+        return {
+            kind: sum(p.numel() for p in block.parameters() if p.requires_grad)
+            for kind, block in zip(self.distinct, self.transformer.transformer_blocks, strict=True)
+        }
+
+    def recompute(self) -> None:
+        """Recomputes every block from now on."""
+        recompute_blocks(self.transformer, range(len(self.distinct)))
+        for block in self.transformer.transformer_blocks:
+            self._stand_in(block)
+
+    def loss(self, step: Step) -> torch.Tensor:
+        """Of a hollow micro-batch."""
+        return step(VelocityModel(self.transformer, self._shape.dtype), _hollow_inputs(self._config, self._shape))
+
+
+def _kinds_of_blocks(config: Mapping[str, Any], blocks: Sequence[int] | None) -> list[_Kind]:
+    """The kind of each block, where `blocks` get a LoRA (None for all); blocks of one kind allocate the same.
+
+    Nothing is kept for backward before the first LoRA, and little in its block, whose input needs no gradient.
+    """
+    count = config["num_layers"]
+    dual = set(config.get("dual_attention_layers") or ())
+    trained = set(range(count) if blocks is None else blocks)
+    first = min(trained)
+    return [_Kind(i < first, i == first, i in dual, i in trained, i == count - 1) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _StepBytes:
+    """What one step allocates.
+
+    Attributes:
+        kept: by a block of each kind, for backward.
+        after_forward: all that is allocated then.
+        peak: of forward and backward.
+    """
+
+    kept: dict[_Kind, int]
+    after_forward: int
+    peak: int
+
+
+def _count_step(model: _SmallModel, step: Step) -> _StepBytes:
+    """Counts what a step allocates whose blocks are not recomputed."""
+    counter = AllocationCounter()
+    # Before each block and after the last, when what is not kept of the block before has been freed.
+    allocated: list[int] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: allocated.append(counter.now))
+        for module in (*model.transformer.transformer_blocks, model.transformer.norm_out)
+    ]
+    with counter:
+        loss = model.loss(step)
+        after_forward = counter.now
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    kept = [after - before for before, after in itertools.pairwise(allocated)]
+    return _StepBytes(dict(zip(model.distinct, kept, strict=True)), after_forward, counter.peak)
 
 
 def simulate_step(
@@ -188,66 +292,30 @@ def simulate_step(
         step: the very one that trains.
         attention_kernel: that computes attention.
     """
-    count = config["num_layers"]
-    dual = set(config.get("dual_attention_layers") or ())
-    trained = set(range(count) if shape.blocks is None else shape.blocks)
-    first = min(trained)
-    # Blocks of one key allocate the same. Nothing is kept for backward before the first LoRA, and little in its block,
-    # whose input needs no gradient.
-    keys = [_Kind(i < first, i == first, i in dual, i in trained, i == count - 1) for i in range(count)]
-    kinds = list(dict.fromkeys(keys))
-    small = {**config, "num_layers": len(kinds)}
-    small["dual_attention_layers"] = tuple(i for i, kind in enumerate(kinds) if kind.is_dual)
-    with torch.device("meta"):
-        transformer = make_hollow(small, shape.dtype)
-        blocks = [i for i, kind in enumerate(kinds) if kind.is_trained]
-        targets = target_modules(transformer, shape.layers, blocks)
-        attach_lora(transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
-    transformer.train()
-    trained_in = {
-        kind: sum(p.numel() for p in block.parameters() if p.requires_grad)
-        for kind, block in zip(kinds, transformer.transformer_blocks, strict=True)
-    }
-    packed = _packed_weights(transformer, precision)
-    stand_in_for_gpu(transformer, shape.dtype, packed, attention_kernel)
-    model = VelocityModel(transformer, shape.dtype)
-    counter = AllocationCounter()
-    at: list[int] = []  # before each block and after the last, when what nobody keeps of the block before is gone
-    marks = [
-        module.register_forward_pre_hook(lambda *_: at.append(counter.now))
-        for module in (*transformer.transformer_blocks, transformer.norm_out)
-    ]
-    with counter:
-        loss = step(model, _hollow_inputs(config, shape))
-        after_forward = counter.now
-        loss.backward()
-    for mark in marks:
-        mark.remove()
-    kept = dict(zip(kinds, (after - before for before, after in itertools.pairwise(at)), strict=True))
+    model = _SmallModel(config, shape, precision, attention_kernel)
+    trained = model.trained_parameters
+    counted = _count_step(model, step)
     tokens = image_tokens(config, shape.latent_size) + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    one_input = shape.batch_size * tokens * width * shape.dtype.itemsize
-    outside = max(0, after_forward - sum(kept.values()))
+    input_bytes = shape.batch_size * tokens * width * shape.dtype.itemsize
 
-    def memory(blocks: Sequence[_Kind], working: int, working_recomputed: int) -> StepMemory:
+    def memory(kinds: Sequence[_Kind], working: int, working_recomputed: int) -> StepMemory:
         return StepMemory(
-            kept=tuple(kept[kind] for kind in blocks),
-            inputs=tuple(0 if kind.is_before_lora else one_input for kind in blocks),
-            outside=outside,
+            kept=tuple(counted.kept[kind] for kind in kinds),
+            inputs=tuple(0 if kind.is_before_lora else input_bytes for kind in kinds),
+            outside=max(0, counted.after_forward - sum(counted.kept.values())),
             working=working,
             working_recomputed=working_recomputed,
-            lora=4 * sum(trained_in[kind] for kind in blocks),
+            lora=4 * sum(trained[kind] for kind in kinds),
         )
 
     # Which block needs the most beside what is kept, shows when each is recomputed.
-    every = range(len(kinds))
-    recompute_blocks(transformer, every)
-    for block in transformer.transformer_blocks:
-        stand_in_for_gpu(block, shape.dtype, packed, attention_kernel)
+    model.recompute()
     with AllocationCounter() as recomputing:
-        step(model, _hollow_inputs(config, shape)).backward()
-    beside = recomputing.peak - sum(memory(kinds, 0, 0).peak(every, False))
-    return memory(keys, max(0, counter.peak - after_forward), max(0, beside))
+        model.loss(step).backward()
+    every = range(len(model.distinct))
+    beside = recomputing.peak - sum(memory(model.distinct, 0, 0).peak(every, False))
+    return memory(model.kinds, max(0, counted.peak - counted.after_forward), max(0, beside))
 
 
 def image_tokens(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int:

@@ -12,6 +12,7 @@ from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedd
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import crop_boxes, mirrored
 from sd3_lora.stage_one.latent_cache import LatentCache
+from sd3_lora.training.pool import Pool
 
 import torch
 
@@ -22,7 +23,7 @@ class TrainingData:
     """The pictures to train on, with their tensors.
 
     Args:
-        images: the pictures.
+        pools: the pictures.
         variants: for each image id, the crops to draw from.
         store: the embeddings file.
         cache: the latent cache.
@@ -30,13 +31,14 @@ class TrainingData:
 
     def __init__(
         self,
-        images: Sequence[InstanceImage],
+        pools: Sequence[Pool],
         variants: dict[str, tuple[str, ...]],
         store: EmbeddingStore,
         cache: LatentCache,
     ):
-        # By identity: neither the files' names nor where the list comes from changes a run.
-        self.images = tuple(sorted(images, key=lambda image: image.image_id))
+        self.pools = tuple(pools)
+        self.images = tuple(image for pool in pools for image in pool.images)
+        self._loss_weights = torch.tensor([pool.weight for pool in pools for _ in pool.images], dtype=torch.float32)
         self.variants = variants
         self._store, self._cache = store, cache
         self._posteriors: dict[tuple[str, str], LatentPosterior] = {}
@@ -47,8 +49,14 @@ class TrainingData:
         return len(self.images)
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """The distinct captions of the subject's pictures, in the pictures' order."""
+        images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
+        return tuple(dict.fromkeys(image.prompt for image in images))
+
+    @property
     def text(self) -> Provenance:
-        """Where the embeddings come from: T5's precision, and its tokens of a prompt."""
+        """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
 
     def batch(self, indices: Sequence[int], variant_draws: torch.Tensor) -> TrainingBatch:
@@ -70,7 +78,7 @@ class TrainingData:
             latent_std=torch.stack([p.std for p in posteriors]),
             prompt_embeds=torch.stack([e.prompt_embeds for e in embeddings]),
             pooled_prompt_embeds=torch.stack([e.pooled_prompt_embeds for e in embeddings]),
-            loss_weights=torch.ones(len(images)),
+            loss_weights=self._loss_weights[list(indices)],
         )
 
     def _posterior(self, image_id: str, variant: str) -> LatentPosterior:
@@ -145,15 +153,15 @@ def choose_variants(
     """
     chosen: dict[str, tuple[str, ...]] = {}
     for image in images:
-        found = cache.look(image.image_id)
-        if not found or not found.variants:
+        entry = cache.look(image.image_id)
+        if not entry or not entry.variants:
             raise UserError(
                 f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
             )
-        wanted = cached = found.variants
+        wanted = cached = entry.variants
         if center_crop or num_crops is not None:
             count = 1 if center_crop else num_crops or 1
-            boxes = crop_boxes(*found.size, cache.wanted.size, count, flip=True)
+            boxes = crop_boxes(*entry.size, cache.wanted.size, count, flip=True)
             wanted = tuple(box.name for box in boxes if box.name in cached or not box.flip)
         if flip is not None and flip:
             wanted = tuple(dict.fromkeys(v for name in wanted for v in (name, mirrored(name))))

@@ -1,6 +1,6 @@
 """The loss log: one JSON line for each optimizer step, and the watch for numbers that are not finite.
 
-Losses stay on the device until they are read, some steps late, so that no step waits for the host.
+Losses stay on the device and are read some steps late, so that a step has no host–device synchronisation.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from sd3_lora.common.command_line import UserError, write_text_atomically
-from sd3_lora.gpu.copy_stream import DeviceFlag
 
 import torch
 
@@ -40,6 +40,12 @@ class LoggedStep:
     skipped: bool
 
 
+class SupportsBool(Protocol):
+    """A boolean, or what waits for one when it is read."""
+
+    def __bool__(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class PendingStep:
     """A step whose numbers are still on the device.
@@ -49,7 +55,7 @@ class PendingStep:
         loss: scalar tensor, this rank's mean.
         gradient_norm: scalar tensor, after the ranks' gradients were averaged.
         learning_rate: of the step.
-        skipped: whether the scaler skipped it; asked for no sooner than `LossLog.add`.
+        skipped: whether the scaler skipped it; not read before `LossLog.add`, since reading may wait for the device.
         pictures: file names that the step saw, for a diagnosis.
     """
 
@@ -57,7 +63,7 @@ class PendingStep:
     loss: torch.Tensor
     gradient_norm: torch.Tensor
     learning_rate: float
-    skipped: DeviceFlag | bool
+    skipped: SupportsBool
     pictures: str
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from sd3_lora.common.run_record import RunFacts, RunRecord
 from sd3_lora.training.checkpoints import UnfinishedCheckpoint, remove_old_checkpoints, require_same_run, write_state
-from sd3_lora.training.config import LoraFlags
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import lora_tensors, save_lora
@@ -115,20 +114,22 @@ class Outputs:
 
     Attributes:
         folder: of the run.
-        lora: the flags of the LoRA.
+        rank: of the LoRA.
+        alpha: of the LoRA.
         record: of the run.
         limit: how many checkpoints are kept; None for all.
     """
 
     folder: Path
-    lora: LoraFlags
+    rank: int
+    alpha: float
     record: RunRecord
     limit: int | None
 
     def save_lora(self, training: Training, folder: Path) -> Path:
         """Writes the LoRA in diffusers' format, and reads it back."""
         metadata = lora_metadata(self.record.facts, training.step)
-        return save_lora(folder, training.transformer, self.lora.rank, self.lora.alpha, metadata)
+        return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
 
     def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
         """Writes a checkpoint on the first rank, with the random states of all."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel
 
 BasePrecision = Literal["nf4"]
-# bitsandbytes' own sizes (arXiv 2305.14314): a scale for each block of weights, and double quantization's second scale
+# bitsandbytes' sizes (arXiv 2305.14314): a scale for each block of weights, and double quantization's second scale
 # for each group of scales.
 _BLOCK, _GROUP = 64, 256
 # Double quantization keeps the scales in 8 bits: 1/2 + 1/64 + 4/(64 * 256) = 0.516 bytes a weight instead of
@@ -69,29 +70,48 @@ def load_transformer(
     with TensorFiles(files.weight_files("transformer")) as weights:
         expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
         _require_same_shapes(folder, expected, weights.shapes())
-        kept = _kept_positions(config, latent_size)
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
+        reader = _WeightReader(weights, device, dtype, _kept_positions(config, latent_size))
         for name, shape in expected.items():
-            visits = _is_linear_weight(name, shape) and int(name.split(".")[1]) in streamed_blocks
-            if visits and precision is None:
+            is_streamed = _is_linear_weight(name, shape) and int(name.split(".")[1]) in streamed_blocks
+            if is_streamed and precision is None:
                 # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
                 _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))
                 continue
-            # A copy even where nothing is converted: a mapped file may be replaced while it is in use.
-            value = weights.tensor(name)
-            if name == _POSITIONS and kept:
-                value = _middle(value, kept)
-                transformer.pos_embed.pos_embed_max_size = kept
-            value = value.to(device, dtype, copy=True)
-            _set_tensor(transformer, name, value)
-            del value  # before the next is read
-            if visits:  # only now: a GPU rounds the scales elsewhere than a CPU, and every plan is to have the same
+            _set_tensor(transformer, name, reader.read(name))
+            if is_streamed:  # moved after quantization: a GPU rounds the scales otherwise than a CPU
                 weight = transformer.get_parameter(name)
                 weight.data = weight.data.to("cpu")
+    if reader.kept_positions:
+        transformer.pos_embed.pos_embed_max_size = reader.kept_positions
     for name in not_in_files:
         _set_tensor(transformer, name, transformer.get_buffer(name).to(device))  # its dtype is left, as diffusers does
     return transformer.eval()
+
+
+@dataclass(frozen=True)
+class _WeightReader:
+    """Reads weights onto the device, one tensor at a time.
+
+    Attributes:
+        weights: the files.
+        device: where they go.
+        dtype: into which they are converted.
+        kept_positions: the side of the middle of the positional embedding that is kept; None for all of it.
+    """
+
+    weights: TensorFiles
+    device: torch.device
+    dtype: torch.dtype
+    kept_positions: int | None
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy even where nothing is converted: a mapped file may be replaced while it is in use."""
+        value = self.weights.tensor(name)
+        if name == _POSITIONS and self.kept_positions:
+            value = _middle(value, self.kept_positions)
+        return value.to(self.device, self.dtype, copy=True)
 
 
 def base_bytes(
@@ -148,10 +168,10 @@ def _make_empty(config: Mapping[str, Any]) -> tuple[SD3Transformer2DModel, set[s
     return transformer, not_in_files
 
 
-def _require_same_shapes(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    other = [name for name in expected if name in found and found[name] != expected[name]]
+def _require_same_shapes(folder: Path, expected: Mapping[str, torch.Size], in_files: Mapping[str, torch.Size]) -> None:
+    missing = [name for name in expected if name not in in_files]
+    unexpected = [name for name in in_files if name not in expected]
+    other = [name for name in expected if name in in_files and in_files[name] != expected[name]]
 
     def first_of(names: list[str]) -> str:
         return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
@@ -167,7 +187,7 @@ def _require_same_shapes(folder: Path, expected: Mapping[str, torch.Size], found
             "config.json that they were saved with"
         )
     if other:
-        shapes = f"{tuple(found[other[0]])} and by its config.json {tuple(expected[other[0]])}"
+        shapes = f"{tuple(in_files[other[0]])} and by its config.json {tuple(expected[other[0]])}"
         raise UserError(
             f"{folder}: {first_of(other)} is of shape {shapes}: give the weights the config.json that they were "
             "saved with"
@@ -181,8 +201,8 @@ def _set_tensor(transformer: SD3Transformer2DModel, name: str, value: torch.Tens
     empty = getattr(module, leaf)
     if hasattr(empty, "quant_state"):
         # Not its `module`, which would hold the layer in a cycle.
-        words = {"quant_type": empty.quant_type, "compress_statistics": empty.compress_statistics}
-        value = type(empty)(value, requires_grad=False, blocksize=_BLOCK, **words).to(value.device)
+        quantization = {"quant_type": empty.quant_type, "compress_statistics": empty.compress_statistics}
+        value = type(empty)(value, requires_grad=False, blocksize=_BLOCK, **quantization).to(value.device)
     elif isinstance(empty, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=False)
     setattr(module, leaf, value)

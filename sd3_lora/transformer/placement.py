@@ -188,6 +188,18 @@ class AskedPlacement:
                 "leaves none: leave one out"
             )
 
+    def without_effect(self, placement: Placement) -> str | None:
+        """A note where flags are of streamed blocks and none is streamed; None where all have their effect."""
+        flags = {
+            f"--stream_from {self.stream_from}": self.stream_from,
+            f"--stream_buffers {self.buffers}": self.buffers,
+            "--modulations_ahead on": self.modulations_ahead or None,
+        }
+        idle = [flag for flag, value in flags.items() if value is not None]
+        if placement.streamed or not idle:
+            return None
+        return f"note: no block is streamed, so {' and '.join(idle)} changes nothing: add --stream_blocks with a number"
+
 
 def spread_streamed_blocks(count: int, resident: int) -> tuple[int, ...]:
     """Those of `count` blocks that are streamed where `resident` stay on the device.

@@ -184,6 +184,17 @@ def test_text_encoders(rows, tmp_path: Path) -> None:
     assert "times as long streamed as resident" in lines[-1]
 
 
+def test_each_flag_is_a_row(rows, tmp_path: Path) -> None:
+    cases = [case for case in memory.SETS["flags"]() if "23" not in case.flags and "24" not in case.flags]
+    asked = [tiny(replace(case, flags=(*case.flags, *("--vram_budget_gib", "3")))) for case in cases]
+    kept = [case for case in asked if set(case.flags) & {"off", "math"} or len(case.flags) == 2]
+    found = rows(*kept)
+    assert not [row["failed"] for row in found if "failed" in row]
+    lines = table(tmp_path, "flags-h100.json")
+    assert lines[2].startswith("| `--vram_budget_gib 3` | 0.")
+    assert lines[3].startswith("| `--capture off --vram_budget_gib 3` | 0.")
+
+
 def test_saving_no_more_than_training(rows, tmp_path: Path) -> None:
     cases = [tiny(case) for case in memory.SETS["saving"]()]
     _, training, checkpoints, picture = rows(*cases)

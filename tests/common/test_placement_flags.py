@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, parse_flags
+from sd3_lora.common.command_line import CommandLine, UserError
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 import pytest
 
 
 def parse(*argv: str) -> tuple[BaseFlags, StepFlags]:
-    return parse_flags((BaseFlags, StepFlags), argv, "train.py", "Trains.")
+    base, step = CommandLine("train.py", "Trains.", (BaseFlags, StepFlags)).parse(argv)
+    return base, step
 
 
 def test_by_default_the_plan_chooses() -> None:

@@ -342,3 +342,13 @@ def test_a_picture_with_forced_streaming_is_the_resident_one(
     refused = script("inference", *words, "--outdir", tmp_path / "x", "--stream_blocks", 0, "--stream_buffers", 3)
     assert refused.code == 2
     assert "--stream_buffers is of streamed blocks, and --stream_blocks 0 leaves none: leave one out" in refused.err
+
+
+def test_a_flag_of_streamed_blocks_has_a_note_where_none_is_streamed(
+    script: Script, on_miniature: Flags, tmp_path: Path
+) -> None:
+    run = train(script, on_miniature, tmp_path, "--stream_buffers", 3, "--modulations_ahead", "on")
+    note = "note: no block is streamed, so --stream_buffers 3 and --modulations_ahead on changes nothing: "
+    assert f"{note}add --stream_blocks with a number\n" in run.out
+    streamed = train(script, on_miniature, tmp_path / "s", "--stream_buffers", 3, "--stream_blocks", 2)
+    assert "note:" not in streamed.out

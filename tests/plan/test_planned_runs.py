@@ -77,7 +77,8 @@ def test_every_plan_trains_to_the_same_bits(
             assert done[-2] == ("streamed", place.streamed)
         assert done[-1] == (place.recomputed, place.offload_inputs)
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
-        noted = json.loads((folder / "run.json").read_text())["plan"]
+        record = json.loads((folder / "run.json").read_text())
+        noted = record["plan"]
         assert noted.pop("parts") == plans[index].forecast.largest.parts
         assert noted.pop("host_bytes") == plans[index].forecast.host_bytes
         assert noted == json.loads(json.dumps(asdict(place)))

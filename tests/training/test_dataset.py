@@ -14,6 +14,7 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.dataset import TrainingData, choose_variants, images_of_store, require_prompts
+from sd3_lora.training.pool import Pool
 
 import pyarrow.parquet as pq
 import pytest
@@ -102,7 +103,7 @@ def test_each_picture_has_its_own_caption_and_latents(
     captioned: Prepared, store: EmbeddingStore, cache: LatentCache
 ) -> None:
     images = find(captioned.pictures)
-    assert_joined(TrainingData(images, all_variants(images, cache), store, cache), captioned)
+    assert_joined(TrainingData([Pool(images)], all_variants(images, cache), store, cache), captioned)
 
 
 @pytest.mark.parametrize("order", [(3, 2, 1, 0), (1, 2, 3, 0), (2, 0, 3, 1)])
@@ -115,13 +116,13 @@ def test_renamed_files_keep_theirs(
             shutil.copy(captioned.pictures / f"{old:02d}{suffix}", tmp_path / f"picture {new}{suffix}")
     images = find(tmp_path)
     assert [image.path.name for image in images] == [f"picture {new}.png" for new in range(4)]
-    assert_joined(TrainingData(images, all_variants(images, cache), store, cache), captioned)
+    assert_joined(TrainingData([Pool(images)], all_variants(images, cache), store, cache), captioned)
 
 
 def test_without_the_folder_the_file_knows_them(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
     images = images_of_store(store, cache)
     assert all(image.path == cache.path(image.image_id) for image in images)
-    assert_joined(TrainingData(images, all_variants(images, cache), store, cache), captioned)
+    assert_joined(TrainingData([Pool(images)], all_variants(images, cache), store, cache), captioned)
 
 
 def test_the_order_of_the_list_does_not_count(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
@@ -129,7 +130,7 @@ def test_the_order_of_the_list_does_not_count(captioned: Prepared, store: Embedd
     images = find(captioned.pictures)
     variants = all_variants(images, cache)
     orders = (images, images[::-1], images_of_store(store, cache))
-    made = [[image.image_id for image in TrainingData(each, variants, store, cache).images] for each in orders]
+    made = [[image.image_id for image in TrainingData([Pool(each)], variants, store, cache).images] for each in orders]
     assert made == [sorted(image.image_id for image in images)] * 3
 
 
@@ -140,7 +141,7 @@ def test_a_caption_that_moved_moves_its_embedding(
     (tmp_path / "00.txt").write_text(CAPTIONS[1])
     (tmp_path / "01.txt").write_text(CAPTIONS[0])
     images = find(tmp_path)
-    data = TrainingData(images, all_variants(images, cache), store, cache)
+    data = TrainingData([Pool(images)], all_variants(images, cache), store, cache)
     batch = data.batch(range(4), torch.zeros(4))
     first, second = (batch.image_ids.index(hash_file(tmp_path / name)) for name in ("00.png", "01.png"))
     assert torch.equal(batch.prompt_embeds[first], store.read(CAPTIONS[1]).prompt_embeds)
@@ -149,7 +150,7 @@ def test_a_caption_that_moved_moves_its_embedding(
 
 def test_shapes_come_from_the_data(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
     images = find(captioned.pictures)
-    data = TrainingData(images, all_variants(images, cache), store, cache)
+    data = TrainingData([Pool(images)], all_variants(images, cache), store, cache)
     batch = data.batch([2, 0, 2], torch.tensor([0.0, 0.5, 0.99]))
     assert len(data) == 4
     assert batch.latent_mean.shape == batch.latent_std.shape == (3, 16, 8, 8)
@@ -161,10 +162,23 @@ def test_shapes_come_from_the_data(captioned: Prepared, store: EmbeddingStore, c
     assert batch.image_ids == (data.images[2].image_id, data.images[0].image_id, data.images[2].image_id)
 
 
+def test_pools_weigh_their_pictures(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
+    """The pools' pictures stand one pool after the other; the class pictures' captions are not the subject's."""
+    images = sorted(find(captioned.pictures), key=lambda image: image.image_id)
+    pools = [Pool(images[2:]), Pool(images[:2], "class", 0.25)]
+    data = TrainingData(pools, all_variants(tuple(images), cache), store, cache)
+    assert data.images == (*images[2:], *images[:2])
+    batch = data.batch([1, 3, 2], torch.zeros(3))
+    assert batch.image_ids == (images[3].image_id, images[1].image_id, images[0].image_id)
+    assert batch.loss_weights.tolist() == [1, 0.25, 0.25]
+    assert batch.loss_weights.dtype == torch.float32
+    assert data.prompts == tuple(image.prompt for image in images[2:])
+
+
 def test_the_draw_chooses_the_crop(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
     images = find(captioned.pictures)
     variants = all_variants(images, cache)
-    data = TrainingData(images, variants, store, cache)
+    data = TrainingData([Pool(images)], variants, store, cache)
     index = next(i for i, image in enumerate(data.images) if image.path.name == "00.png")
     image_id = data.images[index].image_id
     names = variants[image_id]
@@ -187,13 +201,13 @@ def test_rows_are_kept_up_to_a_limit(
     original = LatentCache.read
     monkeypatch.setattr(LatentCache, "read", lambda self, *key: (reads.append(key[0]), original(self, *key))[1])
     images = find(captioned.pictures)
-    kept = TrainingData(images, all_variants(images, cache), store, cache)
+    kept = TrainingData([Pool(images)], all_variants(images, cache), store, cache)
     first = kept.batch(range(4), torch.zeros(4))
     assert len(reads) == 4
     kept.batch(range(4), torch.zeros(4))
     assert len(reads) == 4
     monkeypatch.setattr(sd3_lora.training.dataset, "_RESIDENT_BYTES", 0)
-    never = TrainingData(images, all_variants(images, cache), store, cache)
+    never = TrainingData([Pool(images)], all_variants(images, cache), store, cache)
     for _ in range(2):
         again = never.batch(range(4), torch.zeros(4))
         assert torch.equal(again.latent_mean, first.latent_mean)

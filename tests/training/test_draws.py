@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
-from sd3_lora.training.checkpoints import pack, unpack
+from sd3_lora.common.records import InstanceImage
+from sd3_lora.training.checkpoints import pack, read_state, unpack
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.pool import Pool, pass_length
 
 import pytest
 import torch
+from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+
+def pool(count: int, repeats: int = 1) -> Pool:
+    return Pool([InstanceImage(f"{number:04d}", Path("a.png"), "a") for number in range(count)], repeats=repeats)
+
+
+def order_of(count: int, seed: int) -> DataOrder:
+    """Of one pool, each picture once in a pass."""
+    return DataOrder([pool(count)], seed)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (2, 3), (4, 2)])
@@ -22,7 +35,7 @@ def test_ranks_slice_what_one_process_draws(world_size: int, batch_size: int) ->
         assert torch.equal(torch.cat([rank.normal((16, 2, 3)) for rank in ranks]), whole.normal((16, 2, 3)))
     assert {rank.global_batch_size for rank in ranks} == {whole.global_batch_size}
     pictures = list(range(whole.global_batch_size))
-    assert [pictures[rank.mine] for rank in ranks] == [
+    assert [pictures[rank.rank_slice] for rank in ranks] == [
         pictures[i * batch_size : (i + 1) * batch_size] for i in range(world_size)
     ]
 
@@ -45,7 +58,7 @@ def test_seeds_differ_and_repeat_and_zero_is_one() -> None:
         assert torch.equal(GlobalDraws(seed, 2).normal((3,)), numbers)
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[1], first[2])
-    assert DataOrder(20, 0).take(20) == DataOrder(20, 0).take(20) != DataOrder(20, 1).take(20)
+    assert order_of(20, 0).take(20) == order_of(20, 0).take(20) != order_of(20, 1).take(20)
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -53,14 +66,14 @@ def test_the_global_generator_is_left_alone() -> None:
     draws = GlobalDraws(3, 2)
     draws.normal((4,))
     draws.uniform()
-    DataOrder(5, 3).take(20)
+    order_of(5, 3).take(20)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @given(count=st.integers(1, 9), sizes=st.lists(st.integers(0, 12), max_size=12), seed=st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_every_pass_has_every_picture_once(count: int, sizes: list[int], seed: int) -> None:
-    order = DataOrder(count, seed)
+    order = order_of(count, seed)
     taken: list[int] = []
     for size in sizes:
         part = order.take(size)
@@ -68,27 +81,112 @@ def test_every_pass_has_every_picture_once(count: int, sizes: list[int], seed: i
         taken += part
     for start in range(0, len(taken) - count + 1, count):
         assert sorted(taken[start : start + count]) == list(range(count))
-    assert DataOrder(count, seed).take(len(taken)) == taken  # however it is cut
+    assert order_of(count, seed).take(len(taken)) == taken  # however it is cut
 
 
 def test_five_pictures_in_windows_of_four_are_seen_alike() -> None:
-    order = DataOrder(5, 0)
+    order = order_of(5, 0)
     windows = [order.take(4) for _ in range(10)]
     assert all(len(window) == 4 for window in windows)
     assert Counter(picture for window in windows for picture in window) == dict.fromkeys(range(5), 8)
 
 
-def test_passes_are_shuffled_anew() -> None:
-    order = DataOrder(8, 0)
+def test_each_pass_has_an_order_of_its_own() -> None:
+    order = order_of(8, 0)
     assert len({tuple(order.take(8)) for _ in range(6)}) == 6
 
 
 def test_an_order_goes_on_from_its_state() -> None:
-    order = DataOrder(5, 11)
+    order = order_of(5, 11)
     order.take(7)  # amid the second pass
     tensors: dict[str, torch.Tensor] = {}
     packed = pack(order.state_dict(), tensors)
     expected = order.take(23)
-    resumed = DataOrder(5, 99)
+    resumed = order_of(5, 99)
     resumed.load_state_dict(unpack(packed, tensors))
     assert resumed.take(23) == expected
+
+
+def test_the_order_of_one_pool_is_that_of_earlier_builds() -> None:
+    generator = torch.Generator().manual_seed(3)
+    order = order_of(7, 3)
+    for _ in range(3):
+        assert order.take(7) == torch.randperm(7, generator=generator).tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam8bit"])
+def test_an_order_goes_on_from_an_earlier_builds_checkpoint(optimizer: str) -> None:
+    """Of two pictures."""
+    saved = read_state(PROJECT / "tests" / "data" / "cc752f5" / optimizer / "checkpoint-3")["order"]
+    assert set(saved) == {"generator", "permutation", "position"}
+    generator = torch.Generator()
+    generator.set_state(saved["generator"])
+    expected = saved["permutation"][saved["position"] :].tolist()
+    expected += [index for _ in range(3) for index in torch.randperm(2, generator=generator).tolist()]
+    order = order_of(2, 99)
+    order.load_state_dict(saved)
+    assert order.take(len(expected)) == expected
+    assert order_of(2, 0).state_dict().keys() == saved.keys()  # so that the earlier build reads what this one writes
+
+
+# Several pools, and repeats
+
+
+def test_repeats_make_a_picture_come_that_many_times_a_pass() -> None:
+    order = DataOrder([pool(3, repeats=4)], 0)
+    passes = [order.take(12) for _ in range(4)]
+    for taken in passes:
+        assert Counter(taken) == dict.fromkeys(range(3), 4)
+    assert any(sorted(taken[:3]) != [0, 1, 2] for taken in passes)  # shuffled over the whole pass
+
+
+def test_each_pool_has_its_part_of_every_batch() -> None:
+    """The first half from the first pool; each pool in passes of its own length."""
+    order = DataOrder([pool(3), pool(5, repeats=2)], 0)
+    batches = [order.take(4) for _ in range(15)]
+    first = [index for batch in batches for index in batch[:2]]
+    second = [index for batch in batches for index in batch[2:]]
+    for taken, indices, repeats in ((first, range(3), 1), (second, range(3, 8), 2)):
+        length = len(indices) * repeats
+        for start in range(0, 30, length):
+            assert Counter(taken[start : start + length]) == dict.fromkeys(indices, repeats)
+    assert first == order_of(3, 0).take(30)  # whatever comes beside it
+
+
+def test_each_pool_has_a_shuffle_of_its_own() -> None:
+    batches = DataOrder([pool(8), pool(8)], 0).take(16)
+    assert [index + 8 for index in batches[:8]] != batches[8:]
+    seeds = [tuple(DataOrder([pool(8), pool(8)], seed).take(16)[8:]) for seed in (0, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_a_batch_takes_as_many_from_each_pool() -> None:
+    with pytest.raises(ValueError, match="a batch of 3 pictures cannot take as many from each of 2 pools"):
+        DataOrder([pool(2), pool(2)], 0).take(3)
+
+
+def test_an_order_of_two_pools_goes_on_from_its_state() -> None:
+    pools = [pool(3), pool(5, repeats=2)]
+    order = DataOrder(pools, 11)
+    order.take(8)  # amid a pass of both
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(order.state_dict(), tensors)
+    expected = order.take(40)
+    resumed = DataOrder(pools, 99)
+    resumed.load_state_dict(unpack(packed, tensors))
+    assert resumed.take(40) == expected
+    with pytest.raises(ValueError, match="zip"):
+        DataOrder(pools[:1], 11).load_state_dict(unpack(packed, tensors))
+
+
+def test_a_pass_is_over_when_each_pool_had_one() -> None:
+    assert pass_length([pool(5)]) == 5
+    assert pass_length([pool(5, repeats=3)]) == 15
+    assert pass_length([pool(5, repeats=3), pool(20)]) == 40
+
+
+def test_a_pool_is_not_empty_and_repeats_at_least_once() -> None:
+    with pytest.raises(ValueError, match="a pool of 0 pictures"):
+        pool(0)
+    with pytest.raises(ValueError, match="2 pictures that come 0 times a pass"):
+        pool(2, repeats=0)

@@ -285,7 +285,7 @@ def test_what_lies_beside_the_lora(script: Script, prepared: Prepared, tmp_path:
     assert "| rank | 2 |" in card
     assert same_lora(tmp_path / "checkpoint-3" / LORA_FILE, tmp_path / LORA_FILE)
     assert (tmp_path / "checkpoint-3" / LORA_FILE).read_bytes() == (tmp_path / LORA_FILE).read_bytes()
-    assert record["execution"] == {"compiled": False, "captured": False, "asked": False, "refusal": None}
+    assert record["execution"] == {"compiled": False, "captured": False, "refusal": None}
     assert record["identity"]["--rank"] == record["flags"]["rank"]
     assert (record["trigger"], record["prompts"], record["steps"]) == (PROMPT, [PROMPT], 3)
 

@@ -1,0 +1,46 @@
+"""Pictures that are trained on alike: their role, their weight in the loss, and how often they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sd3_lora.common.records import InstanceImage
+
+Role = Literal["instance", "class"]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Some pictures, in the order of their ids: neither the files' names nor the order of a list changes a run.
+
+    Attributes:
+        images: distinct pictures, at least one.
+        role: "instance" for the subject, "class" for others of its kind.
+        weight: of each picture in the loss.
+        repeats: how many times each picture comes in a pass.
+
+    Raises:
+        ValueError: there are no pictures, or `repeats` is less than 1.
+    """
+
+    images: Sequence[InstanceImage]
+    role: Role = "instance"
+    weight: float = 1.0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.images or self.repeats < 1:
+            raise ValueError(f"a pool of {len(self.images)} pictures that come {self.repeats} times a pass")
+        object.__setattr__(self, "images", tuple(sorted(self.images, key=lambda image: image.image_id)))
+
+    @property
+    def pass_length(self) -> int:
+        """Pictures in a pass, repeats included."""
+        return self.repeats * len(self.images)
+
+
+def pass_length(pools: Sequence[Pool]) -> int:
+    """Pictures that training takes until each pool had a whole pass; each batch takes as many from every pool."""
+    return len(pools) * max(pool.pass_length for pool in pools)
