@@ -210,7 +210,7 @@ def test_only_the_ring_is_in_memory(tmp_path: Path) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of the source, in order: `read 3` as the thread is told to, `copy 3`, and `visit 3`."""
     events: list[str] = []
-    fill, visit, slot = MappedPieces.fill, StreamedBlocks._visit, MappedPieces._slot
+    fill, visit, slot = MappedPieces.fill, StreamedBlocks._stream, MappedPieces._slot
 
     def watch_slot(self: MappedPieces, index: int) -> Any:
         if all(slot.index != index for slot in self._slots):
@@ -227,7 +227,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(MappedPieces, "_slot", watch_slot)
     monkeypatch.setattr(MappedPieces, "fill", watch_fill)
-    monkeypatch.setattr(StreamedBlocks, "_visit", watch_visit)
+    monkeypatch.setattr(StreamedBlocks, "_stream", watch_visit)
     return events
 
 

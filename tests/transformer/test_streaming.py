@@ -219,7 +219,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens, in order: `visit 3` as piece 3 is asked for, and what that leads to: `copy 4`, `prefetch 5`."""
     events: list[str] = []
     for owner, method, name in (
-        (StreamedBlocks, "_visit", "visit"),
+        (StreamedBlocks, "_stream", "visit"),
         (PinnedPieces, "fill", "copy"),
         (PinnedPieces, "prefetch", "prefetch"),
     ):
