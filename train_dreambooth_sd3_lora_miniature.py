@@ -387,7 +387,7 @@ def run(argv: Sequence[str] | None) -> None:
     device, say = accelerator.device, accelerator.print
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" by default
     asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
     chosen = choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")

@@ -72,7 +72,7 @@ class Plan:
     forecast: Forecast
 
     def base_sentence(self) -> str:
-        """Where the weights are, and how much host memory is pinned for them, in words."""
+        """For the user: where the weights are, and how much host memory is pinned for them."""
         pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if self.placement.streamed else ""
         return self.placement.base_sentence() + pinned
 
@@ -81,7 +81,7 @@ class Plan:
         return {**asdict(self.placement), "host_bytes": self.forecast.host_bytes}
 
     def sentence(self) -> str:
-        """All of it, in words."""
+        """The whole plan, for the user."""
         place = self.placement
         return f"{self.base_sentence()}; {place.step_sentence()}{place.kernel_sentence()}"
 

@@ -169,10 +169,10 @@ def require_same_run(saved: Mapping[str, Any], identity: RunIdentity, folder: Pa
     for name, value in identity.unknown(saved):
         raise UserError(
             f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
-            "build that wrote it, or give another --output_dir to start anew"
+            "build that wrote it, or give another --output_dir for a new run"
         )
     for name, before, now in identity.changed(saved):
         raise UserError(
             f"{folder} was trained with {name} {before}, not {now}: type the same to go on, "
-            "or give another --output_dir to start anew"
+            "or give another --output_dir for a new run"
         )

@@ -64,7 +64,7 @@ class Placement:
         return [block for block in self.streamed if block in recomputed] if self.modulations_ahead else []
 
     def base_sentence(self) -> str:
-        """Where the weights are, in words."""
+        """For the user: where the weights are."""
         base = "in 4 bits (nf4)" if self.precision else "unchanged"
         if not self.streamed:
             return f"base {base}, on the device"
@@ -73,13 +73,13 @@ class Placement:
         return f"base {base}, {which}streamed from {source}, {self.buffers} pieces on the device"
 
     def step_sentence(self) -> str:
-        """What is recomputed and offloaded, in words."""
+        """For the user: what is recomputed and offloaded."""
         offloaded = ", their inputs offloaded" if self.offload_inputs else ""
         plain = ", modulations not ahead" if self.streamed and self.recomputed and not self.modulations_ahead else ""
         return f"{len(self.recomputed)} of {self.blocks} blocks recomputed{offloaded}{plain}"
 
     def kernel_sentence(self) -> str:
-        """The attention kernel where it was asked for, in words that follow others."""
+        """The attention kernel where a flag fixes it, to be added to a sentence."""
         return f"; {self.attention_kernel} attention" if self.attention_kernel else ""
 
 

@@ -1,4 +1,4 @@
-"""Pieces read from their files at each visit: the numbers of resident ones, and no buffer that is used too early."""
+"""Pieces that are streamed from their files: the numbers of resident ones, and no buffer that is used too early."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def read_ahead(events: list[str]) -> list[str]:
         (0, [*range(11), 9, 8, 5, 4, 2]),
         (2, [*range(11), *range(6, 11), 9, 8, *range(6), 4, 2]),
     ],
-    ids=["drawing", "training", "training anew"],
+    ids=["drawing", "training", "training again"],
 )
 def test_each_piece_is_read_while_two_others_are_copied_and_compute(
     count: int | None, asked: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
