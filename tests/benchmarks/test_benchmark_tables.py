@@ -19,7 +19,7 @@ import tables
     ("document", "count"),
     [
         ("README.md", 5),
-        ("docs/memory.md", 8),
+        ("docs/memory.md", 9),
         ("docs/stages.md", 6),
         ("docs/scaling.md", 1),
         ("docs/speed.md", 1),

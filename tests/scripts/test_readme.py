@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
+
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 import pytest
 from conftest import PROJECT, save_pictures
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 SMALLER = {"1024": "64", "500": "3", "150": "3", SD3: "TINY"}
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md")))]
+LONGEST_COMMAND_LINE = 100
+PACKAGE = PROJECT / "sd3_lora"
 
 
-def blocks(language: str) -> list[str]:
-    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    text = (PROJECT / document).read_text(encoding="utf-8")
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
 
 
 def bash_lines() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines()]
+    """The commands, each on one line."""
+    joined = [re.sub(r" *\\\n *", " ", block) for block in blocks("bash")]
+    return [line.strip() for block in joined for line in block.splitlines()]
 
 
 def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line)[1:] for line in bash_lines() if line.startswith("python ")]
+    assert commands.pop(0)[:1] == ["examples/demo.py"]  # which test_demo.py runs
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
     assert [len(bare), len(sd3)] == [4, 5]
     said = ""
@@ -39,8 +48,9 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
             result = script(name.removesuffix(".py"), *words, *few)
             assert result.code == 0, (name, result.err)
             said += result.out
-    assert (tmp_path / "sd3" / "sd3-dreambooth-lora" / "pytorch_lora_weights.safetensors").is_file()
-    assert len(list((tmp_path / "sd3").glob("images/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
+    outputs = tmp_path / "sd3" / "outputs" / "dog"
+    assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
     assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
     assert said.count("no text encoder is loaded") == 2  # the README's own prompts were embedded by its first commands
 
@@ -56,14 +66,49 @@ def test_the_other_commands() -> None:
             assert named == ["requirements.txt", "constraints.txt"]
             assert all((PROJECT / name).is_file() for name in named)
         else:
-            assert line == "hf auth login"
-    assert len(others) == 5
+            assert line in ("python3 -m venv .venv", "source .venv/bin/activate", "hf auth login")
+    assert len(others) == 6
+    assert others[1] == "source .venv/bin/activate"  # before the first command that needs it
+
+
+def test_commands_are_on_short_lines() -> None:
+    lines = [line for document in DOCUMENTS for block in blocks("bash", document) for line in block.splitlines()]
+    assert [line for line in lines if len(line) > LONGEST_COMMAND_LINE] == []
+
+
+def test_no_command_recomputes_all_blocks_whatever_fits() -> None:
+    """The plan recomputes as few as it must: --gradient_checkpointing is explained, and typed nowhere."""
+    for document in DOCUMENTS:
+        text = (PROJECT / document).read_text(encoding="utf-8")
+        commands = [
+            *blocks("bash", document),
+            *re.findall(r"^(?: {4}|\t)(?:python|torchrun|accelerate) .*", text, re.MULTILINE),
+        ]
+        assert not any("--gradient_checkpointing" in command for command in commands), document
+
+
+@pytest.mark.parametrize("group", [BaseFlags, StepFlags])
+def test_every_trick_has_its_flag_in_the_documents(group: type) -> None:
+    for document, section in (("README.md", "Where the memory goes"), ("docs/memory.md", "The flags")):
+        text = (PROJECT / document).read_text(encoding="utf-8")
+        (found,) = re.findall(rf"^## {section}.*?(?=^## )", text, re.DOTALL | re.MULTILINE)
+        for flag in fields(group):
+            assert f"`--{flag.name}" in found or flag.name == "gradient_checkpointing", (document, flag.name)
+
+
+def test_the_architecture_names_every_file_and_no_other() -> None:
+    text = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\*\*`(\w+)/`\*\*.*?\n\n(.*?)\n\n", text, re.DOTALL | re.MULTILINE)
+    assert sorted(room for room, _ in rooms) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    for room, table in rooms:
+        named = {name for line in table.splitlines() for name in re.findall(r"`(\w+\.py)`", line.split("|")[1])}
+        assert named == {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}, room
 
 
 def test_the_python_code(script, tiny_sd3: Path, prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from conftest import TRAINING_SCRIPT
 
-    flags = [*prepared.flags, "--output_dir", tmp_path / "sd3-dreambooth-lora", "--max_train_steps", 1]
+    flags = [*prepared.flags, "--output_dir", tmp_path / "outputs/dog/lora", "--max_train_steps", 1]
     assert script(TRAINING_SCRIPT, *flags).code == 0
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
@@ -76,5 +121,6 @@ def test_the_python_code(script, tiny_sd3: Path, prepared, tmp_path: Path, monke
 def test_links_lead_somewhere() -> None:
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)h][^)]*)\)", text)
+    anchors = {f"#{title.lower().replace(' ', '-')}" for title in re.findall(r"^## (.*)", text, re.MULTILINE)}
     assert len(links) >= 4
-    assert [link for link in links if not (PROJECT / link).exists()] in ([], ["colab/sd3_dreambooth_lora_16gb.ipynb"])
+    assert [link for link in links if not (link in anchors or (PROJECT / link).exists())] == []
