@@ -195,7 +195,7 @@ def facts_of(
     images: Sequence[InstanceImage],
     processes: Processes,
 ) -> RunFacts:
-    """What the run works on, and how, for its record."""
+    """The run's inputs and settings, for `run.json`."""
     return RunFacts(
         model=files.name,
         revision=files.revision,

@@ -468,7 +468,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
 def facts_of(
     files: ModelFiles, cache: LatentCache, tile: VaeTile | None, predicted: dict[str, int], processes: Processes
 ) -> RunFacts:
-    """What the run works on, and how, for its record."""
+    """The run's inputs and settings, for `run.json`."""
     return RunFacts(
         model=files.name,
         revision=files.revision,

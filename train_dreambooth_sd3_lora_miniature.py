@@ -87,7 +87,7 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
     """The checkpoint to go on from, if any.
 
     Raises:
-        UserError: there is none of that name, or there are checkpoints that a new run would mix with its own.
+        UserError: there is none of that name, or there are checkpoints of an earlier run, and this one is new.
     """
     if run.resume_from_checkpoint is not None:
         return find_checkpoint(run.resume_from_checkpoint, output_dir)
@@ -109,7 +109,7 @@ def run_facts(
     seed: int,
     processes: int,
 ) -> RunFacts:
-    """What the run works on, and how, before its first step."""
+    """The run's inputs and settings, known before its first step."""
     prompts = data.prompts
     return RunFacts(
         model=stage_one.files.name,
@@ -130,7 +130,7 @@ def run_facts(
 def run_identity(
     flags: TrainingFlags, facts: RunFacts, stage_one: StageOne, data: TrainingData, kernels: str
 ) -> RunIdentity:
-    """What decides the numbers of a run, and so must not change when it is resumed."""
+    """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
     values = {
@@ -185,7 +185,7 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        Their mean loss, a scalar on the device; and the names of their pictures.
+        The mean loss, a scalar on the device; and the names of the pictures.
     """
     losses, names = [], []
     for drawable_now in range(drawable, drawable - window, -1):
@@ -225,7 +225,7 @@ def train(
         while training.step < training.steps:
             training.step += 1
             at_end = training.step == training.steps
-            # Nothing is drawn past a checkpoint, which notes where the draws stand.
+            # Nothing is drawn past a checkpoint, which holds the state of the draws.
             steps_to_save = min(training.steps - training.step, -training.step % flags.run.checkpointing_steps)
             at_checkpoint = steps_to_save == 0 and not at_end
             loss, pictures = accumulate(training, batches, step, window, window * (steps_to_save + 1))
@@ -252,7 +252,7 @@ def train(
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
-    """Notes the step that was queued last, once the device has said whether the scaler skipped it."""
+    """Logs the step that was queued last. Waits until the device knows whether the scaler skipped it."""
     if queued is not None:
         if not queued.skipped:
             training.lr_scheduler.step()
@@ -260,7 +260,7 @@ def finish_step(training: Training, log: LossLog, queued: PendingStep | None) ->
 
 
 def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) -> Accelerator:
-    """The processes and their devices; precision is not left to it, so that the LoRA is float32 whatever it says."""
+    """The processes and their devices; precision is not left to accelerate, so that the LoRA is always float32."""
     return Accelerator(
         mixed_precision="no",
         cpu=device.type == "cpu",
@@ -332,7 +332,7 @@ def training_task(
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
-    """What is kept where: the fastest that fits the budget, or all on the device where there is none."""
+    """The fastest plan that fits the budget; all on the device where there is none."""
     # Rank 0's GPU decides: all are to compute with the same numbers.
     plan = [plan_training(task, budget) if budget else Plan(plain_placement(task.files, task.asked), Forecast())]
     broadcast_object_list(plan)
@@ -359,7 +359,7 @@ def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
 
 
 def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
-    """The tokens of a prompt, before the data is looked at: as asked for, as embedded, or by default."""
+    """The tokens of a prompt, before the data is opened: by the flag, by the embeddings file, or by default."""
     length = data.max_sequence_length
     if length is None and Path(data.data_df_path).is_file():
         with EmbeddingStore(Path(data.data_df_path)) as store:
@@ -368,7 +368,7 @@ def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
 
 
 def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerator) -> int:
-    """The seed as given (0 is one too), as noted in the checkpoint, or drawn; the same on every rank."""
+    """The seed of the flag (0 is one too), of the checkpoint, or drawn; the same on every rank."""
     drawn = [run.seed]
     if run.seed is None:
         drawn = [earlier.get("--seed", random.randrange(2**31))]
@@ -377,7 +377,7 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """What stage one left, checked against what is asked for; latents that are not there yet are made."""
+    """Stage one's artefacts, checked against the flags; latents that are missing are made."""
     store = stage_one.open_embeddings()
     require_writable_folder(output_dir)
     if accelerator.is_main_process and not stage_one.has_latents():
@@ -399,7 +399,7 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
 
 
 def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
-    """Writes what lies beside the LoRA, and prints what to do with it."""
+    """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record

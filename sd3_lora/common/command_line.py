@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
-# Flags that name a file or folder, in which `~` is the user's own.
+# Flags that name a file or folder, in which `~` is expanded.
 PATH_FLAGS = {
     "cache_dir",
     "data_df_path",
@@ -36,7 +36,7 @@ PATH_FLAGS = {
     "prompts_file",
     "resume_from_checkpoint",
 }
-# What diffusers and other trainers call it: the first of the names that the script has is meant.
+# Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
     "batch_size": ("train_batch_size", "vae_batch_size"),
     "cfg_scale": ("guidance",),
@@ -103,14 +103,14 @@ class WrongFlags(ValueError):
 
 
 def require_right(faults: Iterable[str]) -> None:
-    """For a group's `__post_init__`: all that is wrong is said at once.
+    """For a group's `__post_init__`: reports all faults at once.
 
     Raises:
         WrongFlags: there is any fault.
     """
-    found = tuple(faults)
-    if found:
-        raise WrongFlags(found)
+    all_faults = tuple(faults)
+    if all_faults:
+        raise WrongFlags(all_faults)
 
 
 def less_than_one(group: object, *names: str) -> Iterator[str]:
@@ -140,7 +140,7 @@ class HarmlessFlag:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What a script can be told.
+    """The flags of a script.
 
     Attributes:
         script: the file name that the user types.
@@ -184,16 +184,17 @@ class CommandLine:
         """
         parser = self._parser()
         faults: list[str] = []
-        words = list(self._without_known_others(sys.argv[1:] if argv is None else argv, faults, report or _print_note))
+        given = sys.argv[1:] if argv is None else argv
+        arguments = list(self._without_known_others(given, faults, report or _print_note))
         try:
-            values, unknown = parser.parse_known_args(words)
-        except _ParserError as error:  # nothing behind it can be understood
+            values, unknown = parser.parse_known_args(arguments)
+        except _ParserError as error:  # argparse reads no further
             raise UserError(_all_of([*faults, *parser.faults, str(error)])) from error
         faults += parser.faults
-        flags = [word for word in unknown if word.startswith("--")]  # what follows them may be their values
-        faults += [self._about_unknown(word, parser) for word in flags]
+        flags = [argument for argument in unknown if argument.startswith("--")]  # others may be their values
+        faults += [self._about_unknown(flag, parser) for flag in flags]
         if unknown and not flags:
-            hint = "" if unknown == words else "put quotes around a value of several words; "
+            hint = "" if unknown == arguments else "put quotes around a value of several words; "
             faults.append(f"unknown argument {unknown[0]}: {hint}{self._help_hint}")
         groups = []
         for group in self.groups:
@@ -232,23 +233,23 @@ class CommandLine:
     def _without_known_others(
         self, argv: Sequence[str], faults: list[str], report: Callable[[str], None]
     ) -> Iterator[str]:
-        """The words without those flags of other scripts that are known; what is wrong with these goes to `faults`."""
-        words = deque(argv)
-        while words:
-            word = words.popleft()
-            name, given, value = word.partition("=")
+        """The arguments without the known flags of other scripts, whose faults are added to `faults`."""
+        arguments = deque(argv)
+        while arguments:
+            argument = arguments.popleft()
+            name, equals, value = argument.partition("=")
             name = name.replace("-", "_").lstrip("_")
-            if not word.startswith("--") or (name not in self.refused and name not in self.harmless):
-                yield word
+            if not argument.startswith("--") or (name not in self.refused and name not in self.harmless):
+                yield argument
                 continue
             if name in self.refused:
                 faults.append(f"--{name} is not part of {self.script}: {self.refused[name]}")
-                while words and not words[0].startswith("--"):  # its values, which are nobody else's
-                    words.popleft()
+                while arguments and not arguments[0].startswith("--"):  # the flag's values
+                    arguments.popleft()
                 continue
             flag = self.harmless[name]
-            if flag.takes_value and not given:
-                value = words.popleft() if words and not words[0].startswith("--") else ""
+            if flag.takes_value and not equals:
+                value = arguments.popleft() if arguments and not arguments[0].startswith("--") else ""
             if flag.takes_value and not value:
                 faults.append(f"argument --{name}: expected one argument")
             elif flag.only is not None and value != flag.only:
@@ -256,8 +257,8 @@ class CommandLine:
             else:
                 report(f"note: --{name} changes nothing: {flag.note}")
 
-    def _about_unknown(self, word: str, parser: argparse.ArgumentParser) -> str:
-        flag = word.split("=", 1)[0]
+    def _about_unknown(self, argument: str, parser: argparse.ArgumentParser) -> str:
+        flag = argument.split("=", 1)[0]
         known = [name for name in parser._option_string_actions if "-" not in name[2:]]  # each has a twin with hyphens
         name = flag.lstrip("-").replace("-", "_")
         others = [f"--{other}" for other in OTHER_NAMES.get(name, ()) if f"--{other}" in known]
@@ -267,7 +268,7 @@ class CommandLine:
 
 
 class _ParserError(Exception):
-    """What argparse cannot go on after."""
+    """A fault after which argparse cannot go on."""
 
 
 class _Faults(argparse.ArgumentParser):
@@ -303,7 +304,7 @@ class _Faults(argparse.ArgumentParser):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Each flag on a line of its own, without its twin with hyphens, and without defaults that say nothing."""
+    """One line for each flag, without its twin with hyphens, and without empty defaults."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         names = ", ".join(name for name in action.option_strings if "-" not in name.lstrip("-"))
@@ -312,8 +313,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return f"{names} {self._format_args(action, action.dest.upper())}"
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default in ([], "")
-        return action.help if says_nothing else super()._get_help_string(action)
+        is_empty = action.default is None or action.default is False or action.default in ([], "")
+        return action.help if is_empty else super()._get_help_string(action)
 
 
 def _all_of(faults: Sequence[str]) -> str:
@@ -323,7 +324,7 @@ def _all_of(faults: Sequence[str]) -> str:
 
 
 def _expanded(name: str, value: Any) -> Any:
-    """With the user's folder for `~` in flags that name files."""
+    """The value, with `~` expanded in flags that name files."""
     if name not in PATH_FLAGS:
         return value
     if isinstance(value, list):
@@ -332,7 +333,7 @@ def _expanded(name: str, value: Any) -> Any:
 
 
 def _is_rank_0() -> bool:
-    """Of the processes that torchrun or accelerate launch started, before torch is there to be asked."""
+    """Whether this is rank 0 under torchrun or accelerate launch, before torch is imported."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -342,7 +343,7 @@ def _print_note(note: str) -> None:
 
 
 def _end_on_interrupt(*_: object) -> NoReturn:
-    """Ends the process at once: nothing has been begun, and libraries may swallow an exception as they are imported."""
+    """Ends the process at once: nothing has begun, and an import of a library may swallow an exception."""
     if _is_rank_0():
         print("\ninterrupted: run the same command again", file=sys.stderr, flush=True)
     os._exit(EXIT_INTERRUPTED)
@@ -361,7 +362,7 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
-    # A bar for each file that loads in milliseconds would bury what the scripts say.
+    # A progress bar for each file would bury the scripts' output.
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     if signal.getsignal(signal.SIGINT) is _end_on_interrupt:
@@ -376,8 +377,8 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as error:
-        what = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
-        print(f"error: {what}: try {smaller}", file=sys.stderr)
+        reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        print(f"error: {reason}: try {smaller}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (OSError, SafetensorError) as error:
         if os.strerror(errno.ENOSPC) not in str(error):
@@ -392,14 +393,14 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
 
 def command_words(script: str, **flags: Any) -> list[str]:
     """The script and its arguments; None and False values are left out."""
-    words = [script]
+    arguments = [script]
     for name, value in flags.items():
         if value is None or value is False:
             continue
-        words.append(f"--{name}")
+        arguments.append(f"--{name}")
         if value is not True:
-            words.append(str(value))
-    return words
+            arguments.append(str(value))
+    return arguments
 
 
 def command(script: str, **flags: Any) -> str:
@@ -409,14 +410,14 @@ def command(script: str, **flags: Any) -> str:
     "python inference.py --lora 'my lora' --num_images 2"
     """
     quote = _quote_for_cmd if os.name == "nt" else shlex.quote
-    return " ".join(quote(word) for word in ("python", *command_words(script, **flags)))
+    return " ".join(quote(argument) for argument in ("python", *command_words(script, **flags)))
 
 
-def _quote_for_cmd(word: str) -> str:
+def _quote_for_cmd(argument: str) -> str:
     """In double quotes unless it needs none: to cmd.exe a single quote is a letter, and & ends a command."""
-    if re.fullmatch(r"[\w@+=:,./\\-]+", word):
-        return word
-    inner = re.sub(r'(\\*)"', r'\1\1\\"', word)  # backslashes count double before a quote, as C programs read them
+    if re.fullmatch(r"[\w@+=:,./\\-]+", argument):
+        return argument
+    inner = re.sub(r'(\\*)"', r'\1\1\\"', argument)  # backslashes count double before a quote, as C programs read them
     return '"' + re.sub(r"(\\+)$", r"\1\1", inner) + '"'
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Settings of stage one that came after format version 1, each with the value that artefacts have which lack it: what
-# the builds did that made those. At its default a setting is not written, so that earlier builds read the artefact too.
+# Settings of stage one that came after format version 1, each with its default: the value in artefacts that lack it. A
+# setting at its default is not written, so that earlier builds read the artefact too.
 LATER_SETTINGS: dict[str, Any] = {}
 
 
@@ -93,7 +93,7 @@ class TrainingBatch:
 
 
 class StepInputs(NamedTuple):
-    """What a micro-step computes from, on the device.
+    """The inputs of a micro-step, on the device.
 
     Attributes:
         latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
@@ -115,13 +115,13 @@ class StepInputs(NamedTuple):
 
     @property
     def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the blocks' modulations are made of: `timesteps` and `pooled_prompt_embeds`."""
+        """The inputs of the blocks' modulations: `timesteps` and `pooled_prompt_embeds`."""
         return self.timesteps, self.pooled_prompt_embeds
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an artefact comes from; it is stored inside the artefact.
+    """The origin of an artefact; it is stored inside the artefact.
 
     Attributes:
         format_version: of the file format.
@@ -163,42 +163,43 @@ class Provenance:
 
     @property
     def identity(self) -> str:
-        """Of the components' weights, in a few letters: for records that are compared whole."""
+        """A short hash of the components' configurations and weights, for the identity of a run."""
         return f"{self.config_hash[:8]}-{(self.revision or self.weights_hash or '')[:8]}"
 
     def difference(self, wanted: Provenance, size_name: str) -> str | None:
-        """What sets this record apart from `wanted`, in words for a message; None where nothing does.
+        """The first difference from `wanted`, for a message; None where there is none.
 
         Args:
-            wanted: what the reader was asked for.
+            wanted: the provenance that the reader's flags ask for.
             size_name: the flag behind `size`: max_sequence_length or resolution.
         """
         if self.format_version != wanted.format_version:
             return f"file format {self.format_version}, not {wanted.format_version}"
         if not self.same_model(wanted):
-            mine = f"{self.model}@{self.revision[:8]}" if self.revision else self.model
-            theirs = f"{wanted.model}@{wanted.revision[:8]}" if wanted.revision else wanted.model
-            return f"model {mine}, not {theirs}" if mine != theirs else f"other weights than {theirs} has now"
+            name = f"{self.model}@{self.revision[:8]}" if self.revision else self.model
+            wanted_name = f"{wanted.model}@{wanted.revision[:8]}" if wanted.revision else wanted.model
+            same_name = name == wanted_name
+            return f"other weights than {name} has now" if same_name else f"model {name}, not {wanted_name}"
         if self.precision != wanted.precision:
             return f"precision {self.precision}, not {wanted.precision}"
         if self.size != wanted.size:
             return f"{size_name} {self.size}, not {wanted.size}"
         for name in sorted({*self.settings, *wanted.settings}):
-            mine, theirs = (side.settings.get(name, _default_of(name)) for side in (self, wanted))
-            if mine != theirs:
+            value, wanted_value = (side.settings.get(name, _default_of(name)) for side in (self, wanted))
+            if value != wanted_value:
                 known = name in LATER_SETTINGS
-                return f"{name} {mine}, " + (f"not {theirs}" if known else "which this build does not know")
+                return f"{name} {value}, " + (f"not {wanted_value}" if known else "which this build does not know")
         return None
 
     def same_model(self, other: Provenance) -> bool:
-        """Whether both come from the same component weights, as far as the two records can tell.
+        """Whether both come from the same component weights, as far as both sides record them.
 
-        A folder is known by a hash of its weights, a hub model by its commit: what one side lacks cannot be compared.
+        A folder is identified by a hash of its weights, a hub model by its commit. What one side lacks is not compared.
         """
         if self.config_hash != other.config_hash:
             return False
         pairs = ((self.revision, other.revision), (self.weights_hash, other.weights_hash))
-        return all(mine is None or theirs is None or mine == theirs for mine, theirs in pairs)
+        return all(left is None or right is None or left == right for left, right in pairs)
 
 
 def _default_of(setting: str) -> Any:

@@ -1,7 +1,7 @@
-"""What a run was, as data: its identity, facts and results, each written down once.
+"""The record of a run: its identity, facts and results, each in one place.
 
-`run.json`, a LoRA's metadata, the model card and the benchmarks' tables are all made of it; none of them is read for
-its sentences.
+`run.json`, a LoRA's metadata, the model card and the benchmarks' tables are all made from it; no program reads
+sentences.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class RunIdentity:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def changed(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-        """What another value decided in an earlier run: the name, the value then, the value now.
+        """What had another value in an earlier run: the name, the value then, the value now.
 
         Args:
             saved: the earlier run's `values`.
@@ -58,17 +58,17 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run works on, and how; known before the work begins. None is what a script does not have.
+    """The inputs and settings of a run, known before it begins. None is what a script does not have.
 
     Attributes:
         model: hub id or folder, as the user gave it.
         revision: the hub's commit; None for a folder.
         versions: of the libraries.
-        precision: of the weights that do the work: int8, nf4, fp16, bf16 or fp32.
-        processes: how many worked.
-        plan: what is kept where, field by field.
+        precision: of the weights that compute: int8, nf4, fp16, bf16 or fp32.
+        processes: how many compute.
+        plan: the placement's fields, and the bytes of pinned host memory.
         predicted_parts: the predicted peak in bytes, by part; empty without a budget.
-        prompts: the distinct captions of the pictures, in the pictures' order, or what is drawn: the first 20.
+        prompts: the distinct captions of the subject's pictures, or the drawn prompts: the first 20.
         trigger: the prompt that draws the subject.
         resolution: side of the crops in pixels.
         max_sequence_length: T5 tokens of a prompt.
@@ -96,15 +96,15 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class RunResults:
-    """What came of a run. None is what a script does not have.
+    """The results of a run. None is what a script does not have.
 
     Attributes:
         wrote: a path, or a count and a folder, to be shown.
-        stages: what each stage took.
+        stages: the time and peak memory of each stage.
         measured_bytes: the peak on the device; 0 without a GPU.
         steps: optimizer steps in all, those of earlier commands included.
         ms_a_step: milliseconds of an optimizer step, warm.
-        execution: how micro-steps were carried out in the end, whatever was chosen before the first.
+        execution: how micro-steps were carried out in the end, whatever had been chosen.
         loss: the mean of the last steps.
         skipped: steps that the gradient scaler skipped.
     """
@@ -125,8 +125,8 @@ class RunRecord:
 
     Attributes:
         flags: the groups of flags, dataclasses.
-        facts: what is worked on, and how.
-        identity: what is compared on resume; empty where artefacts carry a provenance that is compared instead.
+        facts: the inputs and settings.
+        identity: compared on resume; empty where the artefacts' provenance is compared instead.
     """
 
     flags: Sequence[Any]
@@ -138,8 +138,8 @@ class RunRecord:
         flags = {name: value for group in self.flags for name, value in asdict(group).items()}
         facts = {**asdict(self.facts), "predicted_bytes": self.facts.predicted_bytes}
         identity = {"identity": dict(self.identity.values)} if self.identity.values else {}
-        found = {"flags": flags, **identity, **facts, **asdict(results)}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {"flags": flags, **identity, **facts, **asdict(results)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def save(self, path: Path, results: RunResults) -> None:
         """Writes `run.json`, atomically."""

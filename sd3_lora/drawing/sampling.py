@@ -44,14 +44,14 @@ class SamplingSettings:
 
 
 class Sampler:
-    """Denoises by diffusers' own pipeline, of which it has the transformer and a scheduler, and nothing else.
+    """Denoises by diffusers' pipeline, with the transformer and a scheduler alone.
 
-    The scheduler is its own: one that trains must not have drawn.
+    Has a scheduler of its own, since drawing changes a scheduler's state.
 
     Args:
         transformer: that draws.
         scheduler_config: of the model's scheduler.
-        precision: what the transformer is called in: nothing for one whose adapters have its dtype.
+        precision: the autocast under which the transformer is called; none where its adapters have its dtype.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Which placement training and drawing take, so that they fit a budget; and the memory that this is expected to take.
+"""Which placement training and drawing take, so that they fit a budget; and its forecast in bytes.
 
 The peak is the sum of CUDA's own memory, the base's weights, the LoRA with its gradients and optimizer, and the step:
 the activations that are kept for backward and the working memory beside them (`step_memory.py`).
@@ -7,8 +7,8 @@ Of the measures that change no number, the fastest that fits is taken:
 
 1. recompute k of the n blocks, as few as will do;
 2. offload the blocks' inputs;
-3. stream the matrices of blocks (`streaming.py`), of as few as will do, and recompute k: how many of each is weighed by
-   what the step computes and copies (`step_time.py`).
+3. stream the matrices of blocks (`streaming.py`), of as few as will do, and recompute k: how many of each is decided
+   by the time that the step computes and copies (`step_time.py`).
 
 Weights in 4 bits change the numbers, and have to be asked for. Each field of a placement can be fixed by its flag; the
 plan then chooses the others.
@@ -52,15 +52,15 @@ _PRECISIONS: dict[AskedPrecision, list[BasePrecision | None]] = {
 # cuBLAS keeps a workspace for the stream that multiplies, 32 MiB on Hopper and 8 MiB on others.
 WORKSPACE_BYTES = 32 * 1024**2
 # The allocator takes whole pages from the driver, and what lies between tensors stays unused; a second stream, which
-# streaming copies on, has pages of its own.
+# streaming copies on, takes further pages.
 UNUSED_BYTES = 48 * 1024**2
-# A captured step has pages of its own, and more for the stream that offloads inputs.
+# A captured step takes further pages, and more for the stream that offloads inputs.
 GRAPH_UNUSED_BYTES = 8 * 1024**2
 OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
-# For a streamed base: past six nothing is gained, since by then a block's other copies run on behind its attention.
+# For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
-# Of the host's memory, what a streamed base leaves: for Python and its libraries, and for offloaded inputs.
+# The host memory that a streamed base leaves free: for Python and its libraries, and for offloaded inputs.
 HOST_ROOM_BYTES = 2 * GIB
 
 
@@ -72,16 +72,16 @@ class Plan:
     forecast: Forecast
 
     def base_sentence(self) -> str:
-        """Where the weights are, and how much host memory is pinned for them, in words."""
+        """For the user: where the weights are, and how much host memory is pinned for them."""
         pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if self.placement.streamed else ""
         return self.placement.base_sentence() + pinned
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record: the placement's fields, and the bytes that are pinned of the host's memory."""
+        """For `run.json`: the placement's fields, and the bytes of pinned host memory."""
         return {**asdict(self.placement), "host_bytes": self.forecast.host_bytes}
 
     def sentence(self) -> str:
-        """All of it, in words."""
+        """The whole plan, for the user."""
         place = self.placement
         return f"{self.base_sentence()}; {place.step_sentence()}{place.kernel_sentence()}"
 
@@ -106,7 +106,7 @@ class TrainingTask:
 
 
 def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
-    """What is done where there is no budget: all on the device and nothing recomputed, but for what flags fix."""
+    """The placement without a budget: all on the device and nothing recomputed, but for what flags fix."""
     config = files.read_config("transformer")
     count: int = config["num_layers"]
     precision: BasePrecision | None = "nf4" if asked.precision == "nf4" else None
@@ -129,7 +129,7 @@ def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
     """The fastest plan that fits.
 
     Raises:
-        UserError: nothing fits; says the smallest budget that would do, and whether nf4 would.
+        UserError: nothing fits; names the smallest budget that would, and whether nf4 would.
     """
     chosen, smallest_bytes = _first_that_fits(each_plan(task, budget), budget)
     if chosen:
@@ -161,7 +161,7 @@ def _first_that_fits(plans: Iterable[Plan], budget: DeviceBudget) -> tuple[Plan 
 
 
 def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
-    """What --gradient_checkpointing costs here, beside what the plan would do without it."""
+    """The sentence that compares --gradient_checkpointing with the plan without it."""
     free = replace(task.asked, recomputed=None)
     plan = Plan(plain_placement(task.files, free), Forecast())
     if budget:
@@ -179,7 +179,7 @@ def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
 
 @dataclass(frozen=True)
 class _Base:
-    """Where the base's weights are, in a placement that says nothing else yet, and what of them is where."""
+    """Where the base's weights are, in a placement with nothing else decided yet; and their bytes in each place."""
 
     placement: Placement
     device_bytes: int
@@ -222,9 +222,9 @@ class _Places:
         return _Base(self._plain, self._whole, 0)
 
     def streamed(self, resident: int, buffers: int) -> _Base:
-        """So many blocks on the device, and of the others' matrices so many pieces, or all if there are fewer.
+        """`resident` blocks on the device, and room for `buffers` pieces of the others, or for all if there are fewer.
 
-        All these are on the host or, if they are too many, in the files. No file holds 4-bit weights.
+        The source is host memory or, if that is too small, the files. No file holds 4-bit weights.
         """
         blocks = spread_streamed_blocks(self.blocks, resident)
         pieces = [piece.size for piece in self.costs if piece.block in blocks]
@@ -242,7 +242,7 @@ class _Places:
 
 
 def _only_smaller(plans: Iterable[Plan]) -> Iterator[Plan]:
-    """Those that take less than every plan before them: no budget has use for the others."""
+    """Those with a smaller peak than every plan before them: no budget has use for the others."""
     smallest = math.inf
     for plan in plans:
         if plan.forecast.peak_bytes < smallest:
@@ -267,7 +267,7 @@ def plan_denoising(
         asked: what flags fix.
 
     Raises:
-        UserError: nothing fits; says the smallest budget that would do.
+        UserError: nothing fits; names the smallest budget that would.
     """
     asked = asked or AskedPlacement()
     if budget is None:
@@ -307,9 +307,9 @@ def plan_denoising(
 
 
 def each_plan(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
-    """All plans that may be taken, the fastest first; each takes less than those before it.
+    """All plans that may be taken, the fastest first; each has a smaller peak than those before it.
 
-    One after another: who has memory enough does not wait until the others are reckoned, and the GPU timed for them.
+    A generator: where an early plan fits, the later ones are not computed, and the GPU is not timed for them.
     """
     return _only_smaller(_all_plans(task, budget))
 
@@ -358,7 +358,7 @@ def _recomputed_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
 
 
 def _recomputing(asked: AskedPlacement, counts: Sequence[int]) -> Iterator[tuple[bool, int]]:
-    """Whether inputs are offloaded, and how many blocks are recomputed: what costs least time first."""
+    """Whether inputs are offloaded, and how many blocks are recomputed: the fastest first."""
     if not asked.offload_inputs:
         yield from ((False, k) for k in counts)
     if asked.offload_inputs is not False:
@@ -388,7 +388,7 @@ class _Planner:
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
         }
-        # The allocator reuses the holes between activations, never all of them; fitted to what an H100 measured.
+        # The allocator reuses the holes between activations, never all of them; fitted to measurements on an H100.
         fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
         if room_for_graph:
             fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)

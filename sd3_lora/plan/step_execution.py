@@ -18,7 +18,7 @@ import torch
 # Compiling takes about half a minute, and saves a quarter of a micro-step: 23 of 90 ms at 1024 px on an H100, more on a
 # slower GPU.
 COMPILE_FROM_MICRO_STEPS = 2000
-COMPILED, NOT_COMPILED = "blocks", "off or graph"  # as a checkpoint notes it
+COMPILED, NOT_COMPILED = "blocks", "off or graph"  # as checkpoints have it
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class StepExecution:
 
     @property
     def kernels(self) -> str:
-        """What decides the numbers, as checkpoints note it."""
+        """Which kernels compute, as checkpoints have it; other kernels give other numbers."""
         return NOT_COMPILED if self.compiled is Compiled.NO else COMPILED
 
     def carried_out(self, call: CapturedCall | None) -> StepExecution:
-        """What came of it, after the last micro-step: what could not be compiled or captured ran as it was.
+        """The outcome after the last micro-step: what could not be compiled or captured ran without.
 
         Args:
             call: that was to be captured, if any.
@@ -66,11 +66,11 @@ class StepExecution:
         return replace(self, compiled=compiled, captured=captured, refusal=refusal)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a record."""
+        """For `run.json`."""
         return {"compiled": self.compiled is not Compiled.NO, "captured": self.captured, "refusal": self.refusal}
 
     def sentence(self) -> str:
-        """In words."""
+        """For the user."""
         kernels = "plain blocks" if self.compiled is Compiled.NO else "compiled blocks"
         return f"{kernels}, {'replayed as one CUDA graph' if self.captured else 'launched kernel by kernel'}"
 
@@ -102,11 +102,11 @@ def choose_execution(
     micro_steps: int,
     kernels_before: str | None = None,
 ) -> StepExecution:
-    """What was asked for; else the fastest that this run can have and that the steps to come repay.
+    """What flags fix; else the fastest way that this run can use, and whose compilation its steps repay.
 
     Args:
         asked: what flags fix.
-        plan: where the base is.
+        plan: with the placement of the base.
         device: that computes.
         dropout: of the LoRA: drawn by the host, so that no graph can hold it.
         micro_steps: of the whole run.

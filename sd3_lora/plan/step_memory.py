@@ -1,5 +1,5 @@
-"""What a step of training or of drawing allocates: simulated on a model with one block of each kind (`simulation.py`),
-and put together from there.
+"""The bytes that a step of training or of drawing allocates: simulated on a model with one block of each kind
+(`simulation.py`), and added up for the whole model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from sd3_lora.transformer.velocity import VelocityModel
 import torch
 from diffusers import SD3Transformer2DModel
 
-# How many blocks' inputs are on the device at a time when they are offloaded: this block's, the one that leaves, and in
-# backward the one that arrives.
+# How many blocks' inputs are on the device at a time when they are offloaded: this block's, those being offloaded, and
+# in backward those being prefetched.
 INPUTS_IN_FLIGHT = 3
 
 
@@ -80,7 +80,7 @@ class StepMemory:
         kept: for each block, the activations that it keeps for backward if it is not recomputed.
         inputs: for each block, what it keeps if it is.
         outside: what is kept by all that is not a block.
-        working: the most that backward takes beside what is kept.
+        working: the most that backward allocates beside what is kept.
         working_recomputed: the same where every block is recomputed.
         lora: the trained parameters, in float32.
     """
@@ -136,7 +136,7 @@ def simulate_denoising(
     precision: BasePrecision | None,
     attention_kernel: AttentionKernel | None = None,
 ) -> int:
-    """The most bytes that a forward without gradient takes, by a model of the first two blocks and the last."""
+    """The most bytes that a forward without gradient allocates, by a model of the first two blocks and the last."""
     dual = set(config.get("dual_attention_layers") or ())
     count = min(3, config["num_layers"])
     small = {**config, "num_layers": count, "dual_attention_layers": tuple(i for i in range(count) if i in dual)}
@@ -289,7 +289,7 @@ def simulate_step(
         config: of the transformer.
         shape: of the step.
         precision: of the base.
-        step: the very one that trains.
+        step: the same function that trains.
         attention_kernel: that computes attention.
     """
     model = _SmallModel(config, shape, precision, attention_kernel)
@@ -309,7 +309,7 @@ def simulate_step(
             lora=4 * sum(trained[kind] for kind in kinds),
         )
 
-    # Which block needs the most beside what is kept, shows when each is recomputed.
+    # The most that one block needs beside what is kept: the peak when each is recomputed.
     model.recompute()
     with AllocationCounter() as recomputing:
         model.loss(step).backward()
@@ -326,7 +326,7 @@ def image_tokens(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int
 
 
 def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
-    """A micro-batch without memory."""
+    """A micro-batch on the meta device."""
     size = shape.batch_size
     with torch.device("meta"):
         latents = torch.empty(size, config["in_channels"], *shape.latent_size)

@@ -20,17 +20,17 @@ from sd3_lora.transformer.streaming import pieces_of
 
 import torch
 
-# What a T4 computes (22 TFLOP/s) while its link copies a byte (11 GB/s), about: for a plan without a GPU.
+# About the FLOPs of a T4 (22 TFLOP/s) while its link copies a byte (11 GB/s): for a plan without a GPU.
 FLOPS_A_BYTE = 2048
-# Of the rate of a large product, what a step reaches on an H100, with its attention and its norms.
+# The share of a large product's rate that a step reaches on an H100, with its attention and its norms.
 STEP_SHARE = 0.45
-# A solid-state disk reads a tenth of what the link copies.
+# A solid-state disk reads at a tenth of the link's rate.
 FILES_SLOWDOWN = 10
 
 
 @dataclass(frozen=True)
 class StepSize:
-    """How much goes through a step.
+    """The sizes of a step.
 
     Attributes:
         pictures: in a micro-batch.
@@ -46,7 +46,7 @@ class StepSize:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], shape: StepShape) -> StepSize:
-        """That of a training step."""
+        """The size of a training step."""
         tokens = image_tokens(config, shape.latent_size)
         width = config["num_attention_heads"] * config["attention_head_dim"]
         return cls(shape.batch_size, tokens, shape.text_tokens, width)
@@ -54,7 +54,7 @@ class StepSize:
 
 @dataclass(frozen=True)
 class PieceCost:
-    """What a piece of the base takes to copy and to compute.
+    """The bytes and FLOPs of a piece of the base.
 
     Attributes:
         block: that it is of.
@@ -74,7 +74,7 @@ class PieceCost:
         return self.part.startswith("norm")
 
     def flops(self, size: StepSize) -> float:
-        """Of its forward, with its share of attention's scores."""
+        """FLOPs of its forward, with its share of attention's scores."""
         tokens, text_tokens, width = size.tokens, size.text_tokens, size.width
         both = tokens + text_tokens
         part = {
@@ -87,7 +87,7 @@ class PieceCost:
 
 
 def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePrecision | None) -> list[PieceCost]:
-    """Those of all pieces of a model.
+    """The bytes and FLOPs of all pieces of a model.
 
     Of 4-bit weights their values alone are copied; the scales stay on the device.
 
@@ -118,7 +118,7 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step does: copies are counted as what is computed in their time."""
+    """The computation and the copies of a step, both in FLOPs: a copy counts as what is computed in its time."""
 
     computed: Passes
     copied: Passes
@@ -134,7 +134,7 @@ class StepCost:
 
 
 def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: Collection[int]) -> Passes:
-    """What a micro-batch computes: forward; in backward twice that, and forward again of the recomputed blocks.
+    """FLOPs of a micro-batch: forward; in backward twice that, and forward again of the recomputed blocks.
 
     Args:
         costs: of all pieces.
@@ -142,8 +142,8 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: Colle
         recomputed: indices of blocks.
     """
     forward = sum(piece.flops(size) for piece in costs)
-    again = sum(piece.flops(size) for piece in costs if piece.block in recomputed)
-    return Passes(forward, 2 * forward + again)
+    recompute = sum(piece.flops(size) for piece in costs if piece.block in recomputed)
+    return Passes(forward, 2 * forward + recompute)
 
 
 class BlockSize(NamedTuple):
@@ -154,7 +154,7 @@ class BlockSize(NamedTuple):
 
 
 def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
-    """Those of all blocks, by their pieces."""
+    """The bytes of all blocks, added up from their pieces."""
     sizes = [[0, 0] for _ in range(costs[-1].block + 1)]
     for piece in costs:
         sizes[piece.block][0 if piece.is_modulation else 1] += piece.size
@@ -162,7 +162,7 @@ def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
 
 
 def copied_flops(sizes: Sequence[BlockSize], placement: Placement, flops_a_byte: float = FLOPS_A_BYTE) -> Passes:
-    """What would be computed while a micro-batch's copies are under way.
+    """The FLOPs that would be computed in the time of a micro-batch's copies.
 
     A piece is copied once in each pass: recomputed, a block is still there for its gradients. A modulation that is
     computed ahead is copied once a step: in backward, for the next one. Another is copied in forward, and where its
@@ -183,7 +183,7 @@ def copied_flops(sizes: Sequence[BlockSize], placement: Placement, flops_a_byte:
 
 @cache
 def measure_flops_a_byte(device: torch.device, dtype: torch.dtype) -> float:
-    """What a step computes on the device while the link to it copies a byte from pinned memory.
+    """The FLOPs that a step computes on the device while the link copies a byte from pinned memory.
 
     Measured in a tenth of a second, once; a power of the square root of two, so that the same machine makes the same
     plan. Without a GPU a T4's.
@@ -207,10 +207,10 @@ def _flops_a_second(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def bytes_a_second(device: torch.device) -> float:
-    """What a GPU's link copies from pinned memory."""
+    """Bytes a second that a GPU's link copies from pinned memory."""
     host = torch.empty(24 * 1024**2, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=device)
-    return len(host) / _seconds(lambda: there.copy_(host, non_blocking=True))
+    on_device = torch.empty_like(host, device=device)
+    return len(host) / _seconds(lambda: on_device.copy_(host, non_blocking=True))
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -219,7 +219,7 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def device_seconds(run: Callable[[], object], count: int) -> float:
-    """Of one of so many calls, by the GPU's clock; beside them there is one before."""
+    """Seconds of one of `count` calls by the GPU's clock, after one to warm up."""
     run()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

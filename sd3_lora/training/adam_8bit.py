@@ -1,7 +1,7 @@
-"""AdamW with its state in 8 bits (Dettmers et al., arXiv 2110.02861), in whose step nobody waits.
+"""AdamW with its state in 8 bits (Dettmers et al., arXiv 2110.02861), and without a host–device synchronisation.
 
-bitsandbytes has the host wait for the device behind every step; and before it GradScaler does, to learn whether the
-step is to be skipped. The device is idle until the host has then queued the next step. Importing this takes seconds.
+bitsandbytes synchronises after every step; and GradScaler does before it, to learn whether the step is to be skipped.
+The device is then idle until the host has queued the next step. Importing this takes seconds.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
-    """bitsandbytes' own, bit for bit, but that the device itself undoes a step whose gradient was infinite.
+    """bitsandbytes' AdamW8bit, bit for bit; but a step whose gradient was infinite is undone on the device.
 
-    The host counts the steps, for Adam's bias correction. Whether the last one counted, it learns when the next one is
-    queued: by then the device has said so long ago, and computes the next gradient.
+    The host counts the steps, for Adam's bias correction. It reads whether the last one was skipped when the next one
+    is queued: by then the flag has arrived, and the device computes the next gradient.
 
     bitsandbytes starts its kernels on the default stream. So must be what makes the gradient.
 
@@ -28,7 +28,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         options: of `bitsandbytes.optim.AdamW8bit`.
     """
 
-    # By this GradScaler does not wait, but sets `found_inf`: a float32 scalar, not 0 where the gradient was infinite.
+    # GradScaler then does not synchronise, but sets `found_inf`: a float32 scalar, not 0 where a gradient was infinite.
     _step_supports_amp_scaling = True
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter] | Sequence[dict[str, Any]], **options: Any):

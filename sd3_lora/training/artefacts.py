@@ -1,4 +1,4 @@
-"""What stage one left, as training finds it: checked against what is asked, with the command that mends it."""
+"""Stage one's artefacts as training opens them: checked against the flags, with the command that mends a mismatch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sd3_lora.stage_one.picture_hashes import NOTES_NAME
 from sd3_lora.training.config import DataConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
 
-# What torchrun and accelerate launch put in the environment: a child with it would wait for ranks that never come.
+# Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 
 
@@ -45,20 +45,20 @@ class StageOne:
     device: str
 
     def command(self, script: str, **more: Any) -> str:
-        """The stage-one command that makes what is asked for, to be typed."""
+        """The stage-one command that makes these artefacts, to be typed."""
         return command(script, **{**self._flags(script), **more})
 
     def _flags(self, script: str) -> dict[str, Any]:
-        """Of a stage-one script that makes what is asked for."""
+        """The flags of a stage-one script that makes these artefacts."""
         data = self.data
         if script == "compute_embeddings.py":
-            own = {
+            specific = {
                 "instance_prompt": data.instance_prompt,
                 "max_sequence_length": data.max_sequence_length,
                 "output_path": data.data_df_path,
             }
         else:
-            own = {
+            specific = {
                 "resolution": self.resolution,
                 "center_crop": data.center_crop,
                 "num_crops": data.num_crops,
@@ -72,7 +72,7 @@ class StageOne:
             "recursive": data.recursive,
             "device": None if self.device == "auto" else self.device,
         }
-        return {**shared, **own}
+        return {**shared, **specific}
 
     def open_embeddings(self) -> EmbeddingStore:
         """The embeddings file.
@@ -110,7 +110,7 @@ class StageOne:
         return any(Path(self.data.latents_path).glob("*.safetensors"))
 
     def make_latents(self) -> None:
-        """Runs `precompute_latents.py` in a process of its own, so that what the VAE took is truly given back.
+        """Runs `precompute_latents.py` in another process, so that all memory of the VAE is freed.
 
         Raises:
             UserError: it failed.
@@ -119,8 +119,10 @@ class StageOne:
         remedy = self.command(name)
         print(f"{self.data.latents_path} holds no latents yet; in a process of its own: {remedy}", flush=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-        script, *words = command_words(name, **self._flags(name))
-        if subprocess.run([sys.executable, PROJECT_FOLDER / script, *words], env=environment, check=False).returncode:
+        script, *arguments = command_words(name, **self._flags(name))
+        if subprocess.run(
+            [sys.executable, PROJECT_FOLDER / script, *arguments], env=environment, check=False
+        ).returncode:
             raise UserError(f"there are no latents to train on: mend what is said above, then type `{remedy}`")
 
     def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
@@ -165,7 +167,7 @@ class StageOne:
 
 
 def _is_broken(image: InstanceImage) -> bool:
-    """Whether a picture without latents is one that does not decode; says so."""
+    """Whether a picture cannot be decoded; prints that it is skipped."""
     try:
         open_rgb(image.path)
     except BrokenImage as error:

@@ -144,7 +144,7 @@ def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
-    """Deletes the oldest until at most `limit` are left, and what killed runs left unfinished."""
+    """Deletes the oldest until at most `limit` are left, and the unfinished checkpoints of killed runs."""
     for folder in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
     if limit is not None:
@@ -153,10 +153,10 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 
 def require_same_run(saved: Mapping[str, Any], identity: RunIdentity, folder: Path) -> None:
-    """Checks that what decides the numbers is unchanged.
+    """Checks that the run's identity is unchanged.
 
-    A flag that the checkpoint's build did not have had its default. What only a newer build knows is refused whatever
-    its value, since nothing here can say what it does to the numbers.
+    A flag that the checkpoint's build did not have had its default. A flag that only a newer build has is refused
+    whatever its value, since its effect on the numbers is not known here.
 
     Args:
         saved: flag or noun → value, of the checkpoint.
@@ -169,10 +169,10 @@ def require_same_run(saved: Mapping[str, Any], identity: RunIdentity, folder: Pa
     for name, value in identity.unknown(saved):
         raise UserError(
             f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
-            "build that wrote it, or give another --output_dir to start anew"
+            "build that wrote it, or give another --output_dir for a new run"
         )
     for name, before, now in identity.changed(saved):
         raise UserError(
             f"{folder} was trained with {name} {before}, not {now}: type the same to go on, "
-            "or give another --output_dir to start anew"
+            "or give another --output_dir for a new run"
         )

@@ -186,7 +186,7 @@ class OptimizerConfig:
             yield "--adam_weight_decay and --adam_epsilon must not be negative"
 
     def scaled_rate(self, pictures_per_step: int) -> float:
-        """The learning rate, multiplied where --scale_lr says so."""
+        """The learning rate, multiplied under --scale_lr."""
         return self.learning_rate * (pictures_per_step if self.scale_lr else 1)
 
 
@@ -212,7 +212,7 @@ class RunConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None,
         metadata={
-            "help": "Of the frozen transformer. Default: as accelerate says, else fp16 on a GPU (diffusers: no), "
+            "help": "Of the frozen transformer. Default: accelerate's setting, else fp16 on a GPU (diffusers: no), "
             "fp32 on a CPU."
         },
     )

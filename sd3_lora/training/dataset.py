@@ -1,4 +1,4 @@
-"""What training reads: each picture's posteriors joined with its prompt's embedding, by identity.
+"""The training data: each picture's posteriors joined with its prompt's embedding, by the picture's id.
 
 Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pixels.
 """
@@ -16,7 +16,7 @@ from sd3_lora.training.pool import Pool
 
 import torch
 
-_RESIDENT_BYTES = 1024**3  # a DreamBooth set is some tens of MiB; past this, rows are read when they are needed
+_RESIDENT_BYTES = 1024**3  # a DreamBooth set has some tens of MiB; what exceeds this is read at each use
 
 
 class TrainingData:
@@ -107,10 +107,10 @@ class TrainingData:
 
 
 def images_of_store(store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
-    """The pictures that stage one saw, for training without their folder.
+    """The pictures of the embeddings file, for training without their folder.
 
     Raises:
-        UserError: stage one saw none.
+        UserError: the file has none.
     """
     pairs = sorted(store.prompt_of_image().items())
     if not pairs:
@@ -122,7 +122,7 @@ def require_prompts(store: EmbeddingStore, prompts: Sequence[str], command: str)
     """Checks that every prompt has its row.
 
     Raises:
-        UserError: one is missing; `command` is what mends it.
+        UserError: one is missing; the sentence ends with `command`.
     """
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in store]
     if missing:
@@ -144,9 +144,9 @@ def choose_variants(
         images: the pictures.
         cache: the latent cache.
         center_crop: only the central one.
-        num_crops: only the crops that this many give; None for all in the cache.
-        flip: with (True) or without (False) the mirrored twins; None for what the cache holds.
-        command: what computes the missing ones.
+        num_crops: only the crops of a cache with this many a picture; None for all in the cache.
+        flip: with (True) or without (False) the mirrored twins; None for all in the cache.
+        command: computes the missing ones.
 
     Raises:
         UserError: a picture has no latents, or lacks an asked crop.

@@ -21,7 +21,7 @@ class NoiseTable:
 
     Attributes:
         sigmas: `(1000,)` float32 in (0, 1].
-        timesteps: `(1000,)` float32 in (0, 1000], what the transformer is told.
+        timesteps: `(1000,)` float32 in (0, 1000], the transformer's input.
     """
 
     sigmas: torch.Tensor
@@ -29,7 +29,7 @@ class NoiseTable:
 
 
 def load_noise_table(scheduler_config: dict[str, Any], timestep_shift: float | None) -> NoiseTable:
-    """The scheduler's training table, with its own shift or the one given in its place."""
+    """The scheduler's training table, with the given shift, or with its configured one."""
     overrides = {} if timestep_shift is None else {"shift": timestep_shift}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **overrides)
     return NoiseTable(scheduler.sigmas[: len(scheduler.timesteps)].float(), scheduler.timesteps.float())

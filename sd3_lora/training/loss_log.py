@@ -1,4 +1,4 @@
-"""The loss log: one JSON line for each optimizer step, and the watch for numbers that are not finite.
+"""The loss log: one JSON line for each optimizer step, and the check that its numbers are finite.
 
 Losses stay on the device and are read some steps late, so that a step has no host–device synchronisation.
 """
@@ -17,7 +17,7 @@ from sd3_lora.common.command_line import UserError, write_text_atomically
 
 import torch
 
-READ_EVERY = 10  # steps; what is not finite is found at the latest so many steps later
+READ_EVERY = 10  # steps; a number that is not finite stops the run at most so many steps later
 MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -91,7 +91,7 @@ class LossLog:
         return sum(self.recent) / len(self.recent) if self.recent else math.nan
 
     def add(self, step: PendingStep) -> None:
-        """Notes a step without reading it.
+        """Takes a step without reading its numbers.
 
         Raises:
             UserError: the scaler has skipped too many steps in a row.
@@ -108,7 +108,7 @@ class LossLog:
             )
 
     def read(self) -> list[LoggedStep]:
-        """Brings the pending steps to the host, checks and appends them.
+        """Copies the pending steps to the host, checks them and appends them to the file.
 
         Raises:
             UserError: a loss or gradient that is not finite, with its step and what it saw.
@@ -121,8 +121,8 @@ class LossLog:
         for pending, loss, norm in zip(self._pending, losses, norms, strict=True):
             self._require_finite(pending, loss, norm)
             skipped = bool(pending.skipped)
-            kept = None if skipped else norm
-            lines.append(LoggedStep(pending.step, loss, kept, pending.learning_rate, skipped))
+            gradient_norm = None if skipped else norm
+            lines.append(LoggedStep(pending.step, loss, gradient_norm, pending.learning_rate, skipped))
         self._pending = []
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:
@@ -133,14 +133,14 @@ class LossLog:
     def _require_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
         if math.isfinite(loss) and (math.isfinite(norm) or pending.skipped):
             return
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+        fault = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         cure = (
             "lower --learning_rate"
             if self._dtype_name == "fp32"
             else "type --mixed_precision no, or lower --learning_rate"
         )
         raise UserError(
-            f"the {what} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
+            f"the {fault} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
             "no weights were written since the last checkpoint"
         )
 

@@ -42,7 +42,7 @@ def make_optimizer(config: OptimizerConfig, trainables: Trainables, steps: int) 
         "eps": config.adam_epsilon,
     }
     if config.use_8bit_adam:
-        from sd3_lora.training.adam_8bit import AdamW8bit  # its import costs seconds, and only this needs it
+        from sd3_lora.training.adam_8bit import AdamW8bit  # its import takes seconds, and only this needs it
 
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
     else:

@@ -80,7 +80,7 @@ class Training:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of this process' own generators, from which dropout draws."""
+    """The states of this process's generators, from which dropout draws."""
     state = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -95,7 +95,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def lora_metadata(facts: RunFacts, step: int) -> dict[str, Any]:
-    """What a LoRA's file says of its training; drawing reads the trigger, the resolution and the length."""
+    """The metadata of a LoRA's file; drawing reads the trigger, the resolution and the length."""
     return {
         "base_model": facts.model,
         "revision": facts.revision,
@@ -110,7 +110,7 @@ def lora_metadata(facts: RunFacts, step: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the run writes, and what it notes there.
+    """Where the run writes, and the facts that it writes there.
 
     Attributes:
         folder: of the run.
@@ -132,7 +132,7 @@ class Outputs:
         return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
 
     def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
-        """Writes a checkpoint on the first rank, with the random states of all."""
+        """Writes a checkpoint on rank 0, with the random states of all ranks."""
         random_states = gather_object([random_state(accelerator.device)])
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
@@ -152,9 +152,11 @@ class Outputs:
         """Goes on from a checkpoint, whose state has been read.
 
         Raises:
-            UserError: it is of a run with other numbers.
+            UserError: it is of a run with another identity.
         """
         require_same_run(state["signature"], self.record.identity, folder)
         training.load_state_dict(state)
-        if accelerator.process_index < len(state["random"]):  # a rank that was not there then keeps its own
+        if accelerator.process_index < len(
+            state["random"]
+        ):  # a rank that the checkpoint's run did not have keeps its state
             set_random_state(state["random"][accelerator.process_index], accelerator.device)

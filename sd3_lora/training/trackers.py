@@ -7,12 +7,12 @@ import netrc
 import os
 from collections.abc import Sequence
 
-# What each tracker is imported as; tensorboardX will do for tensorboard.
+# The modules of each tracker, of which one is enough.
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
 
 
 def start_trackers(asked: Sequence[str]) -> list[str]:
-    """Which of the asked trackers accelerate is to start; one sentence for each that cannot be.
+    """The trackers that accelerate is to start; prints a sentence for each that cannot be.
 
     Args:
         asked: names, or `all` or `none`.

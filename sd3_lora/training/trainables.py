@@ -1,4 +1,4 @@
-"""What is trained, in named groups: each one flat parameter with a learning rate of its own."""
+"""What is trained, in named groups: each has one flat parameter and a learning rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainedGroup:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """Where backward adds up."""
+        """To which backward adds."""
         if self.flat.grad is None:
             raise ValueError(f"the group {self.name} has no gradient: flatten its parameters first")
         return self.flat.grad
@@ -35,7 +35,7 @@ class Trainables:
     """All groups.
 
     Args:
-        groups: with names of their own.
+        groups: with distinct names.
     """
 
     def __init__(self, groups: Sequence[TrainedGroup]):
@@ -48,7 +48,7 @@ class Trainables:
 
     @property
     def gradients(self) -> list[torch.Tensor]:
-        """Theirs."""
+        """The gradient of each."""
         return [group.gradient for group in self.groups]
 
     @property

@@ -50,11 +50,10 @@ def load_transformer(
         dtype: of the weights and, of 4-bit ones, of what they compute in.
         precision: nf4 for the blocks' linear layers in 4 bits; None for all in `dtype`, bit for bit as
             `SD3Transformer2DModel.from_pretrained` loads them.
-        latent_size: height and width of all that it will ever see, in latent pixels: then only the middle of the
-            positional embedding is kept, of which every size takes its own middle (SD3.5-Medium's takes 432 MiB).
-        streamed_blocks: the indices of blocks whose matrices will be streamed. They stay in the files, for streaming to
-            read, and here are NaN, on the host, and take no memory; in 4 bits they are on the host, and their scales
-            on the device.
+        latent_size: height and width of all pictures that it will compute, in latent pixels: then only the middle of
+            the positional embedding is kept, which is all that they use (SD3.5-Medium's whole one has 432 MiB).
+        streamed_blocks: the indices of blocks whose matrices will be streamed. These stay in the files: here they are
+            NaN, on the host, without memory. In 4 bits they are on the host, and their scales on the device.
 
     Raises:
         UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
@@ -120,12 +119,12 @@ def base_bytes(
     precision: BasePrecision | None = None,
     latent_size: tuple[int, int] | None = None,
 ) -> int:
-    """What `load_transformer`'s result takes on the device, from the shapes in the files' headers.
+    """The bytes of `load_transformer`'s result on the device, from the shapes in the files' headers.
 
-    Each tensor's own bytes; CUDA's allocator rounds each up to a multiple of 512. Buffers that no file holds, of which
-    SD3 has none, are not counted.
+    Not rounded: CUDA's allocator takes a multiple of 512 for each tensor. Buffers that no file holds, of which SD3 has
+    none, are not counted.
     """
-    files.component("transformer")  # downloaded now, if need be: without its files nothing would seem to be needed
+    files.component("transformer")  # downloaded now, if need be: without its files the sum would be 0
     with TensorFiles(files.weight_files("transformer")) as weights:
         shapes = weights.shapes()
     kept = _kept_positions(files.read_config("transformer"), latent_size)
@@ -139,7 +138,7 @@ def base_bytes(
 
 
 def _kept_positions(config: Mapping[str, Any], latent_size: tuple[int, int] | None) -> int | None:
-    """The side of the middle of the positional embedding that is enough; None for all of it."""
+    """The side of the middle of the positional embedding that is kept; None for all of it."""
     whole = config.get("pos_embed_max_size")
     if latent_size is None or not whole:
         return None
@@ -214,7 +213,7 @@ def _replace_linear_layers(transformer: SD3Transformer2DModel, dtype: torch.dtyp
     They are 99 % of the parameters. Of the rest 4 bits would save 30 MB, and an error in what embeds the input or
     projects the output reaches every pixel, with no residual connection beside it.
     """
-    import bitsandbytes  # its import costs seconds, and only this needs it
+    import bitsandbytes  # its import takes seconds, and only this needs it
 
     blocks = transformer.get_submodule(_BLOCKS)
     for name, linear in list(blocks.named_modules()):
@@ -239,7 +238,7 @@ def _replace_linear_layers(transformer: SD3Transformer2DModel, dtype: torch.dtyp
 
 
 def _to_compute_dtype(layer: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """As autocast does for other linear layers: else a 4-bit one answers in float32 what a norm gives in float32."""
+    """As autocast does for other linear layers: else a 4-bit one returns float32 for a norm's float32."""
     return (inputs[0].to(layer.compute_dtype),)
 
 
@@ -254,7 +253,7 @@ def values_in_4_bits(numel: int) -> int:
 
 
 def _bytes_in_4_bits(numel: int) -> int:
-    """One weight's 4-bit values, its blocks' scales, and the tables that each layer has of its own."""
+    """One weight's 4-bit values, its blocks' scales, and the layer's tables."""
     values, scales = values_in_4_bits(numel), -(-numel // _BLOCK)
     table = 16 * 4
     if not DOUBLE_QUANTIZATION:

@@ -1,4 +1,4 @@
-"""Blocks that torch compiles: fewer kernels and fewer passes over memory, which round elsewhere."""
+"""Blocks that torch compiles: fewer kernels and fewer passes over memory, with other roundings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import SD3Transformer2DModel
 
 
 class Compiled(enum.Enum):
-    """Whether blocks are compiled, and what becomes of one that cannot be."""
+    """Whether blocks are compiled, and what happens to one that cannot be."""
 
     NO = "no"
     WHERE_POSSIBLE = "where possible"  # a block that does not compile runs as it is
@@ -21,11 +21,11 @@ def compile_blocks(transformer: SD3Transformer2DModel, compiled: Compiled) -> No
 
     Args:
         transformer: with its LoRA attached.
-        compiled: what becomes of a block that does not compile.
+        compiled: what happens to a block that does not compile.
     """
-    from torch import _dynamo  # its import costs seconds, and only this needs it
+    from torch import _dynamo  # its import takes seconds, and only this needs it
 
-    # After runs of other shapes in this process kernels would be made for any shape, and in the end none any more.
+    # After runs of other shapes in this process torch would compile for any shape, and at last not at all.
     _dynamo.reset()
     _dynamo.utils.counters.clear()
     _dynamo.config.suppress_errors = compiled is not Compiled.ALWAYS
@@ -34,8 +34,8 @@ def compile_blocks(transformer: SD3Transformer2DModel, compiled: Compiled) -> No
 
 
 def blocks_were_compiled() -> bool:
-    """Whether all was compiled that had to be since `compile_blocks`; torch runs as it is what does not compile."""
-    if "torch._dynamo" not in sys.modules:  # its import costs seconds, and nothing was compiled without it
+    """Whether all was compiled that had to be since `compile_blocks`; what does not compile runs uncompiled."""
+    if "torch._dynamo" not in sys.modules:  # its import takes seconds, and nothing was compiled without it
         return False
     from torch._dynamo.utils import counters
 

@@ -1,4 +1,4 @@
-"""Parameters as one tensor: hundreds of small ones cost hundreds of kernels."""
+"""Parameters as one tensor: hundreds of small ones would need hundreds of kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def flatten_parameters(parameters: Sequence[torch.nn.Parameter]) -> torch.nn.Par
 
     A LoRA is hundreds of small tensors: as one, it is unscaled, measured, clipped, updated, cleared and exchanged
     between processes by a kernel each. The update is elementwise, so its numbers are the same (8-bit states have their
-    blocks of 256 cut elsewhere).
+    blocks of 256 cut in other places).
 
     Args:
         parameters: all of one dtype and device, without gradients yet. Their data and gradients become views, so that

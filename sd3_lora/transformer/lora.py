@@ -96,7 +96,7 @@ class AddedLora(Linear):
         if spare:
             down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
         low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
-        # Not added where the product lies: what bitsandbytes gives must not be changed.
+        # Not in place: bitsandbytes' result must not be changed.
         rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
         return rows.view(product.shape)
 
@@ -205,7 +205,7 @@ def find_lora(name: str) -> Path:
 
 
 def read_lora_record(path: Path) -> dict[str, Any]:
-    """What this project's training noted in a LoRA's metadata; empty for a LoRA of another program.
+    """The metadata that this project's training wrote into a LoRA; empty for a LoRA of another program.
 
     Raises:
         UserError: the file is truncated or not safetensors.

@@ -1,7 +1,7 @@
 """Pieces of blocks that stay in the weight files: for a host that cannot hold them all.
 
-The files are mapped, so what of them fits into memory stays there, in the system's page cache, and the rest is read
-anew. Forward reads the pieces first to last and backward last to first, which finds the latest pages first.
+The files are mapped: what fits into memory stays in the system's page cache, and the rest is read again at each use.
+Forward reads the pieces first to last and backward last to first, so that the latest pages are used first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sd3_lora.transformer.streaming import Piece
 
 import torch
 
-# One that is read into, one that waits for its turn, and one that may still be on its way to the device.
+# One that is being read, one that is read and waits for its copy, and one that is being copied to the device.
 RING_SIZE = 3
 
 
@@ -35,7 +35,7 @@ class _Slot:
         buffer: uint8, as large as the largest piece.
         index: of the piece that is in it, or will be.
         reading: done when the piece is in it.
-        sent: behind the latest copy from it; None where no copy is under way.
+        sent: the event behind the latest copy from it; None where no copy is under way.
     """
 
     buffer: torch.Tensor
@@ -45,13 +45,13 @@ class _Slot:
 
 
 class MappedPieces:
-    """The matrices of each piece, read from the mapped files into a ring of pinned buffers at each visit.
+    """The matrices of each piece, read from the mapped files into a ring of pinned buffers each time they are streamed.
 
-    A thread of its own reads, so that a piece that was prefetched comes from the disk while others are copied and
-    compute. It also is what waits until a buffer's copy to the device is through, before it reads into it.
+    A thread reads the prefetched pieces while others are copied and compute. Before it reads into a buffer, it waits
+    until the copy from that buffer is done.
 
     Args:
-        pieces: of a transformer that was loaded with `unread_blocks`. A LoRA may be attached.
+        pieces: of a transformer whose blocks were left in the files (`streamed_blocks`). A LoRA may be attached.
         device: that they will be copied to.
         paths: the transformer's files. Where their dtype is another, each matrix is converted as it is read.
 
@@ -70,14 +70,14 @@ class MappedPieces:
         self._thread = ThreadPoolExecutor(1, "weights")
 
     def prefetch(self, index: int) -> None:
-        """Has the thread read piece `index`, unless it is in the ring already."""
+        """Lets the thread read piece `index`, unless it is in the ring already."""
         self._slot(index)
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream.
 
-        Waits until it is read. That costs nothing if the piece was prefetched and the device is busy for longer than a
-        read takes; else the device would have to wait for the files whoever waits here.
+        Waits until it is read. That takes no time if the piece was prefetched and the device is busy for longer than
+        a read; else the device would have to wait for the files anyway.
         """
         slot = self._slot(index)
         slot.reading.result()
@@ -107,7 +107,7 @@ def _read(slot: _Slot, weights: TensorFiles, names: Sequence[str], like: Sequenc
 
 
 def _record(device: torch.device) -> torch.cuda.Event | None:
-    """What is done when all that is queued on the current stream is; None on a CPU, where it is done already."""
+    """An event behind all that is queued on the current stream; None on a CPU, which queues nothing."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(blocking=True)  # else the thread would spin on a core while it waits

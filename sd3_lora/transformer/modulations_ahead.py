@@ -1,9 +1,9 @@
-"""What the modulations of streamed blocks give, computed one micro-step ahead.
+"""The modulations of streamed blocks, computed one micro-step ahead.
 
 A modulation multiplies one row a picture, made of the noise level and the pooled prompt, with the largest matrix of a
-block: a third of SD3-Medium's block, to make 18 KB a picture. Forward computes least and so waits for its copies, where
-backward leaves the link time. So where backward computes a block anew, its modulations' matrices are copied then, and
-multiply the next micro-batch's row; what they gave for this one is here already, for both passes.
+block: a third of SD3-Medium's block, to make 18 KB a picture. Forward computes least and so waits for its copies;
+backward computes more, and the link is idle. So a block's modulation matrices are streamed when backward recomputes
+the block, and multiply the next micro-batch's row. Both passes of the current micro-batch use the results of the last.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ Modulating = tuple[torch.Tensor, torch.Tensor]  # timesteps (B,) and pooled prom
 
 
 class ModulationsAhead:
-    """Those of blocks that visit the device and are computed anew in backward; their numbers stay what they are.
+    """The modulations of blocks that are both streamed and recomputed. Their results stay the same, bit for bit.
 
     Before each micro-step `advance` is called, and forward and backward run within `active`. Outside of it the layers
-    compute as they always did. A micro-step may be repeated, and recorded as a CUDA graph: it changes nothing that it
-    reads.
+    compute as usual. A micro-step may be repeated, and captured as a CUDA graph: it changes nothing that it reads.
 
     Shapes: B batch, C channels of the transformer, P pooled width.
 
     Args:
         transformer: its blocks streamed, its LoRA attached.
-        streamed: what streams them.
-        blocks: the indices of these.
+        streamed: what streams its blocks.
+        blocks: the indices of those whose modulations are computed ahead.
     """
 
     def __init__(self, transformer: SD3Transformer2DModel, streamed: StreamedBlocks, blocks: Sequence[int]):
         self._embed = transformer.time_text_embed
         self._streamed = streamed
         self._multiply: list[Callable[[torch.Tensor], torch.Tensor]] = []
-        self._next: list[torch.Tensor] = []  # what the next micro-batch's are made of, always in the same memory
-        self._row: torch.Tensor | None = None  # (B, C): that, as every modulation takes it, in a step's backward
+        self._next: list[
+            torch.Tensor
+        ] = []  # the next micro-batch's inputs of the modulations, always in the same memory
+        self._row: torch.Tensor | None = (
+            None  # (B, C): their embedding, which every modulation multiplies, in a step's backward
+        )
         self._given: list[torch.Tensor] = []
         self._coming: list[torch.Tensor] = []
-        self._coming_of: torch.Tensor | None = None  # the timesteps of the micro-batch that was said to come
+        self._coming_of: torch.Tensor | None = None  # the timesteps of the micro-batch that comes next
         self._is_active = False
         self._ran: set[int] = set()
         for block in (transformer.transformer_blocks[index] for index in blocks):
@@ -58,12 +61,12 @@ class ModulationsAhead:
     def advance(self, now: Modulating, coming: Modulating | None) -> None:
         """Goes on to the next micro-step; to be called in the precision that forward has.
 
-        What `now` needs was computed in the last one, if it was what came; else its matrices are copied to the device
-        here.
+        The modulations of `now` were computed in the last micro-step if it was `coming` then. Else they are computed
+        here, which streams their matrices.
 
         Args:
-            now: what this micro-batch's are made of.
-            coming: the next one's, the same tensors that will be `now` then; None if nobody knows yet.
+            now: this micro-batch's inputs of the modulations.
+            coming: the next one's, the same tensors that will be `now` then; None if it is not known yet.
         """
         if now[0] is not self._coming_of:
             self._compute(now)
@@ -73,7 +76,7 @@ class ModulationsAhead:
             torch._foreach_copy_(self._next, coming)
 
     def _compute(self, now: Modulating) -> None:
-        """Beside a step, and before the first one."""
+        """Computes the modulations of `now` outside of a micro-step, as before the first one."""
         row = self._row_of(*now)
         self._streamed.begin_pass(prefetch=False)
         computed = [multiply(row) for multiply in self._multiply]
@@ -81,13 +84,13 @@ class ModulationsAhead:
             self._next = list(map(torch.clone, now))
             self._given, self._coming = ([torch.empty_like(one) for one in computed] for _ in range(2))
         torch._foreach_copy_(self._coming, computed)
-        # A step that is replayed has a workspace of cuBLAS's of its own: this one's would lie there unused.
+        # A replayed step has another cuBLAS workspace: this one would stay allocated and unused.
         drop_workspaces(row.device)
         free_memory(row.device)
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """For forward and backward of the micro-step that `advance` was told of."""
+        """For forward and backward of the micro-step that `advance` went on to."""
         self._ran.clear()
         self._is_active = True
         try:
@@ -101,7 +104,7 @@ class ModulationsAhead:
     def _forward(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if not self._is_active:
             return self._multiply[index](x)
-        if index in self._ran:  # the block is computed anew
+        if index in self._ran:  # the block is recomputed
             with torch.no_grad():
                 if self._row is None:
                     self._row = self._row_of(*self._next)

@@ -1,6 +1,6 @@
-"""What of the transformer is kept where, as data; and the one order in which the model is taken apart.
+"""Where the parts of the transformer are kept, as data; and the one order in which the model is taken apart.
 
-Every trick that saves memory is one field here, and a file of its own beside this one.
+Every trick that saves memory is one field here, and one file beside this one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from diffusers import SD3Transformer2DModel
 
 @dataclass(frozen=True)
 class Placement:
-    """What of a transformer is kept where. Nothing here changes a number but `precision` and `attention_kernel`.
+    """Where the parts of a transformer are kept. Only `precision` and `attention_kernel` change numbers.
 
     Attributes:
         blocks: how many transformer blocks there are.
         precision: nf4 for linear layers in 4 bits; None for 16 bits (32 under --mixed_precision no).
         streamed: indices of the blocks whose matrices are streamed to the device, piece by piece.
-        stream_from: where those are: in pinned host memory, or in the mapped weight files.
-        buffers: for how many streamed pieces there is room on the device.
+        stream_from: the source of those: pinned host memory, or the mapped weight files.
+        buffers: how many streamed pieces the device holds.
         recomputed: indices of the blocks whose activations backward recomputes.
         offload_inputs: whether the recomputed blocks' inputs are offloaded to the host until backward.
         modulations_ahead: whether modulations of blocks that are both streamed and recomputed are computed one
@@ -64,7 +64,7 @@ class Placement:
         return [block for block in self.streamed if block in recomputed] if self.modulations_ahead else []
 
     def base_sentence(self) -> str:
-        """Where the weights are, in words."""
+        """For the user: where the weights are."""
         base = "in 4 bits (nf4)" if self.precision else "unchanged"
         if not self.streamed:
             return f"base {base}, on the device"
@@ -73,13 +73,13 @@ class Placement:
         return f"base {base}, {which}streamed from {source}, {self.buffers} pieces on the device"
 
     def step_sentence(self) -> str:
-        """What is recomputed and offloaded, in words."""
+        """For the user: what is recomputed and offloaded."""
         offloaded = ", their inputs offloaded" if self.offload_inputs else ""
         plain = ", modulations not ahead" if self.streamed and self.recomputed and not self.modulations_ahead else ""
         return f"{len(self.recomputed)} of {self.blocks} blocks recomputed{offloaded}{plain}"
 
     def kernel_sentence(self) -> str:
-        """The attention kernel where it was asked for, in words that follow others."""
+        """The attention kernel where a flag fixes it, to be added to a sentence."""
         return f"; {self.attention_kernel} attention" if self.attention_kernel else ""
 
 
@@ -211,7 +211,7 @@ def spread_streamed_blocks(count: int, resident: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ArrangedTransformer:
-    """A model that was taken apart as its placement says.
+    """A model that was taken apart by its placement.
 
     Attributes:
         transformer: frozen but for its adapters.
@@ -252,7 +252,7 @@ def arrange(
         placement: what to keep where.
         device: that computes.
         dtype: of the weights, and of what 4-bit ones compute in.
-        latent_size: height and width of all that it will see, in latent pixels.
+        latent_size: height and width of all pictures that it will compute, in latent pixels.
         add_adapters: attaches the adapters and returns what of them is trained, if anything.
         compiled: whether the blocks are compiled.
 

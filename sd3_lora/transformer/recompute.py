@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 def recompute_blocks(transformer: SD3Transformer2DModel, indices: Sequence[int], offload_inputs: bool = False) -> None:
     """Keeps only the inputs of some blocks for backward, which recomputes their activations.
 
-    Losses and gradients stay what they were, bit for bit: dropout draws the same mask again.
+    Losses and gradients stay the same, bit for bit: dropout draws the same mask again.
 
     Best are the first k of n blocks, because backward begins with the last. With activations A and an input I a block,
     the end of forward holds (n - k) A + k I whichever they are. If they are the first, that is the peak, as the kept
     activations are gone when the first A is recomputed. If they were the last, such an A would come on top.
 
-    k = n - 1 has the peak of k = n, A + (n - 1) I, for one forward of a block less: backward needs the last block's
+    k = n - 1 has the peak of k = n, A + (n - 1) I, with one block less to recompute: backward needs the last block's
     activations at once.
 
     Args:
@@ -42,7 +42,7 @@ def recompute_blocks(transformer: SD3Transformer2DModel, indices: Sequence[int],
         return
     chosen = {transformer.transformer_blocks[index]: place for place, index in enumerate(sorted(indices))}
     offload = _InputOffload(len(chosen) - 1) if offload_inputs else None
-    # The generators' states are wanted again only where something is drawn, and cannot be had in a CUDA graph.
+    # The generators' states are needed only where dropout draws, and cannot be read while a CUDA graph is captured.
     draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in transformer.modules())
 
     def run(block: torch.nn.Module, *inputs: Any) -> Any:
@@ -63,7 +63,7 @@ def _recomputed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) ->
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     except BaseException as error:
         # torch 2.11 leaves its hooks in force for as long as the frames of the error live, and whoever handles it may
-        # compute something else meanwhile: a step that could not be recorded is computed as it is.
+        # compute something else meanwhile: a step that could not be captured runs kernel by kernel.
         traceback.clear_frames(error.__traceback__)
         raise
 
@@ -79,13 +79,13 @@ class _InputOffload:
         self._last = last
         self._copies: CopyStream | None = None
         self._leaving: list[tuple[Copy, torch.Tensor]] = []
-        # Pinning takes longer than the copy, and cannot be done while a graph is recorded. All copies are on one
+        # Pinning takes longer than the copy, and cannot be done while a graph is captured. All copies are on one
         # stream, so what is overwritten has been read.
         self._spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._before: Callable[[], _BlockInputs | None] = lambda: None
 
     def hooks(self, place: int) -> saved_tensors_hooks:
-        """What the recomputed block of this place among them is run under."""
+        """The hooks under which the recomputed block of this place among them runs."""
         if place == 0:  # there are some only if the last pass failed, perhaps in a capture: no copy to wait for
             self._leaving.clear()
         self._let_go()
@@ -109,7 +109,7 @@ class _InputOffload:
         return host
 
     def give_back(self, hosts: list[torch.Tensor]) -> None:
-        """Takes back what `send` returned, when nobody will ask for it any more."""
+        """Takes back what `send` returned, when backward no longer needs it."""
         for host in hosts:
             self._spare[host.shape, host.dtype].append(host)
 
@@ -127,8 +127,8 @@ class _BlockInputs:
 
     Args:
         offload: that copies.
-        before: gives those of the block that ran before, which backward needs next.
-        stay: whether they stay on the device.
+        before: returns the inputs of the block that ran before, which backward needs next.
+        stay: whether these inputs stay on the device.
     """
 
     def __init__(self, offload: _InputOffload, before: Callable[[], _BlockInputs | None], stay: bool):
@@ -144,7 +144,7 @@ class _BlockInputs:
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | int:
         """An index into the host's copies, or the tensor itself."""
-        # hidden_states (B, L, C) and encoder_hidden_states (B, S, C) are the block's own; temb (B, C) is shared by all.
+        # hidden_states (B, L, C) and encoder_hidden_states (B, S, C) belong to the block; temb (B, C) is shared by all.
         if tensor.dim() < 3 or self._stay:
             return tensor.detach()
         self._device = tensor.device
@@ -152,7 +152,7 @@ class _BlockInputs:
         return len(self._hosts) - 1
 
     def unpack(self, packed: torch.Tensor | int) -> torch.Tensor:
-        """The tensor on the device; starts to fetch what the block before will need."""
+        """The tensor on the device; prefetches the inputs of the block before."""
         tensor = self._take(packed) if isinstance(packed, int) else packed
         before = self._before()
         if before is not None:

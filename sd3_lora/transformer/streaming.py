@@ -1,15 +1,16 @@
-"""A frozen base whose matrices live on the host and visit the device, a piece of a block at a time.
+"""A frozen base whose matrices stay on the host and are streamed to the device, a piece of a block at a time.
 
-A piece is what one part of a block multiplies with, or half of that: an attention's inputs, a modulation. The device
-holds two buffers or more, each as large as the largest piece. While a piece computes in one, those that are needed
-next are copied into the others. Forward needs the pieces first to last; backward computes a recomputed block anew,
-and then needs its pieces last to first, to send gradients back through them.
+A piece is the matrices of one part of a block, or half of them: an attention's inputs, a modulation. The device holds
+two buffers or more, each as large as the largest piece. While a piece computes in one, the next pieces are prefetched
+into the others. Forward needs the pieces first to last. Backward recomputes a block, and then needs its pieces last to
+first, for the gradients of its inputs.
 
-Pieces differ in what they take to copy and to compute: a modulation has 27 MiB in SD3-Medium and computes with one row.
-With two buffers its copy, and the next one's, would be waited for; with six all of them run on behind an attention.
-Training needs them once a step: in backward, for the next one (`modulations_ahead.py`).
+Pieces differ in the time of their copy and of their computation: a modulation of SD3-Medium has 27 MiB and computes
+with one row. With two buffers the device would wait for its copy and for the next one's; with six all of these copies
+run behind an attention. Training streams modulations once a step: in backward, for the next step
+(`modulations_ahead.py`).
 
-Where the device has room for some blocks, those stay there whole, and the others' copies have their time too.
+Where the device has room for some blocks, those stay there whole. While they compute, others are copied.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Piece:
 
     @property
     def weights(self) -> list[torch.Tensor]:
-        """The layers' matrices, where they are when they do not visit the device."""
+        """The layers' matrices, where they are while they are not on the device."""
         return [layer.weight.detach() for layer in self.layers]
 
 
@@ -56,7 +57,7 @@ def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int
 
     Args:
         blocks: of the transformer, with or without a LoRA.
-        streamed_blocks: the indices of those that are asked for; None for all.
+        streamed_blocks: the indices of those whose pieces are returned; None for all.
     """
     groups: list[dict[str, torch.nn.Linear]] = []
     largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
@@ -97,13 +98,13 @@ class PieceSource(Protocol):
 
     @property
     def host_bytes(self) -> int:
-        """What of the host's memory is pinned."""
+        """The bytes of pinned host memory."""
 
     def fill(self, index: int, destination: torch.Tensor) -> None:
         """Queues the copy of piece `index` into `destination`, uint8 of its size, on the current stream."""
 
     def prefetch(self, index: int) -> None:
-        """Says which piece will be asked for next, as far as one can know."""
+        """A prefetch hint: piece `index` will probably be needed next."""
 
 
 def stream_transformer(
@@ -113,7 +114,7 @@ def stream_transformer(
     buffers: int = 2,
     streamed_blocks: Collection[int] | None = None,
 ) -> StreamedBlocks:
-    """Moves to the device all but the matrices of blocks that will visit it.
+    """Moves all to the device but the matrices of the streamed blocks.
 
     Args:
         transformer: these matrices on the host, its LoRA attached. It must not be moved afterwards, nor get other
@@ -121,7 +122,7 @@ def stream_transformer(
         device: where it computes.
         source: of the matrices, in the order of `pieces_of`; None for `PinnedPieces`.
         buffers: on the device.
-        streamed_blocks: the indices of these blocks; None for all.
+        streamed_blocks: their indices; None for all.
 
     Raises:
         UserError: the driver does not pin so much host memory.
@@ -142,9 +143,9 @@ class PinnedPieces:
     Args:
         pieces: whose matrices are left pointing at it.
         device: that they will be copied to.
-        paths: the files of a transformer that was loaded with `unread_blocks`: the matrices are read from there, one at
-            a time, in the layers' dtype. Without any, the layers' own matrices are taken over: their memory is freed
-            meanwhile, so that beside all pieces there is one twice at most.
+        paths: the files, for blocks that were left in them (`streamed_blocks` of `load_transformer`): the matrices are
+            read from there, one at a time, in the layers' dtype. Without any, the layers' matrices are copied, and
+            freed piece by piece, so that no more than one piece is there twice.
 
     Raises:
         UserError: the driver does not pin so much host memory.
@@ -156,8 +157,8 @@ class PinnedPieces:
         self._buffers: list[torch.Tensor] = []
         with TensorFiles(paths) as files:
             for piece, buffer in zip(pieces, pinned_buffers(self.sizes, device), strict=True):
-                found = [files.tensor(name) for name in piece.names] if paths else piece.weights
-                for layer, view, value in zip(piece.layers, views(buffer, piece.weights), found, strict=True):
+                values = [files.tensor(name) for name in piece.names] if paths else piece.weights
+                for layer, view, value in zip(piece.layers, views(buffer, piece.weights), values, strict=True):
                     view.copy_(value)
                     layer.weight.data = view
                 self._buffers.append(buffer)
@@ -179,7 +180,7 @@ class _Slot:
         index: of the piece in it, if any.
         weights: that piece's matrices, which lie in it.
         arrival: of the latest copy into it.
-        seen: by piece, how its matrices lie here: to make them takes longer than to start a copy.
+        seen: by piece, the views of its matrices in the buffer: to make them takes longer than to start a copy.
     """
 
     buffer: torch.Tensor
@@ -192,10 +193,10 @@ class _Slot:
 class StreamedBlocks:
     """Linear layers whose matrices are on the device only while they multiply, and until the buffer is needed again.
 
-    Forward, backward and their results stay what they are for resident layers, bit for bit, in any order: a layer asks
-    for its matrix whenever it multiplies, in backward too, and autograd saves none. What a pass asked for is
-    remembered, and prefetched in the next pass of its kind. The first pass with a gradient goes through backward
-    without prefetching, and waits for its copies there.
+    Forward and backward give the results of resident layers, bit for bit, in any order: a layer requests its matrix
+    whenever it multiplies, in backward too, and autograd saves none. The requests of a pass are remembered, and
+    prefetched in the next pass of its kind. The backward of the first pass with a gradient is not prefetched, and waits
+    for its copies.
 
     Args:
         pieces: in 16 or 32 bits, or in bitsandbytes' 4, whose scales (a few percent) stay on the device.
@@ -205,8 +206,8 @@ class StreamedBlocks:
             others.
 
     Attributes:
-        device_bytes: what the buffers hold.
-        host_bytes: what of the host's memory the source has pinned.
+        device_bytes: of the buffers.
+        host_bytes: of the host memory that the source has pinned.
         copies: how many pieces have been copied to the device so far.
     """
 
@@ -227,7 +228,7 @@ class StreamedBlocks:
 
         self._copy_stream.start(make_slots)
         self._current: _Slot | None = None
-        # By whether there is a gradient: the pieces that the last such pass asked for.
+        # By whether there is a gradient: the pieces that the last such pass requested.
         self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
         self._expected: list[int] = []
         self._asked: list[int] = []
@@ -251,14 +252,15 @@ class StreamedBlocks:
                 layer.forward = forward  # type: ignore[method-assign]
 
     def begin_pass(self, prefetch: bool = True) -> None:
-        """Says that the transformer is called, or something else: for that nothing is copied ahead.
+        """To be called before each pass.
 
-        So no copy is under way when it is through.
+        Args:
+            prefetch: whether pieces are prefetched: for the transformer. Without it no copy is under way at the end.
         """
         is_captured = _is_capturing(self._device)
         if is_captured or self._was_captured:
-            # A graph brings all that it needs, whatever is here when it is replayed; nothing outside of it can wait for
-            # its copies, and each replay leaves other pieces here than are noted.
+            # A graph copies all that it needs, whatever the buffers hold when it is replayed. Nothing outside of it can
+            # wait for its copies, and each replay leaves other pieces in the buffers than are noted here.
             for slot in self._slots:
                 slot.index = None
         self._current = None
@@ -268,16 +270,16 @@ class StreamedBlocks:
             self._was_captured = is_captured
             has_gradient = torch.is_grad_enabled()
             self._expected = self._remembered[has_gradient]
-            self._remembered[has_gradient] = self._asked  # backward asks on
+            self._remembered[has_gradient] = self._asked  # backward's requests follow
 
     def _weight(self, index: int, position: int) -> torch.Tensor:
         """A matrix on the device, for what is queued now."""
         if self._current is None or self._current.index != index:
-            self._current = self._visit(index)
+            self._current = self._stream(index)
         return self._current.weights[position]
 
-    def _visit(self, index: int) -> _Slot:
-        """The slot of piece `index`, which is there for what is queued from now on; starts to copy what comes next."""
+    def _stream(self, index: int) -> _Slot:
+        """The slot of piece `index`, valid for what is queued from now on; prefetches the next pieces."""
         coming = self._upcoming(index)
         wanted = [index, *coming[: len(self._slots) - 1]]
         slot = self._bring(index, wanted)
@@ -309,7 +311,7 @@ class StreamedBlocks:
     def _bring(self, index: int, wanted: Sequence[int]) -> _Slot:
         """The slot that holds piece `index`, or will: of those with no wanted piece, the one used longest ago.
 
-        All that multiplies with what is there now has been queued: whoever asks for a matrix uses it at once.
+        All that multiplies with the piece in that slot has been queued: a layer uses its matrix as soon as it has it.
         """
         held = self._held(index)
         if held:
@@ -347,19 +349,19 @@ def _forward(ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, x: torc
         weight = ask()
         return weight.as_strided(shape, stride, weight.storage_offset() + offset)
 
-    # A checkpoint's hooks see nothing that these have packed, in forward as when it is computed anew.
+    # A checkpoint's hooks see nothing that these have packed, neither in forward nor when it is recomputed.
     with saved_tensors_hooks(pack, unpack):
         return torch.nn.functional.linear(x, weight, bias)
 
 
 class _MultiplyPacked(torch.autograd.Function):
-    """What `bitsandbytes.matmul_4bit` does; but that one's matrix is kept where no hook sees it."""
+    """`bitsandbytes.matmul_4bit`, which itself keeps the matrix for backward where no hook sees it."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, ask: Callable[[], torch.Tensor], bias: torch.Tensor | None, state: Any
     ) -> torch.Tensor:
-        import bitsandbytes  # its import costs seconds, and only this needs it
+        import bitsandbytes  # its import takes seconds, and only this needs it
 
         ctx.ask, ctx.state = ask, state
         return bitsandbytes.matmul_4bit(x, ask(), bias=bias, quant_state=state)

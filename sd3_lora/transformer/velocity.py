@@ -24,7 +24,7 @@ class VelocityModel(torch.nn.Module):
         self.dtype = dtype
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
-        """What the transformer's parts are called in. On meta tensors the simulation stands in for autocast."""
+        """The autocast under which the transformer is called; on meta tensors the simulation stands in for it."""
         if self.dtype == torch.float32 or device.type == "meta":
             return nullcontext()
         return torch.autocast(device.type, self.dtype)

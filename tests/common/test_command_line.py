@@ -57,8 +57,8 @@ COMMAND_LINE = CommandLine(
 )
 
 
-def parse(*words: str) -> Flags:
-    (flags,) = COMMAND_LINE.parse(words)
+def parse(*arguments: str) -> Flags:
+    (flags,) = COMMAND_LINE.parse(arguments)
     return flags
 
 
@@ -69,7 +69,7 @@ def test_values_and_repeated_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--stepz", "1"], "unknown argument --stepz: type --steps"),
         (["--step", "1"], "unknown argument --step: "),  # no abbreviations: a new flag must not change their meaning
@@ -87,9 +87,9 @@ def test_values_and_repeated_lists() -> None:
         (["--cfg_scale", "7"], "unknown argument --cfg_scale: `python script.py --help` lists the flags"),
     ],
 )
-def test_bad_flags_are_one_sentence(words: list[str], sentence: str) -> None:
+def test_bad_flags_are_one_sentence(arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as error:
-        parse(*words)
+        parse(*arguments)
     assert str(error.value).startswith(sentence)
     assert "\n" not in str(error.value)
 
@@ -121,8 +121,8 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_command_is_typed_as_the_shell_reads_it() -> None:
-    words = {"lora": "my lora", "prompt": "it's", "on": True, "off": False, "none": None, "steps": 0}
-    assert command("a.py", **words) == """python a.py --lora 'my lora' --prompt 'it'"'"'s' --on --steps 0"""
+    arguments = {"lora": "my lora", "prompt": "it's", "on": True, "off": False, "none": None, "steps": 0}
+    assert command("a.py", **arguments) == """python a.py --lora 'my lora' --prompt 'it'"'"'s' --on --steps 0"""
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -252,8 +252,8 @@ def test_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_command_is_quoted_as_the_system_s_shell_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sd3_lora.common.command_line.os.name", "nt")
     assert command("a.py", prompt="a sks dog") == 'python a.py --prompt "a sks dog"'
-    words = {"a": "x&y", "b": 'say "hi"', "c": "C:\\my dogs\\", "d": "it's", "e": "", "f": r"C:\dogs", "g": 1e-4}
-    typed = command("a.py", **words)
+    arguments = {"a": "x&y", "b": 'say "hi"', "c": "C:\\my dogs\\", "d": "it's", "e": "", "f": r"C:\dogs", "g": 1e-4}
+    typed = command("a.py", **arguments)
     assert (
         typed
         == r"""python a.py --a "x&y" --b "say \"hi\"" --c "C:\my dogs\\" --d "it's" --e "" --f C:\dogs --g 0.0001"""
@@ -274,8 +274,8 @@ finally:
     print("heavy:", *heavy, file=sys.stderr)
 """
 
-    def answer(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code, *words], cwd=PROJECT, capture_output=True, text=True)
+    def answer(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code, *arguments], cwd=PROJECT, capture_output=True, text=True)
 
     wrong = answer("--devize", "cpu")
     assert wrong.returncode == 2
@@ -307,8 +307,8 @@ print("went on")
 """
 
     def answer(rank: str) -> tuple[int, str, str]:
-        words, environment = [sys.executable, "-c", code, "--nope"], {**os.environ, "RANK": rank}
-        ended = subprocess.run(words, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+        arguments, environment = [sys.executable, "-c", code, "--nope"], {**os.environ, "RANK": rank}
+        ended = subprocess.run(arguments, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
         return ended.returncode, ended.stdout, ended.stderr
 
     assert answer("0") == (2, "", "error: unknown argument --nope: `python a.py --help` lists the flags\n")

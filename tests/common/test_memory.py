@@ -50,7 +50,7 @@ def test_the_sentence_says_what_there_is() -> None:
 
 
 def test_what_was_used_counts_the_stages_that_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stage has the allocator count anew, so that its own figure alone would be the last stage's."""
+    """Each stage resets the allocator's peak, so that its own figure alone would be the last stage's."""
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 1 * GIB)
     budget = DeviceBudget(8 * GIB, GIB // 2, torch.device("cuda"))
     stages = [StageReport("encode", peak_reserved_gib=3.0), StageReport("decode", peak_reserved_gib=1.0)]

@@ -197,7 +197,7 @@ def test_in_training_past_checkpoints_and_when_resumed(
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two micro-batches a step, a checkpoint every two steps: after each of them nobody had known what comes."""
+    """Two micro-batches a step, a checkpoint every two steps: after each the next batch is not drawn yet."""
     turns: list[tuple[Modulating, Modulating | None]] = []
     advance = ModulationsAhead.advance
     monkeypatch.setattr(ModulationsAhead, "advance", lambda self, *words: turns.append(words) or advance(self, *words))

@@ -176,7 +176,7 @@ def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(
     assert "each micro-step: compiled blocks, launched kernel by kernel\n" in run.out
     assert compiled == [Compiled.ALWAYS]
     train(script, prepared, tmp_path / "run", *resume, "--max_train_steps", 4)
-    assert compiled == [Compiled.ALWAYS, Compiled.WHERE_POSSIBLE]  # for the same numbers; nobody asked this time
+    assert compiled == [Compiled.ALWAYS, Compiled.WHERE_POSSIBLE]  # for the same numbers; no flag this time
     refused = train(script, prepared, tmp_path / "run", *resume, "--compile", "off", "--max_train_steps", 5, code=2)
     assert "was trained with --compile blocks, not off or graph: " in refused.error
     refused = train(script, prepared, tmp_path / "g", "--capture", "on", code=2)
@@ -213,7 +213,7 @@ def test_a_run_that_may_capture_its_steps_does(
 
 @pytest.mark.parametrize("compiles", [True, False])
 def test_blocks_that_did_not_compile_are_not_said_to_be(monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
-    """Where nobody asked, torch runs as it is what does not compile."""
+    """Without a flag, what does not compile runs uncompiled."""
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
         if not compiles:

@@ -25,8 +25,8 @@ from training_runs import Flags, Run, Script, train
 
 def follow(script: Script, run: Run) -> str:
     """Types the command that the error names; returns its script."""
-    _, name, *words = shlex.split(run.error.split("`")[1])
-    result = script(name.removesuffix(".py"), *words)
+    _, name, *arguments = shlex.split(run.error.split("`")[1])
+    result = script(name.removesuffix(".py"), *arguments)
     assert result.code == 0, result.err
     return name
 
@@ -42,7 +42,7 @@ def forget_a_picture(stage_one: Prepared) -> None:
 
 
 STALE: dict[str, tuple[Callable[[Prepared], Any], list[object], str, list[str]]] = {
-    # what the user does, the flags, what the sentence says, the scripts that mend it
+    # what the user does, the flags, a part of the sentence, the scripts that mend it
     "no embeddings": (lambda s: s.embeddings.unlink(), [], "embeddings.parquet is not there", ["compute_embeddings"]),
     "other prompt": (
         lambda s: None,
@@ -76,15 +76,15 @@ STALE: dict[str, tuple[Callable[[Prepared], Any], list[object], str, list[str]]]
 
 @pytest.mark.parametrize("name", STALE)
 def test_the_named_command_mends_it(script: Script, private: Prepared, tmp_path: Path, name: str) -> None:
-    change, words, says, scripts = STALE[name]
+    change, arguments, sentence, scripts = STALE[name]
     change(private)
     mended = []
-    run = train(script, private, tmp_path / "out", *words, code=2)
-    assert says in run.error
+    run = train(script, private, tmp_path / "out", *arguments, code=2)
+    assert sentence in run.error
     for _ in scripts:
         assert run.wrote_no_weights()
         mended.append(follow(script, run).removesuffix(".py"))
-        run = train(script, private, tmp_path / "out", *words, code=0 if mended == scripts else 2)
+        run = train(script, private, tmp_path / "out", *arguments, code=0 if mended == scripts else 2)
     assert len(run.losses) == 3
 
 
@@ -156,7 +156,7 @@ def test_a_resolution_that_the_model_cannot_take(
 
 
 def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    for words, advice in (
+    for arguments, advice in (
         (["--max_train_step", 3], "type --max_train_steps"),
         (["--ranks", 3], "type --rank"),
         (
@@ -164,8 +164,8 @@ def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> 
             f"put quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
         ),
     ):
-        run = train(script, prepared, tmp_path / "out", *words, code=2)
-        assert run.error == f"unknown argument {words[0]}: {advice}"
+        run = train(script, prepared, tmp_path / "out", *arguments, code=2)
+        assert run.error == f"unknown argument {arguments[0]}: {advice}"
     assert not (tmp_path / "out").exists()
 
 
@@ -176,10 +176,10 @@ def test_latents_that_are_not_there_are_made_in_a_process_of_its_own(
     shutil.rmtree(private.latents)
     commands: list[list[str]] = []
 
-    def run_here(words: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
-        commands.append([str(word) for word in words])
+    def run_here(arguments: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append([str(word) for word in arguments])
         code = importlib.import_module("precompute_latents").main(commands[-1][2:])
-        return subprocess.CompletedProcess(words, code)
+        return subprocess.CompletedProcess(arguments, code)
 
     monkeypatch.setattr(subprocess, "run", run_here)
     first = train(script, private, tmp_path / "first", "--center_crop")
@@ -202,7 +202,7 @@ def test_latents_that_cannot_be_made(
     script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(private.latents)
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 2))
+    monkeypatch.setattr(subprocess, "run", lambda arguments, **_: subprocess.CompletedProcess(arguments, 2))
     run = train(script, private, tmp_path / "out", code=2)
     assert "there are no latents to train on" in run.error
     assert run.error.split("`")[1].startswith("python precompute_latents.py --pretrained_model_name_or_path ")
@@ -215,9 +215,9 @@ def test_the_child_is_not_told_of_the_launcher(
     """With torchrun's variables it would wait for ranks that never come."""
     seen: dict[str, str] = {}
 
-    def capture(words: list[Any], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def capture(arguments: list[Any], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         seen.update(env)
-        return subprocess.CompletedProcess(words, 2)
+        return subprocess.CompletedProcess(arguments, 2)
 
     shutil.rmtree(private.latents)
     monkeypatch.setattr(subprocess, "run", capture)
@@ -281,8 +281,8 @@ def test_latents_that_training_makes_itself_skip_it_too(script, tiny_sd3: Path, 
     assert script("compute_embeddings", *model, *prompt, "--output_path", tmp_path / "e.parquet").code == 0
     commands = []
 
-    def run(words: list[str], **_: object) -> object:
-        commands.append([str(word) for word in words])
+    def run(arguments: list[str], **_: object) -> object:
+        commands.append([str(word) for word in arguments])
         main = importlib.import_module("precompute_latents").main
         return type("Finished", (), {"returncode": main(commands[-1][2:])})
 

@@ -76,14 +76,14 @@ def all_variants(images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[
 def truth(captioned: Prepared) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
     """image id → caption, its embedding, the posterior mean of the first crop; from the files, without our code."""
     rows = {row["prompt"]: row["prompt_embeds"] for row in pq.read_table(captioned.embeddings).to_pylist()}
-    found = {}
+    expected = {}
     for number, caption in enumerate(CAPTIONS):
         image_id = hash_file(captioned.pictures / f"{number:02d}.png")
         tensors = load_file(captioned.latents / f"{image_id}.safetensors")
         first = min(name.removesuffix(".mean") for name in tensors if name.endswith(".mean"))
         embeds = torch.tensor([float(value) for value in rows[caption]]).half().reshape(77 + 9, 48)
-        found[image_id] = (caption, embeds, tensors[f"{first}.mean"])
-    return found
+        expected[image_id] = (caption, embeds, tensors[f"{first}.mean"])
+    return expected
 
 
 def assert_joined(data: TrainingData, captioned: Prepared) -> None:
@@ -245,18 +245,18 @@ def test_the_flags_choose_crops(
     def full(offsets: list[str]) -> set[str]:
         return {f"64x64{offset.replace('-flip', '')}+0{'-flip' * offset.endswith('-flip')}" for offset in offsets}
 
-    found = names_of(captioned, cache, "00.png", *choice)
-    assert set(found) == full(wide)
-    assert len(found) == len(wide)
+    chosen = names_of(captioned, cache, "00.png", *choice)
+    assert set(chosen) == full(wide)
+    assert len(chosen) == len(wide)
     assert set(names_of(captioned, cache, "01.png", *choice)) == full(square)
 
 
 @pytest.fixture
 def plain_cache(captioned: Prepared, tmp_path: Path) -> LatentCache:
     """The central crop only, without mirrored twins."""
-    words = ["--pretrained_model_name_or_path", captioned.model, "--instance_data_dir", captioned.pictures]
-    words += ["--center_crop", "--device", "cpu", "--output_path", tmp_path / "plain"]
-    assert importlib.import_module("precompute_latents").main(list(map(str, words))) == 0
+    flags = ["--pretrained_model_name_or_path", captioned.model, "--instance_data_dir", captioned.pictures]
+    flags += ["--center_crop", "--device", "cpu", "--output_path", tmp_path / "plain"]
+    assert importlib.import_module("precompute_latents").main(list(map(str, flags))) == 0
     return open_cache(tmp_path / "plain")
 
 

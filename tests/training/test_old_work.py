@@ -165,7 +165,7 @@ def test_a_flag_that_the_build_did_not_have_is_at_its_default(script: Script, wo
     refused = resume(script, work, "adamw", "--made_up", 2, code=2)
     assert refused.error == (
         f"{work / 'adamw' / 'checkpoint-3'} was trained with --made_up 1, not 2: type the same to go on, or give "
-        "another --output_dir to start anew"
+        "another --output_dir for a new run"
     )
     assert len(refused.losses) == 6  # of before: nothing was written
     run = resume(script, work, "adamw")
@@ -182,7 +182,7 @@ def test_what_a_later_build_wrote_is_refused_in_a_sentence(
     run = resume(script, work, "adamw", "--max_train_steps", 7, code=2)
     assert run.error == (
         f"{work / 'adamw' / 'checkpoint-6'} was trained with --made_up 1, which this build does not know: resume it "
-        "with the newer build that wrote it, or give another --output_dir to start anew"
+        "with the newer build that wrote it, or give another --output_dir for a new run"
     )
 
 

@@ -139,7 +139,7 @@ def test_8_bit_steps_are_bitsandbytes_own_and_infinite_ones_are_undone(
         assert all(map(torch.equal, state, their_state)), step  # before its first step that counts, theirs has none
 
 
-def test_nobody_waits_in_an_8_bit_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_8_bit_step_does_not_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither bitsandbytes for the device nor the scaler for its answer; that is asked for a step later."""
     from sd3_lora.training.adam_8bit import AdamW8bit
 

@@ -302,7 +302,7 @@ def test_what_decides_the_numbers_must_not_change(
     before = snapshot(finished)
     run = train(script, prepared, finished, *words, "--resume_from_checkpoint", "latest", code=2)
     assert f"{finished / 'checkpoint-1'} was trained with {says}" in run.error
-    assert run.error.endswith("type the same to go on, or give another --output_dir to start anew")
+    assert run.error.endswith("type the same to go on, or give another --output_dir for a new run")
     assert snapshot(finished) == before
 
 

@@ -113,8 +113,8 @@ def test_tensorboard_has_every_loss(script: Script, prepared: Prepared, tmp_path
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    words = ["--report_to", "tensorboard", "--logging_dir", "my logs", "--lr_scheduler", "linear"]
-    run = train(script, prepared, tmp_path, *words, "--max_train_steps", 12)
+    flags = ["--report_to", "tensorboard", "--logging_dir", "my logs", "--lr_scheduler", "linear"]
+    run = train(script, prepared, tmp_path, *flags, "--max_train_steps", 12)
     (path,) = (tmp_path / "my logs").glob("*/events.out.tfevents*")  # below it, another for the flags
     events = EventAccumulator(str(path)).Reload()
     for name in ("loss", "learning_rate"):

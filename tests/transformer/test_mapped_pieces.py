@@ -1,4 +1,4 @@
-"""Pieces read from their files at each visit: the numbers of resident ones, and no buffer that is used too early."""
+"""Pieces that are streamed from their files: the numbers of resident ones, and no buffer that is used too early."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_only_the_ring_is_in_memory(tmp_path: Path) -> None:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is asked of the source, in order: `read 3` as the thread is told to, `copy 3`, and `visit 3`."""
     events: list[str] = []
-    fill, visit, slot = MappedPieces.fill, StreamedBlocks._visit, MappedPieces._slot
+    fill, visit, slot = MappedPieces.fill, StreamedBlocks._stream, MappedPieces._slot
 
     def watch_slot(self: MappedPieces, index: int) -> Any:
         if all(slot.index != index for slot in self._slots):
@@ -227,7 +227,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(MappedPieces, "_slot", watch_slot)
     monkeypatch.setattr(MappedPieces, "fill", watch_fill)
-    monkeypatch.setattr(StreamedBlocks, "_visit", watch_visit)
+    monkeypatch.setattr(StreamedBlocks, "_stream", watch_visit)
     return events
 
 
@@ -254,7 +254,7 @@ def read_ahead(events: list[str]) -> list[str]:
         (0, [*range(11), 9, 8, 5, 4, 2]),
         (2, [*range(11), *range(6, 11), 9, 8, *range(6), 4, 2]),
     ],
-    ids=["drawing", "training", "training anew"],
+    ids=["drawing", "training", "training again"],
 )
 def test_each_piece_is_read_while_two_others_are_copied_and_compute(
     count: int | None, asked: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

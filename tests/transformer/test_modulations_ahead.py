@@ -260,10 +260,10 @@ def test_beside_a_step_it_leaves_no_workspace_of_cublas() -> None:
 
 @needs_gpu
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("buffers", [2, 6])
 @pytest.mark.parametrize("make", [make_transformer, make_nf4])
-def test_on_a_gpu(make: Callable[..., SD3Transformer2DModel], buffers: int, recorded: bool) -> None:
+def test_on_a_gpu(make: Callable[..., SD3Transformer2DModel], buffers: int, captured: bool) -> None:
     words: dict[str, Any] = {"dtype": torch.float16} | ({"device": GPU} if make is make_nf4 else {})
     expected = train_ahead(make(**words).to(GPU), None, GPU, torch.float16)
     for count, unknown in ((3, ()), (BLOCKS - 1, (1, 2)), (BLOCKS, range(5))):
@@ -273,7 +273,7 @@ def test_on_a_gpu(make: Callable[..., SD3Transformer2DModel], buffers: int, reco
         gradients = [p for p in transformer.parameters() if p.requires_grad]
 
         def wrap(compute: Callable[..., torch.Tensor], gradients: Any = gradients) -> Callable[..., torch.Tensor]:
-            if not recorded:
+            if not captured:
                 return compute
             return CapturedCall(compute, GPU, [parameter.grad for parameter in gradients], asked=True)
 

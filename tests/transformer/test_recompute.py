@@ -181,7 +181,7 @@ def test_each_block_but_the_last_sends_two_tensors_and_fetches_once(
 
 
 def test_the_block_before_is_fetched_ahead() -> None:
-    """When a block is computed anew, one copy is already under way that nobody has waited for.
+    """When a block is recomputed, one copy is under way that nothing has waited for yet.
 
     In whatever order autograd asks for the inputs: torch up to 2.11 saves an empty tensor of its own before them.
     """

@@ -219,7 +219,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens, in order: `visit 3` as piece 3 is asked for, and what that leads to: `copy 4`, `prefetch 5`."""
     events: list[str] = []
     for owner, method, name in (
-        (StreamedBlocks, "_visit", "visit"),
+        (StreamedBlocks, "_stream", "visit"),
         (PinnedPieces, "fill", "copy"),
         (PinnedPieces, "prefetch", "prefetch"),
     ):
@@ -281,7 +281,7 @@ def test_each_piece_is_copied_while_those_before_compute_and_prefetched_one_earl
 
 
 def test_six_buffers_hold_a_block_so_that_backward_copies_nothing_again() -> None:
-    """Forward, and anew; and each end's pieces are there when the other pass begins."""
+    """Forward, and recomputed; and each end's pieces are there when the other pass begins."""
     transformer = make_transformer()
     streamed = stream_transformer(transformer, CPU, None, 6)
     recompute_blocks(transformer, range(BLOCKS))
