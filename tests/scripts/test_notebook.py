@@ -20,6 +20,7 @@ from conftest import PROJECT, Result
 from huggingface_hub.errors import GatedRepoError
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from peft.import_utils import is_torchao_available
 from PIL import Image
 
@@ -97,6 +98,44 @@ def test_its_figures_are_labelled_with_their_machine():
     labels = [index for index, text in enumerate(texts) if "H200" in text]
     assert labels
     assert min(with_figures) >= min(labels)
+
+
+def numbers_of(value: Any) -> Iterator[float]:
+    """All numbers of a result, at any depth."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_of(part)
+    elif isinstance(value, float):
+        yield value
+
+
+def test_its_figures_are_those_of_committed_results():
+    results = [json.loads(path.read_text()) for path in (PROJECT / "benchmarks" / "results").glob("*h?00.json")]
+    measured = {f"{number:.2f}" for result in results for number in numbers_of(result)}
+    whole = {f"{number:.0f}" for result in results for number in numbers_of(result)}
+    text = "\n".join(cell.source for cell in load_notebook().cells if cell.cell_type == "markdown")
+    gib, ms = re.findall(r"(\d+\.\d+) GiB", text), re.findall(r"(\d+) ms", text)
+    assert len(gib) >= 5
+    assert len(ms) >= 2
+    assert [figure for figure in gib if figure not in measured] == []
+    assert [figure for figure in ms if figure not in whole] == []
+
+
+def test_no_cell_asks_for_what_the_plan_knows_better():
+    """All blocks recomputed whatever fits, and 8 bits for a small state."""
+    sources = "\n".join(cell.source for cell in code_cells(load_notebook()))
+    assert "--gradient_checkpointing" not in sources
+    assert "--use_8bit_adam" not in sources
+
+
+def test_an_empty_repository_stops_the_notebook_with_a_sentence(tmp_path: Path):
+    notebook = load_notebook()
+    notebook.cells = [cell for cell in notebook.cells if cell.id in ("parameters", "project")]
+    parameters, project = notebook.cells
+    parameters.source = f"REPOSITORY = ''\nPROJECT = {str(tmp_path / 'sd3-lora')!r}"
+    with pytest.raises(CellExecutionError, match="No such file"):
+        NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    assert "fill in REPOSITORY in the cell above" in printed(project)
 
 
 # The whole of it, in a kernel, on the miniature.
