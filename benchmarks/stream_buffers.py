@@ -32,7 +32,7 @@ SETTINGS = (*((count, 0) for count in sorted(STREAM_BUFFERS)), *((max(STREAM_BUF
 
 
 def visits(parts: Sequence[PieceCost]) -> list[tuple[int, float]]:
-    """A step with every block but the last computed anew: which part, and how many times its forward this visit takes.
+    """A step with every block but the last recomputed: which part, and how many times its forward this visit takes.
 
     Their modulations were computed in the step before, and are computed here for the next one (`ModulationsAhead`).
     """

@@ -118,7 +118,8 @@ def test_what_was_measured_is_what_is_predicted_now(resolution: int, batch: int,
         row
         for row in rows
         if (row["model"], row["resolution"], row["batch"], row["rank"]) == ("sd3-medium", resolution, batch, 4)
-        and row.get("plan") == f"base unchanged, on the device; {plan} of 24 blocks computed anew in backward"
+        and "measured_gib" in row
+        and [row["placement"][key] for key in ("precision", "streamed", "recomputed")] == [None, 0, plan]
     ]
     config = config_of(**MEDIUM)
     latent_size = (resolution // 8, resolution // 8)
