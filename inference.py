@@ -321,10 +321,12 @@ def run(argv: Sequence[str] | None) -> None:
     loras = find_loras(config, flags.model.is_miniature)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
     outdir = Path(config.outdir)
-    if not is_plan:
-        require_writable_folder(outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))
     drawing = plan_drawing(flags, files, loras, chosen.dtype, budget)
+    head_width = files.read_config("transformer")["attention_head_dim"]
+    if not is_plan:
+        require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
+        require_writable_folder(outdir)
     settings = picture_settings(config, drawing, files, loras, chosen.name)
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
     to_draw = [picture for picture in plans if not picture.is_drawn()]
@@ -345,10 +347,6 @@ def run(argv: Sequence[str] | None) -> None:
         return
     measured = 0
     if to_draw:
-        config_of_transformer = files.read_config("transformer")
-        require_attention_kernel(
-            drawing.plan.placement.attention_kernel, device, chosen.dtype, config_of_transformer["attention_head_dim"]
-        )
         draw(flags, files, drawing, tile, loras, to_draw, context)
     if budget and to_draw:  # of the last two stages: that of encoding is printed before
         measured = budget.used_bytes(context.reports[-2:])
