@@ -79,7 +79,7 @@ def test_every_plan_trains_to_the_same_bits(
         assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
         record = json.loads((folder / "run.json").read_text())
         noted = record["plan"]
-        assert noted.pop("parts") == plans[index].forecast.largest.parts
+        assert record["predicted_parts"] == plans[index].forecast.largest.parts
         assert noted.pop("host_bytes") == plans[index].forecast.host_bytes
         assert noted == json.loads(json.dumps(asdict(place)))
     assert sum(words[0] == "streamed" for words in done) == len(chosen) - 3
