@@ -351,6 +351,32 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
         yield f"predicted peak: {plan.forecast.largest.sentence()}"
 
 
+def plan_execution(
+    flags: TrainingFlags, plan: Plan, device: torch.device, steps: int, kernels_before: str | None
+) -> StepExecution:
+    """How each micro-step is carried out; a resumed run keeps the kernels that its checkpoint notes."""
+    asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
+    micro_steps = steps * flags.run.gradient_accumulation_steps
+    return choose_execution(asked, plan, device, flags.lora.lora_dropout, micro_steps, kernels_before)
+
+
+def make_batches(
+    training: Training, data: TrainingData, files: ModelFiles, flow: FlowConfig, device: torch.device
+) -> MicroBatches:
+    """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
+    table = load_noise_table(files.read_scheduler_config(), flow.timestep_shift)
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flow, training.model.dtype, device)
+    return MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
+
+
+def open_log(output_dir: Path, step: int, precision: str, accelerator: Accelerator) -> LossLog:
+    """The loss log, without the lines after this step, which will be written again."""
+    path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
+    log = LossLog(path, lambda losses: accelerator.reduce(losses, "mean"), precision)
+    log.cut_back(step)
+    return log
+
+
 def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
     """The transformer's: as its flag or accelerate launch says, else what the device does best."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
@@ -449,10 +475,7 @@ def run(argv: Sequence[str] | None) -> None:
     reports: list[StageReport] = []
     steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
-    micro_steps = steps * flags.run.gradient_accumulation_steps
-    asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
-    dropout, kernels_before = flags.lora.lora_dropout, earlier.get("--compile")
-    execution = choose_execution(asked, plan, device, dropout, micro_steps, kernels_before)
+    execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
@@ -466,14 +489,10 @@ def run(argv: Sequence[str] | None) -> None:
         if training.step >= steps:
             write_what_is_missing(outputs, training, accelerator)
             return
-    log_path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
-    log = LossLog(log_path, lambda losses: accelerator.reduce(losses, "mean"), chosen.name)
-    log.cut_back(training.step)
+    log = open_log(output_dir, training.step, chosen.name, accelerator)
     accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
 
-    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
-    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, chosen.dtype, device)
-    batches = MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
+    batches = make_batches(training, data, files, flags.flow, device)
     step = make_step(training, flags, execution, say)
     with memory_stage("train", device, reports, say), attention_kernel(plan.placement.attention_kernel):
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
@@ -481,18 +500,12 @@ def run(argv: Sequence[str] | None) -> None:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
     outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
-        results = RunResults(
-            wrote=str(path),
-            stages=reports,
-            measured_bytes=budget.used_bytes(reports) if budget else 0,
-            steps=training.step,
-            ms_a_step=ms_a_step,
-            execution=execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict(),
-            loss=log.recent_mean,
-            skipped=log.skipped,
-        )
+        measured = budget.used_bytes(reports) if budget else 0
         if budget:
-            say(compared(plan.forecast.peak_bytes, results.measured_bytes))
+            say(compared(plan.forecast.peak_bytes, measured))
+        carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
+        loss, skipped = log.recent_mean, log.skipped
+        results = RunResults(str(path), reports, measured, training.step, ms_a_step, carried_out, loss, skipped)
         finish(outputs, flags.model, results)
     accelerator.end_training()
 
