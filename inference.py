@@ -228,6 +228,7 @@ def picture_settings(
         "precision": precision + (f", base {packed}" if packed else ""),
         "vae_precision": config.vae_precision,
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
+        **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
     }
 
 

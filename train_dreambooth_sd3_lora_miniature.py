@@ -462,6 +462,7 @@ def run(argv: Sequence[str] | None) -> None:
         return
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
+    plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)

@@ -90,6 +90,17 @@ OTHER_NAMES = {
 }
 
 
+# Flags of another script of ours, or for other data: what is spelt like them means something else.
+NO_GUESS = {
+    "class_data_dir",
+    "class_prompt",
+    "num_class_images",
+    "recompute_blocks",
+    "offload_inputs",
+    "modulations_ahead",
+}
+
+
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
 
@@ -263,7 +274,9 @@ class CommandLine:
         name = flag.lstrip("-").replace("-", "_")
         others = [f"--{other}" for other in OTHER_NAMES.get(name, ()) if f"--{other}" in known]
         # A name that means something else here than any flag gets no guess.
-        near = others if name in OTHER_NAMES else difflib.get_close_matches(f"--{name}", known, 1, 0.7)
+        near = (
+            others if name in OTHER_NAMES or name in NO_GUESS else difflib.get_close_matches(f"--{name}", known, 1, 0.7)
+        )
         return f"unknown argument {flag}: " + (f"type {near[0]}" if near else self._help_hint)
 
 

@@ -98,5 +98,7 @@ class BudgetConfig:
     plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
 
     def __post_init__(self) -> None:
-        if self.vram_budget_gib is not None and not self.vram_budget_gib > 0:
-            raise WrongFlags([f"--vram_budget_gib {self.vram_budget_gib:g} must be positive: type for example 8"])
+        if self.vram_budget_gib is not None and not 0 < self.vram_budget_gib < float("inf"):
+            raise WrongFlags(
+                [f"--vram_budget_gib {self.vram_budget_gib:g} must be a positive number: type for example 8"]
+            )

@@ -110,12 +110,14 @@ def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
     config = files.read_config("transformer")
     count: int = config["num_layers"]
     precision: BasePrecision | None = "nf4" if asked.precision == "nf4" else None
-    pieces = len(model_costs(config, torch.float32, precision)) if asked.streamed else 0
+    streamed = spread_streamed_blocks(count, count - asked.streamed) if asked.streamed else ()
+    costs = model_costs(config, torch.float32, precision) if streamed else []
+    pieces = sum(piece.block in streamed for piece in costs)
     recomputed = asked.recomputed or (_recomputed_counts(asked, count)[-1] if asked.offload_inputs else 0)
     return Placement(
         count,
         precision,
-        spread_streamed_blocks(count, count - asked.streamed) if asked.streamed else (),
+        streamed,
         asked.stream_from or "host",
         min(asked.buffers or STREAM_BUFFERS[0], pieces),
         tuple(range(recomputed)),

@@ -126,7 +126,7 @@ def choose_execution(
     if asked.capture and no_graph:
         raise UserError(f"--capture on: {no_graph}: leave it out")
     if asked.compile and no_compiling:
-        raise UserError(f"--compile on: {no_compiling}: leave it out, or give more memory with --vram_budget_gib")
+        raise UserError(f"--compile on: {no_compiling}: leave it out, or keep all blocks on the device in 16 bits")
     if asked.compile is not None:
         compiled = Compiled.ALWAYS if asked.compile else Compiled.NO
     else:

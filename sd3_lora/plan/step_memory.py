@@ -14,7 +14,7 @@ from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
-from sd3_lora.transformer.lora import attach_lora, target_modules
+from sd3_lora.transformer.lora import attach_lora, require_blocks, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -237,6 +237,7 @@ def _kinds_of_blocks(config: Mapping[str, Any], blocks: Sequence[int] | None) ->
     """
     count = config["num_layers"]
     dual = set(config.get("dual_attention_layers") or ())
+    require_blocks(blocks, count)  # the small model would not miss one
     trained = set(range(count) if blocks is None else blocks)
     first = min(trained)
     return [_Kind(i < first, i == first, i in dual, i in trained, i == count - 1) for i in range(count)]

@@ -42,6 +42,17 @@ _METADATA_KEY = "sd3_lora"
 _PREFIX = "transformer."
 
 
+def require_blocks(blocks: Sequence[int] | None, count: int) -> None:
+    """Checks the indices of blocks that get a LoRA.
+
+    Raises:
+        UserError: the transformer, of `count` blocks, does not have one.
+    """
+    wrong = [block for block in blocks or () if not 0 <= block < count]
+    if wrong:
+        raise UserError(f"--lora_blocks {wrong[0]}: this transformer has the blocks 0 to {count - 1}")
+
+
 def target_modules(
     transformer: SD3Transformer2DModel, layers: Sequence[str] | None, blocks: Sequence[int] | None
 ) -> list[str]:
@@ -55,10 +66,7 @@ def target_modules(
     Raises:
         UserError: a layer or block that the model does not have.
     """
-    count = len(transformer.transformer_blocks)
-    wrong = [block for block in blocks or () if not 0 <= block < count]
-    if wrong:
-        raise UserError(f"--lora_blocks {wrong[0]}: this transformer has the blocks 0 to {count - 1}")
+    require_blocks(blocks, len(transformer.transformer_blocks))
     linears = [
         name
         for name, module in transformer.transformer_blocks.named_modules()

@@ -196,6 +196,11 @@ class AskedPlacement:
             "--modulations_ahead on": self.modulations_ahead or None,
         }
         idle = [flag for flag, value in flags.items() if value is not None]
+        if placement.streamed and self.modulations_ahead and not placement.ahead_blocks:
+            return (
+                "note: no block is both streamed and recomputed, so --modulations_ahead on changes nothing: raise "
+                "--recompute_blocks"
+            )
         if placement.streamed or not idle:
             return None
         return f"note: no block is streamed, so {' and '.join(idle)} changes nothing: add --stream_blocks with a number"

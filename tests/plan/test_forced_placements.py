@@ -352,3 +352,26 @@ def test_a_flag_of_streamed_blocks_has_a_note_where_none_is_streamed(
     assert f"{note}add --stream_blocks with a number\n" in run.out
     streamed = train(script, on_miniature, tmp_path / "s", "--stream_buffers", 3, "--stream_blocks", 2)
     assert "note:" not in streamed.out
+    alone = train(script, on_miniature, tmp_path / "a", "--stream_blocks", 1, "--modulations_ahead", "on")
+    assert "note: no block is both streamed and recomputed, so --modulations_ahead on changes nothing: " in alone.out
+    whole = train(script, on_miniature, tmp_path / "w", "--stream_blocks", 1, "--stream_buffers", 999)
+    assert "1 of its 6 blocks streamed from host memory, 46 pieces" not in whole.out
+
+
+def test_a_block_that_the_model_lacks_is_a_sentence_under_a_budget_too(
+    script: Script, on_miniature: Flags, tmp_path: Path
+) -> None:
+    run = train(script, on_miniature, tmp_path, "--lora_blocks", 99, "--vram_budget_gib", 2, code=2)
+    assert run.error == "--lora_blocks 99: this transformer has the blocks 0 to 5"
+    run = train(script, on_miniature, tmp_path, "--vram_budget_gib", "inf", code=2)
+    assert run.error == "--vram_budget_gib inf must be a positive number: type for example 8"
+
+
+def test_what_cannot_be_compiled_is_refused_before_latents_are_made(
+    script: Script, on_miniature: Flags, tmp_path: Path
+) -> None:
+    words = ["--compile", "on", "--stream_blocks", 2, "--latents_path", tmp_path / "latents"]
+    assert train(script, on_miniature, tmp_path / "out", *words, code=2).error.startswith(
+        "--compile on: streamed blocks"
+    )
+    assert list(tmp_path.iterdir()) == []

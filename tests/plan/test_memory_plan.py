@@ -302,7 +302,7 @@ def test_a_budget_on_a_cpu_is_planned_as_on_a_gpu() -> None:
     assert budget.used_bytes([]) == 0
     with pytest.raises(UserError, match=r"--vram_budget_gib 0.5: CUDA itself takes 0.75 GiB: ask for more"):
         open_budget(BudgetConfig(0.5), CPU)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="must be a positive number"):
         BudgetConfig(-1.0)
     assert sentence({"weights": GIB, "nothing": 0, "rest": GIB // 2}) == "weights 1.00 + rest 0.50 = 1.50 GiB"
 

@@ -112,7 +112,7 @@ def test_what_is_asked_for_is_done_or_refused() -> None:
         with pytest.raises(UserError) as error:
             chosen("on", plan=plan)
         assert str(error.value) == (
-            f"--compile on: {reason} are not compiled: leave it out, or give more memory with --vram_budget_gib"
+            f"--compile on: {reason} are not compiled: leave it out, or keep all blocks on the device in 16 bits"
         )
 
 

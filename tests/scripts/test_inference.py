@@ -267,3 +267,18 @@ def test_an_interruption_loses_one_batch_at_most(
     assert whole.code == 0
     for path in sorted((tmp_path / "whole").glob("*/img_*.png")):
         assert np.array_equal(pixels(path), pixels(tmp_path / "out" / path.parent.name / path.name))
+
+
+def test_another_attention_kernel_is_another_picture(script, prepared: Prepared, tmp_path: Path) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT, "--device", "cpu"]
+    assert script("inference", *flags).code == 0
+    assert "0 of them drawn before" in script("inference", *flags, "--attention_kernel", "math").out
+    assert "1 of them drawn before" in script("inference", *flags, "--attention_kernel", "math").out
+
+
+@pytest.mark.parametrize("name", ["inference", "compute_embeddings", "precompute_latents"])
+def test_no_guess_that_does_harm(script, name: str) -> None:
+    """Class pictures must not be trained as the subject; recomputing is not streaming."""
+    for flag in ("--class_data_dir", "--recompute_blocks", "--num_class_images"):
+        result = script(name, flag, "3")
+        assert result.err == f"error: unknown argument {flag}: `python {name}.py --help` lists the flags\n"
