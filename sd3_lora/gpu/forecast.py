@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sd3_lora.common.memory import GIB
+from sd3_lora.gpu.budget import sentence
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Phase:
 
     def sentence(self) -> str:
         """The parts and their sum: "weights 3.91 + activations 0.60 = 4.51 GiB"."""
-        shown = " + ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
-        return f"{shown} = {self.peak_bytes / GIB:.2f} GiB"
+        return sentence(self.parts)
 
 
 @dataclass(frozen=True)

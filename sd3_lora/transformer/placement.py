@@ -189,7 +189,7 @@ class AskedPlacement:
             )
 
     def without_effect(self, placement: Placement) -> str | None:
-        """A note where flags are of streamed blocks and none is streamed; None where all have their effect."""
+        """A note where a flag is of blocks that are streamed (or also recomputed) and there are none; else None."""
         flags = {
             f"--stream_from {self.stream_from}": self.stream_from,
             f"--stream_buffers {self.buffers}": self.buffers,
