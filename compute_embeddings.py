@@ -36,7 +36,7 @@ from sd3_lora.common.command_line import (
     require_writable_folder,
 )
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
-from sd3_lora.common.devices import planned_device
+from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
@@ -218,6 +218,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device)
+    if device_config.must_be_deterministic:
+        make_deterministic()
     budget = open_budget(budget_config, device, FEW_KERNELS_BYTES)
     if budget and not budget_config.plan:
         budget.cap()

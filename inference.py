@@ -28,7 +28,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, exit_code, read_text_lines, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
-from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
@@ -315,6 +315,8 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.model.is_miniature:
         say_miniature("inference.py")
     device = choose_device(flags.device.device)
+    if flags.device.must_be_deterministic:
+        make_deterministic()
     budget = open_budget(flags.budget, device)
     if budget and not is_plan:
         budget.cap()

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
-from sd3_lora.common.devices import one_thread
+from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
@@ -410,6 +410,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if model.is_miniature:
         say_miniature("precompute_latents.py")
     device = processes.choose_device(device_config.device)
+    if device_config.must_be_deterministic:
+        make_deterministic()
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,14 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
-from sd3_lora.common.devices import DTYPES, ChosenDtype, choose_device, choose_training_dtype, planned_device
+from sd3_lora.common.devices import (
+    DTYPES,
+    ChosenDtype,
+    choose_device,
+    choose_training_dtype,
+    make_deterministic,
+    planned_device,
+)
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
@@ -44,6 +51,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
@@ -167,7 +175,8 @@ def make_step(
     if not execution.captured:
         return compute
     gradients = training.trainables.gradients
-    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report)
+    exact = bool(flags.device.must_be_deterministic)
+    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact)
 
 
 def accumulate(
@@ -307,16 +316,22 @@ def load_training(
 
 
 def training_task(
-    flags: TrainingFlags, files: ModelFiles, latent_size: tuple[int, int], dtype: torch.dtype, processes: int
+    flags: TrainingFlags,
+    files: ModelFiles,
+    latent_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    processes: int,
 ) -> TrainingTask:
     """What is to be planned.
 
     Raises:
         UserError: flags that cannot be obeyed.
     """
-    blocks, lora = files.read_config("transformer")["num_layers"], flags.lora
-    asked = AskedPlacement.of(flags.base, flags.step, blocks)
-    asked.check(blocks, processes)
+    config, lora = files.read_config("transformer"), flags.lora
+    asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
+    asked.check(config["num_layers"], processes)
+    micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
         flags.run.train_batch_size,
         latent_size,
@@ -327,6 +342,10 @@ def training_task(
         lora.lora_dropout,
         dtype,
         bytes_per_parameter(flags.optimizer, dtype),
+        choose_backward(
+            device, dtype, config["attention_head_dim"], asked.attention_kernel, flags.device.must_be_deterministic
+        ),
+        asked_execution(flags).compiles(device, micro_steps),
     )
     return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
 
@@ -351,13 +370,17 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
         yield f"predicted peak: {plan.forecast.largest.sentence()}"
 
 
+def asked_execution(flags: TrainingFlags) -> AskedExecution:
+    """What flags fix of how micro-steps are carried out."""
+    return AskedExecution(flags.step.must_compile, flags.step.must_capture, flags.device.must_be_deterministic)
+
+
 def plan_execution(
     flags: TrainingFlags, plan: Plan, device: torch.device, steps: int, kernels_before: str | None
 ) -> StepExecution:
     """How each micro-step is carried out; a resumed run keeps the kernels that its checkpoint notes."""
-    asked = AskedExecution(flags.step.must_compile, flags.step.must_capture)
     micro_steps = steps * flags.run.gradient_accumulation_steps
-    return choose_execution(asked, plan, device, flags.lora.lora_dropout, micro_steps, kernels_before)
+    return choose_execution(asked_execution(flags), plan, device, flags.lora.lora_dropout, micro_steps, kernels_before)
 
 
 def make_batches(
@@ -443,6 +466,8 @@ def run(argv: Sequence[str] | None) -> None:
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
+    if flags.device.must_be_deterministic:
+        make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
     chosen = choose_precision(flags, device)
@@ -454,7 +479,7 @@ def run(argv: Sequence[str] | None) -> None:
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
     latent_size = files.latent_size(resolution)
-    task = training_task(flags, files, latent_size, chosen.dtype, accelerator.num_processes)
+    task = training_task(flags, files, latent_size, chosen.dtype, device, accelerator.num_processes)
     plan = make_plan(task, budget)
     for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
         say(line)
@@ -477,6 +502,7 @@ def run(argv: Sequence[str] | None) -> None:
     steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
+    execution = replace(execution, attention_backward=task.shape.attention_backward)
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
@@ -495,7 +521,8 @@ def run(argv: Sequence[str] | None) -> None:
 
     batches = make_batches(training, data, files, flags.flow, device)
     step = make_step(training, flags, execution, say)
-    with memory_stage("train", device, reports, say), attention_kernel(plan.placement.attention_kernel):
+    attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
+    with memory_stage("train", device, reports, say), attention[0], attention[1]:
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
     if accelerator.is_main_process:
         path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it

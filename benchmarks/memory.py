@@ -204,7 +204,7 @@ def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
     gpu, files = choose_device(device), ModelFiles(flags.model)
     dtype = choose_training_dtype(flags.run.mixed_precision, planned_device(device, gpu, True)).dtype
     try:
-        task = script.training_task(flags, files, files.latent_size(case.resolution), dtype, processes=1)
+        task = script.training_task(flags, files, files.latent_size(case.resolution), dtype, gpu, processes=1)
         plan = script.make_plan(task, open_budget(flags.budget, gpu))
     except UserError as error:
         return {**asdict(case), **refusal(error)}
@@ -287,6 +287,7 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     row["driver_gib"] = round((sampler.peak - driver_before) / GIB, 3)
     stages = record["stages"]
     row["allocated_gib"] = {stage["name"]: round(stage["peak_device_gib"], 3) for stage in stages}
+    row["reserved_gib"] = {stage["name"]: round(stage["peak_reserved_gib"], 3) for stage in stages}
     row["host_gib"] = round(max(stage["peak_host_gib"] for stage in stages), 2)
     row["stage_s"] = {stage["name"]: round(stage["elapsed_s"], 2) for stage in stages}
     if case.script == TRAIN:
@@ -320,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--models", type=Path, required=True, help="Where the random models are, or are made.")
     parser.add_argument("--part", default="0/1", help="Every N-th row, from the K-th: K/N, for several GPUs.")
+    parser.add_argument("--only", nargs="+", help="Only rows with one of these in their names or flags: compile.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--result", type=Path, help="JSON file to write; {set} in its name gives each set one.")
@@ -331,6 +333,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     driver_before = driver_bytes(0) or 0
     open_budget(BudgetConfig(), choose_device(arguments.device))  # CUDA's own memory, measured while it is alone
     cases = [(name, case) for name in arguments.sets for case in SETS[name]()]
+    if arguments.only:
+        cases = [
+            (name, case)
+            for name, case in cases
+            if any(only in " ".join((case.name, *case.flags)) for only in arguments.only)
+        ]
     for name, case in cases[first::count]:
         if time.perf_counter() - start > arguments.stop_after:
             print(f"stopped before {case.name} of {case.model}", flush=True)

@@ -216,7 +216,68 @@ def flag_cases() -> Iterator[Case]:
         yield Case(" ".join(flags) or "no flag", "sd3-medium", flags=flags, steps=12)
 
 
+def prediction_cases() -> Iterator[Case]:
+    """What a person meets, in three models: every rung, compiled or not, dropout, batches of 1 to 4, pictures."""
+    medium, medium_35, large = random_sd3.TRANSFORMERS
+
+    def train(model: str, resolution: int, *flags: str, batch: int = 1, rank: int = 4) -> Case:
+        return Case("training", model, resolution, batch, rank, flags)
+
+    def draw(model: str, resolution: int, *flags: str) -> Case:
+        return Case("drawing", model, resolution, flags=(*flags, "--num_steps", "3"), script=DRAW)
+
+    every, half, compiled = ("--recompute_blocks", "24"), ("--recompute_blocks", "12"), ("--compile", "on")
+    streamed = ("--recompute_blocks", "23", "--stream_blocks", "24")
+    dropout = ("--lora_dropout", "0.1")
+    t4 = ("--mixed_precision", "fp16", "--attention_kernel", "efficient")
+    yield train(medium, 1024)
+    yield train(medium, 1024, *compiled)
+    yield train(medium, 1024, *dropout)
+    yield train(medium, 1024, *dropout, batch=2)
+    yield train(medium, 1024, batch=2)
+    yield train(medium, 1024, *compiled, batch=2)
+    yield train(medium, 1024, *half)
+    yield train(medium, 1024, *half, *compiled)
+    yield train(medium, 1024, *every)
+    yield train(medium, 1024, *every, batch=4)
+    yield train(medium, 1024, *every, "--offload_inputs", "on")
+    yield train(medium, 1024, *every, *NF4)
+    yield train(medium, 1024, *NF4)
+    yield train(medium, 1024, *streamed)
+    yield train(medium, 1024, *streamed, "--stream_from", "files")
+    yield train(medium, 1024, "--recompute_blocks", "23", "--stream_blocks", "12")
+    yield train(medium, 1024, *t4)
+    yield train(medium, 1024, *half, rank=128)
+    yield train(medium, 1024, *budget(7))
+    yield train(medium, 512, "--mixed_precision", "no")
+    yield train(medium, 512)
+    yield train(medium, 512, *compiled)
+    yield train(medium, 512, *compiled, batch=4)
+    yield train(medium, 512, *dropout, batch=4)
+    yield train(medium, 512, *NF4, batch=3)
+    yield train(medium, 768, "--mixed_precision", "bf16", batch=2)
+    yield draw(medium, 1024)
+    yield draw(medium, 1024, "--num_images", "16")
+    yield draw(medium, 1024, "--num_images", "8", "--batch_size", "4")
+    yield draw(medium, 1024, *NF4)
+    yield draw(medium, 1024, *budget(2.4))
+    yield draw(medium, 512, "--num_images", "8", "--batch_size", "8")
+    yield train(medium_35, 1024)
+    yield train(medium_35, 1024, *compiled)
+    yield train(medium_35, 1024, *every)
+    yield train(medium_35, 512, *dropout, batch=2)
+    yield train(medium_35, 1024, *streamed)
+    yield draw(medium_35, 1024, "--num_images", "2", "--batch_size", "2")
+    yield train(large, 1024, *budget(40))
+    yield train(large, 512)
+    yield train(large, 512, *compiled)
+    yield train(large, 1024, "--recompute_blocks", "38", *NF4)
+    yield train(large, 1024, "--recompute_blocks", "37", "--stream_blocks", "38")
+    yield draw(large, 1024)
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "predictions": prediction_cases,
     "flags": flag_cases,
     "accuracy": accuracy_cases,
     "targets": target_cases,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sd3_lora.common.command_line import WrongFlags
+from sd3_lora.common.placement_flags import Switch, is_on
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,25 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where to compute; every script has this flag."""
+    """Where to compute, and whether always alike; every script has these flags."""
 
     device: Literal["auto", "cuda", "cpu"] = field(
         default="auto", metadata={"help": "auto takes the GPU where there is one."}
     )
+    deterministic: Switch = field(
+        default="auto",
+        metadata={
+            "nargs": "?",
+            "const": "on",
+            "help": "Training gives the same bits each time on one machine. auto: where that costs nothing, on GPUs "
+            "since Ampere with Triton. on: everywhere, else slower. off: torch's kernels.",
+        },
+    )
+
+    @property
+    def must_be_deterministic(self) -> bool | None:
+        """Whether numbers are to be the same each time, or need not be; None for auto."""
+        return is_on(self.deterministic)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,17 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cpu")
 
 
+def make_deterministic() -> None:
+    """Has torch's libraries compute alike each time, for the whole process; before the first use of a GPU.
+
+    Attention's backward pass is not among them: `gpu/exact_attention.py`.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may take what another stream left
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # compiled kernels are not chosen by their time
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def cpu_cores() -> int:
     """The cores that this process may use, which in a container are often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

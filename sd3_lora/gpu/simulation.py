@@ -1,8 +1,8 @@
 """How much code would allocate on a GPU, counted without one: it runs on meta tensors, which have no memory.
 
 Meta tensors go through the same modules, the same autograd and the same recomputation as real ones, so all that these
-keep is counted, for any model, LoRA and size. Three things that only GPU kernels do are simulated: autocast's casts,
-fused attention, and a 4-bit layer's weight, which is unpacked while it is multiplied.
+keep is counted, for any model, LoRA and size. Four things that only GPU kernels do are simulated: autocast's casts,
+fused attention, dropout's mask, and a 4-bit layer's weight, which is unpacked while it is multiplied.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3_lora.common.memory import round_up
 from sd3_lora.common.placement_flags import AttentionKernel
+from sd3_lora.gpu.exact_attention import AttentionBackward, scratch_bytes
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -85,18 +86,21 @@ class _Attention(torch.autograd.Function):
     """The fused kernels' memory: backward needs what went in, what came out, and a float32 for each row and head."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backward: AttentionBackward
+    ) -> torch.Tensor:
+        ctx.computed = backward
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        query, key, value, _, sums = ctx.saved_tensors
-        scratch = torch.empty_like(query, dtype=torch.float32), torch.empty_like(sums)  # of flash attention's dQ
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        scratch = query.new_empty(scratch_bytes(ctx.computed, query, key), dtype=torch.uint8)
         grads = tuple(map(torch.empty_like, (query, key, value)))
         del scratch
-        return grads
+        return (*grads, None)
 
 
 class _MathAttention(torch.autograd.Function):
@@ -125,6 +129,19 @@ class _MathAttention(torch.autograd.Function):
         return grads
 
 
+class _Dropout(torch.autograd.Function):
+    """A GPU's one kernel for it: backward needs a byte for each element, which says whether it was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty_like(x, dtype=torch.bool))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(grads[0])
+
+
 class _UnpackedLinear(torch.autograd.Function):
     """A linear layer whose weight exists only while it multiplies."""
 
@@ -143,9 +160,15 @@ class _UnpackedLinear(torch.autograd.Function):
 
 
 class _StandIns(TorchFunctionMode):
-    def __init__(self, dtype: torch.dtype, packed: Callable[[torch.Tensor], bool], keeps_scores: bool):
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        packed: Callable[[torch.Tensor], bool],
+        keeps_scores: bool,
+        backward: AttentionBackward,
+    ):
         super().__init__()
-        self._dtype, self._packed, self._keeps_scores = dtype, packed, keeps_scores
+        self._dtype, self._packed, self._keeps_scores, self._backward = dtype, packed, keeps_scores, backward
         self._casts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -154,7 +177,9 @@ class _StandIns(TorchFunctionMode):
             inputs = [self._low(x) for x in args[:3]]
             if self._keeps_scores:
                 return _MathAttention.apply(*inputs)
-            return _Attention.apply(*inputs)
+            return _Attention.apply(*inputs, self._backward)
+        if func is torch.nn.functional.dropout:
+            return _Dropout.apply(args[0]) if kwargs["training"] and kwargs["p"] else args[0]
         if self._dtype != torch.float32:
             if func in _IN_LOW_PRECISION:
                 args, kwargs = tree_map(self._low, (args, kwargs))
@@ -185,6 +210,7 @@ def stand_in_for_gpu(
     dtype: torch.dtype,
     packed: Callable[[torch.Tensor], bool] = lambda _: False,
     attention_kernel: AttentionKernel | None = None,
+    attention_backward: AttentionBackward = AttentionBackward.TORCH,
 ) -> None:
     """Has a module on the meta device compute as it would on a GPU under `torch.autocast("cuda", dtype)`.
 
@@ -195,11 +221,12 @@ def stand_in_for_gpu(
         dtype: as autocast's; float32 casts nothing.
         packed: whether a weight is held in 4 bits.
         attention_kernel: math keeps a score for each pair of tokens; the others are fused, and do not.
+        attention_backward: that of the fused ones.
     """
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _StandIns(dtype, packed, attention_kernel == "math"):
+        with _StandIns(dtype, packed, attention_kernel == "math", attention_backward):
             return forward(*args, **kwargs)
 
     module.forward = run

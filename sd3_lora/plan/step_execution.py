@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.gpu.exact_attention import AttentionBackward
 from sd3_lora.plan.memory_plan import Plan
 from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled
 
@@ -28,10 +29,27 @@ class AskedExecution:
     Attributes:
         compile: `--compile on` or off.
         capture: `--capture on` or off.
+        deterministic: `--deterministic on` or off.
     """
 
     compile: bool | None = None
     capture: bool | None = None
+    deterministic: bool | None = None
+
+    def compiles(self, device: torch.device, micro_steps: int, kernels_before: str | None = None) -> bool:
+        """Whether blocks are compiled where they can be: as asked, as before, or where the run's steps repay it.
+
+        Args:
+            device: that computes.
+            micro_steps: of the whole run.
+            kernels_before: of the checkpoint that the run goes on from, whose numbers are kept.
+        """
+        if self.compile is not None:
+            return self.compile
+        if kernels_before is not None:
+            return kernels_before == COMPILED
+        is_repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
+        return is_repaid and not self.deterministic
 
 
 @dataclass(frozen=True)
@@ -42,12 +60,14 @@ class StepExecution:
         compiled: whether the blocks are compiled: other kernels, other roundings.
         captured: whether a micro-step is captured as a CUDA graph.
         must_capture: whether that was asked for, so that a failure is an error.
+        attention_backward: that computes attention's backward pass.
         refusal: why a micro-step could not be captured, known after the first; None where it could, or was not tried.
     """
 
     compiled: Compiled
     captured: bool
     must_capture: bool
+    attention_backward: AttentionBackward = AttentionBackward.TORCH
     refusal: str | None = None
 
     @property
@@ -67,12 +87,20 @@ class StepExecution:
 
     def to_dict(self) -> dict[str, Any]:
         """For `run.json`."""
-        return {"compiled": self.compiled is not Compiled.NO, "captured": self.captured, "refusal": self.refusal}
+        return {
+            "compiled": self.compiled is not Compiled.NO,
+            "captured": self.captured,
+            "refusal": self.refusal,
+            "attention_backward": self.attention_backward.name.lower(),
+        }
 
     def sentence(self) -> str:
         """For the user."""
         kernels = "plain blocks" if self.compiled is Compiled.NO else "compiled blocks"
-        return f"{kernels}, {'replayed as one CUDA graph' if self.captured else 'launched kernel by kernel'}"
+        launched = "replayed as one CUDA graph" if self.captured else "launched kernel by kernel"
+        backward = self.attention_backward
+        exact = f"; the same bits each time (attention's backward pass: {backward.value})" if backward.is_exact else ""
+        return f"{kernels}, {launched}{exact}"
 
 
 @dataclass(frozen=True)
@@ -121,18 +149,19 @@ def choose_execution(
         if plan.placement.streamed
         else "4-bit weights are not compiled"
         if plan.placement.precision
+        else "compiled kernels may add up in another order in the next run, which --deterministic on rules out"
+        if asked.deterministic
         else ""
     )
     if asked.capture and no_graph:
         raise UserError(f"--capture on: {no_graph}: leave it out")
     if asked.compile and no_compiling:
-        raise UserError(f"--compile on: {no_compiling}: leave it out, or keep all blocks on the device in 16 bits")
-    if asked.compile is not None:
-        compiled = Compiled.ALWAYS if asked.compile else Compiled.NO
-    else:
-        repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
-        wanted = repaid if kernels_before is None else kernels_before == COMPILED
-        compiled = Compiled.WHERE_POSSIBLE if wanted and not no_compiling else Compiled.NO
+        fits = plan.placement.streamed or plan.placement.precision
+        remedy = "leave it out, or keep all blocks on the device in 16 bits" if fits else "leave one out"
+        raise UserError(f"--compile on: {no_compiling}: {remedy}")
+    compiled = Compiled.NO
+    if asked.compiles(device, micro_steps, kernels_before) and not no_compiling:
+        compiled = Compiled.ALWAYS if asked.compile else Compiled.WHERE_POSSIBLE
     return StepExecution(compiled, asked.capture is not False and not no_graph, bool(asked.capture))
 
 

@@ -26,9 +26,10 @@ from diffusers import AutoencoderKL
 Task = Literal["encode", "decode"]
 AskedTile = int | Literal["auto", "whole"]
 # GiB for each 1024² pixels, cuDNN's workspaces included. By task: in float32, in float16 or bfloat16. torch's reserved
-# peak less the weights was 2.69, 1.42, 3.69 and 1.81 for a whole picture on an H100, and up to a fifth more a pixel in
-# tiles (`benchmarks/stages.py encoders decoders`).
-WORKING_GIB = {"encode": (2.9, 1.6), "decode": (4.1, 2.2)}
+# peak less the weights was 2.69, 1.42, 3.69 and 1.81 for a whole picture on an H100, 3.56 to 3.69 for decoding on an
+# H200, and up to a fifth more a pixel in tiles (`benchmarks/stages.py encoders decoders`).
+WHOLE_WORKING_GIB = {"encode": (2.8, 1.5), "decode": (3.8, 1.9)}
+TILE_WORKING_GIB = {"encode": (2.9, 1.6), "decode": (4.1, 2.2)}
 MEASURED_WIDTH = 128  # channels of the full model's feature maps at a picture's own resolution
 # Neighbouring tiles begin 3/4 of a side apart, so all tiles together have 16/9 of a picture's pixels. They stay on the
 # device beside the picture and beside the rows that they are joined to.
@@ -162,9 +163,9 @@ def vae_weight_bytes(files: ModelFiles, precision: str) -> int:
 def working_bytes(files: ModelFiles, work: VaeWork, side_px: int | None, batch_size: int) -> int:
     """Bytes of a forward beside the weights.
 
-    `WORKING_GIB[task] · (channels / 128) · batch · pixels / 1024²`, where `pixels` are those of a tile or of the whole
-    picture, and `channels` those of the VAE's first level, 128 in SD3; in tiles, the pictures themselves beside it,
-    `PICTURES_BESIDE_TILES · batch · 3 · height · width` numbers.
+    `GIB[task] · (channels / 128) · batch · pixels / 1024²`, with a table for tiles and one for whole pictures, whose
+    pixels `pixels` are, and `channels` those of the VAE's first level, 128 in SD3; in tiles, the pictures themselves
+    beside it, `PICTURES_BESIDE_TILES · batch · 3 · height · width` numbers.
 
     Args:
         files: the model.
@@ -174,7 +175,8 @@ def working_bytes(files: ModelFiles, work: VaeWork, side_px: int | None, batch_s
     """
     dtype, size = DTYPES[work.precision], work.size
     channels = files.read_config("vae")["block_out_channels"][0]
-    per_pixel = WORKING_GIB[work.task][0 if dtype == torch.float32 else 1] * GIB / 1024**2 * channels / MEASURED_WIDTH
+    table = WHOLE_WORKING_GIB if side_px is None else TILE_WORKING_GIB
+    per_pixel = table[work.task][0 if dtype == torch.float32 else 1] * GIB / 1024**2 * channels / MEASURED_WIDTH
     if side_px is None:
         return math.ceil(batch_size * per_pixel * size.height * size.width)
     pictures = PICTURES_BESIDE_TILES * 3 * dtype.itemsize * size.pixels
