@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,9 @@ class LoraFile:
 
     def attach(self, transformer: SD3Transformer2DModel, name: str) -> None:
         """Adds the LoRA to a transformer as adapter `name`, in the base's dtype; magnitudes stay in float32."""
-        transformer.add_adapter(self._config(), adapter_name=name)
+        with warnings.catch_warnings():  # PEFT's, that a second adapter makes several
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            transformer.add_adapter(self._config(), adapter_name=name)
         tensors = self._tensors()
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:

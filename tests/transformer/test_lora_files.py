@@ -524,6 +524,7 @@ def test_an_old_torchao_does_not_matter(
     assert not torch.equal(found, base)
 
 
+@pytest.mark.filterwarnings("error")
 def test_several_files_add_up(tiny_sd3: Path, transformer: SD3Transformer2DModel, tmp_path: Path) -> None:
     """Of other ranks and layers, each at its own scale."""
     first, second = pairs(transformer), pairs(transformer, (1, 2, 3, 8))
