@@ -207,7 +207,7 @@ def plan_drawing(
         latent_size,
         files.clip_tokens() + length,
         dtype,
-        sum(lora.path.stat().st_size for lora in loras),
+        sum(lora.file.device_bytes for lora in loras),
     )
     blocks = files.read_config("transformer")["num_layers"]
     asked = AskedPlacement.of(flags.base, None, blocks)

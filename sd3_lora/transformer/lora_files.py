@@ -41,7 +41,7 @@ from safetensors import safe_open
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
-_PREFIXES = (_PEFT_PREFIX, "transformer.", "diffusion_model.")
+_PREFIXES = (_PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_transformer.")
 _FLAT_PREFIXES = ("lora_transformer_", "lycoris_", "lora_unet_")  # before a name with underscores for dots
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:"
@@ -62,7 +62,7 @@ _FOREIGN = (
     (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + _IN_COMFYUI),
     (r"\.(on_input|ia3_l)", "is an IA3 adapter, which is " + _PLAIN),
     (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "holds differences of whole weights, which are " + _IN_COMFYUI),
-    (r"^lora_te\d?_", _TEXT_ENCODERS + _IN_COMFYUI + " without the text encoders"),
+    (r"^lora_te\d?[._]", _TEXT_ENCODERS + _IN_COMFYUI + " without the text encoders"),
     (
         r"^(?=.*(lora|alpha)).*(text_encoder|clip_[lg]\.|t5xxl\.|text_model\.|encoder\.layers\.|encoder\.block\.)",
         _TEXT_ENCODERS + "not drawn here: draw with it in diffusers (pipeline.load_lora_weights), or train it again "
@@ -106,16 +106,7 @@ _HARMLESS_SETTINGS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "init_lora_weights"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"),
     *("lora_dropout", "fan_in_fan_out", "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path"),
-    *(
-        "revision",
-        "peft_version",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "runtime_config",
-        "ephemeral_gpu_offload",
-    ),
-    *("qalora_group_size", "ensure_weight_tying", "lora_bias"),
+    *("revision", "peft_version", "runtime_config", "eva_config", "lora_bias", "ensure_weight_tying"),
 }
 # Starts that leave the base weights as they are. The others (PiSSA, OLoRA, LoftQ, …) fit a changed base.
 _PLAIN_STARTS = {"none", "true", "false", "gaussian", "eva", "orthogonal"}
@@ -123,13 +114,15 @@ _PLAIN_STARTS = {"none", "true", "false", "gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The LoRA of one layer: the names of its tensors in the file, and its strength `alpha / rank`."""
+    """The LoRA of one layer: the names of its tensors in the file, its strength `alpha / rank`, the layer's size."""
 
     down: str
     up: str
     magnitude: str | None
     rank: int
     alpha: float
+    in_features: int
+    out_features: int
 
 
 @dataclass(frozen=True)
@@ -152,6 +145,16 @@ class LoraFile:
     def is_dora(self) -> bool:
         """Whether it has magnitudes (DoRA, arXiv 2402.09353)."""
         return any(layer.magnitude for layer in self.layers.values())
+
+    @property
+    def device_bytes(self) -> int:
+        """The most that it takes on the device, in float32: its tensors, and what a layer of a DoRA works with.
+
+        Those are an identity `(in, in)`, and the weight, the difference and their sum, `(out, in)` each.
+        """
+        layers = self.layers.values() if self.is_dora else ()
+        working = [layer.in_features * (layer.in_features + 3 * layer.out_features) for layer in layers]
+        return self.path.stat().st_size + 4 * max(working, default=0)
 
     def identity(self) -> str:
         """Of its bytes; and of how they are read, where that is not plainly with alpha = rank."""
@@ -309,7 +312,10 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
             rank = shapes[keys["down"]][0]
             written = float(handle.get_tensor(keys["alpha"])) if "alpha" in keys else None
             alpha = settings.alpha(path, name, rank, written)
-            layers[name] = LoraLayer(keys["down"], keys["up"], keys.get("magnitude"), rank, alpha)
+            in_features, out_features = shapes[keys["down"]][1], shapes[keys["up"]][0]
+            layers[name] = LoraLayer(
+                keys["down"], keys["up"], keys.get("magnitude"), rank, alpha, in_features, out_features
+            )
         magnitudes = [layer.magnitude for layer in layers.values()]
         if not all(magnitudes) and (any(magnitudes) or settings.use_dora):
             raise UserError(f"{path} is a DoRA that lacks magnitudes of some layers: save or download it again")
@@ -401,8 +407,8 @@ def _require_shapes(
     magnitude = keys.get("magnitude")
     if magnitude and shapes[magnitude] not in ((widths[1],), (widths[1], 1)):
         raise UserError(
-            f"{path} is a DoRA with magnitudes of the layers' inputs ({magnitude}), as LyCORIS and OneTrainer write it "
-            "by default, which is " + _IN_COMFYUI
+            f"{path} is a DoRA with magnitudes of the layers' inputs ({magnitude}), as OneTrainer writes it by "
+            "default, and older LyCORIS, which is " + _IN_COMFYUI
         )
 
 
@@ -462,10 +468,10 @@ def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, A
     Raises:
         UserError: it cannot be read, or asks for what is not drawn.
     """
-    is_adapter = path.name == _PEFT_FILE or any(key.startswith(_PEFT_PREFIX) for key in keys)
+    is_adapter = any(key.startswith(_PEFT_PREFIX) for key in keys)
     beside = path.with_name(_PEFT_CONFIG)
     try:
-        if is_adapter and beside.is_file():
+        if (is_adapter or path.name == _PEFT_FILE) and beside.is_file():
             source, settings = str(beside), dict(json.loads(beside.read_text(encoding="utf-8")))
         else:
             source, settings = f"{path}'s metadata", dict(json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))

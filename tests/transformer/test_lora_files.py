@@ -157,16 +157,15 @@ def test_the_numbers_are_those_of_diffusers_own_loader(tiny_sd3: Path, tmp_path:
             (3, 1, 1, 1),
         ),
         ({"r": 9, "lora_alpha": 3, "alpha_pattern": {"^" + LAYERS[2]: 18}}, (9, 9, 9, 9), (1 / 3, 1 / 3, 2, 1 / 3)),
-        (None, (4, 2, 8, 1), (1, 1, 1, 1)),
     ],
-    ids=["alpha", "rslora", "mixed ranks", "patterns", "a pattern of one layer", "without settings"],
+    ids=["alpha", "rslora", "mixed ranks", "patterns", "a pattern of one layer"],
 )
 @pytest.mark.parametrize("kept", ["in the metadata", "in an adapter folder"])
 def test_strength_by_peft_settings(
     tiny_sd3: Path,
     transformer: SD3Transformer2DModel,
     tmp_path: Path,
-    adapter: dict[str, Any] | None,
+    adapter: dict[str, Any],
     ranks: tuple[int, ...],
     strengths: tuple[float, ...],
     kept: str,
@@ -174,16 +173,23 @@ def test_strength_by_peft_settings(
     own = pairs(transformer, ranks)
     if kept == "in the metadata":
         path = written(tmp_path / LORA_FILE, in_diffusers(own), adapter)
-    elif adapter:
+    else:
         path = written(tmp_path / "adapter_model.safetensors", in_diffusers(own, "base_model.model."))
         (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", **adapter}))
         assert find_lora(str(tmp_path)) == path
-    else:
-        pytest.skip("an adapter has settings")
     differences = {
         name: strength * up @ down for (name, (down, up)), strength in zip(own.items(), strengths, strict=True)
     }
     torch.testing.assert_close(drawn(transformer, path), with_differences(tiny_sd3, differences), atol=5e-5, rtol=1e-4)
+
+
+def test_without_settings_the_strength_is_one(
+    tiny_sd3: Path, transformer: SD3Transformer2DModel, tmp_path: Path
+) -> None:
+    own = pairs(transformer, (4, 2, 8, 1))
+    path = written(tmp_path / "adapter_model.safetensors", in_diffusers(own))  # its name alone makes it no adapter
+    expected = with_differences(tiny_sd3, {name: up @ down for name, (down, up) in own.items()})
+    torch.testing.assert_close(drawn(transformer, path), expected, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -305,6 +311,15 @@ def test_a_dora_is_drawn_whole_or_not_at_all(transformer: SD3Transformer2DModel,
     ):
         with pytest.raises(UserError, match=rf"dora\.safetensors is a DoRA.*{says}"):
             require_drawable(loras, scales, is_streamed)
+
+
+def test_a_dora_needs_room_for_its_largest_layer(transformer: SD3Transformer2DModel, tmp_path: Path) -> None:
+    plain = written(tmp_path / "plain.safetensors", in_diffusers(pairs(transformer)))
+    dora = dora_file(transformer, tmp_path / "dora.safetensors", "lora_magnitude_vector")
+    largest = transformer.get_submodule(BLOCK + "ff.net.0.proj").weight
+    assert read_lora_file(plain, transformer.config).device_bytes == plain.stat().st_size
+    expected = dora.stat().st_size + 4 * (largest.shape[1] ** 2 + 3 * largest.numel())
+    assert read_lora_file(dora, transformer.config).device_bytes == expected
 
 
 @pytest.mark.parametrize("kind", ["of inputs", "of some layers", "of no layer"])
