@@ -472,10 +472,13 @@ def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, A
     beside = path.with_name(_PEFT_CONFIG)
     try:
         if (is_adapter or path.name == _PEFT_FILE) and beside.is_file():
-            source, settings = str(beside), dict(json.loads(beside.read_text(encoding="utf-8")))
+            source, text = str(beside), beside.read_text(encoding="utf-8")
         else:
-            source, settings = f"{path}'s metadata", dict(json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")))
-    except (ValueError, TypeError, OSError) as error:
+            source, text = f"{path}'s metadata", metadata.get(LORA_ADAPTER_METADATA_KEY, "{}")
+        settings = json.loads(text)
+        if not isinstance(settings, dict):
+            raise ValueError("not a JSON object")
+    except (ValueError, OSError) as error:
         raise UserError(f"the adapter's settings beside {path} cannot be read ({error}): download it again") from error
     own = {key.removeprefix("transformer."): value for key, value in settings.items() if key.startswith("transformer.")}
     settings = own or {key: value for key, value in settings.items() if not key.startswith("text_encoder")}

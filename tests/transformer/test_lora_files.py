@@ -471,9 +471,10 @@ def test_settings_that_are_not_drawn(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, **adapter}))
     with pytest.raises(UserError, match=says):
         read_lora_file(path, transformer.config)
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_lora_file(path, transformer.config)
+    for text in ("{", "[[1, 2]]", "null"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_lora_file(path, transformer.config)
     (tmp_path / "adapter_config.json").unlink()
     with pytest.raises(UserError, match=r"is a PEFT adapter without its adapter_config\.json"):
         read_lora_file(path, transformer.config)
