@@ -19,7 +19,6 @@ COMMAND_LINE = CommandLine(
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,7 +45,8 @@ from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_p
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
-from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora, read_lora_record
+from sd3_lora.transformer.lora import LORA_FILE
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 
 import torch
@@ -58,13 +58,22 @@ from tqdm import tqdm
 class Lora:
     """A LoRA file with its strength and what its training noted."""
 
-    path: Path
+    file: LoraFile
     scale: float
-    record: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The file's."""
+        return self.file.path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What this project's training noted."""
+        return self.file.record
 
     def identity(self) -> str:
-        """Of its bytes, for the settings in the picture."""
-        return f"{hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]}@{self.scale:g}"
+        """For the settings in the picture."""
+        return f"{self.file.identity()}@{self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -107,15 +116,18 @@ class DeviceContext:
     reports: list[StageReport] = field(default_factory=list)
 
 
-def find_loras(config: InferenceConfig, is_miniature: bool) -> list[Lora]:
-    """The LoRAs that the flags name."""
+def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -> list[Lora]:
+    """The LoRAs that the flags name, checked against the model's configuration before anything of it is loaded."""
     names = list(config.lora)
     if not names and is_miniature and (Path(LORA_FOLDER) / LORA_FILE).is_file():
         print(f"drawing with the LoRA in {LORA_FOLDER}")
         names = [LORA_FOLDER]
-    paths = [find_lora(name) for name in names]
-    scales = config.lora_scale or [1.0] * len(paths)
-    return [Lora(path, scale, read_lora_record(path)) for path, scale in zip(paths, scales, strict=True)]
+    found = [read_lora_file(find_lora(name), files.read_config("transformer")) for name in names]
+    for file in found:
+        if not file.has_effect:
+            print(f"note: {file.path} changes nothing: its lora_B or its alpha is zero, as before any training")
+    scales = config.lora_scale or [1.0] * len(found)
+    return [Lora(file, scale) for file, scale in zip(found, scales, strict=True)]
 
 
 def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: bool) -> list[str]:
@@ -195,12 +207,13 @@ def plan_drawing(
         latent_size,
         files.clip_tokens() + length,
         dtype,
-        sum(lora.path.stat().st_size for lora in loras),
+        sum(lora.file.device_bytes for lora in loras),
     )
     blocks = files.read_config("transformer")["num_layers"]
     asked = AskedPlacement.of(flags.base, None, blocks)
     asked.check(blocks)
     plan = plan_denoising(files, shape, budget, asked)
+    require_drawable([lora.file for lora in loras], [lora.scale for lora in loras], bool(plan.placement.streamed))
     asked_tile = read_asked_tile(config.vae_tile, size, vae_scale)
     return Drawing(size, (channels, *latent_size), length, dtype, asked, plan, asked_tile)
 
@@ -237,10 +250,8 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
     names = [f"lora_{index}" for index in range(len(loras))]
 
     def add_loras(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        for lora in loras:
-            check_lora_fits(lora.path, transformer)
         for name, lora in zip(names, loras, strict=True):
-            transformer.load_lora_adapter(str(lora.path.parent), weight_name=lora.path.name, adapter_name=name)
+            lora.file.attach(transformer, name)
         if names:
             transformer.set_adapters(names, [lora.scale for lora in loras])
         return []
@@ -321,7 +332,7 @@ def run(argv: Sequence[str] | None) -> None:
     if budget and not is_plan:
         budget.cap()
     files = ModelFiles(flags.model)
-    loras = find_loras(config, flags.model.is_miniature)
+    loras = find_loras(config, files, flags.model.is_miniature)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
     outdir = Path(config.outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))

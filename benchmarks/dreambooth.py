@@ -40,7 +40,8 @@ from sd3_lora.common.command_line import UserError, exit_code, write_text_atomic
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import choose_device
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.transformer.lora import LORA_FILE, check_lora_fits, find_lora
+from sd3_lora.transformer.lora import LORA_FILE
+from sd3_lora.transformer.lora_files import find_lora, read_lora_file
 
 import torch
 from contact_sheet import draw_sheet, load_row
@@ -102,8 +103,7 @@ class Bench:
         transformer = self.pipeline.transformer
         scenes, prompts = evaluation_scenes(subject.name, self.flags.prompts)
         if lora:
-            check_lora_fits(lora, transformer)
-            transformer.load_lora_adapter(str(lora.parent), weight_name=lora.name, adapter_name="subject")
+            read_lora_file(lora, transformer.config).attach(transformer, "subject")
         pictures = self.draw(prompts, SUBJECT_NOISE)
         drift = self.draw_drift() if lora else {}
         if lora:

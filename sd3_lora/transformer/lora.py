@@ -1,4 +1,4 @@
-"""The LoRA (Hu et al., arXiv 2106.09685): which layers, attach, save, load.
+"""The LoRA (Hu et al., arXiv 2106.09685): which layers, attach, save.
 
 A saved file is diffusers' `pytorch_lora_weights.safetensors`. Its alpha is always its rank: alpha / rank is folded into
 `lora_B` on saving, so that a reader that ignores the metadata draws the same picture.
@@ -18,8 +18,6 @@ from sd3_lora.common.tensor_files import write_tensors
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
@@ -190,28 +188,6 @@ def save_lora(
     return path
 
 
-def find_lora(name: str) -> Path:
-    """The LoRA file behind a folder, a file or a hub id.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / LORA_FILE
-        if not path.is_file():
-            raise UserError(f"{name} holds no {LORA_FILE}: give the training's --output_dir")
-        return path
-    if path.is_file():
-        return path
-    try:
-        return Path(hf_hub_download(name, LORA_FILE))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(
-            f"--lora {name} is neither a file or folder here nor a LoRA on the hub: check the path"
-        ) from error
-
-
 def read_lora_record(path: Path) -> dict[str, Any]:
     """The metadata that this project's training wrote into a LoRA; empty for a LoRA of another program.
 
@@ -220,27 +196,6 @@ def read_lora_record(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as handle:
-            return json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            return dict(json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: train again, or download it again") from error
-
-
-def check_lora_fits(path: Path, transformer: SD3Transformer2DModel) -> None:
-    """Checks a file's layers and shapes against the transformer before anything is attached.
-
-    Raises:
-        UserError: the LoRA belongs to another model, or would have no effect.
-    """
-    modules = dict(transformer.named_modules())
-    matched = 0
-    with safe_open(path, "pt") as handle:
-        for key in handle.keys():  # noqa: SIM118 - not a dict
-            if ".lora_A." not in key or not key.startswith(_PREFIX):
-                continue
-            module = modules.get(key.removeprefix(_PREFIX).split(".lora_A.")[0])
-            width = handle.get_slice(key).get_shape()[1]
-            if module is None or width != module.in_features:
-                raise UserError(f"{path} was trained on another model ({key} does not fit): give its own base model")
-            matched += 1
-    if not matched:
-        raise UserError(f"{path} holds no SD3 transformer LoRA in diffusers' format: it would have no effect")

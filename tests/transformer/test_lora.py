@@ -17,8 +17,6 @@ from sd3_lora.transformer.lora import (
     LORA_FILE,
     AddedLora,
     attach_lora,
-    check_lora_fits,
-    find_lora,
     lora_tensors,
     read_lora_record,
     save_lora,
@@ -443,19 +441,7 @@ def test_the_lora_is_on_disk_before_anything_that_can_fail(
         assert len(load_file(tmp_path / name / LORA_FILE)) == 30
 
 
-# Finding and checking
-
-
-def test_find_lora(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    path = tmp_path / "mine" / LORA_FILE
-    with pytest.raises(UserError, match=f"mine holds no {LORA_FILE}: give the training's --output_dir"):
-        find_lora(str(path.parent))
-    path.write_bytes(b"")
-    assert find_lora(str(path.parent)) == find_lora(str(path)) == path
-    for name in ("nobody/nothing", str(tmp_path / "other"), "???"):
-        with pytest.raises(UserError, match="is neither a file or folder here nor a LoRA on the hub"):
-            find_lora(name)
+# Reading
 
 
 def test_a_broken_file_is_a_sentence(trained: SD3Transformer2DModel, tmp_path: Path) -> None:
@@ -465,14 +451,3 @@ def test_a_broken_file_is_a_sentence(trained: SD3Transformer2DModel, tmp_path: P
         read_lora_record(path)
     save_file({"a": torch.ones(1)}, path)
     assert read_lora_record(path) == {}  # of another program
-
-
-def test_a_lora_of_another_model_is_refused(trained: SD3Transformer2DModel, tmp_path: Path) -> None:
-    path = save_lora(tmp_path, trained, 4, 12.0, RECORD)
-    check_lora_fits(path, trained.__class__.from_config(trained.config))
-    smaller = SD3Transformer2DModel.from_config({**trained.config, "num_layers": 1})
-    with pytest.raises(UserError, match="was trained on another model"):
-        check_lora_fits(path, smaller)
-    save_file({"lora_unet_x.lora_down.weight": torch.ones(4, 4)}, path)
-    with pytest.raises(UserError, match="it would have no effect"):
-        check_lora_fits(path, trained)
