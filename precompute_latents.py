@@ -375,15 +375,13 @@ def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> li
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     hashes_path = None if is_plan else output_path / NOTES_NAME
-    images, left_out = processes.from_rank_0(
+    subject = processes.from_rank_0(
         lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
     )
     if not is_plan:
         require_writable_folder(output_path)
-    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
-    for path in left_out:
-        print(f"left out: {path}")
-    return images
+    print(*subject.sentences(None), sep="\n")
+    return list(subject.images)
 
 
 def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:

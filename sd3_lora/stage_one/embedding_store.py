@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+UNCAPTIONED = "uncaptioned"  # the role of the prompt of pictures without a caption; earlier builds did not write it
 _METADATA_KEY = b"sd3_lora"
 
 
@@ -90,6 +91,12 @@ class EmbeddingStore:
     def prompts_with_role(self, role: str) -> tuple[str, ...]:
         """The prompts that stage one was given for `role`."""
         return tuple(prompt for prompt, roles in self._roles.items() if role in roles)
+
+    @property
+    def uncaptioned_prompt(self) -> str | None:
+        """The prompt of pictures without a caption; None where stage one had none, or noted none and had captions."""
+        known = self.prompts_with_role(UNCAPTIONED) or self.prompts_with_role("instance")
+        return known[0] if len(known) == 1 else None
 
     def prompt_of_image(self) -> dict[str, str]:
         """The prompt that describes each image id."""

@@ -141,7 +141,7 @@ class StageOne:
         known = store.prompts_with_role("instance")
         prompt = prompt or (known[0] if len(known) == 1 else None)
         hashes_path = cache.folder / NOTES_NAME
-        images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive, hashes_path)
+        images = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive, hashes_path).images
         if self.data.skip_broken:
             images = tuple(image for image in images if cache.variants(image.image_id) or not _is_broken(image))
         require_prompts(store, [image.prompt for image in images], remedy)

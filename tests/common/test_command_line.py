@@ -79,7 +79,10 @@ def test_values_and_repeated_lists() -> None:
         (["--push-to-hub=yes"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push_to_hub", "yes", "--steps", "2"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["stray"], "unknown argument stray: `python script.py --help` lists the flags"),
-        (["--steps", "2", "3"], "unknown argument 3: put quotes around a value of several words; `python script.py"),
+        (
+            ["--steps", "2", "3"],
+            "unknown argument 3: put double quotes around a value of several words; `python script.py",
+        ),
         (["--steps"], "argument --steps: expected one argument"),
         (["--names", "--on"], "argument --names: expected at least one argument"),
         (["--repeats"], "argument --repeats: expected one argument"),

@@ -115,7 +115,7 @@ def test_every_distinct_prompt_once_with_its_roles_and_pictures(
         found = {row.prompt: (set(row.roles), row.image_ids) for row in store.read_all()}
         assert len(store) == len(found) == 8
     assert found == {
-        PROMPT: ({"instance"}, (square,)),
+        PROMPT: ({"instance", "uncaptioned"}, (square,)),
         "sks robot, wide": ({"instance", "validation"}, (wide,)),
         "a robot": ({"instance", "class", "validation"}, (tall,)),
         "a red sks robot": ({"validation"}, ()),

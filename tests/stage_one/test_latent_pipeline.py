@@ -50,7 +50,7 @@ def run(script: Callable[..., Result], tiny_sd3: Path, many: Path, tmp_path: Pat
 @pytest.fixture
 def crops(many: Path, tiny_sd3: Path, tmp_path: Path) -> Callable[..., Any]:
     """`decode_ahead` of them, in batches and threads of so many."""
-    images, _ = instance_images(many, "a prompt")
+    images = instance_images(many, "a prompt").images
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     cache = LatentCache(tmp_path / "latents", files.provenance(["vae"], "fp32", 64), "white")
 
@@ -222,7 +222,7 @@ def test_many_pictures_are_captured_on_a_gpu(
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     save_pictures(pictures, [(64, 64)] * count)
-    images, _ = instance_images(pictures, "a photo of sks", False, None)
+    images = instance_images(pictures, "a photo of sks", False, None).images
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     config = LatentConfig(resolution=64)
     cache = LatentCache(tmp_path, files.provenance(["vae"], "fp32", 64), "white")

@@ -66,7 +66,7 @@ def cache(captioned: Prepared) -> LatentCache:
 
 
 def find(folder: Path) -> tuple[InstanceImage, ...]:
-    return instance_images(folder, None)[0]
+    return instance_images(folder, None).images
 
 
 def all_variants(images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[str, tuple[str, ...]]:
@@ -271,7 +271,7 @@ def test_crops_that_are_not_cached(captioned: Prepared, plain_cache: LatentCache
 
 def test_a_picture_that_is_not_cached(captioned: Prepared, cache: LatentCache, tmp_path: Path) -> None:
     save_pictures(tmp_path, [(64, 64)], seed=77)
-    images, _ = instance_images(tmp_path, "a robot")
+    images = instance_images(tmp_path, "a robot").images
     with pytest.raises(UserError, match=r"latents has no latents of 00\.png \(a new or changed picture\): type `the c"):
         all_variants(images, cache)
 
