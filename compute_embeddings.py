@@ -27,6 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.command_line import (
     UserError,
@@ -34,7 +35,7 @@ from sd3_lora.common.command_line import (
     exit_code,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
+from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
@@ -271,7 +272,16 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
     print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
-    print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
+    print("next: " + next_command(configs))
+
+
+def next_command(configs: tuple[Any, ...]) -> str:
+    """The command that caches the same pictures, beside an embeddings file with a folder of its own."""
+    config, model, device, budget = configs
+    folder = Path(config.output_path).parent
+    output_path = None if folder == Path() else folder / LATENTS_PATH
+    shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
+    return command("precompute_latents.py", **shared, output_path=output_path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -132,6 +132,19 @@ class EmbeddingStore:
         yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
 
 
+def find_embeddings(paths: Iterable[Path], image_ids: Iterable[str]) -> Path | None:
+    """The first of these files that is an embeddings file with a prompt for each of the pictures; None without one."""
+    ids = set(image_ids)
+    for path in paths:
+        try:
+            with EmbeddingStore(path) as store:
+                if ids <= store.prompt_of_image().keys():
+                    return path
+        except UserError:  # not there, or another program's
+            continue
+    return None
+
+
 def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[PromptEmbedding]) -> int:
     """Writes the rows to a temporary name and renames it; returns how many.
 

@@ -11,6 +11,7 @@ import os
 import re
 import unicodedata
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,7 @@ _MAGIC = re.compile(
 _TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _FLIP_SUFFIX = "-flip"
+_MOST_ENLARGED, _LEAST_SEEN = 2, 0.5  # pictures beyond are told
 
 
 class BrokenImage(Exception):
@@ -317,6 +319,33 @@ def crop_boxes(width: int, height: int, resolution: int, num_crops: int, flip: b
         for offset in offsets
         for twin in ((False, True) if flip else (False,))
     )
+
+
+def size_notes(sizes: Mapping[str, tuple[int, int]], resolution: int, num_crops: int) -> list[str]:
+    """Lines about pictures that are enlarged much, and about those of which the crops see little.
+
+    Args:
+        sizes: width and height in pixels of each picture, by its name.
+        resolution: side of the crops in pixels.
+        num_crops: crops along the longer side.
+    """
+    enlarged = {name: resolution / min(size) for name, size in sizes.items() if resolution > _MOST_ENLARGED * min(size)}
+    seen = {name: num_crops * min(size) / max(size) for name, size in sizes.items()}
+    hidden = {name: share for name, share in seen.items() if share < _LEAST_SEEN}
+    lines = []
+    if enlarged:
+        name = max(enlarged, key=enlarged.__getitem__)
+        lines.append(
+            f"note: {len(enlarged)} of {len(sizes)} pictures are enlarged more than {_MOST_ENLARGED} times, {name} "
+            f"{enlarged[name]:.0f} times: a LoRA learns the blur too; take larger pictures, or a lower --resolution"
+        )
+    if hidden:
+        name = min(hidden, key=hidden.__getitem__)
+        lines.append(
+            f"note: of {len(hidden)} of {len(sizes)} pictures the crops see less than {_LEAST_SEEN:.0%}, of {name} "
+            f"{hidden[name]:.0%}: cut them to the subject, or raise --num_crops"
+        )
+    return lines
 
 
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
