@@ -40,10 +40,11 @@ from sd3_lora.common.devices import planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
-from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
 from sd3_lora.stage_one.captions import instance_images, trigger_of
+from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
@@ -276,12 +277,16 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
 
 
 def next_command(configs: tuple[Any, ...]) -> str:
-    """The command that caches the same pictures, beside an embeddings file with a folder of its own."""
+    """The command that caches the same pictures, beside an embeddings file with a folder of its own.
+
+    A cache that is there already keeps its settings.
+    """
     config, model, device, budget = configs
     folder = Path(config.output_path).parent
-    output_path = None if folder == Path() else folder / LATENTS_PATH
+    settings = recorded_flags(folder / LATENTS_PATH / "run.json", LatentConfig)
+    settings["output_path"] = None if folder == Path() else folder / LATENTS_PATH
     shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
-    return command("precompute_latents.py", **shared, output_path=output_path)
+    return command("precompute_latents.py", **{**shared, **settings, **shared})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

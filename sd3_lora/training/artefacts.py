@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.common.run_record import flag_defaults
+from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.stage_one.captions import InstanceFolder, captions_win, instance_images
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
@@ -55,10 +54,10 @@ class StageOne:
         """The flags of a stage-one script that makes these artefacts: as typed for training, else as typed for it."""
         data = self.data
         if script == "compute_embeddings.py":
-            recorded = _recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+            recorded = recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig)
             specific = {"max_sequence_length": data.max_sequence_length, "output_path": data.data_df_path}
         else:
-            recorded = _recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
+            recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
             specific = {
                 "resolution": self.resolution,
                 "center_crop": data.center_crop,
@@ -161,7 +160,7 @@ class StageOne:
         """The pictures of the embeddings file; those without latents get their names from stage one's folder."""
         if all(cache.path(image.image_id).is_file() or image.image_id in cache.broken() for image in images):
             return images
-        recorded = _recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+        recorded = recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
         try:
             paths = list_images(_recorded_folder(recorded), recorded.get("recursive", False)).images
             names = dict(zip(hash_pictures(paths, cache.folder / NOTES_NAME), paths, strict=True))
@@ -203,22 +202,6 @@ class StageOne:
         if tiled:
             _say(f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole")
         return chosen
-
-
-def _recorded_flags(path: Path, group: type) -> dict[str, Any]:
-    """What a stage-one command was told beyond defaults, as its record says; nothing where there is no such record.
-
-    Args:
-        path: of the record.
-        group: the script's flags.
-    """
-    try:
-        flags = json.loads(path.read_text(encoding="utf-8"))["flags"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    defaults = flag_defaults([group])
-    names = {name.removeprefix("--") for name in defaults} - {"output_path", "overwrite"}
-    return {name: value for name, value in flags if name in names and value != defaults[f"--{name}"]}
 
 
 def _recorded_folder(recorded: dict[str, Any]) -> Path:
