@@ -233,7 +233,7 @@ class CommandLine:
         parser = self._parser()
         faults: list[str] = []
         given = sys.argv[1:] if argv is None else argv
-        arguments = list(self._without_known_others(given, faults, report or _print_note))
+        arguments = list(self._without_known_others(given, faults, report or print_in_rank_0))
         try:
             values, unknown = parser.parse_known_args(arguments)
         except _ParserError as error:  # argparse reads no further
@@ -381,9 +381,10 @@ def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_note(note: str) -> None:
+def print_in_rank_0(line: str) -> None:
+    """Prints a line once, where torchrun or accelerate launch started several processes."""
     if _is_rank_0():
-        print(note)
+        print(line)
 
 
 def _end_on_interrupt(*_: object) -> NoReturn:

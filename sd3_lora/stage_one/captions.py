@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines, shown
+from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, print_in_rank_0, read_text_lines, shown
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.images import CAPTION_EXTENSIONS, METADATA_NAMES, caption_stems, folded, list_images
 from sd3_lora.stage_one.picture_hashes import hash_pictures
@@ -104,7 +104,7 @@ def _sidecars(images: Sequence[Path], faults: list[str]) -> Iterator[Caption]:
                 several.append(source.name)
             yield from (Caption(image, lines[0], source) for image in dict.fromkeys(owners))
     if several:
-        print(f"note: only the first line is the caption, and the other lines are left out: {shown(several)}")
+        print_in_rank_0(f"note: only the first line is the caption, and the other lines are left out: {shown(several)}")
 
 
 def _metadata(folder: Path, images: Sequence[Path], faults: list[str]) -> Iterator[Caption]:
@@ -279,7 +279,7 @@ def instance_images(
     for image_id, paths in copies.items():
         if len(paths) > 1:
             names = ", ".join(path.relative_to(folder).as_posix() for path in paths)
-            print(f"identical pictures, used once: {names}")
+            print_in_rank_0(f"identical pictures, used once: {names}")
         caption = _caption(paths, captions, faults)
         captioned += caption is not None
         if caption is None and instance_prompt is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, command_words
+from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
@@ -149,7 +149,7 @@ class StageOne:
             subject = self._read_folder(prompt, cache.folder / NOTES_NAME)
             images, captioned = subject.images, subject.captioned
         if asked is not None and captioned:
-            _say(f"note: {captions_win(captioned, len(images), asked)}")
+            print_in_rank_0(f"note: {captions_win(captioned, len(images), asked)}")
         require_prompts(store, [image.prompt for image in images], remedy)
         return self._without_broken(images, cache)
 
@@ -180,7 +180,7 @@ class StageOne:
             if not broken and self.data.skip_broken and not cache.path(image.image_id).is_file():
                 broken = _why_broken(image)
             if broken:
-                _say(f"skipped: {broken}")
+                print_in_rank_0(f"skipped: {broken}")
             else:
                 whole.append(image)
         if not whole:
@@ -200,18 +200,15 @@ class StageOne:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
         tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
         if tiled:
-            _say(f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole")
+            print_in_rank_0(
+                f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
+            )
         return chosen
 
 
 def _recorded_folder(recorded: dict[str, Any]) -> Path:
     """The folder of pictures that a stage-one command read."""
     return Path(recorded.get("instance_data_dir") or default_folder())
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line)
 
 
 def _why_broken(image: InstanceImage) -> str | None:

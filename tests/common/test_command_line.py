@@ -262,6 +262,7 @@ def test_a_command_is_quoted_as_the_system_s_shell_reads_it(monkeypatch: pytest.
         == r"""python a.py --a "x&y" --b "say \"hi\"" --c "C:\my dogs\\" --d "it's" --e "" --f C:\dogs --g 0.0001"""
     )
     assert command_words("a.py", prompt="a sks dog", on=True, off=False) == ["a.py", "--prompt", "a sks dog", "--on"]
+    assert command_words("a.py", prompt=["a dog", "b"], more=[]) == ["a.py", "--prompt", "a dog", "b"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

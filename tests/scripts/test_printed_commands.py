@@ -163,16 +163,19 @@ def test_embeddings_that_are_not_there(user: User) -> None:
     user.type(TRAIN, "--output_dir", "other")
 
 
-def test_a_caption_that_came_later(user: User) -> None:
-    """The prompt of the other pictures is the embeddings file's."""
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_caption_that_came_later(user: User, has_record: bool) -> None:
+    """The prompt of the other pictures is the embeddings file's, the prompts to draw are its record's."""
     words = ["--instance_data_dir", "d", "--validation_prompt", "sks dog in a bucket", "sks dog at home"]
     user.type(CACHE, "--instance_data_dir", "d")
     user.type(EMBED, *words, *PROMPT)
+    if not has_record:
+        Path("sample_embeddings.json").unlink()
     Path("d/01.txt").write_text("a photo of sks dog at sea")
     stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
     assert "lacks 'a photo of sks dog at sea'" in stopped.err
     user.follow(stopped, EMBED)
-    assert "--validation_prompt 'sks dog in a bucket' 'sks dog at home'" in user.typed[-1]
+    assert ("--validation_prompt 'sks dog in a bucket' 'sks dog at home'" in user.typed[-1]) == has_record
     user.type(TRAIN, "--instance_data_dir", "d")
     trained = user.type(TRAIN, "--output_dir", "other")
     assert json.loads(Path("other/run.json").read_text())["trigger"] == "a photo of sks dog"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, split_prompt
@@ -58,6 +59,12 @@ def test_words_that_t5_lacks_are_named(miniature_files: ModelFiles) -> None:
 def test_a_prompt_that_the_shell_has_split(prompts: list[str]) -> None:
     (fault,) = split_prompt("prompt", prompts)
     assert fault == (f'--prompt has 5 prompts, of which the first is {prompts[0]}: type --prompt "a photo of sks dog"')
+
+
+@pytest.mark.parametrize(("script", "flag"), [("inference", "prompt"), ("compute_embeddings", "validation_prompt")])
+def test_both_scripts_ask_what_was_meant(script: str, flag: str) -> None:
+    with pytest.raises(UserError, match=f'--{flag} has 4 prompts, .*: type --{flag} "a photo of dog"'):
+        importlib.import_module(script).COMMAND_LINE.parse([f"--{flag}", "'a", "photo", "of", "dog'"])
 
 
 @pytest.mark.parametrize(
