@@ -27,25 +27,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.command_line import (
     UserError,
     command,
     exit_code,
-    read_text_lines,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, default_subject, say_miniature
+from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, default_subject, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
-from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
+from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
-from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.captions import instance_images, trigger_of
+from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
-from sd3_lora.stage_one.embedding_store import EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
 from sd3_lora.stage_one.text_encoder_plan import (
     CLIP_BATCH_SIZE,
     TextEncoderPlan,
@@ -53,7 +55,7 @@ from sd3_lora.stage_one.text_encoder_plan import (
     choose_text_encoder_plan,
     describe_t5,
 )
-from sd3_lora.stage_one.text_encoders import encode_prompts, report_identifier
+from sd3_lora.stage_one.text_encoders import encode_prompts
 
 from tqdm import tqdm
 
@@ -64,15 +66,15 @@ def collect_prompts(
     config: EmbeddingConfig, images: Sequence[InstanceImage], instance_prompt: str | None, is_example: bool
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """Every distinct prompt with its roles, and the image ids that it describes."""
-    asked = [(instance_prompt, "instance")] if instance_prompt is not None else []
+    asked = [(instance_prompt, role) for role in ("instance", UNCAPTIONED)] if instance_prompt is not None else []
     asked += [(image.prompt, "instance") for image in images]
     if config.class_prompt is not None:
         asked.append((config.class_prompt, "class"))
     validation = list(config.validation_prompt)
     if config.prompts_file is not None:
-        validation += read_text_lines(Path(config.prompts_file))
+        validation += read_prompts(Path(config.prompts_file))
     elif is_example and not validation:
-        validation = read_text_lines(EXAMPLE_PROMPTS_FILE)
+        validation = read_prompts(EXAMPLE_PROMPTS_FILE)
     asked += [(prompt, "validation") for prompt in validation]
     asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
     roles: dict[str, tuple[str, ...]] = {}
@@ -84,11 +86,13 @@ def collect_prompts(
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
 
 
-def print_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str | None) -> None:
-    """Prints how the word that stands for the subject tokenizes."""
-    identifier = report_identifier(files, instance_prompt, class_prompt)
-    for line in identifier.sentences() if identifier else ():
+def print_words(files: ModelFiles, trigger: str, class_prompt: str | None, prompts: Iterable[str]) -> None:
+    """Prints how the word that stands for the subject tokenizes, and which words T5 does not know."""
+    for line in identifier_of(files, trigger, class_prompt):
         print(line)
+    note = unknown_note(unknown_words(files, prompts))
+    if note:
+        print(note)
 
 
 def read_existing(path: Path, overwrite: bool) -> Provenance | None:
@@ -225,12 +229,14 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model)
 
-    images, left_out = processes.from_rank_0(lambda: instance_images(folder, instance_prompt, config.recursive))
+    subject = processes.from_rank_0(lambda: instance_images(folder, instance_prompt, config.recursive))
+    images = subject.images
     if not budget_config.plan:
         require_writable_folder(output_path.absolute().parent)
-    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
+    print(*subject.sentences(instance_prompt), sep="\n")
     roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
-    print_identifier(files, instance_prompt or images[0].prompt, config.class_prompt)
+    trigger = trigger_of((image.prompt for image in images), instance_prompt)
+    print_words(files, trigger, config.class_prompt, roles)
 
     existing = read_existing(output_path, config.overwrite)
     work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))
@@ -265,11 +271,24 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     measured = budget.used_bytes(reports) if budget else 0
     if missing and budget:
         print(compared(sum(predicted.values()), measured))
-    facts = replace(facts_of(files, plan, predicted, images, processes), trigger=instance_prompt)
+    facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
     print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
-    print("next: " + command("precompute_latents.py", **model.flags(), instance_data_dir=config.instance_data_dir))
+    print("next: " + next_command(configs))
+
+
+def next_command(configs: tuple[Any, ...]) -> str:
+    """The command that caches the same pictures, beside an embeddings file with a folder of its own.
+
+    A cache that is there already keeps its settings.
+    """
+    config, model, device, budget = configs
+    folder = Path(config.output_path).parent
+    settings = recorded_flags(folder / LATENTS_PATH / "run.json", LatentConfig)
+    settings["output_path"] = None if folder == Path() else folder / LATENTS_PATH
+    shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
+    return command("precompute_latents.py", **{**shared, **settings, **shared})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, exit_code, read_text_lines, require_writable_folder
+from sd3_lora.common.command_line import UserError, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
@@ -41,6 +41,7 @@ from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
@@ -138,9 +139,9 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     """
     prompts = list(config.prompt)
     if config.prompts_file is not None:
-        prompts += read_text_lines(Path(config.prompts_file))
+        prompts += read_prompts(Path(config.prompts_file))
     elif not prompts and is_miniature:
-        prompts = read_text_lines(EXAMPLE_PROMPTS_FILE)
+        prompts = read_prompts(EXAMPLE_PROMPTS_FILE)
     prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')

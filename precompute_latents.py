@@ -29,9 +29,10 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import LATENTS_PATH, default_subject, say_miniature
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, REFERENCE_PROMPT, default_subject, say_miniature
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
@@ -42,8 +43,9 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, to_pixels
-from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.embedding_store import find_embeddings
+from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, size_notes, to_pixels
+from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
@@ -104,7 +106,7 @@ def decode_ahead(
     cache: LatentCache,
     batch_size: int,
     threads: int,
-    broken: list[BrokenImage],
+    broken: list[BrokenPicture],
 ) -> Generator[Crop]:
     """Yields the missing crops, decoded some pictures ahead in threads (Pillow releases the lock).
 
@@ -117,11 +119,11 @@ def decode_ahead(
         broken: pictures that do not decode are printed and added to it.
     """
 
-    def decoded(image: InstanceImage) -> list[Crop] | BrokenImage:
+    def decoded(image: InstanceImage) -> list[Crop] | BrokenPicture:
         try:
             return decode(image, config, cache.resolution, cache.variants(image.image_id))
-        except BrokenImage as error:
-            return error
+        except BrokenImage as error:  # its traceback holds the bitmap, and goes with it
+            return BrokenPicture(image.image_id, error.path, error.reason)
 
     waiting, ahead = deque[Future](), threads + batch_size
     pool = ThreadPoolExecutor(threads)
@@ -130,7 +132,7 @@ def decode_ahead(
             while len(waiting) < min(ahead, len(images) - index):
                 waiting.append(pool.submit(decoded, images[index + len(waiting)]))
             crops = waiting.popleft().result()
-            if isinstance(crops, BrokenImage):
+            if isinstance(crops, BrokenPicture):
                 broken.append(crops)
                 tqdm.write(sentence_of(crops, config))
             else:
@@ -215,7 +217,7 @@ def encode_missing(
     device: torch.device,
     tile: VaeTile,
     threads: int,
-) -> tuple[int, list[BrokenImage]]:
+) -> tuple[int, list[BrokenPicture]]:
     """Encodes the crops that the cache lacks, and writes each picture's file once its crops are all there.
 
     Returns:
@@ -225,7 +227,7 @@ def encode_missing(
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
     if device.type == "cuda" and len(images) >= CAPTURE_FROM:
         compute = CapturedCall(compute, device, log=tqdm.write)
-    broken: list[BrokenImage] = []
+    broken: list[BrokenPicture] = []
     crops = decode_ahead(images, config, cache, tile.batch_size, threads, broken)
     batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
     count, unwritten, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
@@ -348,12 +350,12 @@ def incomplete(
     return missing
 
 
-def sentence_of(error: BrokenImage, config: LatentConfig) -> str:
+def sentence_of(picture: BrokenPicture, config: LatentConfig) -> str:
     """The line that is printed about a broken picture."""
-    return f"{'skipped' if config.skip_broken else 'broken'}: {error}"
+    return f"{'skipped' if config.skip_broken else 'broken'}: {picture}"
 
 
-def require_whole(broken: Sequence[BrokenImage], pictures: int, config: LatentConfig) -> None:
+def require_whole(broken: Sequence[BrokenPicture], pictures: int, config: LatentConfig) -> None:
     """Refuses to go on with broken pictures. The other ones are cached by now, so nothing is lost.
 
     Raises:
@@ -375,15 +377,13 @@ def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> li
     folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
     output_path = Path(config.output_path)
     hashes_path = None if is_plan else output_path / NOTES_NAME
-    images, left_out = processes.from_rank_0(
+    subject = processes.from_rank_0(
         lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
     )
     if not is_plan:
         require_writable_folder(output_path)
-    print(f"{len(images)} pictures in {folder}" + (f", {len(left_out)} other files left out" if left_out else ""))
-    for path in left_out:
-        print(f"left out: {path}")
-    return images
+    print(*subject.sentences(None), sep="\n")
+    return list(subject.images)
 
 
 def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
@@ -394,12 +394,12 @@ def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
 
 
 def gather_results(
-    count: int, broken: Sequence[BrokenImage], config: LatentConfig, processes: Processes
-) -> tuple[int, list[BrokenImage]]:
+    count: int, broken: Sequence[BrokenPicture], config: LatentConfig, processes: Processes
+) -> tuple[int, list[BrokenPicture]]:
     """The number of crops and the broken pictures of all processes; prints those that only other processes know."""
     counts, broken_lists = zip(*processes.gather((count, broken)), strict=True)
-    for error in itertools.chain(*broken_lists[1:]):
-        print(sentence_of(error, config))
+    for picture in itertools.chain(*broken_lists[1:]):
+        print(sentence_of(picture, config))
     return sum(counts), list(itertools.chain(*broken_lists))
 
 
@@ -448,7 +448,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         for path in state.discarded:  # not before the tile that replaces them is known to fit
             cache.remove(path.stem)
     processes.gather(None)  # no process reads a file that is about to be deleted
-    count, broken, reports = 0, list[BrokenImage](), list[StageReport]()
+    count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
         share, threads = processes.share(state.missing), min(MOST_THREADS, processes.cpu_cores)
         with memory_stage("encode pictures", device, reports), one_thread(device):
@@ -464,7 +464,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     RunRecord(configs, facts).save(cache.folder / "run.json", results)
     print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
     require_whole(broken, len(images), config)
-    print("next: " + next_command(config, model))
+    cache.note_broken(broken)
+    cached = ((image.path.name, cache.look(image.image_id)) for image in images)
+    sizes = {name: picture.size for name, picture in cached if picture}
+    print(*size_notes(sizes, cache.resolution, config.crops), next_line(configs, images), sep="\n")
 
 
 def facts_of(
@@ -483,11 +486,27 @@ def facts_of(
     )
 
 
-def next_command(config: LatentConfig, model: ModelConfig) -> str:
-    """The command that trains on the latents."""
-    flags = {"instance_data_dir": config.instance_data_dir, "resolution": config.resolution}
-    flags["latents_path"] = None if config.output_path == LATENTS_PATH else config.output_path
-    return command("train_dreambooth_sd3_lora_miniature.py", **model.flags(), **flags)
+def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
+    """What to type next: the training command, or stage one's for the prompts where these pictures have none yet."""
+    config, model, device, budget = configs
+    shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
+    beside_latents = sorted(Path(config.output_path).parent.glob("*.parquet"))
+    embeddings_path = find_embeddings([Path(EMBEDDINGS_PATH), *beside_latents], [image.image_id for image in images])
+    if embeddings_path is None:
+        if all(image.prompt for image in images):
+            return "next: " + command("compute_embeddings.py", **shared)
+        shared["instance_prompt"] = REFERENCE_PROMPT
+        return "next, with a prompt of your own: " + command("compute_embeddings.py", **shared)
+    flags = {
+        "skip_broken": config.skip_broken,
+        "resolution": config.resolution,
+        "center_crop": config.center_crop,
+        "num_crops": None if config.num_crops == LatentConfig.num_crops else config.num_crops,
+        "random_flip": config.random_flip,
+        "latents_path": None if config.output_path == LATENTS_PATH else config.output_path,
+        "data_df_path": None if embeddings_path == Path(EMBEDDINGS_PATH) else embeddings_path,
+    }
+    return "next: " + command("train_dreambooth_sd3_lora_miniature.py", **shared, **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.config import ModelConfig
-from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
     ChosenDtype,
@@ -128,7 +127,7 @@ def run_facts(
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=flags.data.instance_prompt or prompts[0],
+        trigger=data.trigger(flags.data.instance_prompt),
         resolution=stage_one.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
@@ -447,7 +446,7 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     accelerator.end_training()
 
 
-def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
+def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
@@ -457,7 +456,11 @@ def finish(outputs: Outputs, model: ModelConfig, results: RunResults) -> None:
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
-    print("next: " + command("inference.py", **model.flags(), lora=outputs.folder, prompt=prompt))
+    embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
+    shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
+    print(
+        "next: " + command("inference.py", **shared, lora=outputs.folder, prompt=prompt, data_df_path=embeddings_path)
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -534,7 +537,7 @@ def run(argv: Sequence[str] | None) -> None:
         carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
         loss, skipped = log.recent_mean, log.skipped
         results = RunResults(str(path), reports, measured, training.step, ms_a_step, carried_out, loss, skipped)
-        finish(outputs, flags.model, results)
+        finish(outputs, flags, results)
     accelerator.end_training()
 
 

@@ -112,11 +112,7 @@ class Runs:
     def train(
         self, group: Group, flags: Sequence[str], steps: int, output: Path, resumed: bool = False
     ) -> dict[str, Any]:
-        """What `run.json` holds then.
-
-        Raises:
-            RuntimeError: the script refused.
-        """
+        """What `run.json` holds then."""
         embeddings, latents = fabricate_stage_one(self._model, group.resolution)
         words = ["--pretrained_model_name_or_path", self._model, "--data_df_path", embeddings]
         words += ["--latents_path", latents, "--resolution", group.resolution, "--seed", 0, "--rank", 8]
@@ -125,15 +121,11 @@ class Runs:
         torch.cuda.set_per_process_memory_fraction(1.0)  # the last run's cap
         drop_workspaces(torch.device("cuda"))
         free_memory(torch.device("cuda"))
-        said = io.StringIO()
         with contextlib.ExitStack() as held:
             if group.backward:
                 held.enter_context(mock.patch.object(script, "choose_backward", return_value=group.backward))
             held.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            held.enter_context(contextlib.redirect_stderr(said))
-            code = script.main([str(word) for word in [*words, *group.flags, *flags]])
-        if code:
-            raise RuntimeError(said.getvalue().strip().splitlines()[-1])
+            script.run([str(word) for word in [*words, *group.flags, *flags]])
         return dict(json.loads((output / "run.json").read_text(encoding="utf-8")))
 
     def fresh(self, name: str) -> Path:

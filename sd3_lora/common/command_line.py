@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+MOST_SHOWN = 10  # names or faults in one message about a user's files
 # Flags that name a file or folder, in which `~` is expanded.
 PATH_FLAGS = {
     "cache_dir",
@@ -101,6 +102,10 @@ NO_GUESS = {
 }
 
 
+_OPENING_QUOTES, _CLOSING_QUOTES = "'‘“„«", "'’”“»"
+_SMALL_WORDS = {"a", "an", "and", "at", "in", "of", "on", "the", "with"}  # no prompt by themselves
+
+
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
 
@@ -124,12 +129,44 @@ def require_right(faults: Iterable[str]) -> None:
         raise WrongFlags(all_faults)
 
 
+def all_of(faults: Sequence[str], noun: str, most: int | None = None) -> str:
+    """One message of all faults: a single one as it is, several below each other.
+
+    Args:
+        faults: a sentence each.
+        noun: what is wrong.
+        most: how many are shown; None shows all.
+    """
+    if len(faults) == 1:
+        return faults[0]
+    others = [f"and {len(faults) - most} more"] if most is not None and len(faults) > most else []
+    return "\n  ".join([f"{len(faults)} things are wrong with {noun}:", *faults[:most], *others])
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first names of a list, for a sentence, and how many more there are."""
+    others = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+    return ", ".join(names[:MOST_SHOWN]) + others
+
+
 def less_than_one(group: object, *names: str) -> Iterator[str]:
     """A fault for each of these flags that is set and less than 1."""
     for name in names:
         value = getattr(group, name)
         if value is not None and value < 1:
             yield f"--{name} {value} must be at least 1"
+
+
+def split_prompt(flag: str, prompts: Sequence[str]) -> Iterator[str]:
+    """A fault where a shell has cut one prompt into words, each of which would be a prompt.
+
+    To cmd.exe a single quote is a letter, so `'a photo'` arrives as `'a` and `photo'`.
+    """
+    is_quoted = len(prompts) > 1 and prompts[0][:1] in _OPENING_QUOTES and prompts[-1][-1:] in _CLOSING_QUOTES
+    are_words = len(prompts) > 2 and not any(" " in prompt for prompt in prompts)
+    if is_quoted or (are_words and not _SMALL_WORDS.isdisjoint(map(str.lower, prompts))):
+        meant = " ".join(prompts).strip(_OPENING_QUOTES + _CLOSING_QUOTES)
+        yield f'--{flag} has {len(prompts)} prompts, of which the first is {prompts[0]}: type --{flag} "{meant}"'
 
 
 @dataclass(frozen=True)
@@ -196,16 +233,16 @@ class CommandLine:
         parser = self._parser()
         faults: list[str] = []
         given = sys.argv[1:] if argv is None else argv
-        arguments = list(self._without_known_others(given, faults, report or _print_note))
+        arguments = list(self._without_known_others(given, faults, report or print_in_rank_0))
         try:
             values, unknown = parser.parse_known_args(arguments)
         except _ParserError as error:  # argparse reads no further
-            raise UserError(_all_of([*faults, *parser.faults, str(error)])) from error
+            raise UserError(all_of([*faults, *parser.faults, str(error)], "the command line")) from error
         faults += parser.faults
         flags = [argument for argument in unknown if argument.startswith("--")]  # others may be their values
         faults += [self._about_unknown(flag, parser) for flag in flags]
         if unknown and not flags:
-            hint = "" if unknown == arguments else "put quotes around a value of several words; "
+            hint = "" if unknown == arguments else "put double quotes around a value of several words; "
             faults.append(f"unknown argument {unknown[0]}: {hint}{self._help_hint}")
         groups = []
         for group in self.groups:
@@ -217,7 +254,7 @@ class CommandLine:
             except ValueError as error:
                 faults.append(str(error))
         if faults:
-            raise UserError(_all_of(faults))
+            raise UserError(all_of(faults, "the command line"))
         return tuple(groups)
 
     def _parser(self) -> Any:
@@ -330,12 +367,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_empty else super()._get_help_string(action)
 
 
-def _all_of(faults: Sequence[str]) -> str:
-    if len(faults) == 1:
-        return faults[0]
-    return "\n  ".join([f"{len(faults)} things are wrong with the command line:", *faults])
-
-
 def _expanded(name: str, value: Any) -> Any:
     """The value, with `~` expanded in flags that name files."""
     if name not in PATH_FLAGS:
@@ -350,9 +381,10 @@ def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _print_note(note: str) -> None:
+def print_in_rank_0(line: str) -> None:
+    """Prints a line once, where torchrun or accelerate launch started several processes."""
     if _is_rank_0():
-        print(note)
+        print(line)
 
 
 def _end_on_interrupt(*_: object) -> NoReturn:
@@ -405,14 +437,13 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
 
 
 def command_words(script: str, **flags: Any) -> list[str]:
-    """The script and its arguments; None and False values are left out."""
+    """The script and its arguments; None, False and empty lists are left out."""
     arguments = [script]
     for name, value in flags.items():
-        if value is None or value is False:
+        if value is None or value is False or value == []:
             continue
-        arguments.append(f"--{name}")
-        if value is not True:
-            arguments.append(str(value))
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        arguments += [f"--{name}", *map(str, values)]
     return arguments
 
 
@@ -459,6 +490,8 @@ def write_text_atomically(path: Path, text: str) -> None:
 def read_text_lines(path: Path) -> list[str]:
     """The non-empty lines of a UTF-8 text file; a BOM and Windows' line ends are tolerated.
 
+    Other separators that Unicode knows (U+2028, U+0085, a form feed) stand inside a line, as JSON has it.
+
     Raises:
         UserError: the file is missing or not UTF-8.
     """
@@ -468,4 +501,6 @@ def read_text_lines(path: Path) -> list[str]:
         raise UserError(f"cannot read {path} ({error.strerror}): check the path") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: save it again as UTF-8") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    if "\0" in text:  # to a decoder of UTF-8 every second byte of UTF-16 without a mark is a letter
+        raise UserError(f"{path} holds NUL bytes, as UTF-16 text does: save it again as UTF-8")
+    return [line.strip() for line in text.split("\n") if line.strip()]

@@ -31,6 +31,14 @@ class PictureFlags:
     )
     recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
 
+    def picture_flags(self) -> dict[str, Any]:
+        """The flags that name the same pictures and prompt again, for a command in a message."""
+        return {
+            "instance_data_dir": self.instance_data_dir,
+            "instance_prompt": self.instance_prompt,
+            "recursive": self.recursive,
+        }
+
 
 @dataclass(frozen=True)
 class CropFlags(PictureFlags):
@@ -98,6 +106,10 @@ class DeviceConfig:
         """Whether numbers are to be the same each time, or need not be; None for auto."""
         return is_on(self.deterministic)
 
+    def flags(self) -> dict[str, Any]:
+        """The flag that names the same device again, for a command in a message."""
+        return {"device": None if self.device == "auto" else self.device}
+
 
 @dataclass(frozen=True)
 class BudgetConfig:
@@ -111,6 +123,10 @@ class BudgetConfig:
         },
     )
     plan: bool = field(default=False, metadata={"help": "Print what would be kept where and its peak, and exit."})
+
+    def flags(self) -> dict[str, Any]:
+        """The flag that sets the same budget again, for a command in a message."""
+        return {"vram_budget_gib": self.vram_budget_gib}
 
     def __post_init__(self) -> None:
         if self.vram_budget_gib is not None and not 0 < self.vram_budget_gib < float("inf"):

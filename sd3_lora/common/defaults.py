@@ -24,12 +24,7 @@ def default_subject(instance_data_dir: str | None, instance_prompt: str | None) 
     these two the prompt is known. A folder of the user's own has no default prompt: its pictures have captions, or
     the prompt must be given.
     """
-    if instance_data_dir is not None:
-        folder = Path(instance_data_dir)
-    elif REFERENCE_SUBJECT.is_dir():
-        folder = REFERENCE_SUBJECT
-    else:
-        folder = EXAMPLE_SUBJECT
+    folder = default_folder() if instance_data_dir is None else Path(instance_data_dir)
     prompt = instance_prompt
     if prompt is None and folder.resolve() == EXAMPLE_SUBJECT:
         prompt = EXAMPLE_PROMPT
@@ -38,6 +33,11 @@ def default_subject(instance_data_dir: str | None, instance_prompt: str | None) 
     if instance_data_dir is None or instance_prompt is None:
         print(f"subject: the pictures in {folder}" + (f", {prompt!r}" if prompt else ""))
     return folder, prompt
+
+
+def default_folder() -> Path:
+    """The folder of pictures where none is named."""
+    return REFERENCE_SUBJECT if REFERENCE_SUBJECT.is_dir() else EXAMPLE_SUBJECT
 
 
 def say_miniature(script: str) -> None:

@@ -30,6 +30,22 @@ def flag_defaults(groups: Iterable[type]) -> dict[str, Any]:
     return defaults
 
 
+def recorded_flags(path: Path, group: type) -> dict[str, Any]:
+    """What an earlier command was told beyond defaults, as its `run.json` says; nothing where there is none.
+
+    Args:
+        path: of the record.
+        group: whose flags are read, without those that say where to write and whether to replace it.
+    """
+    try:
+        flags = json.loads(path.read_text(encoding="utf-8"))["flags"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    defaults = flag_defaults([group])
+    names = {name.removeprefix("--") for name in defaults} - {"output_path", "overwrite"}
+    return {name: value for name, value in flags if name in names and value != defaults[f"--{name}"]}
+
+
 @dataclass(frozen=True)
 class RunIdentity:
     """What decides a run's numbers, and so must not change when it is resumed.

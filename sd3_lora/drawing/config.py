@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
 
-from sd3_lora.common.command_line import less_than_one, require_right
+from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags
@@ -30,7 +30,9 @@ class InferenceConfig:
     prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
     )
-    prompts_file: str | None = field(default=None, metadata={"help": "Text file with prompts, one a line."})
+    prompts_file: str | None = field(
+        default=None, metadata={"help": "Text file with prompts, one a line; # begins a comment."}
+    )
     negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
     num_images: int = field(default=1, metadata={"help": "Pictures of each prompt."})
     num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
@@ -67,6 +69,7 @@ class InferenceConfig:
 
     def _faults(self) -> Iterator[str]:
         yield from less_than_one(self, "num_images", "num_steps", "batch_size", "height", "width")
+        yield from split_prompt("prompt", self.prompt)
         if self.seed < 0:
             yield f"--seed {self.seed} must be at least 0"
         if self.lora_scale and len(self.lora_scale) != len(self.lora):

@@ -60,15 +60,15 @@ class StepExecution:
         compiled: whether the blocks are compiled: other kernels, other roundings.
         captured: whether a micro-step is captured as a CUDA graph.
         must_capture: whether that was asked for, so that a failure is an error.
-        attention_backward: that computes attention's backward pass.
         refusal: why a micro-step could not be captured, known after the first; None where it could, or was not tried.
+        attention_backward: that computes attention's backward pass.
     """
 
     compiled: Compiled
     captured: bool
     must_capture: bool
-    attention_backward: AttentionBackward = AttentionBackward.TORCH
     refusal: str | None = None
+    attention_backward: AttentionBackward = AttentionBackward.TORCH
 
     @property
     def kernels(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sd3_lora.common.command_line import less_than_one, require_right
+from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
 from sd3_lora.common.config import CropFlags, PictureFlags
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
 
@@ -25,7 +25,7 @@ class EmbeddingConfig(PictureFlags):
         default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
     )
     prompts_file: str | None = field(
-        default=None, metadata={"help": "Text file with more such prompts, one a line, for inference.py."}
+        default=None, metadata={"help": "Text file with more such prompts, one a line; # begins a comment."}
     )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
@@ -40,6 +40,9 @@ class EmbeddingConfig(PictureFlags):
     )
     output_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "The parquet file to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
+
+    def __post_init__(self) -> None:
+        require_right(split_prompt("validation_prompt", self.validation_prompt))
 
 
 @dataclass(frozen=True)

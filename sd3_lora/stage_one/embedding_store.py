@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+UNCAPTIONED = "uncaptioned"  # the role of the prompt of pictures without a caption; earlier builds did not write it
 _METADATA_KEY = b"sd3_lora"
 
 
@@ -91,6 +92,12 @@ class EmbeddingStore:
         """The prompts that stage one was given for `role`."""
         return tuple(prompt for prompt, roles in self._roles.items() if role in roles)
 
+    @property
+    def uncaptioned_prompt(self) -> str | None:
+        """The prompt of pictures without a caption; None where stage one had none, or noted none and had captions."""
+        known = self.prompts_with_role(UNCAPTIONED) or self.prompts_with_role("instance")
+        return known[0] if len(known) == 1 else None
+
     def prompt_of_image(self) -> dict[str, str]:
         """The prompt that describes each image id."""
         return {image_id: prompt for prompt, ids in self._image_ids.items() for image_id in ids}
@@ -123,6 +130,19 @@ class EmbeddingStore:
     def read_all(self, prompts: Iterable[str] | None = None) -> Iterator[PromptEmbedding]:
         """Yields rows; while one is used, a thread reads the next."""
         yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
+
+
+def find_embeddings(paths: Iterable[Path], image_ids: Iterable[str]) -> Path | None:
+    """The first of these files that is an embeddings file with a prompt for each of the pictures; None without one."""
+    ids = set(image_ids)
+    for path in paths:
+        try:
+            with EmbeddingStore(path) as store:
+                if ids <= store.prompt_of_image().keys():
+                    return path
+        except UserError:  # not there, or another program's
+            continue
+    return None
 
 
 def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[PromptEmbedding]) -> int:

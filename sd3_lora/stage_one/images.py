@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
+import unicodedata
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +27,8 @@ RASTER_EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
     ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi",
 })  # fmt: skip
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_EXTENSIONS = frozenset({".txt", ".caption"})
 
 # Only these, so that an .eps or .psd under another name never reaches Ghostscript or a flattened preview. TGA has no
 # magic number and accepts whatever resembles its header, so it is tried last.
@@ -37,6 +41,7 @@ _MAGIC = re.compile(
 _TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _FLIP_SUFFIX = "-flip"
+_MOST_ENLARGED, _LEAST_SEEN = 2, 0.5  # pictures beyond are told
 
 
 class BrokenImage(Exception):
@@ -113,9 +118,9 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
         nested = not recursive and any(_is_image(path) for path in _files(folder, recursive=True)[0])
         remedy = "add --recursive to read its subfolders" if nested else "put .jpg or .png files into it"
         raise UserError(f"{folder} holds no pictures: {remedy}, or give another --instance_data_dir")
-    beside = {path.with_suffix("") for path in images}
+    stems = {folded(stem) for path in images for stem in caption_stems(path)}
     others = set(files).difference(images)
-    left_out += [path for path in others if path.name not in METADATA_NAMES and not _is_caption(path, beside)]
+    left_out += [path for path in others if path.name not in METADATA_NAMES and not _is_caption(path, stems)]
     return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
 
 
@@ -141,8 +146,21 @@ def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
     return files, left_out
 
 
-def _is_caption(path: Path, beside: set[Path]) -> bool:
-    return path.suffix.lower() == ".txt" and path.with_suffix("") in beside
+def caption_stems(image: Path) -> tuple[Path, Path]:
+    """The paths of a picture's captions without their extension: `dog` and `dog.jpg` for `dog.jpg`."""
+    return image.with_suffix(""), image
+
+
+def folded(path: Path) -> str:
+    """One spelling for paths that differ in case, or in how Unicode composes a letter.
+
+    A camera writes `DOG.JPG`; macOS writes an umlaut in a file's name as two characters, an editor as one.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", os.path.abspath(path)).casefold())
+
+
+def _is_caption(path: Path, stems: set[str]) -> bool:
+    return path.suffix.lower() in CAPTION_EXTENSIONS and folded(path.with_suffix("")) in stems
 
 
 def _is_image(path: Path) -> bool:
@@ -301,6 +319,33 @@ def crop_boxes(width: int, height: int, resolution: int, num_crops: int, flip: b
         for offset in offsets
         for twin in ((False, True) if flip else (False,))
     )
+
+
+def size_notes(sizes: Mapping[str, tuple[int, int]], resolution: int, num_crops: int) -> list[str]:
+    """Lines about pictures that are enlarged much, and about those of which the crops see little.
+
+    Args:
+        sizes: width and height in pixels of each picture, by its name.
+        resolution: side of the crops in pixels.
+        num_crops: crops along the longer side.
+    """
+    enlarged = {name: resolution / min(size) for name, size in sizes.items() if resolution > _MOST_ENLARGED * min(size)}
+    seen = {name: num_crops * min(size) / max(size) for name, size in sizes.items()}
+    hidden = {name: share for name, share in seen.items() if share < _LEAST_SEEN}
+    lines = []
+    if enlarged:
+        name = max(enlarged, key=enlarged.__getitem__)
+        lines.append(
+            f"note: {len(enlarged)} of {len(sizes)} pictures are enlarged more than {_MOST_ENLARGED} times, {name} "
+            f"{enlarged[name]:.0f} times: a LoRA learns the blur too; take larger pictures, or a lower --resolution"
+        )
+    if hidden:
+        name = min(hidden, key=hidden.__getitem__)
+        lines.append(
+            f"note: of {len(hidden)} of {len(sizes)} pictures the crops see less than {_LEAST_SEEN:.0%}, of {name} "
+            f"{hidden[name]:.0%}: cut them to the subject, or raise --num_crops"
+        )
+    return lines
 
 
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:

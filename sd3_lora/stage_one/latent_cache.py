@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentPosterior, Provenance
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+BROKEN_NAME = "broken.json"  # beside the latents: the pictures that --skip_broken left out
 _METADATA_KEY = "sd3_lora"
 
 
@@ -61,6 +62,24 @@ class CachedPicture:
         return any(self.tiles.get(variant) != tile_px for variant in self.variants)
 
 
+@dataclass(frozen=True)
+class BrokenPicture:
+    """A picture that does not decode.
+
+    Attributes:
+        image_id: sha256 of the file's bytes.
+        path: of the file.
+        reason: why, in words.
+    """
+
+    image_id: str
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} does not decode ({self.reason})"
+
+
 class LatentCache:
     """A folder of posteriors, keyed by image id and variant.
 
@@ -94,6 +113,31 @@ class LatentCache:
         """Deletes temporary files that an interrupted run left."""
         for path in self.folder.glob(".*.unfinished"):
             path.unlink()
+
+    def broken(self) -> dict[str, BrokenPicture]:
+        """The pictures that were left out because they do not decode, by image id."""
+        try:
+            notes = json.loads((self.folder / BROKEN_NAME).read_text(encoding="utf-8"))
+            pictures = [BrokenPicture(image_id, Path(path), reason) for image_id, (path, reason) in notes.items()]
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+        return {picture.image_id: picture for picture in pictures if not self.path(picture.image_id).is_file()}
+
+    def note_broken(self, pictures: Iterable[BrokenPicture]) -> None:
+        """Notes pictures that were left out, beside those that were noted before and still have no latents."""
+        known = {**self.broken(), **{picture.image_id: picture for picture in pictures}}
+        path = self.folder / BROKEN_NAME
+        if known or path.exists():
+            notes = {image_id: (str(picture.path), picture.reason) for image_id, picture in known.items()}
+            write_text_atomically(path, json.dumps(notes, indent=1, ensure_ascii=False))
+
+    def source(self, image_id: str) -> str | None:
+        """The name of the picture's file when its latents were made; None if the cache cannot tell."""
+        try:
+            with safe_open(self.path(image_id), "pt") as handle:
+                return json.loads(handle.metadata()[_METADATA_KEY])["source"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
 
     def _open(self, image_id: str) -> Any:
         path = self.path(image_id)

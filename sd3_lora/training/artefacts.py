@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, command_words
+from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
 from sd3_lora.common.config import ModelConfig
-from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.common.run_record import recorded_flags
+from sd3_lora.stage_one.captions import InstanceFolder, captions_win, instance_images
+from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import BrokenImage, open_rgb
+from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
-from sd3_lora.stage_one.picture_hashes import NOTES_NAME
+from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
 
@@ -49,15 +51,13 @@ class StageOne:
         return command(script, **{**self._flags(script), **more})
 
     def _flags(self, script: str) -> dict[str, Any]:
-        """The flags of a stage-one script that makes these artefacts."""
+        """The flags of a stage-one script that makes these artefacts: as typed for training, else as typed for it."""
         data = self.data
         if script == "compute_embeddings.py":
-            specific = {
-                "instance_prompt": data.instance_prompt,
-                "max_sequence_length": data.max_sequence_length,
-                "output_path": data.data_df_path,
-            }
+            recorded = recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+            specific = {"max_sequence_length": data.max_sequence_length, "output_path": data.data_df_path}
         else:
+            recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
             specific = {
                 "resolution": self.resolution,
                 "center_crop": data.center_crop,
@@ -66,13 +66,16 @@ class StageOne:
                 "skip_broken": data.skip_broken,
                 "output_path": data.latents_path,
             }
-        shared = {
+        folder = data.instance_data_dir
+        if folder is not None and Path(folder) != _recorded_folder(recorded):
+            recorded = {name: value for name, value in recorded.items() if name not in data.picture_flags()}
+        typed = {
             **self.model.flags(),
-            "instance_data_dir": data.instance_data_dir,
-            "recursive": data.recursive,
+            **data.picture_flags(),
             "device": None if self.device == "auto" else self.device,
+            **specific,
         }
-        return {**shared, **specific}
+        return {**typed, **recorded, **{name: value for name, value in typed.items() if value}}
 
     def open_embeddings(self) -> EmbeddingStore:
         """The embeddings file.
@@ -83,6 +86,8 @@ class StageOne:
         path = Path(self.data.data_df_path)
         remedy = self.command("compute_embeddings.py")
         if not path.exists():
+            if self.data.instance_data_dir is not None:  # a prompt that is missing there is asked for first
+                self._read_folder(self._flags("compute_embeddings.py")["instance_prompt"], None)
             raise UserError(f"{path} is not there: type `{remedy}`")
         store = EmbeddingStore(path)
         size = self.data.max_sequence_length or store.provenance.size
@@ -126,26 +131,61 @@ class StageOne:
             raise UserError(f"there are no latents to train on: mend what is said above, then type `{remedy}`")
 
     def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
-        """The pictures with their prompts, each of which has its embedding.
+        """The pictures with their prompts, each of which has its embedding; without those that do not decode.
 
         Raises:
             UserError: no pictures, or a prompt that stage one has not seen.
         """
-        remedy = self.command("compute_embeddings.py", max_sequence_length=store.provenance.size)
-        prompt = self.data.instance_prompt
+        asked = self.data.instance_prompt
+        prompt = store.uncaptioned_prompt if asked is None else asked
+        flags = {"max_sequence_length": store.provenance.size, "instance_prompt": prompt}
+        remedy = self.command("compute_embeddings.py", **flags)
         if self.data.instance_data_dir is None:
-            images = images_of_store(store, cache)
-            if prompt is not None and prompt not in {image.prompt for image in images}:
-                raise UserError(f"{store.path} describes no picture with {prompt!r}: type `{remedy}`")
-            return images
-        known = store.prompts_with_role("instance")
-        prompt = prompt or (known[0] if len(known) == 1 else None)
-        hashes_path = cache.folder / NOTES_NAME
-        images, _ = instance_images(Path(self.data.instance_data_dir), prompt, self.data.recursive, hashes_path)
-        if self.data.skip_broken:
-            images = tuple(image for image in images if cache.variants(image.image_id) or not _is_broken(image))
+            images = self._named(images_of_store(store, cache), cache)
+            captioned = sum(image.prompt != prompt for image in images)
+            if asked is not None and asked not in store.prompts_with_role("instance"):
+                raise UserError(f"{store.path} describes no picture with {asked!r}: type `{remedy}`")
+        else:
+            subject = self._read_folder(prompt, cache.folder / NOTES_NAME)
+            images, captioned = subject.images, subject.captioned
+        if asked is not None and captioned:
+            print_in_rank_0(f"note: {captions_win(captioned, len(images), asked)}")
         require_prompts(store, [image.prompt for image in images], remedy)
-        return images
+        return self._without_broken(images, cache)
+
+    def _read_folder(self, prompt: str | None, hashes_path: Path | None) -> InstanceFolder:
+        return instance_images(Path(self.data.instance_data_dir or ""), prompt, self.data.recursive, hashes_path)
+
+    def _named(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> tuple[InstanceImage, ...]:
+        """The pictures of the embeddings file; those without latents get their names from stage one's folder."""
+        if all(cache.path(image.image_id).is_file() or image.image_id in cache.broken() for image in images):
+            return images
+        recorded = recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+        try:
+            paths = list_images(_recorded_folder(recorded), recorded.get("recursive", False)).images
+            names = dict(zip(hash_pictures(paths, cache.folder / NOTES_NAME), paths, strict=True))
+        except UserError:  # moved since
+            return images
+        return tuple(replace(image, path=names.get(image.image_id, image.path)) for image in images)
+
+    def _without_broken(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> tuple[InstanceImage, ...]:
+        """The pictures that decode, or may: those that stage one has skipped, or --skip_broken skips now, are named.
+
+        Raises:
+            UserError: none is left.
+        """
+        whole, skipped = [], cache.broken()
+        for image in images:
+            broken: object = skipped.get(image.image_id)
+            if not broken and self.data.skip_broken and not cache.path(image.image_id).is_file():
+                broken = _why_broken(image)
+            if broken:
+                print_in_rank_0(f"skipped: {broken}")
+            else:
+                whole.append(image)
+        if not whole:
+            raise UserError("no picture decodes: give another --instance_data_dir")
+        return tuple(whole)
 
     def variants(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[str, tuple[str, ...]]:
         """For each picture's id, the cached crops to train on.
@@ -159,18 +199,23 @@ class StageOne:
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
         tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
-        if tiled and os.environ.get("RANK", "0") == "0":
-            print(
+        if tiled:
+            print_in_rank_0(
                 f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
             )
         return chosen
 
 
-def _is_broken(image: InstanceImage) -> bool:
-    """Whether a picture cannot be decoded; prints that it is skipped."""
+def _recorded_folder(recorded: dict[str, Any]) -> Path:
+    """The folder of pictures that a stage-one command read."""
+    return Path(recorded.get("instance_data_dir") or default_folder())
+
+
+def _why_broken(image: InstanceImage) -> str | None:
+    """Why a picture cannot be decoded; None where it can, or is not there."""
     try:
-        open_rgb(image.path)
+        if image.path.is_file():
+            open_rgb(image.path)
     except BrokenImage as error:
-        print(f"skipped: {error}")
-        return True
-    return False
+        return str(error)
+    return None

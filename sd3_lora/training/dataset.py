@@ -6,9 +6,11 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, Provenance, TrainingBatch
+from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import crop_boxes, mirrored
 from sd3_lora.stage_one.latent_cache import LatentCache
@@ -53,6 +55,16 @@ class TrainingData:
         """The distinct captions of the subject's pictures, in the pictures' order."""
         images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
         return tuple(dict.fromkeys(image.prompt for image in images))
+
+    def trigger(self, instance_prompt: str | None) -> str:
+        """The prompt that draws the subject (see `captions.trigger_of`).
+
+        Args:
+            instance_prompt: the flag; None takes the prompt that stage one had for pictures without a caption.
+        """
+        images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
+        asked = self._store.uncaptioned_prompt if instance_prompt is None else instance_prompt
+        return trigger_of((image.prompt for image in images), asked)
 
     @property
     def text(self) -> Provenance:
@@ -107,7 +119,7 @@ class TrainingData:
 
 
 def images_of_store(store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
-    """The pictures of the embeddings file, for training without their folder.
+    """The pictures of the embeddings file, for training without their folder; their paths are names alone.
 
     Raises:
         UserError: the file has none.
@@ -115,7 +127,10 @@ def images_of_store(store: EmbeddingStore, cache: LatentCache) -> tuple[Instance
     pairs = sorted(store.prompt_of_image().items())
     if not pairs:
         raise UserError(f"{store.path} knows no pictures: type --instance_data_dir FOLDER")
-    return tuple(InstanceImage(image_id, cache.path(image_id), prompt) for image_id, prompt in pairs)
+    return tuple(
+        InstanceImage(image_id, Path(cache.source(image_id) or cache.path(image_id)), prompt)
+        for image_id, prompt in pairs
+    )
 
 
 def require_prompts(store: EmbeddingStore, prompts: Sequence[str], command: str) -> None:

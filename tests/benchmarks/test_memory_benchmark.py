@@ -65,7 +65,7 @@ def test_a_hollow_model_is_planned_as_a_whole_one_is(rows) -> None:
     assert trained["placement"] == planned["placement"]
     assert (trained["placement"]["blocks"], trained["placement"]["streamed"]) == (4, 0)
     assert trained["placement"]["recomputed"] == 0
-    assert trained["execution"] == {"compiled": False, "captured": False, "refusal": None}
+    assert trained["execution"]["captured"] is False
     assert trained["predicted_gib"] == pytest.approx(planned["predicted_gib"], abs=0.005)
     assert trained["parts_gib"]["CUDA"] == 0.75
     assert trained["ms_a_step"] > 0

@@ -47,7 +47,12 @@ def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: 
     found, failed = rows_of(tmp_path, "batch")  # without --peer there is no row of theirs
     assert found["ms"] > 0
     assert found["ms_an_image"] == pytest.approx(found["ms"] / 2, abs=0.01)
-    assert found["execution"] == {"compiled": False, "captured": False, "refusal": None}
+    assert found["execution"] == {
+        "compiled": False,
+        "captured": False,
+        "refusal": None,
+        "attention_backward": "torch",
+    }
     assert (found["placement"]["recomputed"], found["placement"]["blocks"]) == (2, 2)
     assert "--capture on: it needs a GPU" in failed["failed"][0]
 

@@ -79,7 +79,10 @@ def test_values_and_repeated_lists() -> None:
         (["--push-to-hub=yes"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push_to_hub", "yes", "--steps", "2"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["stray"], "unknown argument stray: `python script.py --help` lists the flags"),
-        (["--steps", "2", "3"], "unknown argument 3: put quotes around a value of several words; `python script.py"),
+        (
+            ["--steps", "2", "3"],
+            "unknown argument 3: put double quotes around a value of several words; `python script.py",
+        ),
         (["--steps"], "argument --steps: expected one argument"),
         (["--names", "--on"], "argument --names: expected at least one argument"),
         (["--repeats"], "argument --repeats: expected one argument"),
@@ -259,6 +262,7 @@ def test_a_command_is_quoted_as_the_system_s_shell_reads_it(monkeypatch: pytest.
         == r"""python a.py --a "x&y" --b "say \"hi\"" --c "C:\my dogs\\" --d "it's" --e "" --f C:\dogs --g 0.0001"""
     )
     assert command_words("a.py", prompt="a sks dog", on=True, off=False) == ["a.py", "--prompt", "a sks dog", "--on"]
+    assert command_words("a.py", prompt=["a dog", "b"], more=[]) == ["a.py", "--prompt", "a dog", "b"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import DeviceConfig
 from sd3_lora.common.placement_flags import StepFlags
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.forecast import Forecast
@@ -53,9 +54,19 @@ def chosen(
     return execution.compiled is not Compiled.NO, execution.captured
 
 
-def execute(compile="auto", capture="auto", plan=RESIDENT, device=GPU, dropout=0.0, micro_steps=FEW, before=None):
+def execute(
+    compile="auto",
+    capture="auto",
+    plan=RESIDENT,
+    device=GPU,
+    dropout=0.0,
+    micro_steps=FEW,
+    before=None,
+    deterministic="auto",
+):
     flags = StepFlags(compile=compile, capture=capture)
-    asked = AskedExecution(flags.must_compile, flags.must_capture)
+    must_be_deterministic = DeviceConfig(deterministic=deterministic).must_be_deterministic
+    asked = AskedExecution(flags.must_compile, flags.must_capture, must_be_deterministic)
     return choose_execution(asked, plan, device, dropout, micro_steps, before)
 
 
@@ -79,6 +90,14 @@ def test_auto_compiles_where_the_steps_repay_it(monkeypatch: pytest.MonkeyPatch)
     assert execute(micro_steps=MANY).compiled is Compiled.WHERE_POSSIBLE
     monkeypatch.setattr("sd3_lora.plan.step_execution._has_triton", lambda: False)
     assert chosen(micro_steps=MANY) == (False, True)
+
+
+def test_deterministic_runs_are_not_compiled() -> None:
+    """Compiled anew, a block of SD3 gave other last bits on an H200."""
+    assert execute(micro_steps=MANY, deterministic="on").compiled is Compiled.NO
+    assert execute(micro_steps=MANY, deterministic="off").compiled is Compiled.WHERE_POSSIBLE
+    with pytest.raises(UserError, match=r"^--compile on: .* which --deterministic on rules out: leave one out$"):
+        execute("on", deterministic="on")
 
 
 def test_auto_keeps_a_resumed_runs_numbers() -> None:

@@ -115,7 +115,7 @@ def test_every_distinct_prompt_once_with_its_roles_and_pictures(
         found = {row.prompt: (set(row.roles), row.image_ids) for row in store.read_all()}
         assert len(store) == len(found) == 8
     assert found == {
-        PROMPT: ({"instance"}, (square,)),
+        PROMPT: ({"instance", "uncaptioned"}, (square,)),
         "sks robot, wide": ({"instance", "validation"}, (wide,)),
         "a robot": ({"instance", "class", "validation"}, (tall,)),
         "a red sks robot": ({"validation"}, ()),
@@ -156,6 +156,9 @@ def test_the_identifier_is_reported_with_its_warning(embed: Callable[..., Result
     good = embed("--class_prompt", "a photo of a robot").out
     assert "identifier 'sks' → CLIP: sk s</w>; T5: ▁ s k s\n" in good
     assert "warning" not in good
+    assert "note" not in good
+    assert "note: T5's vocabulary lacks робот, 🤖: " in embed("--validation_prompt", "sks робот", "a red 🤖").out
+    assert "identifier '[V]' → CLIP: [</w> v</w> ]</w>; T5: " in embed(prompt="a photo of [V] robot").out
     assert "warning: 'zwxqj' falls into 5 CLIP tokens" in embed(prompt="a photo of zwxqj robot").out
     assert "warning: 'x' is a common word" in embed("--class_prompt", "a photo of a dog", prompt="a photo of x dog").out
 

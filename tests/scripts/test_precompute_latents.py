@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,7 +391,7 @@ def test_files_that_are_no_pictures_are_listed(cache: Callable[..., Result], pic
     assert "3 pictures in" in result.out
     assert "3 other files left out" in result.out
     left_out = [line for line in result.out.splitlines() if line.startswith("left out: ")]
-    assert left_out == [f"left out: {pictures / name}" for name in (".cache", "more", "notes.pdf")]
+    assert left_out == ["left out: .cache, more, notes.pdf"]
     assert "wrote 1 crops of 1 pictures" in cache("--center_crop", "--recursive").out
 
 
@@ -438,6 +440,57 @@ def test_skip_broken_goes_on(cache: Callable[..., Result], pictures: Path, encod
     assert f"skipped: {pictures / SQUARE} does not decode (not a picture in a known format)" in result.out
     assert [name for batch in encoded for name, _ in batch] == [WIDE, TALL]
     assert len(read(latents)) == 2
+    noted = json.loads((latents / "broken.json").read_text(encoding="utf-8"))
+    assert noted == {hash_file(pictures / SQUARE): [str(pictures / SQUARE), "not a picture in a known format"]}
+
+
+def test_what_is_skipped_is_noted_only_when_asked_and_while_it_is_so(
+    cache: Callable[..., Result], pictures: Path, latents: Path
+) -> None:
+    whole = (pictures / SQUARE).read_bytes()
+    (pictures / SQUARE).write_bytes(b"no picture at all")
+    assert cache("--center_crop").code == 2
+    assert not (latents / "broken.json").exists()
+    assert cache("--center_crop", "--skip_broken").code == 0
+    (pictures / SQUARE).write_bytes(whole)
+    (pictures / WIDE).write_bytes(b"nor this")
+    assert cache("--center_crop", "--skip_broken").code == 0
+    names = {Path(path).name for path, _ in json.loads((latents / "broken.json").read_text()).values()}
+    assert names == {SQUARE, WIDE}  # the earlier bytes may come back
+    assert set(LatentCache(latents, None).broken()) == set(json.loads((latents / "broken.json").read_text()))
+
+
+def test_broken_pictures_leave_no_bitmap_in_memory(
+    cache: Callable[..., Result], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception that is kept holds its traceback, and this the picture as far as it was decoded."""
+    for number in range(8):
+        save_pictures(pictures, [(64, 64)], seed=number + 1)
+        (pictures / "00.png").rename(pictures / f"cut{number}.png")
+        content = (pictures / f"cut{number}.png").read_bytes()
+        (pictures / f"cut{number}.png").write_bytes(content[: len(content) // 2])
+    opened: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def watched(*args: Any, **more: Any) -> Any:
+        picture = open_picture(*args, **more)
+        opened.append(weakref.ref(picture))
+        return picture
+
+    def counted(self: LatentCache, broken: Any) -> None:
+        alive.append(sum(picture() is not None for picture in opened))
+        note_broken(self, broken)
+
+    open_picture, note_broken = Image.open, LatentCache.note_broken
+    monkeypatch.setattr(Image, "open", watched)
+    monkeypatch.setattr(LatentCache, "note_broken", counted)
+    gc.disable()
+    try:
+        result = cache("--skip_broken")
+    finally:
+        gc.enable()
+    assert result.out.count("skipped: ") == 8
+    assert (len(opened), alive) == (10, [0])
 
 
 def test_what_was_done_is_saved(cache: Callable[..., Result], latents: Path, tiny_sd3: Path) -> None:
@@ -449,7 +502,17 @@ def test_what_was_done_is_saved(cache: Callable[..., Result], latents: Path, tin
     assert (saved["model"], saved["precision"], saved["resolution"]) == (str(tiny_sd3), "fp32", 64)
     assert (saved["plan"]["side_px"], saved["predicted_parts"], saved["predicted_bytes"]) == (None, {}, 0)
     assert f"wrote 5 crops of 3 pictures to {latents}" in result.out
-    assert "next: python train_dreambooth_sd3_lora_miniature.py --pretrained_model_name_or_path" in result.out
+    assert "next, with a prompt of your own: python compute_embeddings.py --pretrained_model_name_or" in result.out
+
+
+def test_pictures_that_suit_the_resolution_ill_are_told(cache: Callable[..., Result], pictures: Path) -> None:
+    assert "note: " not in cache().out
+    Image.new("RGB", (7, 9), "red").save(pictures / "tiny.png")
+    Image.new("RGB", (3000, 40), "blue").save(pictures / "panorama.png")
+    for _ in range(2):  # in a finished cache as well
+        result = cache()
+        assert "note: 1 of 5 pictures are enlarged more than 2 times, tiny.png 9 times: a LoRA learns the" in result.out
+        assert "note: of 1 of 5 pictures the crops see less than 50%, of panorama.png 4%: cut them to the" in result.out
 
 
 # Made otherwise

@@ -167,7 +167,8 @@ def test_pictures_without_any_prompt(
     (pictures / "01.txt").write_text("only this one has a caption")
     words = ["--pretrained_model_name_or_path", tiny_sd3, "--instance_data_dir", pictures]
     result = script(EMBED, *words, "--output_path", tmp_path / "out" / "embeddings.parquet")
-    assert refused(result, "00.png has no caption: type --instance_prompt 'a photo of sks dog', or write 00.txt beside")
+    said = '02.png have no caption: type --instance_prompt "a photo of sks dog", or write 00.txt beside 00.png'
+    assert refused(result, "error: " + str(pictures / "00.png"), said)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,9 +7,11 @@ import unicodedata
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.stage_one.captions import instance_images, read_captions
+from sd3_lora.stage_one.captions import instance_images, read_captions, trigger_of
 from sd3_lora.stage_one.images import hash_file
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 PROMPT = "a photo of sks dog"
@@ -39,11 +41,14 @@ def dog(tmp_path: Path) -> Path:
 
 def test_a_caption_beside_the_picture(tmp_path: Path, dog: Path) -> None:
     picture(tmp_path, "cat.png")
-    (tmp_path / "dog.txt").write_bytes("\ufeffsks dog,\r\n  in a café \r\n\r\n".encode())
-    images, left_out = instance_images(tmp_path, PROMPT)
-    assert {image.path.name: image.prompt for image in images} == {"dog.jpg": "sks dog, in a café", "cat.png": PROMPT}
-    assert left_out == ()
-    assert read_captions(tmp_path, [dog, tmp_path / "cat.png"]) == {dog: "sks dog, in a café"}
+    (tmp_path / "dog.txt").write_bytes("\ufeff\r\n  sks dog in a café \r\n\r\n".encode())
+    subject = instance_images(tmp_path, PROMPT)
+    assert {image.path.name: image.prompt for image in subject.images} == {
+        "dog.jpg": "sks dog in a café",
+        "cat.png": PROMPT,
+    }
+    assert subject.left_out == ()
+    assert read_captions(tmp_path, [dog, tmp_path / "cat.png"]) == {dog: "sks dog in a café"}
 
 
 def test_an_upper_case_caption_file(tmp_path: Path, dog: Path) -> None:
@@ -54,14 +59,19 @@ def test_an_upper_case_caption_file(tmp_path: Path, dog: Path) -> None:
 def test_a_picture_called_txt_is_no_caption(tmp_path: Path, dog: Path) -> None:
     disguised = tmp_path / "dog.txt"
     disguised.write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
-    images, _ = instance_images(tmp_path, PROMPT)
+    images = instance_images(tmp_path, PROMPT).images
     assert [(image.path, image.prompt) for image in images] == [(dog, PROMPT), (disguised, PROMPT)]
 
 
 def test_a_caption_without_a_picture_is_left_out_by_name(tmp_path: Path, dog: Path) -> None:
     (tmp_path / "dgo.txt").write_text("sks dog")
-    _, left_out = instance_images(tmp_path, PROMPT)
-    assert left_out == (tmp_path / "dgo.txt",)
+    subject = instance_images(tmp_path, PROMPT)
+    assert subject.left_out == (tmp_path / "dgo.txt",)
+    assert subject.sentences(PROMPT) == [
+        f"1 pictures in {tmp_path}, 1 other files left out",
+        "left out: dgo.txt",
+        "note: no picture has the name of the caption dgo.txt",
+    ]
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
@@ -85,14 +95,14 @@ def test_metadata_of_subfolders(tmp_path: Path) -> None:
     inner, other = picture(tmp_path, "in/dog.jpg"), picture(tmp_path, "in/cat.jpg")
     write_jsonl(tmp_path, {"file_name": "in/dog.jpg", "text": "sks dog"})
     write_jsonl(tmp_path / "in", {"file_name": "cat.jpg", "text": "a cat"})
-    images, _ = instance_images(tmp_path, None, recursive=True)
+    images = instance_images(tmp_path, None, recursive=True).images
     assert [(image.path, image.prompt) for image in images] == [(other, "a cat"), (inner, "sks dog")]
 
 
 def test_a_row_of_a_picture_that_was_left_out_is_no_error(tmp_path: Path, dog: Path) -> None:
     picture(tmp_path, "in/cat.jpg")
     write_jsonl(tmp_path, {"file_name": "in/cat.jpg", "text": "a cat"}, {"file_name": "dog.jpg", "text": "sks dog"})
-    assert [image.prompt for image in instance_images(tmp_path, None)[0]] == ["sks dog"]
+    assert [image.prompt for image in instance_images(tmp_path, None).images] == ["sks dog"]
 
 
 def test_both_spellings_of_an_umlaut_are_one_name(tmp_path: Path) -> None:
@@ -164,7 +174,7 @@ def test_neither_caption_nor_prompt_is_one_sentence(tmp_path: Path, dog: Path) -
 
 def test_instance_images_are_sorted_and_known_by_their_bytes(tmp_path: Path) -> None:
     paths = [picture(tmp_path, name) for name in ("b.jpg", "c.jpg", "a.jpg")]
-    images, _ = instance_images(tmp_path, PROMPT)
+    images = instance_images(tmp_path, PROMPT).images
     assert [image.path for image in images] == sorted(paths)
     assert [image.image_id for image in images] == [hash_file(path) for path in sorted(paths)]
     assert {image.role for image in images} == {"instance"}
@@ -173,7 +183,7 @@ def test_instance_images_are_sorted_and_known_by_their_bytes(tmp_path: Path) -> 
 def test_identical_pictures_are_named_and_used_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jpg", "b.jpg", "in/copy.jpg"):
         picture(tmp_path, name, "same" if name != "b.jpg" else None)
-    images, _ = instance_images(tmp_path, PROMPT, recursive=True)
+    images = instance_images(tmp_path, PROMPT, recursive=True).images
     assert [image.path.name for image in images] == ["a.jpg", "b.jpg"]
     assert capsys.readouterr().out == "identical pictures, used once: a.jpg, in/copy.jpg\n"
 
@@ -183,7 +193,7 @@ def test_identical_pictures_share_the_one_caption_there_is(tmp_path: Path) -> No
     picture(tmp_path, "b.jpg", "same")
     (tmp_path / "b.txt").write_text("sks dog")
     for prompt in (None, "", PROMPT):
-        images, _ = instance_images(tmp_path, prompt)
+        images = instance_images(tmp_path, prompt).images
         assert [(image.path.name, image.prompt) for image in images] == [("a.jpg", "sks dog")]
 
 
@@ -193,3 +203,131 @@ def test_identical_pictures_with_different_captions_are_one_sentence(tmp_path: P
         (tmp_path / f"{name}.txt").write_text(caption)
     with pytest.raises(UserError, match=r"a\.jpg and .*b\.jpg are the same picture .*'sks dog' and 'another dog'"):
         instance_images(tmp_path, PROMPT)
+
+
+# Captions as other trainers write them
+
+
+@pytest.mark.parametrize(
+    ("image", "caption"),
+    [
+        ("dog.jpg", "dog.caption"),
+        ("dog.jpg", "dog.jpg.txt"),
+        ("dog.jpg", "dog.jpg.caption"),
+        ("DOG.JPG", "dog.txt"),
+        ("dog.jpg", "DOG.TXT"),
+        ("dog.v2.jpg", "dog.v2.txt"),
+        (unicodedata.normalize("NFD", "hündin.jpg"), unicodedata.normalize("NFC", "hündin.txt")),
+        (unicodedata.normalize("NFC", "hündin.jpg"), unicodedata.normalize("NFD", "Hündin.txt")),
+    ],
+)
+def test_a_caption_under_another_spelling_of_the_picture_s_name(tmp_path: Path, image: str, caption: str) -> None:
+    path = picture(tmp_path, image)
+    (tmp_path / caption).write_text("sks dog")
+    subject = instance_images(tmp_path, PROMPT)
+    assert [(found.path, found.prompt) for found in subject.images] == [(path, "sks dog")]
+    assert subject.left_out == ()
+
+
+def test_the_exact_name_comes_before_another_spelling(tmp_path: Path) -> None:
+    lower, upper = picture(tmp_path, "dog.jpg"), picture(tmp_path, "DOG.jpg")
+    if lower.samefile(upper):
+        pytest.skip("this file system does not tell case")
+    (tmp_path / "dog.txt").write_text("a small dog")
+    (tmp_path / "DOG.txt").write_text("a large dog")
+    assert read_captions(tmp_path, [lower, upper]) == {lower: "a small dog", upper: "a large dog"}
+
+
+def test_two_caption_files_that_differ_are_one_sentence(tmp_path: Path, dog: Path) -> None:
+    (tmp_path / "dog.txt").write_text("sks dog")
+    (tmp_path / "dog.caption").write_text("another dog")
+    with pytest.raises(UserError, match=r"dog\.jpg has two captions, 'another dog' in dog\.caption and 'sks dog' in"):
+        read_captions(tmp_path, [dog])
+
+
+def test_of_several_lines_the_first_is_the_caption_and_the_file_is_named(
+    tmp_path: Path, dog: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dog.txt").write_text("sks dog\na small dog, running\n")
+    assert read_captions(tmp_path, [dog]) == {dog: "sks dog"}
+    assert capsys.readouterr().out == (
+        "note: only the first line is the caption, and the other lines are left out: dog.txt\n"
+    )
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\f"])
+def test_only_a_line_feed_ends_a_json_line(tmp_path: Path, dog: Path, separator: str) -> None:
+    write_jsonl(tmp_path, json.dumps({"file_name": "dog.jpg", "text": f"a{separator}b"}, ensure_ascii=False))
+    assert read_captions(tmp_path, [dog]) == {dog: "a b"}
+
+
+def test_metadata_parquet(tmp_path: Path, dog: Path) -> None:
+    rows = [{"file_name": "dog.jpg", "caption": "sks dog", "image": b"\0", "id": 7}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+    subject = instance_images(tmp_path, PROMPT)
+    assert [image.prompt for image in subject.images] == ["sks dog"]
+    assert subject.left_out == ()
+    (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"metadata\.parquet is not a whole parquet file \("):
+        read_captions(tmp_path, [dog])
+
+
+def test_a_file_name_with_a_backslash(tmp_path: Path) -> None:
+    path = picture(tmp_path, "in/Dog.jpg")
+    write_jsonl(tmp_path, {"file_name": "in\\dog.jpg", "text": "sks dog"})
+    assert read_captions(tmp_path, [path]) == {path: "sks dog"}
+
+
+def test_utf_16_without_a_mark_is_named(tmp_path: Path, dog: Path) -> None:
+    (tmp_path / "dog.txt").write_bytes("sks dog".encode("utf-16-le"))
+    with pytest.raises(UserError, match=r"dog\.txt holds NUL bytes, as UTF-16 text does: save it again as UTF-8"):
+        read_captions(tmp_path, [dog])
+
+
+def test_all_bad_captions_are_named(tmp_path: Path, dog: Path) -> None:
+    picture(tmp_path, "cat.png")
+    (tmp_path / "dog.txt").write_text(" \n")
+    (tmp_path / "cat.txt").write_bytes(b"caf\xe9")
+    write_jsonl(tmp_path, "{", {"file_name": "dgo.jpg", "text": "sks dog"}, {"file_name": "dog.jpg"})
+    with pytest.raises(UserError) as error:
+        instance_images(tmp_path, PROMPT)
+    first, *others = str(error.value).splitlines()
+    assert first == "5 things are wrong with the captions:"
+    for part, line in zip(("cat.txt is not", "dog.txt is empty", "row 1", "row 2", "row 3"), others, strict=True):
+        assert part in line
+
+
+def test_at_most_ten_are_named(tmp_path: Path) -> None:
+    for number in range(12):
+        picture(tmp_path, f"{number:02d}.png")
+    with pytest.raises(UserError, match=r"00\.png, .*09\.png and 2 more have no caption: type --instance_prompt"):
+        instance_images(tmp_path, None)
+    for number in range(12):
+        (tmp_path / f"{number:02d}.txt").touch()
+    with pytest.raises(UserError, match="12 things are wrong") as error:
+        instance_images(tmp_path, None)
+    assert len(str(error.value).splitlines()) == 12  # with the first line and the last
+    assert str(error.value).endswith("\n  and 2 more")
+
+
+# Which prompt wins, and which draws the subject
+
+
+def test_captions_come_before_the_instance_prompt_and_that_is_said(tmp_path: Path, dog: Path) -> None:
+    picture(tmp_path, "cat.png")
+    (tmp_path / "dog.txt").write_text("sks dog at sea")
+    assert instance_images(tmp_path, PROMPT).sentences(PROMPT)[1:] == [
+        f"note: 1 of 2 pictures have captions, which are trained on; --instance_prompt {PROMPT!r} is for the other 1"
+    ]
+    (tmp_path / "cat.txt").write_text("sks dog at home")
+    subject = instance_images(tmp_path, PROMPT)
+    said = f"note: 2 of 2 pictures have captions, which are trained on; --instance_prompt {PROMPT!r} is not"
+    assert subject.sentences(PROMPT)[1:] == [said]
+    assert subject.sentences(None)[1:] == []
+
+
+def test_the_trigger_is_a_prompt_that_is_trained_on() -> None:
+    assert trigger_of(["sks dog at sea", PROMPT], PROMPT) == PROMPT
+    assert trigger_of(["sks dog at sea", "sks dog at home", "sks dog at sea"], PROMPT) == "sks dog at sea"
+    captions = ["sks dog, running", "sks dog", "sks cat"]  # as many pictures each: the shortest, then the first
+    assert trigger_of(captions, None) == trigger_of(captions[::-1], None) == "sks cat"

@@ -15,8 +15,8 @@ from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.images import BrokenImage, crop_boxes, crop_rgb, open_rgb, to_pixels
-from sd3_lora.stage_one.latent_cache import LatentCache
+from sd3_lora.stage_one.images import crop_boxes, crop_rgb, open_rgb, to_pixels
+from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeTile
 
 import pytest
@@ -50,11 +50,11 @@ def run(script: Callable[..., Result], tiny_sd3: Path, many: Path, tmp_path: Pat
 @pytest.fixture
 def crops(many: Path, tiny_sd3: Path, tmp_path: Path) -> Callable[..., Any]:
     """`decode_ahead` of them, in batches and threads of so many."""
-    images, _ = instance_images(many, "a prompt")
+    images = instance_images(many, "a prompt").images
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     cache = LatentCache(tmp_path / "latents", files.provenance(["vae"], "fp32", 64), "white")
 
-    def call(batch_size: int, threads: int, broken: list[BrokenImage] | None = None) -> Any:
+    def call(batch_size: int, threads: int, broken: list[BrokenPicture] | None = None) -> Any:
         return decode_ahead(images, CENTER, cache, batch_size, threads, [] if broken is None else broken)
 
     return call
@@ -175,7 +175,7 @@ def test_broken_pictures_are_counted_where_they_are_met(
 ) -> None:
     for name in ("03.png", "07.png"):
         (many / name).write_bytes(b"no picture at all")
-    broken: list[BrokenImage] = []
+    broken: list[BrokenPicture] = []
     assert len(list(crops(2, 2, broken))) == 10
     assert [error.path.name for error in broken] == ["03.png", "07.png"]
     assert capsys.readouterr().out.count("broken: ") == 2
@@ -222,7 +222,7 @@ def test_many_pictures_are_captured_on_a_gpu(
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     save_pictures(pictures, [(64, 64)] * count)
-    images, _ = instance_images(pictures, "a photo of sks", False, None)
+    images = instance_images(pictures, "a photo of sks", False, None).images
     files = ModelFiles(ModelConfig(str(tiny_sd3)))
     config = LatentConfig(resolution=64)
     cache = LatentCache(tmp_path, files.provenance(["vae"], "fp32", 64), "white")

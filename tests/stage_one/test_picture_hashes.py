@@ -113,7 +113,7 @@ def test_stage_one_notes_what_training_believes(
     assert script("precompute_latents", *flags).code == 0
     assert len(json.loads((tmp_path / "latents" / NOTES_NAME).read_text())) == 3
     read.clear()
-    images, _ = instance_images(tmp_path / "pictures", PROMPT, hashes_path=tmp_path / "latents" / NOTES_NAME)
+    images = instance_images(tmp_path / "pictures", PROMPT, hashes_path=tmp_path / "latents" / NOTES_NAME).images
     assert [image.image_id for image in images] == expected(paths)
     assert "3 of 3 pictures cached before" in script("precompute_latents", *flags).out
     assert read == []

@@ -95,8 +95,8 @@ def test_another_models_files(script: Script, private: Prepared, tmp_path: Path)
     run = train(script, stage_one, tmp_path / "out", code=2)
     assert run.error == (
         f"{private.embeddings} was made with model {private.model}, not {other}: type `python compute_embeddings.py "
-        f"--pretrained_model_name_or_path {other} --instance_data_dir {private.pictures} --device cpu "
-        f"--instance_prompt '{PROMPT}' --output_path {private.embeddings} --overwrite`"
+        f"--pretrained_model_name_or_path {other} --instance_data_dir {private.pictures} "
+        f"--instance_prompt '{PROMPT}' --device cpu --output_path {private.embeddings} --overwrite`"
     )
     assert run.wrote_no_weights()
     assert follow(script, run) == "compute_embeddings.py"
@@ -161,7 +161,7 @@ def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> 
         (["--ranks", 3], "type --rank"),
         (
             ["stray"],
-            f"put quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
+            f"put double quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
         ),
     ):
         run = train(script, prepared, tmp_path / "out", *arguments, code=2)
@@ -185,8 +185,8 @@ def test_latents_that_are_not_there_are_made_in_a_process_of_its_own(
     first = train(script, private, tmp_path / "first", "--center_crop")
     sentence = (
         f"{private.latents} holds no latents yet; in a process of its own: python precompute_latents.py "
-        f"--pretrained_model_name_or_path {private.model} --instance_data_dir {private.pictures} --device cpu "
-        f"--resolution 64 --center_crop --output_path {private.latents}"
+        f"--pretrained_model_name_or_path {private.model} --instance_data_dir {private.pictures} "
+        f"--instance_prompt '{PROMPT}' --device cpu --resolution 64 --center_crop --output_path {private.latents}"
     )
     assert sentence in first.out.splitlines()
     assert len(commands) == 1

@@ -72,6 +72,7 @@ ELSEWHERE = {
     "recursive": "here",
     "compile": "test_step_execution.py",
     "capture": "test_step_execution.py",
+    "deterministic": "test_step_execution.py, test_exact_attention.py",
     "recompute_blocks": "test_forced_flags.py",
     "offload_inputs": "test_forced_flags.py",
     "modulations_ahead": "test_forced_flags.py",

@@ -66,7 +66,7 @@ def cache(captioned: Prepared) -> LatentCache:
 
 
 def find(folder: Path) -> tuple[InstanceImage, ...]:
-    return instance_images(folder, None)[0]
+    return instance_images(folder, None).images
 
 
 def all_variants(images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[str, tuple[str, ...]]:
@@ -121,7 +121,8 @@ def test_renamed_files_keep_theirs(
 
 def test_without_the_folder_the_file_knows_them(captioned: Prepared, store: EmbeddingStore, cache: LatentCache) -> None:
     images = images_of_store(store, cache)
-    assert all(image.path == cache.path(image.image_id) for image in images)
+    names = {hash_file(path): path.name for path in captioned.pictures.glob("*.png")}
+    assert {image.image_id: image.path.name for image in images} == names
     assert_joined(TrainingData([Pool(images)], all_variants(images, cache), store, cache), captioned)
 
 
@@ -271,7 +272,7 @@ def test_crops_that_are_not_cached(captioned: Prepared, plain_cache: LatentCache
 
 def test_a_picture_that_is_not_cached(captioned: Prepared, cache: LatentCache, tmp_path: Path) -> None:
     save_pictures(tmp_path, [(64, 64)], seed=77)
-    images, _ = instance_images(tmp_path, "a robot")
+    images = instance_images(tmp_path, "a robot").images
     with pytest.raises(UserError, match=r"latents has no latents of 00\.png \(a new or changed picture\): type `the c"):
         all_variants(images, cache)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -285,22 +286,36 @@ def test_what_lies_beside_the_lora(script: Script, prepared: Prepared, tmp_path:
     assert "| rank | 2 |" in card
     assert same_lora(tmp_path / "checkpoint-3" / LORA_FILE, tmp_path / LORA_FILE)
     assert (tmp_path / "checkpoint-3" / LORA_FILE).read_bytes() == (tmp_path / LORA_FILE).read_bytes()
-    assert record["execution"] == {"compiled": False, "captured": False, "refusal": None}
+    assert record["execution"] == {
+        "compiled": False,
+        "captured": False,
+        "refusal": None,
+        "attention_backward": "torch",
+    }
     assert record["identity"]["--rank"] == record["flags"]["rank"]
     assert (record["trigger"], record["prompts"], record["steps"]) == (PROMPT, [PROMPT], 3)
 
 
-def test_the_card_names_the_trigger(script: Script, private: Prepared, tmp_path: Path) -> None:
-    """Not the caption of the first picture; quotes in it are text."""
-    trigger = 'a photo of "sks" robot'
-    flags = [trigger if word == PROMPT else word for word in private.flags]
-    for path in private.pictures.iterdir():
-        path.with_suffix(".txt").write_text(PROMPT)
-    run = train(script, Flags(flags), tmp_path / "out")
-    card = (run.folder / "README.md").read_text()
-    assert f"Say `{trigger}`" in card
-    assert f"pipeline({json.dumps(trigger)}).images" in card
-    assert PROMPT not in card
+def test_the_card_names_a_prompt_that_was_trained_on(script: Script, private: Prepared, tmp_path: Path) -> None:
+    """Not a prompt that lost to captions; quotes in it are text."""
+    caption = 'a "sks" robot'
+    paths = sorted(private.pictures.iterdir())
+    for path, text in zip(paths, (caption, f"{caption} at sea", f"{caption} at home", caption, "b"), strict=True):
+        path.with_suffix(".txt").write_text(text)
+    model = ["--pretrained_model_name_or_path", private.model, "--instance_data_dir", private.pictures]
+    embedding = ["--instance_prompt", PROMPT, "--output_path", private.embeddings, "--max_sequence_length", 20]
+    said = f"note: 5 of 5 pictures have captions, which are trained on; --instance_prompt {PROMPT!r} is not\n"
+    assert said in script("compute_embeddings", *model, *embedding).out
+    for flags in (private.flags, [*private.flags[:2], *private.flags[6:]]):  # and without the folder and the prompt
+        run = train(script, Flags(flags), tmp_path / "out")
+        assert (said in run.out) == (PROMPT in flags)
+        card = (run.folder / "README.md").read_text()
+        assert f"Say `{caption}`" in card
+        assert f"pipeline({json.dumps(caption)}).images" in card
+        assert PROMPT not in card
+        assert json.loads((run.folder / "run.json").read_text())["trigger"] == caption
+        assert f"--prompt '{caption}' " in run.out.splitlines()[-1]
+        shutil.rmtree(run.folder)
 
 
 def test_the_next_command_draws(script: Script, prepared: Prepared, tmp_path: Path) -> None:

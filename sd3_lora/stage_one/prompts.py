@@ -1,0 +1,85 @@
+"""Prompts before they are encoded: read from a file, and what their words are to the tokenizers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines, shown
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.stage_one.text_encoders import IdentifierReport, report_identifier
+
+from transformers import CLIPTokenizer, T5TokenizerFast
+
+# What may follow a prompt in a file for sd-scripts, and the flag of inference.py for all prompts.
+_SD_SCRIPTS_OPTIONS = {
+    "d": "--seed",
+    "g": "--guidance",
+    "h": "--height",
+    "l": "--guidance",
+    "n": "--negative_prompt",
+    "s": "--num_steps",
+    "w": "--width",
+}
+_OPTION = re.compile(r"(?:^|\s)--([a-z]{1,3})(?=\s|$)")
+_IN_BRACKETS = re.compile(r"\[[^\s\]]+\]|<[^\s>]+>|\{[^\s}]+\}")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; a line that begins with # is a comment.
+
+    Raises:
+        UserError: the file cannot be read, holds no prompt, or has options behind a prompt, as sd-scripts reads them.
+    """
+    prompts = [line for line in read_text_lines(path) if not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: write one into each line")
+    faults = []
+    for prompt in prompts:
+        options = _OPTION.findall(prompt)
+        if options:
+            flags = dict.fromkeys(_SD_SCRIPTS_OPTIONS[name] for name in options if name in _SD_SCRIPTS_OPTIONS)
+            instead = f"; inference.py takes {', '.join(flags)} for all prompts" if flags else ""
+            found = ", ".join(f"--{name}" for name in dict.fromkeys(options))
+            faults.append(f"{path} has {found} behind {_OPTION.split(prompt)[0]!r}: delete the options{instead}")
+    if faults:
+        raise UserError(all_of(faults, path.name, MOST_SHOWN))
+    return prompts
+
+
+def identifier_of(files: ModelFiles, prompt: str, class_prompt: str | None) -> list[str]:
+    """The lines to print about the word that stands for the subject; none for an empty prompt.
+
+    A word in brackets (`[V]`, as papers write "a rare word") is the identifier as it stands, brackets included.
+    """
+    in_brackets = _IN_BRACKETS.search(prompt)
+    if not in_brackets:
+        report = report_identifier(files, prompt, class_prompt)
+        return report.sentences() if report else []
+    word = in_brackets[0]
+    clip = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
+    t5 = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    pieces = {"CLIP": clip.tokenize(word), "T5": t5.tokenize(word)}
+    note = f"note: the brackets of {word!r} are part of the word, in training and in drawing"
+    return [*IdentifierReport(word, pieces, is_common=False).sentences(), note]
+
+
+def unknown_words(files: ModelFiles, prompts: Iterable[str]) -> list[str]:
+    """The words that T5's vocabulary lacks in whole or in part, in the prompts' order: T5 reads <unk> there."""
+    words = list(dict.fromkeys(word for prompt in prompts for word in prompt.split()))
+    if not words:
+        return []
+    tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    return [word for word, tokens in zip(words, ids, strict=True) if tokenizer.unk_token_id in tokens]
+
+
+def unknown_note(words: list[str]) -> str | None:
+    """The line to print about words that T5 does not know; None where there are none."""
+    if not words:
+        return None
+    return (
+        f"note: T5's vocabulary lacks {shown(words)}: it reads <unk> there, and the CLIPs "
+        "alone see the word; English words in Latin letters are read by all three"
+    )

@@ -1,0 +1,222 @@
+"""Every command that a script prints works as typed: what comes next, and what mends an error.
+
+Each test is a situation of a user, who types nothing but the first command and what the scripts ask for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sd3_lora.stage_one.images import hash_file
+
+import pytest
+from conftest import TRAINING_SCRIPT, Result, save_pictures
+
+EMBED, CACHE, TRAIN, DRAW = "compute_embeddings", "precompute_latents", TRAINING_SCRIPT, "inference"
+COMMAND = re.compile(r"^next[^:\n]*: (python .*)$|`(python [^`]*\.py [^`]*)`", re.MULTILINE)
+# Beside what is printed, so that it takes a second.
+SHORT: dict[str, list[object]] = {
+    EMBED: [],
+    CACHE: [],
+    TRAIN: ["--max_train_steps", 1, "--report_to", "none", "--resume_from_checkpoint", "latest"],
+    DRAW: ["--num_steps", 1, "--guidance", 1],
+}
+
+
+@dataclass
+class User:
+    """Someone in a folder of their own, who types what is printed."""
+
+    script: Callable[..., Result]
+    model: list[object]
+    typed: list[str] = field(default_factory=list)
+
+    def type(self, name: str, *words: object, code: int = 0) -> Result:
+        """Types a command of their own."""
+        result = self.script(name, *self.model, *words, *SHORT[name])
+        assert result.code == code, result.out + result.err
+        return result
+
+    def follow(self, result: Result, script: str) -> Result:
+        """Types the one command that was printed, which is of this script."""
+        commands = ["".join(found) for found in COMMAND.findall(result.out + result.err)]
+        assert len(commands) == 1, result.out + result.err
+        python, name, *words = shlex.split(commands[0])
+        assert (python, name) == ("python", f"{script}.py")
+        self.typed.append(commands[0])
+        followed = self.script(script, *words, *SHORT[script])
+        assert followed.code == 0, commands[0] + "\n" + followed.out + followed.err
+        return followed
+
+    def follow_to_pictures(self, result: Result, *scripts: str) -> Result:
+        """Types all that is printed, to the drawn pictures; returns what training printed."""
+        for script in (*scripts, DRAW):
+            before, result = result, self.follow(result, script)
+        assert "wrote 1 pictures to images" in result.out
+        assert "no text encoder is loaded" in result.out or "prompts to encode" in result.out
+        return before
+
+
+@pytest.fixture
+def user(script: Callable[..., Result], tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> User:
+    monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "d", [(64, 64), (70, 64), (64, 100)])
+    return User(script, ["--pretrained_model_name_or_path", tiny_sd3, "--device", "cpu"])
+
+
+PROMPT = ["--instance_prompt", "a photo of sks dog"]
+
+
+def flags_of(command: str) -> set[str]:
+    """The flags of a command with their values."""
+    return {f"--{flag}" for flag in command.split(" --")[1:]}
+
+
+def test_pictures_in_subfolders(user: User) -> None:
+    Path("d/10_dog").mkdir()
+    Path("d/01.png").rename("d/10_dog/01.png")
+    embedded = user.type(EMBED, "--instance_data_dir", "d", *PROMPT, "--recursive")
+    assert "3 pictures in d" in embedded.out
+    assert "3 pictures at 64 px" in user.follow_to_pictures(embedded, CACHE, TRAIN).out
+    assert all("--recursive --device cpu" in command for command in user.typed[:2])
+
+
+def test_folders_of_the_user_s_own(user: User) -> None:
+    """With all that a shell would read otherwise."""
+    Path("d").rename("my dog's $HOME")
+    Path("my dog's $HOME/01.txt").write_text('sks dog at "sea" & `shore`')
+    words = ["--instance_data_dir", "my dog's $HOME", "--instance_prompt", 'it\'s "sks" dog; *']
+    embedded = user.type(EMBED, *words, "--output_path", "out put/e.parquet")
+    trained = user.follow_to_pictures(embedded, CACHE, TRAIN)
+    assert "3 pictures at 64 px" in trained.out
+    assert not Path("latents").exists()
+    assert Path("out put/latents").is_dir()
+
+
+def test_without_any_flag(user: User) -> None:
+    Path("d").rename("dog")
+    assert "3 pictures at 64 px" in user.follow_to_pictures(user.type(EMBED), CACHE, TRAIN).out
+
+
+def test_captions_alone(user: User) -> None:
+    for number, caption in enumerate(("sks dog at home", "sks dog at sea", "sks dog")):
+        Path(f"d/{number:02d}.txt").write_text(caption)
+    user.follow_to_pictures(user.type(EMBED, "--instance_data_dir", "d"), CACHE, TRAIN)
+    assert "--prompt 'sks dog' " in user.typed[-1] + " "
+
+
+def test_latents_first(user: User) -> None:
+    """What the cache was made with is repeated on the way."""
+    cached = user.type(CACHE, "--instance_data_dir", "d", "--resolution", 32, "--num_crops", 2, "--random_flip")
+    assert "next, with a prompt of your own: " in cached.out
+    trained = user.follow_to_pictures(cached, EMBED, CACHE, TRAIN)
+    assert "3 pictures at 32 px" in trained.out
+    assert {"--num_crops 2", "--random_flip"} <= flags_of(user.typed[1]) & flags_of(user.typed[2])
+
+
+def test_a_broken_picture(user: User) -> None:
+    Path("d/b.jpg").write_text("<html>403</html>")
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    cached = user.type(CACHE, "--instance_data_dir", "d", "--skip_broken")
+    trained = user.follow_to_pictures(cached, TRAIN)
+    skipped = "skipped: d/b.jpg does not decode (not a picture in a known format)\n"
+    assert skipped in trained.out
+    assert "3 pictures at 64 px" in trained.out
+    for words in ([], ["--instance_data_dir", "d"]):  # neither the folder nor the flag is needed
+        trained = user.type(TRAIN, *words, "--output_dir", f"lora{len(words)}")
+        assert skipped in trained.out
+        assert "3 pictures at 64 px" in trained.out
+
+
+def test_a_new_picture_beside_a_broken_one(user: User) -> None:
+    """The command that mends it repeats what the cache was made with."""
+    Path("d/b.jpg").write_text("<html>403</html>")
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    user.type(CACHE, "--instance_data_dir", "d", "--skip_broken", "--alpha_background", "mean", "--num_crops", 2)
+    save_pictures(Path("new"), [(64, 64)], seed=5)
+    Path("new/00.png").rename("d/new.png")
+    stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
+    assert "latents has no latents of new.png" in stopped.err
+    mended = user.follow(Result(2, "", stopped.err), CACHE)
+    assert {"--alpha_background mean", "--num_crops 2", "--skip_broken"} <= flags_of(user.typed[-1])
+    assert "wrote 1 crops of 1 pictures" in mended.out
+    assert "3 pictures at 64 px" in user.type(TRAIN).out  # the embeddings file knows three
+    assert "4 pictures at 64 px" in user.type(TRAIN, "--instance_data_dir", "d", "--output_dir", "lora").out
+
+
+def test_embeddings_that_are_not_there(user: User) -> None:
+    user.type(CACHE, "--instance_data_dir", "d")
+    stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
+    assert '02.png have no caption: type --instance_prompt "a photo of sks dog"' in stopped.err
+    stopped = user.type(TRAIN, "--instance_data_dir", "d", *PROMPT, code=2)
+    user.follow(stopped, EMBED)
+    user.type(TRAIN, "--instance_data_dir", "d", *PROMPT)
+    Path("sample_embeddings.parquet").unlink()  # its record is there
+    stopped = user.type(TRAIN, "--output_dir", "other", code=2)
+    user.follow(stopped, EMBED)
+    assert "--instance_data_dir d --instance_prompt 'a photo of sks dog'" in user.typed[-1]
+    user.type(TRAIN, "--output_dir", "other")
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_a_caption_that_came_later(user: User, has_record: bool) -> None:
+    """The prompt of the other pictures is the embeddings file's, the prompts to draw are its record's."""
+    words = ["--instance_data_dir", "d", "--validation_prompt", "sks dog in a bucket", "sks dog at home"]
+    user.type(CACHE, "--instance_data_dir", "d")
+    user.type(EMBED, *words, *PROMPT)
+    if not has_record:
+        Path("sample_embeddings.json").unlink()
+    Path("d/01.txt").write_text("a photo of sks dog at sea")
+    stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
+    assert "lacks 'a photo of sks dog at sea'" in stopped.err
+    user.follow(stopped, EMBED)
+    assert ("--validation_prompt 'sks dog in a bucket' 'sks dog at home'" in user.typed[-1]) == has_record
+    user.type(TRAIN, "--instance_data_dir", "d")
+    trained = user.type(TRAIN, "--output_dir", "other")
+    assert json.loads(Path("other/run.json").read_text())["trigger"] == "a photo of sks dog"
+    user.follow(trained, DRAW)
+
+
+def test_another_prompt_without_the_folder(user: User) -> None:
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    user.type(CACHE, "--instance_data_dir", "d")
+    stopped = user.type(TRAIN, "--instance_prompt", "a photo of zwx dog", code=2)
+    assert "describes no picture with 'a photo of zwx dog'" in stopped.err
+    assert "3 prompts" in user.follow(stopped, EMBED).out
+    user.type(TRAIN, "--instance_prompt", "a photo of zwx dog")
+
+
+def test_latents_that_are_gone_are_named_without_the_folder(user: User) -> None:
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    user.type(CACHE, "--instance_data_dir", "d")
+    gone = Path("latents") / f"{hash_file(Path('d/02.png'))}.safetensors"
+    gone.unlink()
+    stopped = user.type(TRAIN, code=2)
+    assert "latents has no latents of 02.png (a new or changed picture): type" in stopped.err
+    assert "wrote 3 crops of 1 pictures" in user.follow(stopped, CACHE).out
+    assert gone.exists()
+    user.type(TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "mended_by"),
+    [
+        (["--resolution", 32], "was made with resolution 64, not 32", CACHE),
+        (["--max_sequence_length", 20], "was made with max_sequence_length 77, not 20", EMBED),
+        (["--num_crops", 5], "lacks the crop", CACHE),
+        (["--random_flip"], "lacks the crop", CACHE),
+    ],
+)
+def test_other_flags_in_training(user: User, words: list[object], said: str, mended_by: str) -> None:
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT, "--class_prompt", "a dog")
+    user.type(CACHE, "--instance_data_dir", "d", "--vae_batch_size", 2)
+    stopped = user.type(TRAIN, *words, code=2)
+    assert said in stopped.err
+    user.follow(stopped, mended_by)
+    for folder in ([], ["--instance_data_dir", "d"]):
+        user.type(TRAIN, *folder, *words, "--output_dir", f"lora{len(folder)}")
