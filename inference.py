@@ -20,6 +20,8 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
 
 import hashlib
+import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -126,12 +128,33 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     """
     prompts = list(config.prompt)
     if config.prompts_file is not None:
-        prompts += read_text_lines(Path(config.prompts_file))
+        prompts += read_prompts(Path(config.prompts_file))
     elif not prompts and is_miniature:
         prompts = read_text_lines(EXAMPLE_PROMPTS_FILE)
     prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')
+    return prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file, without comments: lines that begin with #.
+
+    Raises:
+        UserError: the file cannot be read; a line has the options of sd-scripts, which would be drawn as words.
+    """
+    lines = read_text_lines(path)
+    prompts = [line for line in lines if not line.startswith("#")]
+    for prompt in prompts:
+        option = re.search(r"(?:^|\s)--([nwhdls])\s", f"{prompt} ")
+        if option:
+            flag = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "num_steps"}
+            raise UserError(
+                f"{path} has --{option[1]} behind a prompt ({prompt!r}), which is no part of prompts here: take it out "
+                f"and type --{flag[option[1]]} instead"
+            )
+    if len(prompts) < len(lines):
+        print(f"note: {path}: {len(lines) - len(prompts)} lines that begin with # are comments")
     return prompts
 
 
@@ -213,10 +236,13 @@ def sampling_of(config: InferenceConfig) -> SamplingSettings:
 def picture_settings(
     config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[Lora], precision: str
 ) -> dict[str, Any]:
-    """All that decides a picture's pixels beside its prompt and its place; it is kept in the PNG."""
+    """All that decides a picture's pixels beside its prompt and its index; it is kept in the PNG."""
     packed = drawing.plan.placement.precision
+    scheduler = json.dumps(files.read_scheduler_config(), sort_keys=True)
     return {
         "model": files.provenance(["transformer", "vae"], precision, 0).identity,
+        "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
+        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest()[:12],
         "lora": [lora.identity() for lora in loras],
         "negative_prompt": config.negative_prompt,
         "steps": config.num_steps,
@@ -228,8 +254,18 @@ def picture_settings(
         "precision": precision + (f", base {packed}" if packed else ""),
         "vae_precision": config.vae_precision,
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
+        **({"t5_precision": config.t5_precision} if config.t5_precision else {}),
         **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
     }
+
+
+def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
+    """Prints how many pictures there will be, how many are there, and where others keep their names."""
+    before = sum(plan.is_drawn for plan in plans)
+    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
+    if beside:
+        print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
 
 
 def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, loras: Sequence[Lora]) -> Sampler:
@@ -253,8 +289,8 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
 
 def denoise_all(
     sampler: Sampler, to_draw: Sequence[PicturePlan], embeddings: Embeddings, drawing: Drawing, config: InferenceConfig
-) -> tuple[list[torch.Tensor], bool]:
-    """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and whether an interruption ended it early.
+) -> tuple[list[torch.Tensor], BaseException | None]:
+    """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and the interruption or NaN that ended it.
 
     What was denoised by then is decoded all the same.
     """
@@ -264,18 +300,30 @@ def denoise_all(
             batch = to_draw[start : start + config.batch_size]
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch])
             latents += sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, sampling_of(config))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError) as error:
         if not latents:
             raise
-        print(f"\ninterrupted: the {len(latents)} pictures that are denoised will be decoded first")
-        return latents, True
-    return latents, False
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\ninterrupted: the {len(latents)} pictures that are denoised will be decoded first")
+        return latents, error
+    return latents, None
 
 
 def decode_and_save(vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
-    """Decodes one picture at a time and writes it."""
+    """Decodes one picture at a time and writes it.
+
+    Raises:
+        UserError: pictures were NaN; all others are written.
+    """
+    errors = []
     for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
-        plan.save(decode(vae, latent))
+        try:
+            plan.save(decode(vae, latent))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        others = f" ({len(errors)} of {len(plans)} pictures)" if len(plans) > 1 else ""
+        raise UserError(f"{errors[0]}{others}")
 
 
 def draw(
@@ -295,16 +343,16 @@ def draw(
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
     with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
         sampler = load_sampler(files, drawing, device, loras)
-        latents, interrupted = denoise_all(sampler, to_draw, embeddings, drawing, config)
+        latents, ended_by = denoise_all(sampler, to_draw, embeddings, drawing, config)
         del sampler
 
     with memory_stage(f"decode ({config.vae_precision})", device, reports):
         vae = load_vae(files, config.vae_precision, device, tile)
         decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
-    if interrupted:
+    if ended_by:
         print(f"drew {len(latents)} of {len(to_draw)} pictures")
-        raise KeyboardInterrupt
+        raise ended_by
     return len(latents)
 
 
@@ -330,9 +378,8 @@ def run(argv: Sequence[str] | None) -> None:
         require_writable_folder(outdir)
     settings = picture_settings(config, drawing, files, loras, chosen.name)
     plans = plan_pictures(outdir, prompts, config.num_images, settings)
-    to_draw = [picture for picture in plans if not picture.is_drawn()]
-    size, before = drawing.size, len(plans) - len(to_draw)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    to_draw = [picture for picture in plans if not picture.is_drawn]
+    print_plans(plans, drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if to_draw or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
