@@ -283,7 +283,6 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
 
     latent_size = (drawing.latent_shape[1], drawing.latent_shape[2])
     arranged = arrange(files, drawing.plan.placement, device, drawing.dtype, latent_size, add_loras)
-    files.component("scheduler")  # downloaded now, if need be
     return Sampler(arranged.transformer, files.read_scheduler_config())
 
 
@@ -337,6 +336,8 @@ def draw(
 ) -> int:
     """Encode, free, denoise, free, decode; returns how many pictures were drawn, all unless it was interrupted."""
     config, device, reports = flags.drawing, context.device, context.reports
+    for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
+        files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
     embeddings = embed(wanted, files, config, drawing.length, context)
 

@@ -460,6 +460,7 @@ def run(argv: Sequence[str] | None) -> None:
         say(line)
     if flags.budget.plan:
         return
+    files.component("transformer")  # here and whole before latents are made
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made

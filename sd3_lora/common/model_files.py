@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.component_weights import require_whole
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.records import Provenance
@@ -25,7 +26,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 
 MINIATURE = PROJECT_FOLDER / "miniature"
 TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -47,6 +47,7 @@ class ModelFiles:
         self.config = config
         self.name = config.pretrained_model_name_or_path or "miniature"
         self.revision: str | None = None  # the commit, once known: a branch may move during a run
+        self._whole: dict[str, list[tuple[Path, int, int]]] = {}  # files that were checked, with size and time
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -84,7 +85,8 @@ class ModelFiles:
         """The folder that holds component `name`'s configuration and weights; downloads them if need be.
 
         Raises:
-            UserError: the model lacks the component or its weights in safetensors.
+            UserError: the model lacks the component or its weights in safetensors; or these are not whole, or not those
+            of its configuration.
         """
         folder = self._snapshot([f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", *self._weight_patterns(name)])
         if not (folder / name).is_dir():
@@ -92,13 +94,15 @@ class ModelFiles:
         if not name.startswith(("tokenizer", "scheduler")) and not self.weight_files(name):
             wanted = f"{self.config.variant} weights" if self.config.variant else "weights"
             raise UserError(f"{self.name}/{name} has no {wanted} in safetensors: check --variant and the download")
-        for path in self.weight_files(name):
-            try:
-                with safe_open(path, "pt"):  # reads the header, which knows the file's length
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a whole safetensors file: delete it and download it again") from error
+        self._require_whole(name)
         return folder / name
+
+    def _require_whole(self, name: str) -> None:
+        paths = self.weight_files(name)
+        state = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        if paths and self._whole.get(name) != state:
+            require_whole(self.folder / name, self.read_config(name), paths, self.config.variant)
+            self._whole[name] = state
 
     def _weight_patterns(self, name: str) -> list[str]:
         variant = self.config.variant
