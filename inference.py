@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -128,33 +127,12 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     """
     prompts = list(config.prompt)
     if config.prompts_file is not None:
-        prompts += read_prompts(Path(config.prompts_file))
+        prompts += read_text_lines(Path(config.prompts_file))
     elif not prompts and is_miniature:
         prompts = read_text_lines(EXAMPLE_PROMPTS_FILE)
     prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')
-    return prompts
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, without comments: lines that begin with #.
-
-    Raises:
-        UserError: the file cannot be read; a line has the options of sd-scripts, which would be drawn as words.
-    """
-    lines = read_text_lines(path)
-    prompts = [line for line in lines if not line.startswith("#")]
-    for prompt in prompts:
-        option = re.search(r"(?:^|\s)--([nwhdls])\s", f"{prompt} ")
-        if option:
-            flag = {"n": "negative_prompt", "w": "width", "h": "height", "d": "seed", "l": "guidance", "s": "num_steps"}
-            raise UserError(
-                f"{path} has --{option[1]} behind a prompt ({prompt!r}), which is no part of prompts here: take it out "
-                f"and type --{flag[option[1]]} instead"
-            )
-    if len(prompts) < len(lines):
-        print(f"note: {path}: {len(lines) - len(prompts)} lines that begin with # are comments")
     return prompts
 
 
@@ -236,11 +214,10 @@ def sampling_of(config: InferenceConfig) -> SamplingSettings:
 def picture_settings(
     config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[Lora], precision: str
 ) -> dict[str, Any]:
-    """All that decides a picture's pixels beside its prompt and its index; it is kept in the PNG."""
+    """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the PNG."""
     packed = drawing.plan.placement.precision
     scheduler = json.dumps(files.read_scheduler_config(), sort_keys=True)
     return {
-        "model": files.provenance(["transformer", "vae"], precision, 0).identity,
         "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
         "scheduler": hashlib.sha256(scheduler.encode()).hexdigest()[:12],
         "lora": [lora.identity() for lora in loras],
@@ -377,8 +354,9 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    settings = picture_settings(config, drawing, files, loras, chosen.name)
-    plans = plan_pictures(outdir, prompts, config.num_images, settings)
+    model = files.provenance(["transformer", "vae"], "", 0)
+    settings = picture_settings(config, drawing, files, loras, chosen.name) | {"model": model.identity}
+    plans = plan_pictures(outdir, prompts, config.num_images, settings, model.other_identities)
     to_draw = [picture for picture in plans if not picture.is_drawn]
     print_plans(plans, drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)

@@ -133,8 +133,9 @@ def run_identity(
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
+    transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
-        "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
+        "the transformer": transformer.identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
@@ -149,7 +150,8 @@ def run_identity(
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
-    return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
+    defaults = flag_defaults(type(group) for group in flags.groups())
+    return RunIdentity(values, defaults, {"the transformer": transformer.other_identities})
 
 
 def make_step(

@@ -31,9 +31,7 @@ class InferenceConfig:
     prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
     )
-    prompts_file: str | None = field(
-        default=None, metadata={"help": "Text file with prompts, one a line; a line that begins with # is a comment."}
-    )
+    prompts_file: str | None = field(default=None, metadata={"help": "Text file with prompts, one a line."})
     negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
     num_images: int = field(
         default=1,

@@ -227,7 +227,8 @@ def test_a_difference_names_the_first_thing_that_matters() -> None:
     assert record.difference(replace(record, size=32), "resolution") == "resolution 64, not 32"
     assert record.difference(replace(record, size=32, precision="fp16"), "resolution") == "precision fp32, not fp16"
     other = replace(record, revision="9876543210", precision="fp16")
-    assert record.difference(other, "resolution") == "model a/b@01234567, not a/b@98765432"
+    hint = "(--revision 0123456789 keeps it)"
+    assert record.difference(other, "resolution") == f"model a/b@01234567, not a/b@98765432 {hint}"
 
 
 def test_a_setting_that_is_not_there_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,32 @@ def test_pictures_are_never_replaced(script, prepared: Prepared, lora: Path, tmp
     assert np.array_equal(pixels(folder / "img_00_5.png"), np.asarray(Image.open(io.BytesIO(contents[names[0]]))))
 
 
+def test_a_picture_of_other_weights_is_drawn_anew(script, prepared: Prepared, tmp_path: Path) -> None:
+    """One matrix of the transformer, a norm of the VAE or of a text encoder, another schedule: each is another."""
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    flags = [*base_flags(prepared, tmp_path / "out"), "--prompt", "a fish", "--pretrained_model_name_or_path", model]
+
+    def draw() -> str:
+        result = script("inference", *flags)
+        assert result.code == 0, result.err
+        return result.out
+
+    assert "0 of them drawn before" in draw()
+    for name, tensor in (
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer_blocks.1.attn.to_k.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_norm_out.bias"),
+        ("text_encoder_3/model.safetensors", "encoder.final_layer_norm.weight"),
+    ):
+        tensors = load_file(model / name)
+        tensors[tensor] = tensors[tensor] + 0.125
+        save_file(tensors, model / name, {"format": "pt"})
+        assert "0 of them drawn before" in draw(), name
+    schedule = model / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"shift": 1.5}))
+    assert "0 of them drawn before" in draw()
+    assert "1 of them drawn before" in draw()
+
+
 def test_the_png_s_text_does_no_harm_elsewhere(script, prepared: Prepared, tmp_path: Path) -> None:
     """ComfyUI's page parses `workflow` or `prompt` as JSON, and reads tEXt as UTF-8, although it is Latin-1."""
     flags = [*base_flags(prepared, tmp_path), "--negative_prompt", "blurry", "--seed", 3]
@@ -240,20 +268,6 @@ def test_prompts_file_with_bom_and_crlf(script, prepared: Prepared, tmp_path: Pa
     assert script("inference", *flags).code == 0
     folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
     assert folders == ["000_a-cat", "001_ein-grüner-hund"]
-
-
-def test_comments_and_options_in_a_prompts_file(script, prepared: Prepared, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    path.write_text("# of a cat\na cat\n#2\n")
-    flags = [*base_flags(prepared, tmp_path / "out"), "--prompts_file", path, "--guidance", 1]
-    result = script("inference", *flags)
-    assert f"note: {path}: 2 lines that begin with # are comments" in result.out
-    assert [folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir()] == ["000_a-cat"]
-    path.write_text("a dog --d 3 --w 512\n")
-    result = script("inference", *flags)
-    assert result.code == 2
-    assert "has --d behind a prompt ('a dog --d 3 --w 512')" in result.err
-    assert "type --seed instead" in result.err
 
 
 def test_the_flags_of_diffusers_are_taken(script, prepared: Prepared, tmp_path: Path) -> None:
