@@ -12,7 +12,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.component_weights import missing_shards, require_whole, tensors_hash
-from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.config import ModelConfig, missing_path
 from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.records import Provenance
 
@@ -72,6 +72,9 @@ class ModelFiles:
             return folder
         if folder.is_file():
             raise UserError(f"{folder} is one file: give the folder or hub id of a diffusers SD3 pipeline")
+        fault = missing_path(str(folder))
+        if fault:
+            raise UserError(f"--pretrained_model_name_or_path: {fault}")
         return None
 
     def _file(self, name: str) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
 
 from sd3_lora.common.command_line import less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags
 
@@ -93,6 +93,7 @@ class InferenceConfig:
             yield f"--seed {self.seed} must be at least 0: there is no random seed here, so type any number"
         for name, values in (("guidance", [self.guidance]), ("lora_scale", self.lora_scale)):
             yield from (f"--{name} {value:g} must be a finite number" for value in values if not math.isfinite(value))
+        yield from (f"--lora: {fault}" for fault in map(missing_path, self.lora) if fault)
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
 

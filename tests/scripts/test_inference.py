@@ -283,7 +283,10 @@ def test_the_flags_of_diffusers_are_taken(script, prepared: Prepared, tmp_path: 
     ("flags", "sentence"),
     [
         ([], "nothing to draw: type --prompt"),
-        (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora nowhere/at-all/here is neither a file or folder"),
+        (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora: there is no nowhere/at-all/here: check the"),
+        (["--prompt", "a", "--lora", "nobody/nothing"], "--lora nobody/nothing is neither a file or folder"),
+        (["--prompt", "a", "--lora", "docs/nothing"], "--lora: there is no docs/nothing in the folder docs: check the"),
+        (["--prompt", "a", "--lora", "dog.safetensors"], "--lora: there is no dog.safetensors: check the path"),
         (["--prompt", "a", "--height", "70"], "--height 70 does not fit this model, which takes multiples of 16"),
         (["--prompt", "a", "--width", "4096"], "type --width 256"),
         (["--prompt", "a", "--num_images", "0"], "--num_images 0 must be at least 1"),
