@@ -19,6 +19,8 @@ COMMAND_LINE = CommandLine(
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
 
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -227,10 +229,12 @@ def sampling_of(config: InferenceConfig) -> SamplingSettings:
 def picture_settings(
     config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[Lora], precision: str
 ) -> dict[str, Any]:
-    """All that decides a picture's pixels beside its prompt and its place; it is kept in the PNG."""
+    """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the PNG."""
     packed = drawing.plan.placement.precision
+    scheduler = json.dumps(files.read_scheduler_config(), sort_keys=True)
     return {
-        "model": files.provenance(["transformer", "vae"], precision, 0).identity,
+        "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
+        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest()[:12],
         "lora": [lora.identity() for lora in loras],
         "negative_prompt": config.negative_prompt,
         "steps": config.num_steps,
@@ -242,8 +246,18 @@ def picture_settings(
         "precision": precision + (f", base {packed}" if packed else ""),
         "vae_precision": config.vae_precision,
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
+        **({"t5_precision": config.t5_precision} if config.t5_precision else {}),
         **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
     }
+
+
+def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
+    """Prints how many pictures there will be, how many are there, and where others keep their names."""
+    before = sum(plan.is_drawn for plan in plans)
+    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
+    if beside:
+        print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
 
 
 def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, loras: Sequence[Lora]) -> Sampler:
@@ -259,14 +273,13 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
 
     latent_size = (drawing.latent_shape[1], drawing.latent_shape[2])
     arranged = arrange(files, drawing.plan.placement, device, drawing.dtype, latent_size, add_loras)
-    files.component("scheduler")  # downloaded now, if need be
     return Sampler(arranged.transformer, files.read_scheduler_config())
 
 
 def denoise_all(
     sampler: Sampler, to_draw: Sequence[PicturePlan], embeddings: Embeddings, drawing: Drawing, config: InferenceConfig
-) -> tuple[list[torch.Tensor], bool]:
-    """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and whether an interruption ended it early.
+) -> tuple[list[torch.Tensor], BaseException | None]:
+    """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and the interruption or NaN that ended it.
 
     What was denoised by then is decoded all the same.
     """
@@ -276,18 +289,30 @@ def denoise_all(
             batch = to_draw[start : start + config.batch_size]
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch])
             latents += sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, sampling_of(config))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError) as error:
         if not latents:
             raise
-        print(f"\ninterrupted: the {len(latents)} pictures that are denoised will be decoded first")
-        return latents, True
-    return latents, False
+        if isinstance(error, KeyboardInterrupt):
+            print(f"\ninterrupted: the {len(latents)} pictures that are denoised will be decoded first")
+        return latents, error
+    return latents, None
 
 
 def decode_and_save(vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
-    """Decodes one picture at a time and writes it."""
+    """Decodes one picture at a time and writes it.
+
+    Raises:
+        UserError: pictures were NaN; all others are written.
+    """
+    errors = []
     for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
-        plan.save(decode(vae, latent))
+        try:
+            plan.save(decode(vae, latent))
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        others = f" ({len(errors)} of {len(plans)} pictures)" if len(plans) > 1 else ""
+        raise UserError(f"{errors[0]}{others}")
 
 
 def draw(
@@ -301,22 +326,24 @@ def draw(
 ) -> int:
     """Encode, free, denoise, free, decode; returns how many pictures were drawn, all unless it was interrupted."""
     config, device, reports = flags.drawing, context.device, context.reports
+    for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
+        files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
     embeddings = embed(wanted, files, config, drawing.length, context)
 
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
     with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
         sampler = load_sampler(files, drawing, device, loras)
-        latents, interrupted = denoise_all(sampler, to_draw, embeddings, drawing, config)
+        latents, ended_by = denoise_all(sampler, to_draw, embeddings, drawing, config)
         del sampler
 
     with memory_stage(f"decode ({config.vae_precision})", device, reports):
         vae = load_vae(files, config.vae_precision, device, tile)
         decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
-    if interrupted:
+    if ended_by:
         print(f"drew {len(latents)} of {len(to_draw)} pictures")
-        raise KeyboardInterrupt
+        raise ended_by
     return len(latents)
 
 
@@ -342,11 +369,11 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    settings = picture_settings(config, drawing, files, loras, chosen.name)
-    plans = plan_pictures(outdir, prompts, config.num_images, settings)
-    to_draw = [picture for picture in plans if not picture.is_drawn()]
-    size, before = drawing.size, len(plans) - len(to_draw)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    model = files.provenance(["transformer", "vae"], "", 0)
+    settings = picture_settings(config, drawing, files, loras, chosen.name) | {"model": model.identity}
+    plans = plan_pictures(outdir, prompts, config.num_images, settings, model.other_identities)
+    to_draw = [picture for picture in plans if not picture.is_drawn]
+    print_plans(plans, drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if to_draw or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)

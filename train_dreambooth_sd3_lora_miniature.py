@@ -140,8 +140,9 @@ def run_identity(
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
+    transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
-        "the transformer": stage_one.files.provenance(["transformer"], "", 0).identity,
+        "the transformer": transformer.identity,
         "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
@@ -156,7 +157,8 @@ def run_identity(
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
-    return RunIdentity(values, flag_defaults(type(group) for group in flags.groups()))
+    defaults = flag_defaults(type(group) for group in flags.groups())
+    return RunIdentity(values, defaults, {"the transformer": transformer.other_identities})
 
 
 def make_step(
@@ -488,6 +490,7 @@ def run(argv: Sequence[str] | None) -> None:
         say(line)
     if flags.budget.plan:
         return
+    files.component("transformer")  # here and whole before latents are made
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sd3_lora.common.command_line import WrongFlags
 from sd3_lora.common.placement_flags import Switch, is_on
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def missing_path(name: str) -> str | None:
+    """Why a name that no file or folder has cannot be a hub id, which is owner/name; else None.
+
+    What is meant as a path is not to be sent to the hub.
+    """
+    if os.path.exists(name):
+        return None
+    owner = name.split("/")[0]
+    if not _HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+        return f"there is no {name}: check the path"
+    if os.path.isdir(owner):
+        return f"there is no {name} in the folder {owner}: check the path, or start elsewhere if the hub's is meant"
+    return None
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,28 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.component_weights import missing_shards, require_whole, tensors_hash
+from sd3_lora.common.config import ModelConfig, missing_path
 from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.records import Provenance
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 
 MINIATURE = PROJECT_FOLDER / "miniature"
 TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -47,6 +49,8 @@ class ModelFiles:
         self.config = config
         self.name = config.pretrained_model_name_or_path or "miniature"
         self.revision: str | None = None  # the commit, once known: a branch may move during a run
+        self._hub_files: dict[str, str] | None = None
+        self._whole: dict[str, list[tuple[Path, int, int]]] = {}  # files that were checked, with size and time
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -68,6 +72,9 @@ class ModelFiles:
             return folder
         if folder.is_file():
             raise UserError(f"{folder} is one file: give the folder or hub id of a diffusers SD3 pipeline")
+        fault = missing_path(str(folder))
+        if fault:
+            raise UserError(f"--pretrained_model_name_or_path: {fault}")
         return None
 
     def _file(self, name: str) -> Path:
@@ -84,7 +91,8 @@ class ModelFiles:
         """The folder that holds component `name`'s configuration and weights; downloads them if need be.
 
         Raises:
-            UserError: the model lacks the component or its weights in safetensors.
+            UserError: the model lacks the component or its weights in safetensors; or these are not whole, or not those
+            of its configuration.
         """
         folder = self._snapshot([f"{name}/*.json", f"{name}/*.txt", f"{name}/*.model", *self._weight_patterns(name)])
         if not (folder / name).is_dir():
@@ -92,13 +100,15 @@ class ModelFiles:
         if not name.startswith(("tokenizer", "scheduler")) and not self.weight_files(name):
             wanted = f"{self.config.variant} weights" if self.config.variant else "weights"
             raise UserError(f"{self.name}/{name} has no {wanted} in safetensors: check --variant and the download")
-        for path in self.weight_files(name):
-            try:
-                with safe_open(path, "pt"):  # reads the header, which knows the file's length
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is not a whole safetensors file: delete it and download it again") from error
+        self._require_whole(name)
         return folder / name
+
+    def _require_whole(self, name: str) -> None:
+        paths = self.weight_files(name)
+        state = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        if paths and self._whole.get(name) != state:
+            require_whole(self.folder / name, self.read_config(name), paths, self.config.variant)
+            self._whole[name] = state
 
     def _weight_patterns(self, name: str) -> list[str]:
         variant = self.config.variant
@@ -146,16 +156,21 @@ class ModelFiles:
 
     def weight_files(self, component: str) -> list[Path]:
         """The component's safetensors files that are here, of the variant asked for."""
-        files = sorted((self.folder / component).glob("*.safetensors"))
+        return [path for path in sorted((self.folder / component).glob("*")) if self._is_weight_file(path.name)]
+
+    def _is_weight_file(self, name: str) -> bool:
+        if not name.endswith(".safetensors"):
+            return False
         if self.config.variant:
-            return [f for f in files if f".{self.config.variant}" in f.name]
-        return [f for f in files if not any(part in f.name for part in (".fp16", ".bf16", ".non_ema"))]
+            return f".{self.config.variant}" in name
+        return not any(part in name for part in (".fp16", ".bf16", ".non_ema"))
 
     def provenance(self, components: Iterable[str], precision: str, size: int) -> Provenance:
         """The provenance of an artefact that `components` make.
 
-        It hashes their configurations, which are small. Of a folder it also hashes samples of the weights and whole
-        vocabularies; of a hub model it does not, so that training never downloads the text encoders.
+        It hashes their configurations and whole vocabularies, which are small, and samples of those weights that are
+        here. Of a hub model it also takes the hub's own hashes of the weight files, which need no download, so that
+        training never fetches the text encoders.
         """
         components = sorted(components)
         configs, weights = hashlib.sha256(), hashlib.sha256()
@@ -165,8 +180,13 @@ class ModelFiles:
             configs.update(_canonical_json(self._read_json(f"{component}/{name}")))
             if self._local is not None:
                 is_vocabulary = component.startswith("tokenizer")
-                for path in self._content_files(component):
+                for path in self._content_files(self.folder, component):
                     weights.update(path.read_bytes() if is_vocabulary else _sample_bytes(path))
+            elif component.startswith("tokenizer"):
+                self.component(component)
+        here = self._hashes(self.folder, components)
+        if self._local is None and here.files is None:
+            here = replace(here, files=self._hash_by_hub(components))
         return Provenance(
             format_version=FORMAT_VERSION,
             model=self.name,
@@ -176,14 +196,60 @@ class ModelFiles:
             precision=precision,
             size=size,
             versions=library_versions(),
+            tensors_hash=here.tensors,
+            files_hash=here.files,
+            same_revisions=self._same_revisions(here, components),
         )
 
-    def _content_files(self, component: str) -> list[Path]:
+    def _content_files(self, folder: Path, component: str) -> list[Path]:
         """The files beside the configuration that decide a component's output: weights, or a tokenizer's vocabulary."""
+        return [path for path in sorted((folder / component).glob("*")) if self._is_content(component, path.name)]
+
+    def _is_content(self, component: str, name: str) -> bool:
         if not component.startswith("tokenizer"):
-            return self.weight_files(component)
-        files = (self.folder / component).iterdir()
-        return sorted(f for f in files if f.name != "tokenizer_config.json" and f.suffix in (".json", ".txt", ".model"))
+            return self._is_weight_file(name)
+        return name != "tokenizer_config.json" and name.endswith((".json", ".txt", ".model"))
+
+    def _hashes(self, folder: Path, components: Iterable[str]) -> _WeightHashes:
+        """What is known of the weights in a folder; None where a component is not here as a whole."""
+        digest, blobs = hashlib.sha256(), list[str]()
+        for component in components:
+            paths = self._content_files(folder, component)
+            if not paths or missing_shards(folder / component, self.config.variant):
+                return _WeightHashes()
+            if component.startswith("tokenizer"):
+                content = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+            else:
+                content = tensors_hash(paths) or ""
+            if not content:
+                return _WeightHashes()
+            digest.update(f"{component} {content}\n".encode())
+            # In the hub's cache a file is a link to a blob, whose name is the hub's hash of it.
+            blobs += [f"{component}/{path.name} {path.readlink().name}" for path in paths if path.is_symlink()]
+            blobs += ["unknown" for path in paths if not path.is_symlink()]
+        is_known = self._local is None and "unknown" not in blobs
+        return _WeightHashes(digest.hexdigest(), _hash_of_lines(blobs) if is_known else None)
+
+    def _hash_by_hub(self, components: Iterable[str]) -> str | None:
+        """The `files` of `_hashes`, asked of the hub; None where it does not answer."""
+        if self._hub_files is None:
+            self._hub_files = _ask_hub(self.name, self.revision)
+        lines = []
+        for component in components:
+            names = [name for name in self._hub_files if name.rpartition("/")[0] == component]
+            names = [name for name in names if self._is_content(component, name.rpartition("/")[2])]
+            if not names:
+                return None
+            lines += [f"{name} {self._hub_files[name]}" for name in names]
+        return _hash_of_lines(lines)
+
+    def _same_revisions(self, here: _WeightHashes, components: Iterable[str]) -> frozenset[str]:
+        """Other commits in the hub's cache with the same weights: artefacts of earlier builds know the commit alone."""
+        if self._local is not None:
+            return frozenset()
+        others = [path for path in self.folder.parent.iterdir() if path.is_dir() and path != self.folder]
+        hashes = {path.name: self._hashes(path, components) for path in others}
+        return frozenset(name for name, other in hashes.items() if here.is_same(other))
 
     def latent_channels_and_scale(self) -> tuple[int, int]:
         """The VAE's latent channels, and pixels per latent."""
@@ -250,6 +316,39 @@ def _sample_bytes(path: Path) -> bytes:
             file.seek(i * max(0, size - _BYTES_PER_SAMPLE) // (_SAMPLES_PER_FILE - 1))
             digest.update(file.read(_BYTES_PER_SAMPLE))
     return digest.digest()
+
+
+def _hash_of_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _ask_hub(model: str, revision: str | None) -> dict[str, str]:
+    """The hub's hash of each file of a commit, by path; empty where it does not answer."""
+    try:
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=10)
+    except (HTTPError, OSError):
+        return {}
+    hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
+    return {name: value for name, value in hashes.items() if value}
+
+
+@dataclass(frozen=True)
+class _WeightHashes:
+    """By what the weights of some components are known.
+
+    Attributes:
+        tensors: by their tensors.
+        files: by the hub's hashes of their files.
+    """
+
+    tensors: str | None = None
+    files: str | None = None
+
+    def is_same(self, other: _WeightHashes) -> bool:
+        """Whether they are known to be the same; the hub's hashes decide where both sides have them."""
+        if self.files and other.files:
+            return self.files == other.files
+        return self.tensors is not None and self.tensors == other.tensors
 
 
 class _HubErrors:

@@ -16,6 +16,8 @@ import torch
 # Settings of stage one that came after format version 1, each with its default: the value in artefacts that lack it. A
 # setting at its default is not written, so that earlier builds read the artefact too.
 LATER_SETTINGS: dict[str, Any] = {}
+# Hashes of a provenance that came after format version 1; earlier builds ignore them.
+_LATER_HASHES = ("tensors_hash", "files_hash")
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,14 @@ class Provenance:
         model: the model's hub id or folder, as the user gave it; used in messages, never compared.
         revision: the hub's commit; None for a folder.
         config_hash: sha256 of the configurations of the components that made the artefact.
-        weights_hash: sha256 of sampled bytes of their weights; None for a hub model, which its revision identifies.
+        weights_hash: sha256 of sampled bytes of their weight files; None for a hub model.
         precision: int8, nf4, fp16, bf16 or fp32 of the component that dominates (T5, or the VAE).
         size: max_sequence_length in T5 tokens, or the resolution in pixels.
         versions: of the libraries; information only, never compared.
         settings: flag → value, of `LATER_SETTINGS`; one that is missing has its default there.
+        tensors_hash: of all tensors of the weights, by samples; None where they are not here, as in earlier builds.
+        files_hash: of the hub's own hashes of the weight files; None for a folder, and where they are not known.
+        same_revisions: other commits of the hub's repository that are known to have the same weights. Not stored.
     """
 
     format_version: int
@@ -144,10 +149,15 @@ class Provenance:
     size: int
     versions: dict[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tensors_hash: str | None = None
+    files_hash: str | None = None
+    same_revisions: frozenset[str] = field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; `settings` only where one differs from its default."""
+        """As plain JSON types; what came after format version 1 only where it says something."""
         values = asdict(self)
+        del values["same_revisions"]
+        values = {name: value for name, value in values.items() if name not in _LATER_HASHES or value is not None}
         settings = {name: value for name, value in values.pop("settings").items() if value != _default_of(name)}
         return values | ({"settings": settings} if settings else {})
 
@@ -158,13 +168,26 @@ class Provenance:
         Raises:
             KeyError: a field of format version 1 is missing (a foreign file).
         """
-        required = [f.name for f in fields(cls) if f.default_factory is MISSING]
-        return cls(**{name: values[name] for name in required}, settings=dict(values.get("settings", {})))
+        required = [f.name for f in fields(cls) if f.default_factory is MISSING and f.default is MISSING]
+        later: dict[str, Any] = {name: values.get(name) for name in _LATER_HASHES}
+        return cls(**{name: values[name] for name in required}, settings=dict(values.get("settings", {})), **later)
 
     @property
     def identity(self) -> str:
         """A short hash of the components' configurations and weights, for the identity of a run."""
-        return f"{self.config_hash[:8]}-{(self.revision or self.weights_hash or '')[:8]}"
+        return self._identity_by(
+            (self.tensors_hash or self.files_hash or self.revision or self.weights_hash or "")[:12]
+        )
+
+    @property
+    def other_identities(self) -> frozenset[str]:
+        """What the same weights are called where other hashes are known, and in earlier builds."""
+        hashes = [h[:12] for h in (self.tensors_hash, self.files_hash) if h]
+        hashes += [h[:8] for h in (self.revision, self.weights_hash, *self.same_revisions) if h]
+        return frozenset(self._identity_by(h) for h in hashes)
+
+    def _identity_by(self, weights: str) -> str:
+        return f"{self.config_hash[:8]}-{weights}"
 
     def difference(self, wanted: Provenance, size_name: str) -> str | None:
         """The first difference from `wanted`, for a message; None where there is none.
@@ -178,8 +201,10 @@ class Provenance:
         if not self.same_model(wanted):
             name = f"{self.model}@{self.revision[:8]}" if self.revision else self.model
             wanted_name = f"{wanted.model}@{wanted.revision[:8]}" if wanted.revision else wanted.model
-            same_name = name == wanted_name
-            return f"other weights than {name} has now" if same_name else f"model {name}, not {wanted_name}"
+            if name == wanted_name:
+                return f"other weights than {name} has now"
+            hint = f" (--revision {self.revision} keeps it)" if self.revision and self.model == wanted.model else ""
+            return f"model {name}, not {wanted_name}{hint}"
         if self.precision != wanted.precision:
             return f"precision {self.precision}, not {wanted.precision}"
         if self.size != wanted.size:
@@ -194,12 +219,18 @@ class Provenance:
     def same_model(self, other: Provenance) -> bool:
         """Whether both come from the same component weights, as far as both sides record them.
 
-        A folder is identified by a hash of its weights, a hub model by its commit. What one side lacks is not compared.
+        The best hash that both sides have decides, whatever the commits: a new commit may change a text beside the
+        weights. Where they have none in common, the commits do.
         """
         if self.config_hash != other.config_hash:
             return False
-        pairs = ((self.revision, other.revision), (self.weights_hash, other.weights_hash))
-        return all(left is None or right is None or left == right for left, right in pairs)
+        for name in ("files_hash", "tensors_hash", "weights_hash"):
+            left, right = getattr(self, name), getattr(other, name)
+            if left is not None and right is not None:
+                return bool(left == right)
+        if self.revision is None or other.revision is None or self.revision == other.revision:
+            return True
+        return self.revision in other.same_revisions or other.revision in self.same_revisions
 
 
 def _default_of(setting: str) -> Any:

@@ -7,7 +7,7 @@ sentences.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,12 @@ class RunIdentity:
     Attributes:
         values: flag or noun → its value, as plain JSON types.
         defaults: flag → its default, which is the value of a flag in a run of a build that did not have it.
+        synonyms: flag or noun → other values that mean the same as its value.
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    synonyms: Mapping[str, Collection[Any]] = field(default_factory=dict)
 
     def changed(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """What had another value in an earlier run: the name, the value then, the value now.
@@ -65,7 +67,11 @@ class RunIdentity:
             saved: the earlier run's `values`.
         """
         before = {name: saved.get(name, self.defaults.get(name)) for name in self.values}
-        return [(name, before[name], value) for name, value in self.values.items() if before[name] != value]
+        return [
+            (name, before[name], value)
+            for name, value in self.values.items()
+            if before[name] != value and before[name] not in self.synonyms.get(name, ())
+        ]
 
     def unknown(self, saved: Mapping[str, Any]) -> list[tuple[str, Any]]:
         """What an earlier run's identity has and this build does not know: the name, and the value then."""

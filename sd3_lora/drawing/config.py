@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
 
 from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags
 
@@ -34,14 +35,35 @@ class InferenceConfig:
         default=None, metadata={"help": "Text file with prompts, one a line; # begins a comment."}
     )
     negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
-    num_images: int = field(default=1, metadata={"help": "Pictures of each prompt."})
-    num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
-    guidance: float = field(default=7.0, metadata={"help": "Classifier-free guidance; 1 or less is without."})
+    num_images: int = field(
+        default=1,
+        metadata={
+            "aliases": ["--num_images_per_prompt", "--num-images-per-prompt"],
+            "help": "Pictures of each prompt.",
+        },
+    )
+    num_steps: int = field(
+        default=28,
+        metadata={"aliases": ["--num_inference_steps", "--num-inference-steps"], "help": "Denoising steps."},
+    )
+    guidance: float = field(
+        default=7.0,
+        metadata={
+            "aliases": ["--guidance_scale", "--guidance-scale"],
+            "help": "Classifier-free guidance; 1 or less is without.",
+        },
+    )
     height: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
     width: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
-    seed: int = field(default=0, metadata={"help": "Of the starting noise."})
+    seed: int = field(default=0, metadata={"help": "Of the starting noise, which all prompts share."})
     batch_size: int = field(default=1, metadata={"help": "Pictures denoised together."})
-    outdir: str = field(default="images", metadata={"help": "Where the pictures go."})
+    outdir: str = field(
+        default="images",
+        metadata={
+            "aliases": ["--output_dir", "--output-dir"],
+            "help": "Where the pictures go. Pictures of other settings that are there keep their names.",
+        },
+    )
     data_df_path: str = field(
         default=EMBEDDINGS_PATH, metadata={"help": "An embeddings file; its prompts need no text encoder."}
     )
@@ -71,7 +93,10 @@ class InferenceConfig:
         yield from less_than_one(self, "num_images", "num_steps", "batch_size", "height", "width")
         yield from split_prompt("prompt", self.prompt)
         if self.seed < 0:
-            yield f"--seed {self.seed} must be at least 0"
+            yield f"--seed {self.seed} must be at least 0: there is no random seed here, so type any number"
+        for name, values in (("guidance", [self.guidance]), ("lora_scale", self.lora_scale)):
+            yield from (f"--{name} {value:g} must be a finite number" for value in values if not math.isfinite(value))
+        yield from (f"--lora: {fault}" for fault in map(missing_path, self.lora) if fault)
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
 

@@ -122,8 +122,16 @@ class Sampler:
                 output_type="latent",
             ).images.cpu()
         if not torch.isfinite(latents).all():
-            raise UserError("the picture came out as NaN (it would be black): type --mixed_precision bf16, or no")
+            raise UserError(f"the picture came out as NaN (it would be black): {_remedy(dtype, '--mixed_precision')}")
         return latents
+
+
+def _remedy(dtype: torch.dtype, flag: str) -> str:
+    """What to do about a NaN that was computed in this dtype, which the flag chooses."""
+    if dtype == torch.float16:
+        exact = "fp32" if flag == "--vae_precision" else "no"
+        return f"fp16 was too narrow: type {flag} bf16, or {flag} {exact}"
+    return "check the model's files and --lora, or lower --lora_scale and --guidance"
 
 
 @contextmanager
@@ -146,8 +154,13 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:
     Args:
         vae: on its device.
         latents: `(16, H/8, W/8)`, normalized.
+
+    Raises:
+        UserError: the pixels are not finite.
     """
     raw = denormalize_latents(latents[None].float(), vae.config)  # (1, 16, H/8, W/8)
     pixels = vae.decode(raw.to(vae.device, vae.dtype)).sample  # (1, 3, H, W) in [-1, 1]
+    if not torch.isfinite(pixels).all():
+        raise UserError(f"the VAE decoded a picture to NaN: {_remedy(vae.dtype, '--vae_precision')}")
     picture: Image.Image = VaeImageProcessor().postprocess(pixels.float(), output_type="pil")[0]
     return picture

@@ -13,7 +13,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
-from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.read_ahead import read_ahead
@@ -47,8 +47,10 @@ def encode_prompts(
         prompt_embeds `(N, S, D)` and pooled_prompt_embeds `(N, P)`, float16 on the CPU.
 
     Raises:
-        UserError: an embedding that float16 cannot hold, with its prompt.
+        UserError: an embedding that float16 cannot hold, with its prompt; or as `ModelFiles.component`.
     """
+    for component in TEXT_COMPONENTS:  # all of them are here and whole before the first computes
+        files.component(component)
     clip_hidden, pooled = [], []
     clip_tokens = files.clip_tokens()
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
@@ -236,7 +238,9 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
         is_kept = len(token_ids) <= plan.kept_prompts
         hidden_device = device if is_kept else torch.device("cpu")
         pieces = token_ids.split(plan.batch_size)
-        hidden = [weights.rows("shared.weight", ids).to(hidden_device, dtype) for ids in pieces]  # (B, T, D)
+        tied = ("shared.weight", "encoder.embed_tokens.weight")  # one matrix, of which files have either name
+        embedding = next(name for name in tied if name in weights.shapes())
+        hidden = [weights.rows(embedding, ids).to(hidden_device, dtype) for ids in pieces]  # (B, T, D)
         weight_buffer = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
         position_bias = None  # (1, heads, T, T): computed by the first block, used by all
         halves = read_ahead(read_halves(weights, encoder.block))

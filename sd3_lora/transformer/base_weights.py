@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles
 
@@ -56,19 +54,13 @@ def load_transformer(
             NaN, on the host, without memory. In 4 bits they are on the host, and their scales on the device.
 
     Raises:
-        UserError: the files lack a tensor that the configuration asks for, hold one that it has no place for, hold one
-            of another shape, or are quantized already.
+        UserError: as `ModelFiles.component`: the files are not those of the configuration, or quantized already.
     """
-    folder, config = files.component("transformer"), files.read_config("transformer")
-    if "quantization_config" in config:
-        raise UserError(
-            f"{folder} is quantized already, which cannot be trained here: give the model's original weights as "
-            "--pretrained_model_name_or_path"
-        )
+    files.component("transformer")  # downloaded now, if need be, and whole
+    config = files.read_config("transformer")
     transformer, not_in_files = _make_empty(config)
     with TensorFiles(files.weight_files("transformer")) as weights:
         expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
-        _require_same_shapes(folder, expected, weights.shapes())
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
         reader = _WeightReader(weights, device, dtype, _kept_positions(config, latent_size))
@@ -165,32 +157,6 @@ def _make_empty(config: Mapping[str, Any]) -> tuple[SD3Transformer2DModel, set[s
         with init_empty_weights(include_buffers=False):
             transformer = SD3Transformer2DModel.from_config(config)
     return transformer, not_in_files
-
-
-def _require_same_shapes(folder: Path, expected: Mapping[str, torch.Size], in_files: Mapping[str, torch.Size]) -> None:
-    missing = [name for name in expected if name not in in_files]
-    unexpected = [name for name in in_files if name not in expected]
-    other = [name for name in expected if name in in_files and in_files[name] != expected[name]]
-
-    def first_of(names: list[str]) -> str:
-        return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
-
-    if missing:
-        raise UserError(
-            f"{folder} lacks {first_of(missing)}, which its config.json asks for: delete the folder and download it "
-            "again, or check --variant"
-        )
-    if unexpected:
-        raise UserError(
-            f"{folder} holds {first_of(unexpected)}, which its config.json has no place for: give the weights the "
-            "config.json that they were saved with"
-        )
-    if other:
-        shapes = f"{tuple(in_files[other[0]])} and by its config.json {tuple(expected[other[0]])}"
-        raise UserError(
-            f"{folder}: {first_of(other)} is of shape {shapes}: give the weights the config.json that they were "
-            "saved with"
-        )
 
 
 def _set_tensor(transformer: SD3Transformer2DModel, name: str, value: torch.Tensor) -> None:

@@ -181,10 +181,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 @pytest.mark.parametrize(
     ("script", "typed", "meant"),
     [
-        ("inference", "guidance_scale", "guidance"),
-        ("inference", "num_inference_steps", "num_steps"),
-        ("inference", "output_dir", "outdir"),
-        ("inference", "num_images_per_prompt", "num_images"),
+        ("compute_embeddings", "num_inference_steps", None),  # of a drawing
         ("inference", "lora_path", "lora"),
         ("inference", "steps", "num_steps"),
         ("train_dreambooth_sd3_lora_miniature", "steps", "max_train_steps"),
@@ -334,5 +331,5 @@ def test_what_cannot_be_drawn() -> None:
     assert str(error.value).splitlines()[1:] == [
         "  --height 0 must be at least 1",
         "  --width -64 must be at least 1",
-        "  --seed -1 must be at least 0",
+        "  --seed -1 must be at least 0: there is no random seed here, so type any number",
     ]

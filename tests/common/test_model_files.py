@@ -227,7 +227,8 @@ def test_a_difference_names_the_first_thing_that_matters() -> None:
     assert record.difference(replace(record, size=32), "resolution") == "resolution 64, not 32"
     assert record.difference(replace(record, size=32, precision="fp16"), "resolution") == "precision fp32, not fp16"
     other = replace(record, revision="9876543210", precision="fp16")
-    assert record.difference(other, "resolution") == "model a/b@01234567, not a/b@98765432"
+    hint = "(--revision 0123456789 keeps it)"
+    assert record.difference(other, "resolution") == f"model a/b@01234567, not a/b@98765432 {hint}"
 
 
 def test_a_setting_that_is_not_there_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,10 +401,30 @@ def test_an_unknown_id_without_the_hub() -> None:
         files_of("nobody/nothing")  # tests run offline
 
 
-@pytest.mark.parametrize("name", ["no/such/folder/here", "a folder that is not there", "./missing"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder/here", "a folder that is not there", "./missing", "miniatur", "~/sd3", "sd3.safetensors"]
+)
 def test_a_name_that_no_hub_model_can_have(name: str) -> None:
-    with pytest.raises(UserError, match="is neither a folder here nor a model that you can see on the hub: check the"):
+    """It is a path; nobody's folders are sent to the hub."""
+    with pytest.raises(UserError) as caught:
         files_of(name)
+    shown = Path(name).expanduser()
+    assert str(caught.value) == f"--pretrained_model_name_or_path: there is no {shown}: check the path"
+
+
+def test_a_mistyped_folder_in_a_folder_that_is_here(
+    tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    owner, name = HUB_ID.split("/")
+    assert files_of(HUB_ID).revision == COMMIT
+    (tmp_path / owner).mkdir()
+    hub.asked.clear()
+    with pytest.raises(UserError, match=f"there is no {HUB_ID} in the folder {owner}: check the path, or start"):
+        files_of(HUB_ID)
+    assert not hub.asked
+    shutil.copytree(tiny_sd3, tmp_path / owner / name)
+    assert files_of(HUB_ID).revision is None
 
 
 def test_another_vocabulary_is_another_model(model: Path) -> None:

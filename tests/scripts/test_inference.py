@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
-from sd3_lora.drawing.pictures import plan_pictures
+from sd3_lora.drawing.pictures import folder_name, plan_pictures
 
 import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +70,33 @@ def test_the_picture_is_the_stock_pipelines(script, prepared: Prepared, lora: Pa
     assert np.abs(plain - ours).mean() > 1  # the LoRA had its effect
 
 
-def test_noise_depends_on_seed_and_indices_alone(tmp_path: Path) -> None:
-    plans = plan_pictures(tmp_path, ["a", "b"], 2, {"seed": 0})
-    noises = [plan.noise((16, 8, 8)) for plan in plans]
-    again = plan_pictures(tmp_path / "other", ["a", "b"], 2, {"seed": 0})
-    assert all(torch.equal(noise, plan.noise((16, 8, 8))) for noise, plan in zip(noises, again, strict=True))
-    other_seed = plan_pictures(tmp_path, ["a", "b"], 2, {"seed": 1})
-    distinct = noises + [plan.noise((16, 8, 8)) for plan in other_seed]
+def test_noise_depends_on_seed_and_index_alone(tmp_path: Path) -> None:
+    def noises(prompts: list[str], seed: int) -> list[torch.Tensor]:
+        return [plan.noise((16, 8, 8)) for plan in plan_pictures(tmp_path, prompts, 4, {"seed": seed})]
+
+    alone = noises(["a"], 0)
+    assert all(torch.equal(*pair) for pair in zip([*alone, *alone], noises(["b", "a"], 0), strict=True))
+    distinct = alone + noises(["a"], 1)
     assert all(not torch.equal(distinct[i], distinct[j]) for i in range(8) for j in range(i))
     assert abs(torch.stack(distinct).std().item() - 1) < 0.05
+
+
+def test_a_prompt_draws_the_same_wherever_it_is_in_the_list(script, prepared: Prepared, tmp_path: Path) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT]
+    assert script("inference", *flags, "--prompt", "a photo of a robot").code == 0
+    other = [*base_flags(prepared, tmp_path / "other"), "--prompt", "a photo of a robot"]
+    assert script("inference", *other, "--prompt", PROMPT).code == 0
+    left, right = (next(folder.glob("*_a-photo-of-sks-robot/*.png")) for folder in (tmp_path, tmp_path / "other"))
+    assert (left.parent.name[:3], right.parent.name[:3]) == ("000", "001")
+    assert np.array_equal(pixels(left), pixels(right))
+
+
+def test_a_prompt_given_twice_is_drawn_twice(tmp_path: Path) -> None:
+    plans = plan_pictures(tmp_path, ["a", "b", "a"], 2, {"seed": 0})
+    assert [plan.path.relative_to(tmp_path).as_posix() for plan in plans] == [
+        *(f"000_a/img_0{index}.png" for index in range(4)),
+        *(f"001_b/img_0{index}.png" for index in range(2)),
+    ]
 
 
 def test_the_batch_changes_nothing(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
@@ -121,6 +143,71 @@ def test_settings_are_in_the_picture_and_a_rerun_draws_nothing(script, prepared,
     assert "1 of them drawn before" in again.out
     assert path.stat().st_mtime_ns == before
     assert "0 of them drawn before" in script("inference", *flags, "--height", 96, "--width", 64, "--seed", 8).out
+
+
+def test_pictures_are_never_replaced(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    """Another seed, LoRA or scale gets another name; each of them is known again."""
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT]
+    variants = [[], ["--seed", 1], ["--lora", lora], ["--lora", lora, "--lora_scale", 0.5]]
+    names = ["img_00.png", "img_00_2.png", "img_00_3.png", "img_00_4.png"]
+    contents: dict[str, bytes] = {}
+    for more, name in zip(variants, names, strict=True):
+        result = script("inference", *flags, *more)
+        assert ("1 of them beside pictures of other settings, which are kept" in result.out) == (name != names[0])
+        found = {path.name: path.read_bytes() for path in tmp_path.glob("*/*.png")}
+        assert found.keys() == {*contents, name}
+        assert contents.items() <= found.items()
+        contents = found
+    for more in variants:
+        assert "1 of them drawn before" in script("inference", *flags, *more).out
+    (folder,) = tmp_path.glob("000_*")
+    (folder / names[0]).write_bytes(b"of another program, or cut short")
+    assert script("inference", *flags).code == 0
+    assert (folder / names[0]).read_bytes() == b"of another program, or cut short"
+    assert np.array_equal(pixels(folder / "img_00_5.png"), np.asarray(Image.open(io.BytesIO(contents[names[0]]))))
+
+
+def test_a_picture_of_other_weights_is_drawn_anew(script, prepared: Prepared, tmp_path: Path) -> None:
+    """One matrix of the transformer, a norm of the VAE or of a text encoder, another schedule: each is another."""
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    flags = [*base_flags(prepared, tmp_path / "out"), "--prompt", "a fish", "--pretrained_model_name_or_path", model]
+
+    def draw() -> str:
+        result = script("inference", *flags)
+        assert result.code == 0, result.err
+        return result.out
+
+    assert "0 of them drawn before" in draw()
+    for name, tensor in (
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer_blocks.1.attn.to_k.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_norm_out.bias"),
+        ("text_encoder_3/model.safetensors", "encoder.final_layer_norm.weight"),
+    ):
+        tensors = load_file(model / name)
+        tensors[tensor] = tensors[tensor] + 0.125
+        save_file(tensors, model / name, {"format": "pt"})
+        assert "0 of them drawn before" in draw(), name
+    schedule = model / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"shift": 1.5}))
+    assert "0 of them drawn before" in draw()
+    assert "1 of them drawn before" in draw()
+
+
+def test_the_png_s_text_does_no_harm_elsewhere(script, prepared: Prepared, tmp_path: Path) -> None:
+    """ComfyUI's page parses `workflow` or `prompt` as JSON, and reads tEXt as UTF-8, although it is Latin-1."""
+    flags = [*base_flags(prepared, tmp_path), "--negative_prompt", "blurry", "--seed", 3]
+    assert script("inference", *flags, "--prompt", "ein grüner Hund", "--prompt", PROMPT).code == 0
+    for prompt, kind, other in (("ein grüner Hund", b"iTXt", b"tEXt"), (PROMPT, b"tEXt", b"iTXt")):
+        (path,) = tmp_path.glob(f"*_{folder_name(prompt)}/img_00.png")
+        content = path.read_bytes()
+        assert content.count(kind + b"parameters\0") == content.count(kind + b"sd3_lora\0") == 1
+        assert other not in content
+        with Image.open(path) as picture:
+            assert set(picture.info) == {"parameters", "sd3_lora"}
+            lines = picture.info["parameters"].splitlines()
+        assert lines == [
+            prompt, "Negative prompt: blurry", "Steps: 3, Sampler: Euler, CFG scale: 7.0, Seed: 3, Size: 64x64"
+        ]  # fmt: skip
 
 
 def test_lora_scales(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
@@ -183,17 +270,32 @@ def test_prompts_file_with_bom_and_crlf(script, prepared: Prepared, tmp_path: Pa
     assert folders == ["000_a-cat", "001_ein-grüner-hund"]
 
 
+def test_the_flags_of_diffusers_are_taken(script, prepared: Prepared, tmp_path: Path) -> None:
+    flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
+    flags += ["--output-dir", tmp_path, "--num_inference_steps", 1, "--max_sequence_length", 20, "--prompt", PROMPT]
+    assert script("inference", *flags, "--guidance_scale", 2, "--num_images_per_prompt", 2).code == 0
+    with Image.open(sorted(tmp_path.glob("*/img_*.png"))[1]) as picture:
+        settings = json.loads(picture.text["sd3_lora"])
+    assert (settings["steps"], settings["guidance"], settings["image_index"]) == (1, 2.0, 1)
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ([], "nothing to draw: type --prompt"),
-        (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora nowhere/at-all/here is neither a file or folder"),
+        (["--prompt", "a", "--lora", "nowhere/at-all/here"], "--lora: there is no nowhere/at-all/here: check the"),
+        (["--prompt", "a", "--lora", "nobody/nothing"], "--lora nobody/nothing is neither a file or folder"),
+        (["--prompt", "a", "--lora", "docs/nothing"], "--lora: there is no docs/nothing in the folder docs: check the"),
+        (["--prompt", "a", "--lora", "dog.safetensors"], "--lora: there is no dog.safetensors: check the path"),
         (["--prompt", "a", "--height", "70"], "--height 70 does not fit this model, which takes multiples of 16"),
         (["--prompt", "a", "--width", "4096"], "type --width 256"),
         (["--prompt", "a", "--num_images", "0"], "--num_images 0 must be at least 1"),
         (["--prompt", "a", "--lora_scale", "0.5"], "give one for each"),
         (["--prompt", "a", "--prompts_file", "missing.txt"], "cannot read missing.txt"),
         (["--prompt", "a", "--no_such_flag"], "--no_such_flag"),
+        (["--prompt", "a", "--height", "0"], "--height 0 must be at least 1"),
+        (["--prompt", "a", "--seed", "-1"], "there is no random seed here, so type any number"),
+        (["--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
     ],
 )
 def test_bad_input_is_one_sentence(script, prepared: Prepared, tmp_path: Path, flags, sentence) -> None:
@@ -232,8 +334,57 @@ def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path
     monkeypatch.setattr(inference, "load_sampler", broken)
     result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT)
     assert result.code == 2
-    assert "--mixed_precision" in result.err
+    assert result.err == (
+        "error: the picture came out as NaN (it would be black): check the model's files and --lora, or lower "
+        "--lora_scale and --guidance\n"
+    )
     assert not list(tmp_path.glob("*/*.png"))
+
+
+def test_what_was_denoised_before_a_nan_is_drawn(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    from sd3_lora.drawing.sampling import Sampler
+
+    denoise = Sampler.denoise
+
+    def broken(sampler: Sampler, noise: torch.Tensor, prompts: list[str], *rest: Any) -> torch.Tensor:
+        return denoise(sampler, noise * float("nan") if prompts == ["b"] else noise, prompts, *rest)
+
+    monkeypatch.setattr(Sampler, "denoise", broken)
+    result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT, "--prompt", "b")
+    assert result.code == 2
+    assert "came out as NaN" in result.err
+    assert "drew 1 of 2 pictures" in result.out
+    assert len(list(tmp_path.glob("*/*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "remedy"), [("fp32", "check the model's files"), ("fp16", "type --vae_precision bf16, or")]
+)
+def test_a_nan_in_the_decoder_is_no_picture(
+    script, prepared: Prepared, tmp_path: Path, monkeypatch, precision: str, remedy: str
+) -> None:
+    """The others of the run are written."""
+    from diffusers import AutoencoderKL
+
+    decode, calls = AutoencoderKL.decode, 0
+
+    def broken(vae: AutoencoderKL, *words: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = decode(vae, *words, **more)
+        if calls == 1:
+            output.sample[0, 1, 5, 7] = float("nan")
+        return output
+
+    monkeypatch.setattr(AutoencoderKL, "decode", broken)
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT, "--num_images", 2, "--vae_precision", precision]
+    result = script("inference", *flags)
+    assert result.code == 2
+    assert result.err.count("\n") == 1
+    assert "error: the VAE decoded a picture to NaN: " in result.err
+    assert remedy in result.err
+    assert "(1 of 2 pictures)" in result.err
+    assert [path.name for path in tmp_path.glob("*/*.png")] == ["img_01.png"]
 
 
 @pytest.mark.parametrize("denoised", [0, 1, 2])

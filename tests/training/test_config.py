@@ -28,6 +28,7 @@ import pytest
 import torch
 from conftest import TRAINING_SCRIPT, Prepared
 from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file, save_file
 from training_runs import Run, Script, private_copy, same_lora, train
 
 GROUPS = TrainingFlags.classes()
@@ -489,7 +490,10 @@ def test_variant(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     for folder in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         (weights,) = (model / folder).glob("*.safetensors")
         weights.rename(weights.with_suffix(".fp16.safetensors"))
-    words = ["--pretrained_model_name_or_path", model, "--variant", "fp16"]
+    words = ["--pretrained_model_name_or_path", model, "--variant", "fp16", "--max_train_steps", 1]
+    train(script, prepared, tmp_path / "same", *words)  # the same tensors under another name
+    path = model / "text_encoder" / "model.fp16.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
     run = train(script, prepared, tmp_path / "out", *words, code=2)
     assert "other weights than" in run.error or "was made with model" in run.error  # found, and hashed under this name
     script_of_stage_one = run.error.split("`")[1]
