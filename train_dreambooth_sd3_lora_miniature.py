@@ -9,6 +9,7 @@ memory here.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.lean_imports import import_diffusers, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
@@ -20,6 +21,8 @@ COMMAND_LINE = CommandLine(
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
+    start_driver()
+    import_diffusers(without=("bitsandbytes",))
 
 import hashlib
 import os
