@@ -18,6 +18,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.read_ahead import read_ahead
 from sd3_lora.stage_one.t5_halves import half_bytes, read_halves
+from sd3_lora.stage_one.t5_int8 import load_t5_int8
 from sd3_lora.stage_one.text_encoder_plan import T5Precision, TextEncoderPlan, describe_t5, empty_t5
 
 import torch
@@ -193,8 +194,12 @@ def encode_clip(
 
 def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
     """T5's encoder, whole, on the plan's device in the plan's precision."""
+    files.component("text_encoder_3")  # downloads the files if need be
     options: dict[str, Any] = {"dtype": torch.float16, "device_map": {"": plan.device}}
-    if plan.t5_precision == "int8":  # LLM.int8(), arXiv 2208.07339
+    if plan.t5_precision == "int8":
+        encoder = load_t5_int8(files, plan.device)
+        if encoder is not None:
+            return encoder
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif plan.t5_precision == "nf4":  # arXiv 2305.14314
         options["quantization_config"] = BitsAndBytesConfig(
