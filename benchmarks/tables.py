@@ -323,7 +323,8 @@ _STAGES = {
     "text": {"captions to embeddings": "name", "captions": "items", "seconds": "elapsed_s", "ms each": "ms_an_item"}
     | {"the reference's way, s": "reference_s", "ratio": "ratio", "off by": "embeds_relative"},
     "job": {"the whole job": "name", "steps": "steps", "ms a step": "ms_a_step", "seconds": "elapsed_s"}
-    | {"with 500 steps, s": "job_s", "times ours": "ratio", "device GiB": "device_gib"},
+    | {"starting": "start_s", "compiling": "compile_s", "with 500 steps, s": "job_s", "times ours": "ratio"}
+    | {"of the build before": "of_before", "device GiB": "device_gib"},
     "gpus": {"stage one": "name", "GPUs": "gpus", "items": "items", "seconds": "elapsed_s", "at work": "work_s"}
     | {"each once": "each_once"},
 }
