@@ -66,6 +66,7 @@ from sd3_lora.training.pool import Pool, pass_length
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.trackers import start_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
@@ -480,6 +481,7 @@ def run(argv: Sequence[str] | None) -> None:
     steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
+    start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
