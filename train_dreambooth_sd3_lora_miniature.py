@@ -9,7 +9,7 @@ memory here.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
-from sd3_lora.common.lean_imports import import_diffusers, start_driver
+from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
@@ -22,6 +22,7 @@ COMMAND_LINE = CommandLine(
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
+    import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
 import hashlib

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.abc
 import importlib.metadata
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,15 +23,41 @@ def import_diffusers(without: tuple[str, ...] = ()) -> None:
         from diffusers import AutoencoderKL, SD3Transformer2DModel  # noqa: F401
 
 
+def import_pyarrow() -> None:
+    """Imports pyarrow, for a script's own process.
+
+    For the first value that it converts it would import pandas, wherever that is installed, to see whether the value is
+    one of pandas'.
+    """
+    finder = _NoPandas()  # pyarrow is compiled, and would take `_hidden`'s None for the module
+    sys.meta_path.insert(0, finder)
+    try:
+        import pyarrow
+
+        pyarrow.scalar(0)  # now it is asked, and not again
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _NoPandas(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(f"{name} is left out", name=name)
+
+
 def import_bitsandbytes() -> None:
     """Imports bitsandbytes, for a GPU: on a CPU the compiled form of two of its functions is faster.
 
     It has torch compile them, which imports torch's compiler: three quarters of its time.
     """
-    from torch import _dynamo
-
-    with _dynamo.config.patch(disable=True):
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
         import bitsandbytes  # noqa: F401
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def start_driver() -> None:
