@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
@@ -55,7 +57,7 @@ def encode_prompts(
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
-            tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
+            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
             hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
             clip_hidden.append(hidden)
             pooled.append(projected)
@@ -65,7 +67,7 @@ def encode_prompts(
         memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
         tensor_cores_for_wo(files, plan.t5_precision),
     ):
-        tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+        tokenizer = _tokenizer(T5TokenizerFast, files.component("tokenizer_3"))
         token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
         (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
@@ -154,6 +156,12 @@ def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """Yields `size` rows at a time, with a progress bar from four batches on."""
     pieces = values.split(size)
     return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
+
+
+@lru_cache(3)
+def _tokenizer(kind: Any, folder: Path) -> Any:
+    """A tokenizer, read once: the identifier is tokenized before the prompts are."""
+    return kind.from_pretrained(folder)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
@@ -307,8 +315,8 @@ def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str
     if not candidates:
         return None
     tokenizers = {
-        "CLIP": CLIPTokenizer.from_pretrained(files.component("tokenizer")),
-        "T5": T5TokenizerFast.from_pretrained(files.component("tokenizer_3")),
+        "CLIP": _tokenizer(CLIPTokenizer, files.component("tokenizer")),
+        "T5": _tokenizer(T5TokenizerFast, files.component("tokenizer_3")),
     }
     clip = tokenizers["CLIP"]
 
