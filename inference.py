@@ -9,6 +9,7 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
@@ -18,6 +19,9 @@ COMMAND_LINE = CommandLine(
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
+    start_driver()
+    import_pyarrow()
+    import_diffusers(without=("bitsandbytes",))
 
 import hashlib
 import json

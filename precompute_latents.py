@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.lean_imports import import_diffusers, start_driver
 from sd3_lora.stage_one.config import LatentConfig
 
 COMMAND_LINE = CommandLine(
@@ -19,6 +20,8 @@ COMMAND_LINE = CommandLine(
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
+    start_driver()
+    import_diffusers(without=("bitsandbytes", "peft"))
 
 import itertools
 import sys

@@ -9,6 +9,7 @@ memory here.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
@@ -20,6 +21,9 @@ COMMAND_LINE = CommandLine(
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
+    start_driver()
+    import_pyarrow()
+    import_diffusers(without=("bitsandbytes",))
 
 import hashlib
 import os
@@ -70,6 +74,7 @@ from sd3_lora.training.pool import Pool, pass_length
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.trackers import start_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
@@ -509,6 +514,7 @@ def run(argv: Sequence[str] | None) -> None:
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
     execution = replace(execution, attention_backward=task.shape.attention_backward)
+    start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,23 @@ def in_use() -> int:
     return (driver_bytes(0) or 0) if torch.cuda.is_available() else 0
 
 
-def run_process(words: Sequence[object]) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+def run_process(
+    words: Sequence[object], environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
     """Runs Python with these words: what that took of time and of the first GPU, and what came out.
 
-    Of the GPU it is the most that the driver said was in use meanwhile, less what was before; 0 without one.
+    The environment is added to this process' own. Of the GPU it is the most that the driver said was in use meanwhile,
+    less what was before; 0 without one.
     """
     before, start = in_use(), time.perf_counter()
     with PeakSampler(in_use) as sampler:
-        finished = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False)
+        finished = subprocess.run(
+            [sys.executable, *map(str, words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **(environment or {})},
+        )
     row: dict[str, Any] = {"elapsed_s": round(time.perf_counter() - start, 2)}
     row |= {"device_gib": round((sampler.peak - before) / GIB, 2)}
     return row | ({"failed": finished.stderr.strip().splitlines()[-1:]} if finished.returncode else {}), finished

@@ -7,6 +7,8 @@ The scripts' times are of their whole `main`, what they load and write included,
 
     python benchmarks/random_sd3.py sd3-medium /tmp/sd3-medium
     python benchmarks/stages.py encoders latents text job --model /tmp/sd3-medium --peer ../diffusers --result FILE
+    git worktree add ../before COMMIT
+    python benchmarks/stages.py job --before ../before --model /tmp/sd3-medium --result FILE
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from precompute_latents import MOST_THREADS, LatentConfig, decode
+from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.devices import choose_device, cpu_cores
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
@@ -251,6 +254,9 @@ def job_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     photos = out / "photos"
     for path in fabricate_photos(photos, 5, arguments.sizes[-1]):
         path.rename(path.with_suffix(".jpeg"))  # the reference looks for no other
+    if arguments.before:
+        yield from build_rows(arguments, out)
+        return
     training = ["--resolution", arguments.resolution, "--mixed_precision", "fp16", "--use_8bit_adam"]
     training += ["--gradient_accumulation_steps", ACCUMULATION, "--train_batch_size", 1, "--seed", 0]
     training += ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", photos]
@@ -289,6 +295,63 @@ def our_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[obj
         ms = json.loads((lora / "run.json").read_text(encoding="utf-8"))["ms_a_step"]
         row |= {"steps": arguments.steps, "ms_a_step": round(ms, 1)}
     yield row
+
+
+def build_rows(arguments: argparse.Namespace, out: Path) -> Iterator[Row]:
+    """The README's commands in this build and in one before it, in turns, each with empty caches of compiled kernels.
+
+    The first round's imports come from a cold disk, so the builds take the first turn alternately.
+    """
+    builds = {"before": arguments.before.resolve(), "after": PROJECT_FOLDER}
+    totals: dict[str, list[float]] = {name: [] for name in builds}
+    for number in range(1, arguments.rounds + 1):
+        for name in list(builds)[:: 1 if number % 2 else -1]:
+            folder = out / f"{name}-{number}"
+            caches = {f"{owner}_CACHE_DIR": str(folder / owner.lower()) for owner in ("TORCHINDUCTOR", "TRITON")}
+            rows = []
+            for words, report in readme_commands(arguments, out / "photos", folder):
+                row: Row = {"set": "job", "name": f"{name}: {words[0]}", "round": number}
+                row |= run_process([builds[name] / str(words[0]), *words[1:]], caches)[0]
+                rows.append(row if "failed" in row else row | divided(row["elapsed_s"], report, arguments.steps))
+                yield rows[-1]
+            if not any("failed" in row for row in rows):
+                total = sum(row["elapsed_s"] for row in rows) + (STEPS - arguments.steps) * rows[-1]["ms_a_step"] / 1000
+                totals[name].append(round(total, 1))
+    if all(totals.values()):
+        means = {name: round(sum(values) / len(values), 1) for name, values in totals.items()}
+        for name, mean in means.items():
+            row = {"set": "job", "name": f"{name}: photos to LoRA", "each_job_s": totals[name], "job_s": mean}
+            yield row | {"of_before": round(mean / means["before"], 3)}
+
+
+def readme_commands(arguments: argparse.Namespace, photos: Path, out: Path) -> list[tuple[list[object], Path]]:
+    """The README's three commands, and where each leaves its `run.json`."""
+    shared = ["--pretrained_model_name_or_path", arguments.model, "--instance_data_dir", photos]
+    shared += ["--device", arguments.device.type]
+    size, embeddings, latents = ["--resolution", arguments.resolution], out / "embeddings.parquet", out / "latents"
+    prompts = ["--instance_prompt", PROMPT]
+    text = [*shared, *prompts, "--validation_prompt", f"{PROMPT} in a bucket", "--output_path", embeddings]
+    training = [*shared, *prompts, *size, "--data_df_path", embeddings, "--latents_path", latents]
+    training += ["--gradient_accumulation_steps", ACCUMULATION, "--max_train_steps", arguments.steps, "--seed", 0]
+    training += ["--checkpointing_steps", 100, "--resume_from_checkpoint", "latest", "--output_dir", out / "lora"]
+    return [
+        (["compute_embeddings.py", *text], embeddings.with_suffix(".json")),
+        (["precompute_latents.py", *shared, *size, "--output_path", latents], latents / "run.json"),
+        (["train_dreambooth_sd3_lora_miniature.py", *training], out / "lora" / "run.json"),
+    ]
+
+
+def divided(elapsed_s: float, report: Path, steps: int) -> Row:
+    """Where a script's seconds went: its stages; of training the steps, and what was compiled and captured before the
+    first; the rest is starting: imports, the GPU, plans, opening and writing files.
+    """
+    run = json.loads(report.read_text(encoding="utf-8"))
+    stages = {stage["name"]: round(stage["elapsed_s"], 2) for stage in run["stages"]}
+    row: Row = {"start_s": round(elapsed_s - sum(stages.values()), 2), "stage_s": stages}
+    if run.get("ms_a_step") is not None:
+        row |= {"ms_a_step": round(run["ms_a_step"], 1), "steps_s": round(steps * run["ms_a_step"] / 1000, 2)}
+        row["compile_s"] = round(stages["train"] - row["steps_s"], 2)
+    return row
 
 
 def reference_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[object]) -> Iterator[Row]:
@@ -376,6 +439,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vae_precisions", nargs="+", choices=["fp32", "fp16", "bf16"], default=["fp16", "fp32"])
     parser.add_argument("--t5_precisions", nargs="+", choices=["fp16", "int8"], default=["fp16", "int8"])
     parser.add_argument("--steps", type=int, default=STEPS, help="Of the job; with fewer its time for 500 is reckoned.")
+    parser.add_argument("--before", type=Path, help="A checkout of an earlier build: the job in both, in turns.")
+    parser.add_argument("--rounds", type=int, default=2, help="Of the job in both builds.")
     parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it the job is ours alone.")
     parser.add_argument("--peer_steps", type=int, default=30, help="Of the reference's job, reckoned to 500.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")

@@ -71,6 +71,8 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "picture": picture_table,
         "stages": stages_table,
         "exchange": exchange_table,
+        "exactness": exactness_table,
+        "predictions": predictions_table,
     }
     return tables[re.split(r"[-.]", name)[0]]
 
@@ -96,6 +98,35 @@ def memory_table(result: dict[str, Any]) -> str:
         )
         lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
     return "\n".join([*lines, "", _measured_on(result)])
+
+
+def predictions_table(result: dict[str, Any]) -> str:
+    """What ran with which flags: the peak, predicted and measured, and how far the one is off the other."""
+    lines = [
+        "| | px | pictures | flags | predicted GiB | measured | off |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in _measured_rows(result):
+        flags = f"`{' '.join(row['flags'])}`" if row["flags"] else ""
+        off = row["predicted_gib"] / row["measured_gib"] - 1
+        pictures = row["batch"] if row["name"] == "training" else ""
+        numbers = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {off:+.1%}"
+        what = f"{row['model']}, {row['name']}" + (f", rank {row['rank']}" if row["rank"] != 4 else "")
+        lines.append(f"| {what} | {row['resolution']} | {pictures} | {flags} | {numbers} |")
+    return "\n".join([*lines, "", _measured_on(result)])
+
+
+def exactness_table(result: dict[str, Any]) -> str:
+    """Each run beside its reference, and what a step takes with the exact backward pass of attention."""
+    lines = ["| run | `--deterministic` | the same bits | off by |", "| --- | --- | --- | ---: |"]
+    for row in result["rows"]:
+        if "failed" not in row:
+            off = "" if row["bit_equal"] else f"{row['off_by']:.1e}"
+            lines.append(f"| {row['name']} | {row['deterministic']} | {'yes' if row['bit_equal'] else 'no'} | {off} |")
+    lines += ["", "| a step | fast, ms | exact, ms | ratio |", "| --- | ---: | ---: | ---: |"]
+    for name, times in result["step_times"].items():
+        lines.append(f"| {name} | {times['fast_ms']:.1f} | {times['exact_ms']:.1f} | {times['ratio']:.3f} |")
+    return "\n".join([*lines, "", f"{result['model']}, rank 8. {_measured_on(result)}"])
 
 
 def streaming_table(result: dict[str, Any]) -> str:
@@ -323,7 +354,8 @@ _STAGES = {
     "text": {"captions to embeddings": "name", "captions": "items", "seconds": "elapsed_s", "ms each": "ms_an_item"}
     | {"the reference's way, s": "reference_s", "ratio": "ratio", "off by": "embeds_relative"},
     "job": {"the whole job": "name", "steps": "steps", "ms a step": "ms_a_step", "seconds": "elapsed_s"}
-    | {"with 500 steps, s": "job_s", "times ours": "ratio", "device GiB": "device_gib"},
+    | {"starting": "start_s", "compiling": "compile_s", "with 500 steps, s": "job_s", "times ours": "ratio"}
+    | {"of the build before": "of_before", "device GiB": "device_gib"},
     "gpus": {"stage one": "name", "GPUs": "gpus", "items": "items", "seconds": "elapsed_s", "at work": "work_s"}
     | {"each once": "each_once"},
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import importlib
 import os
 import re
 import shlex
@@ -403,13 +404,12 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         smaller: the flags to try when the GPU's memory runs out.
     """
     import torch
-    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
 
-    # A progress bar for each file would bury the scripts' output.
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+    for library in ("transformers", "diffusers"):
+        if library in sys.modules:  # else the script does not use it
+            # A progress bar for each file would bury the scripts' output.
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     if signal.getsignal(signal.SIGINT) is _end_on_interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
@@ -18,6 +20,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.read_ahead import read_ahead
 from sd3_lora.stage_one.t5_halves import half_bytes, read_halves
+from sd3_lora.stage_one.t5_int8 import load_t5_int8
 from sd3_lora.stage_one.text_encoder_plan import T5Precision, TextEncoderPlan, describe_t5, empty_t5
 
 import torch
@@ -56,7 +59,7 @@ def encode_prompts(
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         with memory_stage(f"encode with {name}", plan.device, reports):
             encoder = load_clip(files, f"text_encoder{suffix}", plan)
-            tokenizer = CLIPTokenizer.from_pretrained(files.component(f"tokenizer{suffix}"))
+            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
             hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
             clip_hidden.append(hidden)
             pooled.append(projected)
@@ -66,7 +69,7 @@ def encode_prompts(
         memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
         tensor_cores_for_wo(files, plan.t5_precision),
     ):
-        tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+        tokenizer = _tokenizer(T5TokenizerFast, files.component("tokenizer_3"))
         token_ids = tokenize(tokenizer, prompts, plan.max_sequence_length)  # (N, T)
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
         (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
@@ -157,6 +160,12 @@ def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
 
 
+@lru_cache(3)
+def _tokenizer(kind: Any, folder: Path) -> Any:
+    """A tokenizer, read once: the identifier is tokenized before the prompts are."""
+    return kind.from_pretrained(folder)
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
     """Token ids `(N, length)`, padded and cut to `length`; prints which prompts are cut."""
     options = {"padding": "max_length", "max_length": length, "truncation": True}
@@ -195,8 +204,12 @@ def encode_clip(
 
 def load_t5(files: ModelFiles, plan: TextEncoderPlan) -> T5EncoderModel:
     """T5's encoder, whole, on the plan's device in the plan's precision."""
+    files.component("text_encoder_3")  # downloads the files if need be
     options: dict[str, Any] = {"dtype": torch.float16, "device_map": {"": plan.device}}
-    if plan.t5_precision == "int8":  # LLM.int8(), arXiv 2208.07339
+    if plan.t5_precision == "int8":
+        encoder = load_t5_int8(files, plan.device)
+        if encoder is not None:
+            return encoder
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif plan.t5_precision == "nf4":  # arXiv 2305.14314
         options["quantization_config"] = BitsAndBytesConfig(
@@ -306,8 +319,8 @@ def report_identifier(files: ModelFiles, instance_prompt: str, class_prompt: str
     if not candidates:
         return None
     tokenizers = {
-        "CLIP": CLIPTokenizer.from_pretrained(files.component("tokenizer")),
-        "T5": T5TokenizerFast.from_pretrained(files.component("tokenizer_3")),
+        "CLIP": _tokenizer(CLIPTokenizer, files.component("tokenizer")),
+        "T5": _tokenizer(T5TokenizerFast, files.component("tokenizer_3")),
     }
     clip = tokenizers["CLIP"]
 

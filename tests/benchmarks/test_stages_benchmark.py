@@ -113,6 +113,30 @@ def test_the_job_is_reckoned_to_500_steps(
     assert whole["job_s"] == pytest.approx(30 + 498 * run["ms_a_step"] / 1000, abs=0.1)
 
 
+def test_two_builds_run_the_readme_s_commands_in_turns(
+    rows: Callable[..., Rows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    def run_here(words: list[object], environment: dict[str, str]) -> tuple[dict[str, Any], None]:
+        script, *flags = map(str, words)
+        environments.append(environment)
+        assert importlib.import_module(Path(script).stem).main(flags) == 0
+        return {"elapsed_s": 40.0 if script.startswith(str(tmp_path)) else 30.0}, None
+
+    monkeypatch.setattr(stages, "run_process", run_here)
+    *scripts, before, after = rows("job", "--steps", 2, "--before", tmp_path / "before", "--rounds", 2)
+    names = [row["name"].split(":")[0] for row in scripts]
+    assert names == ["before"] * 3 + ["after"] * 6 + ["before"] * 3
+    assert len({environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}) == 4  # a job's own
+    training = scripts[2]
+    assert training["start_s"] == pytest.approx(40 - sum(training["stage_s"].values()), abs=0.01)
+    assert training["compile_s"] == pytest.approx(training["stage_s"]["train"] - training["steps_s"], abs=0.01)
+    assert before["job_s"] == pytest.approx(120, abs=60)
+    assert after["of_before"] == pytest.approx(after["job_s"] / before["job_s"], abs=0.001)
+    assert (before["of_before"], len(after["each_job_s"])) == (1.0, 2)
+
+
 EMBEDS = """
 import sys
 from transformers import T5EncoderModel

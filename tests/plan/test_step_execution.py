@@ -18,7 +18,7 @@ from sd3_lora.plan.step_execution import (
     StepExecution,
     choose_execution,
 )
-from sd3_lora.transformer.compiled import Compiled, compile_blocks
+from sd3_lora.transformer.compiled import Compiled, compile_blocks, start_compile_workers
 from sd3_lora.transformer.placement import Placement
 
 import pytest
@@ -27,6 +27,7 @@ from conftest import Prepared
 from small_transformer import CPU, GPU, inputs, make_transformer
 from training_runs import Script, train, training_script
 
+STREAMS = ("hidden_states", "encoder_hidden_states")
 RESIDENT = Plan(Placement(24), Forecast())
 
 
@@ -172,14 +173,57 @@ def test_blocks_are_compiled_whatever_was_compiled_before(monkeypatch: pytest.Mo
     original = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=backend))
     counts = []
-    with _dynamo.config.patch(recompile_limit=5):  # of a run there are four kinds
+    with _dynamo.config.patch(recompile_limit=4):  # of a run there are three kinds
         for step in (0, 2, 0, 2):  # of other numbers of tokens
             transformer = make_transformer()
             compile_blocks(transformer, Compiled.ALWAYS)
             transformer(**inputs(step, CPU))
             counts.append(len(sizes))
-    assert counts == [4, 8, 12, 16]
+    assert counts == [3, 6, 9, 12]
     assert all(isinstance(size, int) for found in sizes for size in found)  # none is a symbol
+
+
+@pytest.mark.parametrize(("trained", "has_gradient"), [((0, 1, 2, 3, 4, 5), True), ((4, 5), False)])
+def test_the_first_blocks_input_has_a_gradient_where_the_block_is_trained(
+    monkeypatch: pytest.MonkeyPatch, trained: tuple[int, ...], has_gradient: bool
+) -> None:
+    """So that it is of the kind of those after it. Blocks before the first trained one need no backward at all."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
+
+    def gradients(compiled: Compiled) -> dict[str, torch.Tensor | None]:
+        transformer, given = make_transformer(), list[bool]()
+        for name, parameter in transformer.named_parameters():
+            is_trained = name.startswith(tuple(f"transformer_blocks.{block}." for block in trained))
+            parameter.requires_grad_(parameter.requires_grad and is_trained)
+        if compiled is not Compiled.NO:
+            compile_blocks(transformer, compiled)
+        transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda _, __, words: given.extend(words[name].requires_grad for name in STREAMS), with_kwargs=True
+        )
+        transformer(**inputs(0, CPU), return_dict=False)[0].square().mean().backward()
+        assert given == [compiled is not Compiled.NO and has_gradient] * 2
+        return {name: parameter.grad for name, parameter in transformer.named_parameters()}
+
+    plain, compiled = gradients(Compiled.NO), gradients(Compiled.ALWAYS)
+    for name, gradient in plain.items():
+        other = compiled[name]
+        assert (gradient is None) == (other is None)
+        assert gradient is None or other is None or torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "started"),
+    [(Compiled.ALWAYS, GPU, 1), (Compiled.WHERE_POSSIBLE, GPU, 1), (Compiled.NO, GPU, 0), (Compiled.ALWAYS, CPU, 0)],
+)
+def test_compile_workers_are_started_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, compiled: Compiled, device: torch.device, started: int
+) -> None:
+    from torch._inductor import async_compile
+
+    calls: list[None] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: calls.append(None))
+    start_compile_workers(compiled, device)
+    assert len(calls) == started
 
 
 def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(

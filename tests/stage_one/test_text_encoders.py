@@ -14,7 +14,7 @@ from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import round_up
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.stage_one import text_encoders
+from sd3_lora.stage_one import t5_int8, text_encoders
 from sd3_lora.stage_one.t5_halves import half_bytes
 from sd3_lora.stage_one.text_encoder_plan import BATCH_SIZE, TextEncoderPlan, empty_t5, t5_device_bytes
 from sd3_lora.stage_one.text_encoders import (
@@ -33,7 +33,9 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from conftest import PROMPT
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BitsAndBytesConfig,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -313,6 +315,54 @@ def half_files(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Mode
     shutil.copytree(tiny_sd3, folder, ignore=shutil.ignore_patterns("text_encoder_3"))
     T5EncoderModel.from_pretrained(tiny_sd3 / "text_encoder_3").half().save_pretrained(folder / "text_encoder_3")
     return ModelFiles(ModelConfig(str(folder)))
+
+
+@pytest.fixture
+def from_pretrained_in_8_bits(half_files: ModelFiles) -> T5EncoderModel:
+    """As transformers loads it."""
+    return T5EncoderModel.from_pretrained(
+        half_files.component("text_encoder_3"),
+        dtype=torch.float16,
+        device_map={"": "cpu"},
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+    )
+
+
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_t5_in_8_bits_is_what_transformers_makes_of_it(
+    half_files: ModelFiles,
+    from_pretrained_in_8_bits: T5EncoderModel,
+    in_threads: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if in_threads:  # as for a GPU
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+        monkeypatch.setattr(t5_int8, "_read", t5_int8._read_in_threads)
+    found, expected = load_t5(half_files, plan("int8")), from_pretrained_in_8_bits
+    parameters = dict(found.named_parameters())
+    assert sorted(parameters) == sorted(dict(expected.named_parameters()))
+    for name, value in expected.named_parameters():
+        assert type(parameters[name]) is type(value)
+        assert torch.equal(parameters[name], value)
+    states = {name: vars(m.state) for name, m in expected.named_modules() if isinstance(m, Linear8bitLt)}
+    assert {name: vars(m.state) for name, m in found.named_modules() if isinstance(m, Linear8bitLt)} == states
+    assert len(states) > 10
+    ids = t5_ids(half_files)[:4]
+    with torch.no_grad():
+        assert torch.equal(found(ids)[0], expected(ids)[0])
+
+
+def test_t5_in_8_bits_of_files_with_other_names_is_left_to_transformers(
+    half_files: ModelFiles, from_pretrained_in_8_bits: T5EncoderModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(half_files.folder, folder)
+    (path,) = (folder / "text_encoder_3").glob("*.safetensors")
+    tensors = load_file(path)
+    save_file({name.replace("shared.", "encoder.embed_tokens."): value for name, value in tensors.items()}, path)
+    files = ModelFiles(ModelConfig(str(folder)))
+    assert t5_int8.load_t5_int8(files, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
