@@ -224,7 +224,8 @@ def prediction_cases() -> Iterator[Case]:
         return Case("training", model, resolution, batch, rank, flags)
 
     def draw(model: str, resolution: int, *flags: str) -> Case:
-        return Case("drawing", model, resolution, flags=(*flags, "--num_steps", "3"), script=DRAW)
+        steps = () if "--num_steps" in flags else ("--num_steps", "3")
+        return Case("drawing", model, resolution, flags=(*flags, *steps), script=DRAW)
 
     every, half, compiled = ("--recompute_blocks", "24"), ("--recompute_blocks", "12"), ("--compile", "on")
     streamed = ("--recompute_blocks", "23", "--stream_blocks", "24")
@@ -257,7 +258,7 @@ def prediction_cases() -> Iterator[Case]:
     yield train(medium, 512, *NF4, batch=3)
     yield train(medium, 768, "--mixed_precision", "bf16", batch=2)
     yield draw(medium, 1024)
-    yield draw(medium, 1024, "--num_images", "16")
+    yield draw(medium, 1024, "--num_images", "16", "--num_steps", "14")
     yield draw(medium, 1024, "--num_images", "8", "--batch_size", "4")
     yield draw(medium, 1024, *NF4)
     yield draw(medium, 1024, *budget(2.4))

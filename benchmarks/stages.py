@@ -333,6 +333,8 @@ def readme_commands(arguments: argparse.Namespace, photos: Path, out: Path) -> l
     text = [*shared, *prompts, "--validation_prompt", f"{PROMPT} in a bucket", "--output_path", embeddings]
     training = [*shared, *prompts, *size, "--data_df_path", embeddings, "--latents_path", latents]
     training += ["--gradient_accumulation_steps", ACCUMULATION, "--max_train_steps", arguments.steps, "--seed", 0]
+    if arguments.steps < STEPS and arguments.device.type == "cuda":  # so few would not repay the kernels of 500
+        training += ["--compile", "on"]
     training += ["--checkpointing_steps", 100, "--resume_from_checkpoint", "latest", "--output_dir", out / "lora"]
     return [
         (["compute_embeddings.py", *text], embeddings.with_suffix(".json")),
