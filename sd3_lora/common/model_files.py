@@ -178,6 +178,16 @@ class ModelFiles:
             versions=library_versions(),
         )
 
+    def weights_hash(self, component: str) -> str:
+        """sha256 of samples of a component's weights, which must be here: equal files are equal weights.
+
+        Of a folder it is what `provenance` has; a hub model has it too, whatever its commit.
+        """
+        weights = hashlib.sha256()
+        for path in self.weight_files(component):
+            weights.update(_sample_bytes(path))
+        return weights.hexdigest()
+
     def _content_files(self, component: str) -> list[Path]:
         """The files beside the configuration that decide a component's output: weights, or a tokenizer's vocabulary."""
         if not component.startswith("tokenizer"):

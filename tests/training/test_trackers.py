@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sd3_lora.training.trackers import start_trackers
+from sd3_lora.training.trackers import usable_trackers
 
 import pytest
 from conftest import Prepared
@@ -37,33 +37,33 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_none(installed: Installed) -> None:
     installed("tensorboard", "wandb")
-    assert start_trackers(["none"]) == []
-    assert start_trackers(["tensorboard", "none"]) == []
+    assert usable_trackers(["none"]) == []
+    assert usable_trackers(["tensorboard", "none"]) == []
 
 
 def test_tensorboard_when_it_is_installed(installed: Installed, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("tensorboard", "tensorboardX"):
         installed(name)
-        assert start_trackers(["tensorboard"]) == ["tensorboard"]
+        assert usable_trackers(["tensorboard"]) == ["tensorboard"]
     installed()
-    assert start_trackers(["tensorboard"]) == []  # the default: no word about it
+    assert usable_trackers(["tensorboard"]) == []  # the default: no word about it
     assert capsys.readouterr().out == ""
 
 
 def test_one_that_is_not_installed_is_a_sentence(installed: Installed, capsys: pytest.CaptureFixture[str]) -> None:
     installed("tensorboard")
-    assert start_trackers(["wandb", "comet_ml", "tensorboard"]) == ["tensorboard"]
+    assert usable_trackers(["wandb", "comet_ml", "tensorboard"]) == ["tensorboard"]
     assert capsys.readouterr().out.splitlines() == [
         f"{name} is not installed, so nothing is sent to it: type `pip install {name}` to have it"
         for name in ("wandb", "comet_ml")
     ]
-    assert start_trackers(["all"]) == ["tensorboard"]
+    assert usable_trackers(["all"]) == ["tensorboard"]
     assert capsys.readouterr().out == ""
 
 
 def test_wandb_without_a_key_is_offline(installed: Installed, capsys: pytest.CaptureFixture[str]) -> None:
     installed("wandb")
-    assert start_trackers(["wandb"]) == ["wandb"]
+    assert usable_trackers(["wandb"]) == ["wandb"]
     assert os.environ["WANDB_MODE"] == "offline"
     assert capsys.readouterr().out == (
         "wandb has no key, so it logs offline: type `wandb login`, or `wandb sync` afterwards\n"
@@ -85,7 +85,7 @@ def test_wandb_with_a_key_is_left_alone(
         path.chmod(0o600)
     else:
         monkeypatch.setenv(where, "disabled")
-    assert start_trackers(["wandb"]) == ["wandb"]
+    assert usable_trackers(["wandb"]) == ["wandb"]
     assert os.environ.get("WANDB_MODE") == ("disabled" if where == "WANDB_MODE" else None)
     assert capsys.readouterr().out == ""
 
@@ -93,7 +93,7 @@ def test_wandb_with_a_key_is_left_alone(
 def test_a_broken_netrc_is_no_key(installed: Installed, tmp_path: Path) -> None:
     installed("wandb")
     (tmp_path / (".netrc" if os.name != "nt" else "_netrc")).write_text("machine machine machine {")
-    assert start_trackers(["wandb"]) == ["wandb"]
+    assert usable_trackers(["wandb"]) == ["wandb"]
     assert os.environ["WANDB_MODE"] == "offline"
 
 
