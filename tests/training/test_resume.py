@@ -201,6 +201,39 @@ def test_a_longer_run_is_what_it_would_have_been(script: Script, prepared: Prepa
     assert_same_run(whole.folder, tmp_path / "grown", 5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_schedule_that_has_ended_does_not_jump(
+    script: Script, prepared: Prepared, tmp_path: Path, schedule: str
+) -> None:
+    """A longer run is refused, with the steps of then; not while it warms up, as a longer run does too."""
+    words = ["--lr_scheduler", schedule, "--lr_warmup_steps", 2, "--resume_from_checkpoint"]
+    train(script, prepared, tmp_path, *words, "latest", "--checkpointing_steps", 1)
+    before = snapshot(tmp_path)
+    longer = train(script, prepared, tmp_path, *words, "latest", "--max_train_steps", 6, code=2)
+    assert (
+        f"checkpoint-3 was trained with --lr_scheduler {schedule} over 3 steps; over 6 its learning rate would jump "
+    ) in longer.error
+    assert longer.error.endswith(": type --max_train_steps 3, or give another --output_dir for a new run")
+    ended = train(script, prepared, tmp_path, *words, "latest")
+    assert f"nothing to do: 3 steps were asked for; --lr_scheduler {schedule} has come to its end" in ended.out
+    assert snapshot(tmp_path) == before
+    whole = train(script, prepared, tmp_path / "whole", *words, "latest", "--max_train_steps", 6)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "warm")
+    grown = train(script, prepared, tmp_path / "grown", *words, tmp_path / "warm", "--max_train_steps", 6)
+    assert same_lora(whole.folder / LORA_FILE, grown.folder / LORA_FILE)
+
+
+def test_another_programs_checkpoint(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """It is neither passed over, to start at step 0, nor replaced by a new run."""
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "optimizer.bin").touch()
+    for words in (["--resume_from_checkpoint", "latest"], []):
+        run = train(script, prepared, tmp_path, *words, code=2)
+        assert run.error.startswith(f"{foreign} is not a checkpoint of this project")
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
 def test_latest_where_there_is_none_starts(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path / "new", "--resume_from_checkpoint", "latest")
     plain = train(script, prepared, tmp_path / "plain")
