@@ -28,6 +28,7 @@ if __name__ == "__main__":
 import hashlib
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import (
+    Interrupted,
+    UserError,
+    command,
+    command_again,
+    exit_code,
+    require_writable_folder,
+)
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
@@ -49,7 +57,15 @@ from sd3_lora.common.devices import (
 )
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.records import StepInputs
-from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunIdentity, RunRecord, RunResults, flag_defaults
+from sd3_lora.common.run_record import (
+    MOST_PROMPTS,
+    NotedPicture,
+    RunFacts,
+    RunIdentity,
+    RunRecord,
+    RunResults,
+    flag_defaults,
+)
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
@@ -61,18 +77,20 @@ from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepEx
 from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state
-from sd3_lora.training.config import REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
+from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.config import ENDING_SCHEDULES, REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
-from sd3_lora.training.loss_log import READ_EVERY, LossLog, PendingStep
+from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
 from sd3_lora.training.pool import Pool, pass_length
+from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
-from sd3_lora.training.trackers import start_trackers
+from sd3_lora.training.stop_signals import StopSignals
+from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
@@ -101,6 +119,7 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
     Raises:
         UserError: there is none of that name, or there are checkpoints of an earlier run, and this one is new.
     """
+    require_own_checkpoints(output_dir)
     if run.resume_from_checkpoint is not None:
         return find_checkpoint(run.resume_from_checkpoint, output_dir)
     earlier = checkpoint_folders(output_dir)
@@ -140,30 +159,36 @@ def run_facts(
 
 
 def run_identity(
-    flags: TrainingFlags, facts: RunFacts, stage_one: StageOne, data: TrainingData, kernels: str
+    flags: TrainingFlags,
+    facts: RunFacts,
+    stage_one: StageOne,
+    data: TrainingData,
+    kernels: str,
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
+    names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
-        "the transformer": transformer.identity,
-        "the pictures and captions": hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+        TRANSFORMER: transformer.identity,
+        PICTURES: hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        "a global batch of": flags.run.train_batch_size * facts.processes,
-        "the precision": str(DTYPES[facts.precision]).removeprefix("torch."),
+        BATCH: flags.run.train_batch_size * facts.processes,
+        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
         "--base_precision": facts.plan["precision"] or "16bit",
         "--compile": kernels,
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
+    noted = [NotedPicture(key, name, prompt, crops) for name, (key, prompt, crops) in zip(names, pictures, strict=True)]
     defaults = flag_defaults(type(group) for group in flags.groups())
-    return RunIdentity(values, defaults, {"the transformer": transformer.other_identities})
+    return RunIdentity(values, defaults, {TRANSFORMER: transformer.other_identities}, noted)
 
 
 def make_step(
@@ -228,22 +253,27 @@ def train(
 
     Returns the milliseconds of a step, without the first ones where there are more: those load, compile and capture.
 
-    The host runs ahead of the device, and learns one step late whether the scaler skipped a step.
+    The host runs ahead of the device, and learns one step late whether the scaler skipped a step. The last step's LoRA
+    and every checkpoint are written here.
+
+    Raises:
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
     """
     training.model.train()
     window, queued = flags.run.gradient_accumulation_steps, None
+    steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
+    over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
-    with tqdm(
+    bar_of_steps = tqdm(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
-    ) as bar:
+    )
+    with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
             at_end = training.step == training.steps
-            # Nothing is drawn past a checkpoint, which holds the state of the draws.
-            steps_to_save = min(training.steps - training.step, -training.step % flags.run.checkpointing_steps)
-            at_checkpoint = steps_to_save == 0 and not at_end
-            loss, pictures = accumulate(training, batches, step, window, window * (steps_to_save + 1))
+            drawable = window * (training.steps - training.step + 1)
+            loss, pictures = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
                 training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
@@ -253,15 +283,20 @@ def train(
             )
             queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
             bar.update()
-            if training.step % READ_EVERY == 0 or at_checkpoint or at_end:
+            interrupted = signals.agreed() and not at_end
+            saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
+            if saves or training.step % READ_EVERY == 0:
                 finish_step(training, log, queued)
                 queued = None
-                for line in log.read():
-                    accelerator.log({"loss": line.loss, "learning_rate": line.learning_rate}, step=line.step)
+                log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
                 marks.append((training.step, time.perf_counter()))
-            if at_checkpoint:
-                outputs.save_checkpoint(training, accelerator)
+            if at_end and accelerator.is_main_process:
+                outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
+            if saves:
+                outputs.save_checkpoint(training, batches.state_dict(), accelerator)
+            if interrupted:
+                raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -279,7 +314,7 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
     return Accelerator(
         mixed_precision="no",
         cpu=device.type == "cpu",
-        log_with=start_trackers(run.trackers) or None,
+        log_with=usable_trackers(run.trackers) or None,
         project_dir=output_dir / run.logging_dir,
     )
 
@@ -398,10 +433,14 @@ def make_batches(
     return MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
 
 
-def open_log(output_dir: Path, step: int, precision: str, accelerator: Accelerator) -> LossLog:
+def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
     """The loss log, without the lines after this step, which will be written again."""
-    path = output_dir / "losses.jsonl" if accelerator.is_main_process else None
-    log = LossLog(path, lambda losses: accelerator.reduce(losses, "mean"), precision)
+    path = outputs.folder / "losses.jsonl" if accelerator.is_main_process else None
+
+    def track(line: LoggedStep) -> None:
+        trackers.log(line.step, {"loss": line.loss, "learning_rate": line.learning_rate})
+
+    log = LossLog(path, lambda losses: accelerator.reduce(losses, "mean"), outputs.record.facts.precision, track)
     log.cut_back(step)
     return log
 
@@ -445,9 +484,10 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
 
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
     """For a run that was resumed past its last step: its LoRA, if that was never written."""
-    accelerator.print(
-        f"nothing to do: {training.steps} steps were asked for; a larger --max_train_steps goes on from here"
-    )
+    schedule = outputs.record.identity.values["--lr_scheduler"]
+    ends = f"--lr_scheduler {schedule} has come to its end"
+    longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
+    accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
     accelerator.end_training()
@@ -521,31 +561,31 @@ def run(argv: Sequence[str] | None) -> None:
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit)
+    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
+    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit, again)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
             write_what_is_missing(outputs, training, accelerator)
             return
-    log = open_log(output_dir, training.step, chosen.name, accelerator)
-    accelerator.init_trackers("sd3-dreambooth-lora", {"rank": flags.lora.rank, "steps": steps, "seed": seed})
+    trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
+    log = open_log(outputs, training.step, trackers, accelerator)
 
     batches = make_batches(training, data, files, flags.flow, device)
     step = make_step(training, flags, execution, say)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
-    with memory_stage("train", device, reports, say), attention[0], attention[1]:
+    with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
-    if accelerator.is_main_process:
-        path = outputs.save_lora(training, output_dir)  # first of all: nothing after this can lose it
-    outputs.save_checkpoint(training, accelerator)
     if accelerator.is_main_process:
         measured = budget.used_bytes(reports) if budget else 0
         if budget:
             say(compared(plan.forecast.peak_bytes, measured))
         carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
         loss, skipped = log.recent_mean, log.skipped
-        results = RunResults(str(path), reports, measured, training.step, ms_a_step, carried_out, loss, skipped)
+        results = RunResults(
+            str(output_dir / LORA_FILE), reports, measured, training.step, ms_a_step, carried_out, loss, skipped
+        )
         finish(outputs, flags, results)
     accelerator.end_training()
 

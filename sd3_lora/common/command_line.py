@@ -17,6 +17,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -109,6 +110,19 @@ _SMALL_WORDS = {"a", "an", "and", "at", "in", "of", "on", "the", "with"}  # no p
 
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption in good order: one sentence that says what is kept, and what to type to go on.
+
+    Args:
+        sentence: for the user.
+        number: of the signal.
+    """
+
+    def __init__(self, sentence: str, number: int = signal.SIGINT):
+        super().__init__(sentence)
+        self.number = number
 
 
 class WrongFlags(ValueError):
@@ -430,6 +444,11 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
             raise
         print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Interrupted as error:
+        if _is_rank_0():
+            with suppress(OSError):  # the terminal of a SIGHUP is gone
+                print(f"\ninterrupted: {error}", file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -453,8 +472,35 @@ def command(script: str, **flags: Any) -> str:
     >>> command("inference.py", lora="my lora", num_images=2)
     "python inference.py --lora 'my lora' --num_images 2"
     """
+    return quoted(["python", *command_words(script, **flags)])
+
+
+def quoted(words: Iterable[str]) -> str:
+    """Words as one command line, quoted as the system's shell reads them."""
     quote = _quote_for_cmd if os.name == "nt" else shlex.quote
-    return " ".join(quote(argument) for argument in ("python", *command_words(script, **flags)))
+    return " ".join(map(quote, words))
+
+
+def command_again(script: str, argv: Sequence[str] | None, **changed: str) -> str:
+    """The command line that was typed, with some flags changed.
+
+    Args:
+        script: its name.
+        argv: its arguments; None means those of the process.
+        changed: flag → its value. Each of these flags takes one value.
+    """
+    arguments = deque(sys.argv[1:] if argv is None else argv)
+    kept = []
+    while arguments:
+        argument = arguments.popleft()
+        name, equals, _ = argument.partition("=")
+        if not argument.startswith("--") or name.lstrip("-").replace("-", "_") not in changed:
+            kept.append(argument)
+        elif not equals and arguments:
+            arguments.popleft()  # its value
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun and accelerate launch
+    launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
+    return quoted([*launcher, script, *kept, *command_words("", **changed)[1:]])
 
 
 def _quote_for_cmd(argument: str) -> str:

@@ -47,6 +47,23 @@ def recorded_flags(path: Path, group: type) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class NotedPicture:
+    """A picture that a run is trained on, noted to tell what changed.
+
+    Attributes:
+        image_id: sha256 of the file's bytes.
+        name: of the file; empty where it is not known.
+        prompt: its caption.
+        crops: the cached crops that are drawn from.
+    """
+
+    image_id: str
+    name: str
+    prompt: str
+    crops: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RunIdentity:
     """What decides a run's numbers, and so must not change when it is resumed.
 
@@ -54,11 +71,13 @@ class RunIdentity:
         values: flag or noun → its value, as plain JSON types.
         defaults: flag → its default, which is the value of a flag in a run of a build that did not have it.
         synonyms: flag or noun → other values that mean the same as its value.
+        pictures: behind the hash in `values`; noted to tell what changed, not compared.
     """
 
     values: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     synonyms: Mapping[str, Collection[Any]] = field(default_factory=dict)
+    pictures: Sequence[NotedPicture] = ()
 
     def changed(self, saved: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
         """What had another value in an earlier run: the name, the value then, the value now.

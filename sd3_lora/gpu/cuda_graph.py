@@ -120,7 +120,7 @@ class CapturedCall:
 
 def _is_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:
     """Bit by bit: the first loss scale makes infinities, and NaN of them."""
-    return torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+    return torch.equal(actual.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
 def _is_close(actual: torch.Tensor, expected: torch.Tensor) -> bool:

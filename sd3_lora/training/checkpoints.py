@@ -2,7 +2,7 @@
 
 `checkpoint-N/` holds the state after N optimizer steps: `state.safetensors` (every tensor of the LoRA, the optimizer
 and the random generators), `state.json` (everything else, with a placeholder where a tensor belongs), and the LoRA in
-diffusers' format, so that a checkpoint can be drawn with as it is.
+diffusers' format, so that a checkpoint can be drawn with as it is. `pictures.json` names the pictures, for people.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.run_record import RunIdentity
+from sd3_lora.common.run_record import NotedPicture
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
-_TENSORS, _STATE = "state.safetensors", "state.json"
+_TENSORS, _STATE, _PICTURES = "state.safetensors", "state.json", "pictures.json"
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
@@ -61,12 +62,7 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest step first."""
-    folders = [
-        folder
-        for folder in output_dir.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and (folder / _STATE).is_file()
-    ]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return sorted((folder for folder in _numbered_folders(output_dir) if (folder / _STATE).is_file()), key=_step_of)
 
 
 class UnfinishedCheckpoint:
@@ -82,12 +78,13 @@ class UnfinishedCheckpoint:
         self.folder = output_dir / f".checkpoint-{step}.{os.getpid()}"
 
     def __enter__(self) -> Path:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process with this number
         self.folder.mkdir(parents=True)
         return self.folder
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            shutil.rmtree(self.final, ignore_errors=True)
+            _remove(self.final)
             os.replace(self.folder, self.final)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -99,25 +96,48 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     packed = pack(state, tensors)
     save_file(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(packed) + "\n", encoding="utf-8")
+    shutil.copymode(folder / _STATE, folder / _TENSORS)  # safetensors lets only the owner read
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Reads what `write_state` wrote.
 
     Raises:
-        UserError: the folder holds no whole checkpoint.
+        UserError: the folder holds no whole checkpoint, or one with numbers that are not finite.
     """
     try:
         packed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        state = unpack(packed, load_file(folder / _TENSORS))
+        tensors = load((folder / _TENSORS).read_bytes())  # not mapped: Windows deletes no file that is
+        state = unpack(packed, tensors)
         if not isinstance(state, dict):
             raise TypeError("not a state")
-        return state
     except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole checkpoint of this project ({type(error).__name__}): "
             "give another to --resume_from_checkpoint"
         ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{folder} is damaged, with a NaN or infinity in {name.lstrip('/')}: "
+                "give an earlier one to --resume_from_checkpoint, or another --output_dir for a new run"
+            )
+    return state
+
+
+def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
+    """Notes the pictures beside the state."""
+    content = [asdict(picture) for picture in pictures]
+    (folder / _PICTURES).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_pictures(folder: Path) -> list[NotedPicture] | None:
+    """What `write_pictures` wrote; None where it is missing or damaged: earlier builds noted a hash alone."""
+    try:
+        content = json.loads((folder / _PICTURES).read_text(encoding="utf-8"))
+        return [NotedPicture(**{**values, "crops": tuple(values["crops"])}) for values in content]
+    except (OSError, TypeError, ValueError, KeyError):
+        return None
 
 
 def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
@@ -133,46 +153,58 @@ def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
     Raises:
         UserError: there is no such checkpoint.
     """
+    folders = checkpoint_folders(output_dir)
     if asked == "latest":
-        folders = checkpoint_folders(output_dir)
         return folders[-1] if folders else None
     for folder in (Path(asked), output_dir / asked):
         if folder.is_dir():
             return folder
-    names = ", ".join(folder.name for folder in checkpoint_folders(output_dir)) or "none"
+    names = ", ".join(folder.name for folder in folders) or "none"
     raise UserError(f"--resume_from_checkpoint {asked} is not there; {output_dir} holds {names}: type latest or a path")
+
+
+def require_own_checkpoints(output_dir: Path) -> None:
+    """Checks that no other program's checkpoint is the latest: a run would start anew beside it, and replace it.
+
+    Raises:
+        UserError: one is.
+    """
+    latest = max(map(_step_of, checkpoint_folders(output_dir)), default=-1)
+    for folder in _numbered_folders(output_dir):
+        if _step_of(folder) > latest and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} is not a checkpoint of this project, which cannot go on from it: give another --output_dir, "
+                "or move it away"
+            )
 
 
 def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
     """Deletes the oldest until at most `limit` are left, and the unfinished checkpoints of killed runs."""
-    for folder in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(folder, ignore_errors=True)
     if limit is not None:
         for folder in checkpoint_folders(output_dir)[:-limit]:
-            shutil.rmtree(folder)
+            _remove(folder)
+    for folder in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def require_same_run(saved: Mapping[str, Any], identity: RunIdentity, folder: Path) -> None:
-    """Checks that the run's identity is unchanged.
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint under another name first, so that half of one is never taken for whole."""
+    hidden = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        os.replace(folder, hidden)
+    except OSError:  # it is not there, or Windows has a file of it open
+        return
+    shutil.rmtree(hidden, ignore_errors=True)
 
-    A flag that the checkpoint's build did not have had its default. A flag that only a newer build has is refused
-    whatever its value, since its effect on the numbers is not known here.
 
-    Args:
-        saved: flag or noun → value, of the checkpoint.
-        identity: of this command.
-        folder: the checkpoint's.
+def _numbered_folders(output_dir: Path) -> Iterator[Path]:
+    return (
+        folder
+        for folder in output_dir.glob("checkpoint-*")
+        if folder.name.removeprefix("checkpoint-").isdecimal() and folder.is_dir()
+    )
 
-    Raises:
-        UserError: one differs, or is unknown; names it with its values.
-    """
-    for name, value in identity.unknown(saved):
-        raise UserError(
-            f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
-            "build that wrote it, or give another --output_dir for a new run"
-        )
-    for name, before, now in identity.changed(saved):
-        raise UserError(
-            f"{folder} was trained with {name} {before}, not {now}: type the same to go on, "
-            "or give another --output_dir for a new run"
-        )
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))

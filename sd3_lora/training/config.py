@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_type_hints
@@ -13,6 +14,8 @@ from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
+# Those that reach their end with the run, so that a longer run has other rates.
+ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
 _LATER = "prior preservation is not built yet"
@@ -217,7 +220,13 @@ class RunConfig:
         },
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Let float32 products use TF32 (Ampere or newer)."})
-    checkpointing_steps: int = field(default=500, metadata={"help": "Optimizer steps between checkpoints."})
+    checkpointing_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between checkpoints. Default: a tenth of the run, but at least 50 and at most 500 "
+            "(diffusers: 500)."
+        },
+    )
     checkpoints_total_limit: int | None = field(default=None, metadata={"help": "How many checkpoints to keep."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "latest (or from the start where there is none), or a checkpoint's folder."}
@@ -226,7 +235,9 @@ class RunConfig:
         default="tensorboard",
         metadata={"help": "tensorboard (when installed), wandb, comet_ml, all or none; comma-separated."},
     )
-    logging_dir: str = field(default="logs", metadata={"help": "For trackers, below the output folder."})
+    logging_dir: str = field(
+        default="logs", metadata={"help": "For trackers: a folder in the output folder, or a full path."}
+    )
 
     def __post_init__(self) -> None:
         require_right(self._faults())
@@ -243,6 +254,8 @@ class RunConfig:
         )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             yield f"--seed {self.seed} must be at least 0 and less than 2**63"
+        if os.path.normpath(self.logging_dir).split(os.sep)[0] == os.pardir:
+            yield f"--logging_dir {self.logging_dir} leaves the output folder: type a name such as logs, or a full path"
         known = {"tensorboard", "wandb", "comet_ml", "all", "none"}
         for name in self.trackers:
             if name not in known:
@@ -255,6 +268,14 @@ class RunConfig:
         if self.num_train_epochs is None:
             return DEFAULT_STEPS
         return math.ceil(self.num_train_epochs * pictures / self.pictures_per_step(processes))
+
+    def steps_to_checkpoint(self, steps: int) -> int:
+        """Optimizer steps between checkpoints of a run of so many.
+
+        Unless a flag says how many, there are about ten: enough that a lost machine costs a tenth of a run, and few
+        enough for a disk. They are 50 steps apart at least, so that saving takes no time to speak of, and 500 at most.
+        """
+        return self.checkpointing_steps or min(500, max(50, steps // 10))
 
     def pictures_per_step(self, processes: int) -> int:
         """Pictures of an optimizer step."""

@@ -29,8 +29,11 @@ class NoiseTable:
 
 
 def load_noise_table(scheduler_config: dict[str, Any], timestep_shift: float | None) -> NoiseTable:
-    """The scheduler's training table, with the given shift, or with its configured one."""
-    overrides = {} if timestep_shift is None else {"shift": timestep_shift}
+    """The scheduler's training table, with the given shift, or with its configured one.
+
+    A scheduler with `use_dynamic_shifting` leaves its table unshifted, whatever its `shift`; a given one is obeyed.
+    """
+    overrides = {} if timestep_shift is None else {"shift": timestep_shift, "use_dynamic_shifting": False}
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **overrides)
     return NoiseTable(scheduler.sigmas[: len(scheduler.timesteps)].float(), scheduler.timesteps.float())
 

@@ -74,12 +74,20 @@ class LossLog:
         path: of the JSON lines; None on ranks that do not write.
         mean_over_ranks: averages a tensor over the processes.
         dtype_name: of the run, for a diagnosis.
+        track: is given each line, to send it elsewhere.
     """
 
-    def __init__(self, path: Path | None, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor], dtype_name: str):
+    def __init__(
+        self,
+        path: Path | None,
+        mean_over_ranks: Callable[[torch.Tensor], torch.Tensor],
+        dtype_name: str,
+        track: Callable[[LoggedStep], None] = lambda _: None,
+    ):
         self._path = path
         self._mean_over_ranks = mean_over_ranks
         self._dtype_name = dtype_name
+        self._track = track
         self._pending: list[PendingStep] = []
         self.skipped_in_a_row = 0
         self.skipped = 0
@@ -128,6 +136,8 @@ class LossLog:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+        for line in lines:
+            self._track(line)
         return lines
 
     def _require_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
@@ -145,9 +155,23 @@ class LossLog:
         )
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run will write again."""
+        """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names."""
         if self._path is None or not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        steps = [_step_of(line) for line in lines]  # the last is empty, or was cut off by a kill
+        damaged = [str(number) for number, read in enumerate(steps[:-1], 1) if read is None]
+        if damaged:
+            print(f"note: {self._path} is damaged in line {', '.join(damaged)}, which is left out")
+        kept = [line + "\n" for line, read in zip(lines[:-1], steps, strict=False) if read is not None and read <= step]
         write_text_atomically(self._path, "".join(kept))
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None where it is damaged."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if isinstance(step, int) else None

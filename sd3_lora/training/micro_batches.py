@@ -73,19 +73,28 @@ class MicroBatches:
 
     def __init__(self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
-        self._drawn: deque[tuple[StepInputs, list[str]]] = deque()
+        # Each with the state of the draws and the order before it.
+        self._drawn: deque[tuple[StepInputs, list[str], dict[str, Any]]] = deque()
 
     def draw_ahead(self, left: int) -> None:
         """Draws until `early` micro-batches are there, but no more than the `left` that may be drawn."""
         draws = self._sampler.draws
         while len(self._drawn) < min(left, self._early):
+            before = self._state()
             indices = self._order.take(draws.global_batch_size)[draws.rank_slice]
             with one_thread(self._sampler.device):
                 batch = self._data.batch(indices, draws.uniform())
                 inputs = self._sampler.sample(batch)
-            self._drawn.append((inputs, [self._data.images[index].path.name for index in indices]))
+            self._drawn.append((inputs, [self._data.images[index].path.name for index in indices], before))
 
     def take(self) -> tuple[StepInputs, list[str], StepInputs | None]:
         """The next micro-batch, its pictures' names, and the inputs of the one after it if that was drawn."""
-        inputs, names = self._drawn.popleft()
+        inputs, names, _ = self._drawn.popleft()
         return inputs, names, self._drawn[0][0] if self._drawn else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the draws and the order stand, for a checkpoint; what was drawn and not taken is drawn again then."""
+        return self._drawn[0][2] if self._drawn else self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {"draws": self._sampler.draws.generator.get_state(), "order": self._order.state_dict()}

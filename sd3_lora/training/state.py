@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.run_record import RunFacts, RunRecord
-from sd3_lora.training.checkpoints import UnfinishedCheckpoint, remove_old_checkpoints, require_same_run, write_state
+from sd3_lora.training.checkpoints import (
+    UnfinishedCheckpoint,
+    checkpoint_folders,
+    remove_old_checkpoints,
+    write_pictures,
+    write_state,
+)
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.run_changes import require_same_run
 from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
@@ -53,16 +63,25 @@ class Training:
         """With its LoRA."""
         return self.model.transformer
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of this rank and of what the ranks share; tensors on the CPU."""
+    def learning_rates(self, step: int) -> list[float]:
+        """The schedule's rate of each group after so many steps that were not skipped."""
+        schedule = self.lr_scheduler
+        return [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+
+    def state_dict(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of this rank and of what the ranks share; tensors on the CPU.
+
+        Args:
+            drawn: where the draws and the order stand, `MicroBatches.state_dict`.
+        """
         return {
             "step": self.step,
+            "steps": self.steps,
             "lora": lora_tensors(self.transformer),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "draws": self.draws.generator.get_state(),
-            "order": self.order.state_dict(),
+            **drawn,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,6 +137,7 @@ class Outputs:
         alpha: of the LoRA.
         record: of the run.
         limit: how many checkpoints are kept; None for all.
+        command: that goes on with the run.
     """
 
     folder: Path
@@ -125,24 +145,39 @@ class Outputs:
     alpha: float
     record: RunRecord
     limit: int | None
+    command: str = ""
 
     def save_lora(self, training: Training, folder: Path) -> Path:
         """Writes the LoRA in diffusers' format, and reads it back."""
         metadata = lora_metadata(self.record.facts, training.step)
         return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
 
-    def save_checkpoint(self, training: Training, accelerator: Accelerator) -> None:
-        """Writes a checkpoint on rank 0, with the random states of all ranks."""
+    def kept(self) -> str:
+        """What an interruption leaves, and the command that goes on."""
+        folders = checkpoint_folders(self.folder)
+        if not folders:
+            return f"no step was kept; to start again, type `{self.command}`"
+        return f"{folders[-1]} is kept; to go on, type `{self.command}`"
+
+    def save_checkpoint(self, training: Training, drawn: Mapping[str, Any], accelerator: Accelerator) -> None:
+        """Writes a checkpoint on rank 0, with the random states of all ranks.
+
+        Args:
+            training: whose state is kept.
+            drawn: where the draws and the order stand, `MicroBatches.state_dict`.
+            accelerator: of the processes.
+        """
         random_states = gather_object([random_state(accelerator.device)])
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
                 self.save_lora(training, folder)
                 state = {
-                    **training.state_dict(),
+                    **training.state_dict(drawn),
                     "random": random_states,
                     "signature": dict(self.record.identity.values),
                 }
                 write_state(folder, state)
+                write_pictures(folder, self.record.identity.pictures)
             remove_old_checkpoints(self.folder, self.limit)
         accelerator.wait_for_everyone()
 
@@ -152,11 +187,28 @@ class Outputs:
         """Goes on from a checkpoint, whose state has been read.
 
         Raises:
-            UserError: it is of a run with another identity.
+            UserError: it is of a run with another identity, or whose learning rate would jump.
         """
-        require_same_run(state["signature"], self.record.identity, folder)
+        require_same_run(state["signature"], self.record, folder)
+        self._require_same_schedule(state, training, folder)
         training.load_state_dict(state)
         if accelerator.process_index < len(
             state["random"]
         ):  # a rank that the checkpoint's run did not have keeps its state
             set_random_state(state["random"][accelerator.process_index], accelerator.device)
+
+    def _require_same_schedule(self, state: Mapping[str, Any], training: Training, folder: Path) -> None:
+        """A schedule that ends with the run has another rate in a longer run, unless it is warming up still."""
+        saved = state["lr_scheduler"]
+        then, now = saved["_last_lr"], training.learning_rates(saved["last_epoch"])
+        if all(
+            math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-15) for before, after in zip(then, now, strict=True)
+        ):
+            return
+        steps = state.get("steps")  # earlier builds did not note them
+        schedule = self.record.identity.values["--lr_scheduler"]
+        raise UserError(
+            f"{folder} was trained with --lr_scheduler {schedule} over {steps or 'another number of'} steps; over "
+            f"{training.steps} its learning rate would jump from {then[0]:.3g} to {now[0]:.3g}: type "
+            f"--max_train_steps {steps or 'N as then'}, or give another --output_dir for a new run"
+        )

@@ -284,7 +284,7 @@ finally:
     shown = answer("--help")
     assert (shown.returncode, shown.stderr) == (0, "heavy:\n")
     assert f"usage: python {script}.py [flags]\n" in shown.stdout
-    assert "\nWhere to compute; every script has this flag:\n" in shown.stdout
+    assert "\nWhere to compute, and whether always alike; every script has these flags:\n" in shown.stdout
     assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
 
 

@@ -10,7 +10,7 @@ from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
 import torch
-from conftest import TRAINING_SCRIPT, Prepared, torchrun
+from conftest import PROJECT, TRAINING_SCRIPT, Prepared, torchrun
 from safetensors.torch import load_file
 from training_runs import Run, Script, private_copy, train
 
@@ -84,3 +84,36 @@ def test_the_ranks_drop_out_different_inputs(two_ranks: tuple[Prepared, Run]) ->
     _, run = two_ranks
     first, second = (state["torch"] for state in read_state(run.folder / "checkpoint-7")["random"])
     assert not torch.equal(first, second)
+
+
+ONE_RANK_IS_TOLD = """
+import os, signal, sys
+sys.path.insert(0, {project!r})
+import torch
+import {script} as script
+original, count = script.flow_matching_loss, 0
+def signalling(*words):
+    global count
+    count += 1
+    if count == 5 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return original(*words)
+script.flow_matching_loss = signalling
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_to_one_rank_stops_both_after_a_checkpoint(two_ranks: tuple[Prepared, Run], tmp_path: Path) -> None:
+    """In the third step; the ranks agree in the fourth."""
+    stage_one, whole = two_ranks
+    told = tmp_path / "told.py"
+    told.write_text(ONE_RANK_IS_TOLD.format(project=str(PROJECT), script=TRAINING_SCRIPT))
+    folder = tmp_path / "out"
+    words = [*stage_one.flags, "--device", "cpu", "--output_dir", folder, *NUMBERS]
+    result = torchrun(told, *words)
+    assert result.code != 0
+    assert [path.name for path in folder.glob("*checkpoint*")] == ["checkpoint-4"]
+    assert result.err.count(f"interrupted: {folder / 'checkpoint-4'} is kept; to go on, type `torchrun ") == 1
+    result = torchrun(f"{TRAINING_SCRIPT}.py", *words, "--resume_from_checkpoint", "latest")
+    assert result.code == 0, result.err
+    assert furthest(Run(folder, "", "").lora, whole.lora) == 0

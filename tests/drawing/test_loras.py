@@ -42,7 +42,7 @@ def draw(script: Script, prepared: Prepared, outdir: Path, *words: object) -> np
     flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
     flags += ["--outdir", outdir, "--num_steps", 2, "--guidance", 2, "--max_sequence_length", 20, "--prompt", PROMPT]
     assert script("inference", *flags, *words).code == 0
-    (path,) = outdir.glob("*/*.png")
+    path = max(outdir.glob("*/*.png"), key=lambda path: path.stat().st_mtime_ns)  # earlier ones keep their files
     return np.asarray(Image.open(path)).astype(int)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.run_record import RunIdentity
 from sd3_lora.training.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -15,7 +15,7 @@ from sd3_lora.training.checkpoints import (
     pack,
     read_state,
     remove_old_checkpoints,
-    require_same_run,
+    require_own_checkpoints,
     unpack,
     write_state,
 )
@@ -192,21 +192,36 @@ def test_a_broken_checkpoint_is_a_sentence(tmp_path: Path, name: str, content: b
         read_state(folder)
 
 
-def test_other_numbers_are_another_run() -> None:
-    folder = Path("out/checkpoint-5")
-    saved = {"--rank": 4, "--seed": 0, "--lora_layers": None}
-    require_same_run(saved, RunIdentity(saved), folder)
-    with pytest.raises(UserError, match="checkpoint-5 was trained with --rank 4, not 8: type the same to go on"):
-        require_same_run(saved, RunIdentity({**saved, "--rank": 8}), folder)
-    with pytest.raises(UserError, match=r"--lora_layers None, not attn\.to_k"):
-        require_same_run(saved, RunIdentity({**saved, "--lora_layers": "attn.to_k"}), folder)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_is_damaged(tmp_path: Path, value: float) -> None:
+    """Else training would blame the learning rate for it."""
+    state = {"step": 5, "lora": {"to_q": torch.tensor([1.0, value])}}
+    with pytest.raises(UserError, match=r"checkpoint-5 is damaged, with a NaN or infinity in lora/to_q: give an "):
+        read_state(make_checkpoint(tmp_path, 5, state))
 
 
-def test_a_flag_that_the_checkpoint_lacks_had_its_default() -> None:
-    folder = Path("out/checkpoint-5")
-    saved = {"--rank": 4}
-    require_same_run(saved, RunIdentity({**saved, "--new": 1}, {"--new": 1, "--rank": 8}), folder)
-    with pytest.raises(UserError, match="checkpoint-5 was trained with --new 1, not 2"):
-        require_same_run(saved, RunIdentity({**saved, "--new": 2}, {"--new": 1}), folder)
-    with pytest.raises(UserError, match="checkpoint-5 was trained with --new 1, which this build does not know"):
-        require_same_run({**saved, "--new": 1}, RunIdentity(saved), folder)
+def test_another_programs_checkpoint_is_refused(tmp_path: Path) -> None:
+    require_own_checkpoints(tmp_path / "new")
+    make_checkpoint(tmp_path, 5)
+    (tmp_path / "checkpoint-7").mkdir()
+    require_own_checkpoints(tmp_path)  # an empty folder
+    half = tmp_path / "checkpoint-3"
+    half.mkdir()
+    (half / "state.safetensors").touch()
+    require_own_checkpoints(tmp_path)  # half of an older one
+    (tmp_path / "checkpoint-7" / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"checkpoint-7 is not a checkpoint of this project, .* another --output_dir"):
+        require_own_checkpoints(tmp_path)
+
+
+def test_a_checkpoint_is_never_half_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while one is deleted, or replaced, leaves none under its name."""
+    made = [make_checkpoint(tmp_path, step) for step in (1, 2)]
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: assert_hidden(Path(folder)))
+    remove_old_checkpoints(tmp_path, 1)
+    assert checkpoint_folders(tmp_path) == made[1:]
+    assert not made[0].exists()
+
+
+def assert_hidden(folder: Path) -> None:
+    assert folder.name.startswith(".checkpoint-")

@@ -529,3 +529,10 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         for f in fields(group):
             assert re.search(rf"--{f.name}\b", text)
             assert f.metadata.get("help"), f.name
+
+
+@pytest.mark.parametrize(("steps", "apart"), [(3, 50), (150, 50), (500, 50), (2000, 200), (10000, 500)])
+def test_a_run_keeps_about_ten_checkpoints(steps: int, apart: int) -> None:
+    """A tenth of the run, between 50 and 500 steps; README's run of 500 steps keeps something."""
+    assert RunConfig().steps_to_checkpoint(steps) == apart
+    assert RunConfig(checkpointing_steps=7).steps_to_checkpoint(steps) == 7

@@ -183,3 +183,12 @@ def test_impossible_settings_are_refused() -> None:
     for shift in (0.0, -3.0):
         with pytest.raises(ValueError, match=r"--timestep_shift must be positive: 3\.0"):
             replace(FlowConfig(), timestep_shift=shift)
+
+
+def test_a_shift_is_obeyed_where_the_scheduler_shifts_dynamically() -> None:
+    """Such a scheduler leaves its table unshifted."""
+    dynamic = {"shift": 3.0, "use_dynamic_shifting": True}
+    plain = load_noise_table({"shift": 1.0}, None).sigmas
+    assert torch.equal(load_noise_table(dynamic, None).sigmas, plain)
+    shifted = load_noise_table(dynamic, 2.0).sigmas
+    torch.testing.assert_close(shifted, 2 * plain / (1 + plain))

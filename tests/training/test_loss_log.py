@@ -144,6 +144,19 @@ def test_cut_back_to_a_checkpoint(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["losses.jsonl"]
 
 
+def test_a_damaged_log_is_no_obstacle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "losses.jsonl"
+    log = new_log(path)
+    for number in range(1, 5):
+        log.add(step(number))
+    log.read()
+    first, second, third, fourth = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second.replace(b"{", b"\xff") + b"[1]\n" + third.replace(b'"step"', b'"stop"') + fourth)
+    new_log(path).cut_back(4)
+    assert path.read_bytes() == first + fourth
+    assert capsys.readouterr().out == f"note: {path} is damaged in line 2, 3, 4, which is left out\n"
+
+
 def test_ranks_that_do_not_write(tmp_path: Path) -> None:
     log = new_log(None)
     log.cut_back(0)

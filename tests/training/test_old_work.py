@@ -164,7 +164,7 @@ def later_build(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_flag_that_the_build_did_not_have_is_at_its_default(script: Script, work: Path) -> None:
     refused = resume(script, work, "adamw", "--made_up", 2, code=2)
     assert refused.error == (
-        f"{work / 'adamw' / 'checkpoint-3'} was trained with --made_up 1, not 2: type the same to go on, or give "
+        f"{work / 'adamw' / 'checkpoint-3'} was trained with --made_up 1, not 2: type --made_up 1 to go on, or give "
         "another --output_dir for a new run"
     )
     assert len(refused.losses) == 6  # of before: nothing was written

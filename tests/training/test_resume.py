@@ -201,6 +201,39 @@ def test_a_longer_run_is_what_it_would_have_been(script: Script, prepared: Prepa
     assert_same_run(whole.folder, tmp_path / "grown", 5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_schedule_that_has_ended_does_not_jump(
+    script: Script, prepared: Prepared, tmp_path: Path, schedule: str
+) -> None:
+    """A longer run is refused, with the steps of then; not while it warms up, as a longer run does too."""
+    words = ["--lr_scheduler", schedule, "--lr_warmup_steps", 2, "--resume_from_checkpoint"]
+    train(script, prepared, tmp_path, *words, "latest", "--checkpointing_steps", 1)
+    before = snapshot(tmp_path)
+    longer = train(script, prepared, tmp_path, *words, "latest", "--max_train_steps", 6, code=2)
+    assert (
+        f"checkpoint-3 was trained with --lr_scheduler {schedule} over 3 steps; over 6 its learning rate would jump "
+    ) in longer.error
+    assert longer.error.endswith(": type --max_train_steps 3, or give another --output_dir for a new run")
+    ended = train(script, prepared, tmp_path, *words, "latest")
+    assert f"nothing to do: 3 steps were asked for; --lr_scheduler {schedule} has come to its end" in ended.out
+    assert snapshot(tmp_path) == before
+    whole = train(script, prepared, tmp_path / "whole", *words, "latest", "--max_train_steps", 6)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "warm")
+    grown = train(script, prepared, tmp_path / "grown", *words, tmp_path / "warm", "--max_train_steps", 6)
+    assert same_lora(whole.folder / LORA_FILE, grown.folder / LORA_FILE)
+
+
+def test_another_programs_checkpoint(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """It is neither passed over, to start at step 0, nor replaced by a new run."""
+    foreign = tmp_path / "checkpoint-500"
+    foreign.mkdir()
+    (foreign / "optimizer.bin").touch()
+    for words in (["--resume_from_checkpoint", "latest"], []):
+        run = train(script, prepared, tmp_path, *words, code=2)
+        assert run.error.startswith(f"{foreign} is not a checkpoint of this project")
+    assert list(tmp_path.iterdir()) == [foreign]
+
+
 def test_latest_where_there_is_none_starts(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path / "new", "--resume_from_checkpoint", "latest")
     plain = train(script, prepared, tmp_path / "plain")
@@ -260,27 +293,48 @@ def checkpoints(run: Run) -> list[int]:
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in run.folder.glob("checkpoint-*"))
 
 
-OTHER_RUN: list[tuple[list[Any], str]] = [
-    (["--rank", 8], "--rank 4, not 8"),
-    (["--lora_alpha", 2], "--lora_alpha 4.0, not 2.0"),
-    (["--lora_dropout", 0.1], "--lora_dropout 0.0, not 0.1"),
-    (["--lora_layers", "attn.to_k"], "--lora_layers None, not attn.to_k"),
-    (["--lora_blocks", "1"], "--lora_blocks None, not 1"),
-    (["--use_8bit_adam"], "--use_8bit_adam False, not True"),
-    (["--train_batch_size", 2], "a global batch of 1, not 2"),
-    (["--gradient_accumulation_steps", 2], "--gradient_accumulation_steps 1, not 2"),
-    (["--weighting_scheme", "mode"], "--weighting_scheme logit_normal, not mode"),
-    (["--precondition_outputs"], "--precondition_outputs False, not True"),
-    (["--timestep_shift", 1], "--timestep_shift None, not 1.0"),
-    (["--logit_mean", 1], "--logit_mean 0.0, not 1.0"),
-    (["--mixed_precision", "bf16"], "the precision float32, not bfloat16"),
-    (["--seed", 1], "--seed 0, not 1"),
-    (["--center_crop"], "the pictures and captions "),
-    (["--instance_prompt", "a photo of a robot"], "the pictures and captions "),
-    (["--learning_rate", 1e-3], "--learning_rate 0.0001, not 0.001"),
-    (["--lr_scheduler", "linear"], "--lr_scheduler constant, not linear"),
-    (["--adam_beta1", 0.8], "--adam_beta1 0.9, not 0.8"),
-    (["--max_grad_norm", 2], "--max_grad_norm 1.0, not 2.0"),
+# A flag, how the checkpoint was trained, and what to type to go on.
+OTHER_RUN: list[tuple[list[Any], str, str]] = [
+    (["--rank", 8], "with --rank 4, not 8", "type --rank 4"),
+    (["--lora_alpha", 2], "with --lora_alpha 4.0, not 2.0", "type --lora_alpha 4.0"),
+    (["--lora_dropout", 0.1], "with --lora_dropout 0.0, not 0.1", "type --lora_dropout 0.0"),
+    (["--lora_layers", "attn.to_k"], "without --lora_layers", "leave --lora_layers out"),
+    (["--lora_blocks", "1"], "without --lora_blocks", "leave --lora_blocks out"),
+    (["--use_8bit_adam"], "without --use_8bit_adam", "leave --use_8bit_adam out"),
+    (
+        ["--train_batch_size", 2],
+        "with 1 picture in a micro-batch of all processes, not 2",
+        "type --train_batch_size 1",
+    ),
+    (
+        ["--gradient_accumulation_steps", 2],
+        "with --gradient_accumulation_steps 1, not 2",
+        "type --gradient_accumulation_steps 1",
+    ),
+    (
+        ["--weighting_scheme", "mode"],
+        "with --weighting_scheme logit_normal, not mode",
+        "type --weighting_scheme logit_normal",
+    ),
+    (["--precondition_outputs"], "without --precondition_outputs", "leave --precondition_outputs out"),
+    (["--timestep_shift", 1], "without --timestep_shift", "leave --timestep_shift out"),
+    (["--logit_mean", 1], "with --logit_mean 0.0, not 1.0", "type --logit_mean 0.0"),
+    (["--mixed_precision", "bf16"], "with --mixed_precision no, not bf16", "type --mixed_precision no"),
+    (["--seed", 1], "with --seed 0, not 1", "type --seed 0"),
+    (
+        ["--center_crop"],
+        "on other crops of 00.png, 02.png, 03.png, 04.png",
+        "type the --num_crops, --center_crop and --random_flip of then",
+    ),
+    (
+        ["--instance_prompt", "a photo of a robot"],
+        "with another caption of 00.png, 01.png, 02.png, 03.png, 04.png",
+        "give the captions of then (--instance_prompt, or the text files)",
+    ),
+    (["--learning_rate", 1e-3], "with --learning_rate 0.0001, not 0.001", "type --learning_rate 0.0001"),
+    (["--lr_scheduler", "linear"], "with --lr_scheduler constant, not linear", "type --lr_scheduler constant"),
+    (["--adam_beta1", 0.8], "with --adam_beta1 0.9, not 0.8", "type --adam_beta1 0.9"),
+    (["--max_grad_norm", 2], "with --max_grad_norm 1.0, not 2.0", "type --max_grad_norm 1.0"),
 ]
 
 
@@ -295,25 +349,42 @@ def finished(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-@pytest.mark.parametrize(("words", "says"), OTHER_RUN, ids=[" ".join(map(str, words)) for words, _ in OTHER_RUN])
+@pytest.mark.parametrize(
+    ("words", "before", "remedy"), OTHER_RUN, ids=[" ".join(map(str, case[0])) for case in OTHER_RUN]
+)
 def test_what_decides_the_numbers_must_not_change(
-    script: Script, prepared: Prepared, finished: Path, words: list[Any], says: str
+    script: Script, prepared: Prepared, finished: Path, words: list[Any], before: str, remedy: str
 ) -> None:
-    before = snapshot(finished)
+    left = snapshot(finished)
     run = train(script, prepared, finished, *words, "--resume_from_checkpoint", "latest", code=2)
-    assert f"{finished / 'checkpoint-1'} was trained with {says}" in run.error
-    assert run.error.endswith("type the same to go on, or give another --output_dir for a new run")
-    assert snapshot(finished) == before
+    assert run.error == (
+        f"{finished / 'checkpoint-1'} was trained {before}: {remedy} to go on, "
+        "or give another --output_dir for a new run"
+    )
+    assert snapshot(finished) == left
 
 
-def test_other_pictures_are_another_run(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+def test_all_changes_are_named_at_once(script: Script, prepared: Prepared, finished: Path) -> None:
+    words = ["--resume_from_checkpoint", "latest", "--rank", 8, "--precondition_outputs"]
+    run = train(script, prepared, finished, *words, code=2)
+    assert "was trained with --rank 4, not 8, and without --precondition_outputs: type --rank 4, leave " in run.error
+
+
+def test_other_pictures_are_named(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """One removed, one added, one with another caption; an earlier build noted no more than a hash."""
     private = private_copy(prepared, tmp_path / "stage_one")
     words = ["--resume_from_checkpoint", "latest", "--max_train_steps", 5]
     folder = tmp_path / "out"
+    (private.pictures / "03.png").rename(tmp_path / "03.png")
     train(script, private, folder)
     (private.pictures / "04.png").unlink()
-    fewer = train(script, private, folder, *words, code=2)
-    assert "checkpoint-3 was trained with the pictures and captions " in fewer.error
+    (tmp_path / "03.png").rename(private.pictures / "new dog.png")
+    (private.pictures / "00.txt").write_text("a photo of a robot")
+    changed = train(script, private, folder, *words, code=2)
+    assert "was trained without new dog.png, also on 04.png, with another caption of 00.png: take out " in changed.error
+    (folder / "checkpoint-3" / "pictures.json").unlink()
+    old = train(script, private, folder, *words, code=2)
+    assert "was trained on other pictures, captions or crops, of which it notes no more than a hash: " in old.error
 
 
 def test_renamed_pictures_are_the_same_run(script: Script, prepared: Prepared, tmp_path: Path) -> None:
@@ -358,7 +429,10 @@ def test_another_transformer(script: Script, prepared: Prepared, finished: Path,
     save_file(tensors, weights, {"format": "pt"})
     other = Prepared(model, prepared.pictures, prepared.embeddings, prepared.latents)
     run = train(script, other, finished, "--resume_from_checkpoint", "latest", code=2)
-    assert "was trained with the transformer " in run.error
+    assert (
+        f"was trained on other weights of the transformer than this command's (its model was {prepared.model}): "
+        "give those as --pretrained_model_name_or_path to go on"
+    ) in run.error
 
 
 def test_more_processes_than_before(
@@ -370,7 +444,7 @@ def test_more_processes_than_before(
     """A checkpoint of one process with a batch of 2 is one of two with 1 each; the second has no dropout state yet."""
     run = train(script, prepared, tmp_path, "--train_batch_size", 2)
     loaded: list[Any] = []
-    training = SimpleNamespace(load_state_dict=loaded.append)
+    training = SimpleNamespace(load_state_dict=loaded.append, learning_rates=lambda _: [1e-4])
     folder = run.folder / "checkpoint-3"
     record = SimpleNamespace(identity=RunIdentity(read_state(folder)["signature"]))
     outputs = Outputs(tmp_path, 4, 4.0, record, None)
@@ -384,7 +458,13 @@ def test_the_checkpoint_is_plain(script: Script, prepared: Prepared, tmp_path: P
     """JSON and safetensors; LoRA, optimizer, schedule, scaler, every random state and the data order are in it."""
     run = train(script, prepared, tmp_path)
     folder = run.folder / "checkpoint-3"
-    assert sorted(path.name for path in folder.iterdir()) == [LORA_FILE, "state.json", "state.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "pictures.json",
+        LORA_FILE,
+        "state.json",
+        "state.safetensors",
+    ]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # read by all who may, as the umask has it
     json.loads((folder / "state.json").read_text())
     state = read_state(folder)
     assert state["step"] == 3

@@ -1,0 +1,170 @@
+"""What a command that resumes a run would change in it, in sentences that name the flags to type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import UserError, quoted
+from sd3_lora.common.run_record import NotedPicture, RunRecord
+from sd3_lora.training.checkpoints import read_pictures
+from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
+
+PICTURES, TRANSFORMER, BATCH, PRECISION = (
+    "the pictures and captions",
+    "the transformer",
+    "a global batch of",
+    "the precision",
+)
+_PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class RunChange:
+    """One change.
+
+    Attributes:
+        before: how the checkpoint was trained, to follow "was trained".
+        remedy: what to do to go on.
+    """
+
+    before: str
+    remedy: str
+
+
+def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) -> None:
+    """Checks that the run's identity is unchanged.
+
+    A flag that the checkpoint's build did not have had its default. A flag that only a newer build has is refused
+    whatever its value, since its effect on the numbers is not known here.
+
+    Args:
+        saved: flag or noun → value, of the checkpoint.
+        record: of this command.
+        folder: the checkpoint's.
+
+    Raises:
+        UserError: some differ, or one is unknown; says how to go on.
+    """
+    identity = record.identity
+    for name, value in identity.unknown(saved):
+        raise UserError(
+            f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
+            "build that wrote it, or give another --output_dir for a new run"
+        )
+    differences = {name: (before, now) for name, before, now in identity.changed(saved)}
+    if not differences:
+        return
+    noted = read_pictures(folder)
+    if "--resolution" in differences and (noted is None or _captions(noted) == _captions(identity.pictures)):
+        differences.pop(PICTURES, None)  # the crops follow from it
+    if differences.get("--rank") == differences.get("--lora_alpha"):
+        differences.pop("--lora_alpha", None)  # its default is the rank
+    changes = [
+        _pictures_change(noted, identity.pictures)
+        if name == PICTURES
+        else _transformer_change(folder)
+        if name == TRANSFORMER
+        else _batch_change(before, now, record.facts.processes)
+        if name == BATCH
+        else _flag_change(name, before, now)
+        for name, (before, now) in differences.items()
+    ]
+    raise UserError(
+        f"{folder} was trained {', and '.join(change.before for change in changes)}: "
+        f"{', '.join(change.remedy for change in changes)} to go on, or give another --output_dir for a new run"
+    )
+
+
+def _flag_change(name: str, before: Any, now: Any) -> RunChange:
+    if name == "--compile":  # as `StepExecution.kernels` has it
+        compiled = before == "blocks"
+        return RunChange(
+            f"with{'' if compiled else 'out'} compiled blocks",
+            "type --compile on (which streamed or 4-bit blocks cannot have)" if compiled else "type --compile off",
+        )
+    if name == PRECISION:
+        name, before, now = "--mixed_precision", _PRECISIONS.get(before, before), _PRECISIONS.get(now, now)
+    if before is None or before is False:
+        return RunChange(f"without {name}", f"leave {name} out")
+    typed = name if before is True else quoted([name, str(before)])
+    with_other = f"with {typed}" + ("" if now is None or isinstance(now, bool) else f", not {now}")
+    if name in ("--t5_precision", "--max_sequence_length"):  # the file decides
+        return RunChange(
+            f"on embeddings made {with_other}", f"type `python compute_embeddings.py` with the flags of then, {typed}"
+        )
+    return RunChange(with_other, f"type {typed}")
+
+
+def _batch_change(before: int, now: int, processes: int) -> RunChange:
+    share, rest = divmod(before, processes)
+    return RunChange(
+        f"with {before} picture{'s' if before > 1 else ''} in a micro-batch of all processes, not {now}",
+        f"start as many processes as {before} can be divided by"
+        if rest
+        else f"type --train_batch_size {share}" + (f" with {processes} processes" if processes > 1 else ""),
+    )
+
+
+def _transformer_change(folder: Path) -> RunChange:
+    path = folder / LORA_FILE
+    made_with = read_lora_record(path) if path.is_file() else {}
+    model, revision = made_with.get("base_model"), made_with.get("revision")
+    if not model:
+        return RunChange("on another transformer", "give that one as --pretrained_model_name_or_path")
+    if not revision:
+        return RunChange(
+            f"on other weights of the transformer than this command's (its model was {model})",
+            "give those as --pretrained_model_name_or_path",
+        )
+    return RunChange(
+        f"on the transformer of {model} at commit {revision}",
+        f"type {quoted(['--pretrained_model_name_or_path', model, '--revision', revision])}",
+    )
+
+
+def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedPicture]) -> RunChange:
+    """Which pictures were added, removed, or have other captions or crops."""
+    if before is None:
+        return RunChange(
+            "on other pictures, captions or crops, of which it notes no more than a hash",
+            "give those of then (--instance_data_dir, --instance_prompt, --num_crops, --center_crop, --random_flip)",
+        )
+    earlier, current = ({picture.image_id: picture for picture in pictures} for pictures in (before, now))
+    in_both = [(earlier[key], current[key]) for key in earlier.keys() & current.keys()]
+    recaptioned = [new for old, new in in_both if old.prompt != new.prompt]
+    recropped = [new for old, new in in_both if old.crops != new.crops]
+    parts = {
+        "without": [current[key] for key in current.keys() - earlier.keys()],
+        "also on": [earlier[key] for key in earlier.keys() - current.keys()],
+        "with another caption of": recaptioned,
+        "on other crops of": recropped,
+    }
+    remedies = {
+        "without": "take out what was added",
+        "also on": "put back what was removed",
+        "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
+        "on other crops of": "type the --num_crops, --center_crop and --random_flip of then",
+    }
+    changed = {how: pictures for how, pictures in parts.items() if pictures}
+    return RunChange(
+        ", ".join(f"{how} {_names(pictures)}" for how, pictures in changed.items())
+        or "on these pictures, noted otherwise",
+        ", ".join(remedies[how] for how in changed) or "give the pictures of then",
+    )
+
+
+def _captions(pictures: Sequence[NotedPicture]) -> set[tuple[str, str]]:
+    return {(picture.image_id, picture.prompt) for picture in pictures}
+
+
+def _names(pictures: Sequence[NotedPicture]) -> str:
+    """Some names, and how many more there are."""
+    names = sorted(picture.name for picture in pictures if picture.name)[:_MOST_NAMES]
+    rest = len(pictures) - len(names)
+    if not names:
+        return f"{rest} picture{'s' if rest > 1 else ''}"
+    return ", ".join(names) + (f" and {rest} more" if rest else "")
