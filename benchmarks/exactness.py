@@ -21,7 +21,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_dreambooth_sd3_lora_miniature as script
 from sd3_lora.common.memory import drop_workspaces, free_memory
-from sd3_lora.gpu.exact_attention import AttentionBackward
+from sd3_lora.gpu.exact_attention import AttentionBackward, exact_attention
 from sd3_lora.transformer.lora import LORA_FILE
 
 import torch
 from memory import fabricate_stage_one, model_folder
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
+TOKENS = (4250, 1178)  # of a picture of 1024 and 512 px, with its prompt's
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 STEPS, TIMED_STEPS, ROUNDS = 12, 41, 3
 RECOMPUTED, STREAMED = ("--recompute_blocks", "24"), ("--recompute_blocks", "23", "--stream_blocks", "24")
 AGAIN, RESUMED = "again", "killed and resumed"
@@ -209,6 +217,44 @@ def time_steps(runs: Runs, rounds: int) -> Iterator[tuple[str, dict[str, float]]
         yield name, {**found, "ratio": round(ms["exact"] / ms["fast"], 4)}
 
 
+def time_kernels(tokens: int) -> dict[str, float]:
+    """Milliseconds of attention's kernels alone, replayed as a CUDA graph: one picture, 24 heads of 64, float16."""
+    drawn = [torch.randn(1, 24, tokens, 64, device="cuda", dtype=torch.float16) for _ in range(4)]
+    *inputs, grad = drawn
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    times: dict[str, float] = {}
+    for name, kernel in KERNELS.items():
+        with sdpa_kernel([kernel]):
+            times[f"{name} forward"] = replayed_ms(lambda: scaled_dot_product_attention(*inputs))
+            for backward in AttentionBackward:
+                if backward is AttentionBackward.CHUNKS and name != "efficient":
+                    continue
+                with exact_attention(backward):
+                    both = replayed_ms(lambda: torch.autograd.grad(scaled_dot_product_attention(*leaves), leaves, grad))
+                times[f"{name} backward, {backward.name.lower()}"] = round(both - times[f"{name} forward"], 4)
+    return times
+
+
+def replayed_ms(compute: Callable[[], object], times: int = 5) -> float:
+    """The median milliseconds of a computation over seven replays of a graph that holds it five times."""
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        compute()
+    torch.cuda.synchronize()
+    graph, start, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.graph(graph, stream=aside):
+        for _ in range(times):
+            compute()
+    measured = []
+    for _ in range(7):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        measured.append(start.elapsed_time(end) / times)
+    return statistics.median(measured)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code: 1 where a row failed, or a deterministic one differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,12 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments.models.mkdir(parents=True, exist_ok=True)
     runs, rows, ratios = Runs(arguments.models, arguments.model), [], {}
+    kernels = {str(tokens): time_kernels(tokens) for tokens in TOKENS} if arguments.rounds else {}
 
     def save() -> None:
         if arguments.result:
             where = circumstances(torch.device("cuda"), (*VERSIONS, "bitsandbytes"))
             ratio = {name: times["ratio"] for name, times in ratios.items()}
             result = {**where, "model": arguments.model, "rows": rows, "step_ratio": ratio, "step_times": ratios}
+            result["kernels_ms"] = kernels
             arguments.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     for group in groups():
