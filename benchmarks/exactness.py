@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     arguments.models.mkdir(parents=True, exist_ok=True)
     runs, rows, ratios = Runs(arguments.models, arguments.model), [], {}
-    kernels = {str(tokens): time_kernels(tokens) for tokens in TOKENS} if arguments.rounds else {}
+    kernels: dict[str, dict[str, float]] = {}
 
     def save() -> None:
         if arguments.result:
@@ -289,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, times in time_steps(runs, arguments.rounds) if arguments.rounds else ():
         ratios[name] = times
         print(name, times, flush=True)
+        save()
+    for tokens in TOKENS if arguments.rounds else ():
+        kernels[str(tokens)] = time_kernels(tokens)
         save()
     return int(any("failed" in row or (row["deterministic"] == "on" and not row["bit_equal"]) for row in rows))
 
