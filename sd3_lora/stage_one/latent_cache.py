@@ -15,10 +15,10 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentPosterior, Provenance
+from sd3_lora.common.tensor_files import write_tensors
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 BROKEN_NAME = "broken.json"  # beside the latents: the pictures that --skip_broken left out
 _METADATA_KEY = "sd3_lora"
@@ -247,7 +247,7 @@ class LatentCache:
             "tiles_px": tiles,
         }
         temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
-        save_file(tensors, temporary, {_METADATA_KEY: json.dumps(metadata)})
+        write_tensors(temporary, tensors, {_METADATA_KEY: json.dumps(metadata)})
         os.replace(temporary, self.path(image_id))
         self._read.pop(image_id, None)
 

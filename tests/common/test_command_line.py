@@ -16,8 +16,10 @@ from sd3_lora.common.command_line import (
     PATH_FLAGS,
     CommandLine,
     HarmlessFlag,
+    Interrupted,
     UserError,
     command,
+    command_again,
     command_words,
     exit_code,
     read_text_lines,
@@ -333,3 +335,34 @@ def test_what_cannot_be_drawn() -> None:
         "  --width -64 must be at least 1",
         "  --seed -1 must be at least 0: there is no random seed here, so type any number",
     ]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],
+        ["--resume_from_checkpoint", "latest"],
+        ["--resume-from-checkpoint", "checkpoint-5"],
+        ["--resume_from_checkpoint=a folder"],
+    ],
+)
+def test_the_command_that_was_typed_with_a_flag_changed(monkeypatch: pytest.MonkeyPatch, before: list[str]) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    typed = ["--steps=3", *before, "--names", "a b", "c"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *typed])
+    expected = command("script.py") + " --steps=3 --names 'a b' c --resume_from_checkpoint latest"
+    if os.name == "nt":
+        expected = expected.replace("'", '"')
+    assert command_again("script.py", typed, resume_from_checkpoint="latest") == expected
+    assert command_again("script.py", None, resume_from_checkpoint="latest") == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    again = command_again("script.py", typed, resume_from_checkpoint="latest")
+    assert again == expected.replace("python ", "torchrun --nproc-per-node 2 ", 1)
+
+
+def test_an_interruption_in_good_order(capsys: pytest.CaptureFixture[str]) -> None:
+    def script(_: object) -> None:
+        raise Interrupted("all is kept", 15)
+
+    assert exit_code(script, None) == 143
+    assert capsys.readouterr().err == "\ninterrupted: all is kept\n"

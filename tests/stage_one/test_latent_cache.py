@@ -77,6 +77,13 @@ def test_a_sample_of_the_posterior() -> None:
 # Round trip
 
 
+def test_whoever_may_read_the_folder_reads_the_files(cache: LatentCache) -> None:
+    """As the umask has it; safetensors by itself lets only the owner read."""
+    cache.add(IMAGE, (96, 64), [posterior("64x64+0+0")])
+    (cache.folder / "plain").touch()
+    assert cache.path(IMAGE.image_id).stat().st_mode == (cache.folder / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_posteriors_round_trip(cache: LatentCache, dtype: torch.dtype) -> None:
     first, second = posterior("64x64+0+0", dtype=dtype), posterior("64x64+0+0-flip", dtype=dtype)
@@ -151,11 +158,11 @@ def test_an_interrupted_write_leaves_no_file_under_the_final_name(
     first = posterior("64x64+0+0")
     cache.add(IMAGE, (96, 64), [first])
 
-    def half(tensors: object, path: Path, metadata: object) -> None:
+    def half(path: Path, *_: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(latent_cache, "save_file", half)
+    monkeypatch.setattr(latent_cache, "write_tensors", half)
     with pytest.raises(KeyboardInterrupt):
         cache.add(IMAGE, (96, 64), [posterior("64x64+16+0")])
     assert cache.variants(IMAGE.image_id) == (first.variant,)

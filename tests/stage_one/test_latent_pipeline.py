@@ -153,7 +153,7 @@ def test_batches_are_whole_across_pictures(
 def test_a_file_that_cannot_be_written_stops_the_run(
     run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, which: int
 ) -> None:
-    save, calls = latent_cache.save_file, []
+    save, calls = latent_cache.write_tensors, []
 
     def full(*args: Any) -> None:
         calls.append(args)
@@ -161,11 +161,11 @@ def test_a_file_that_cannot_be_written_stops_the_run(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(*args)
 
-    monkeypatch.setattr(latent_cache, "save_file", full)
+    monkeypatch.setattr(latent_cache, "write_tensors", full)
     result = run()
     assert result.code == 2
     assert "error: the disk is full" in result.err
-    monkeypatch.setattr(latent_cache, "save_file", save)
+    monkeypatch.setattr(latent_cache, "write_tensors", save)
     assert "12 of 12 pictures cached before" not in run().out  # that one is made now
     assert len(list((tmp_path / "latents").glob("*.safetensors"))) == 12
 

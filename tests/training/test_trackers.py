@@ -211,10 +211,10 @@ def test_an_interrupted_run_has_sent_its_losses(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorboard")
-    import torch.utils.tensorboard as tensorboard
+    from accelerate.tracking import TensorBoardTracker
 
     closed: list[bool] = []
-    monkeypatch.setattr(tensorboard.SummaryWriter, "close", lambda _: closed.append(True))
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda _: closed.append(True))
     patch_loss(monkeypatch, lambda number, loss: (number == 2 and signal.raise_signal(signal.SIGINT), loss)[1])
     train(script, prepared, tmp_path, "--report_to", "tensorboard", code=130)
     assert closed
