@@ -444,15 +444,23 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
             raise
         print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
-    except Interrupted as error:
-        if _is_rank_0():
-            with suppress(OSError):  # the terminal of a SIGHUP is gone
-                print(f"\ninterrupted: {error}", file=sys.stderr)
-        return 128 + error.number
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        in_order = _interruption_in_order(error)
+        if in_order:
+            if _is_rank_0():
+                with suppress(OSError):  # the terminal of a SIGHUP is gone
+                    print(f"\ninterrupted: {in_order}", file=sys.stderr)
+            return 128 + in_order.number
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def _interruption_in_order(error: BaseException | None) -> Interrupted | None:
+    """The `Interrupted` that ended a script, also where Ctrl-C came once more while it was on its way out."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error
 
 
 def command_words(script: str, **flags: Any) -> list[str]:

@@ -125,6 +125,19 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         exit_code(lambda _: 1 / 0, None)
 
 
+def test_a_second_interruption_does_not_hide_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C once more while the script is on its way out, as where a tracker sends what is left."""
+
+    def script(_: object) -> None:
+        try:
+            raise Interrupted("checkpoint-5 is kept; to go on, type `x`")
+        finally:
+            raise KeyboardInterrupt
+
+    assert exit_code(script, []) == 130
+    assert capsys.readouterr().err == "\ninterrupted: checkpoint-5 is kept; to go on, type `x`\n"
+
+
 def test_a_command_is_typed_as_the_shell_reads_it() -> None:
     arguments = {"lora": "my lora", "prompt": "it's", "on": True, "off": False, "none": None, "steps": 0}
     assert command("a.py", **arguments) == """python a.py --lora 'my lora' --prompt 'it'"'"'s' --on --steps 0"""
