@@ -89,3 +89,33 @@ class LatentConfig(CropFlags):
     def crops(self) -> int:
         """How many crops of a picture that is not square."""
         return 1 if self.center_crop else self.num_crops
+
+
+@dataclass(frozen=True)
+class CaptioningConfig:
+    """Which pictures to caption, by which model, and in which words."""
+
+    instance_data_dir: str | None = field(
+        default=None, metadata={"aliases": ["--local_data_dir"], "help": "Folder of the pictures."}
+    )
+    recursive: bool = field(default=False, metadata={"help": "Caption pictures in subfolders too."})
+    caption_model: str = field(
+        default="Salesforce/blip-image-captioning-large",
+        metadata={
+            "help": "Folder or hub id of a model that captions pictures: of BLIP's kind, or of Florence's "
+            "(florence-community/Florence-2-base with --caption_task '<DETAILED_CAPTION>')."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where hub downloads are kept."})
+    caption_task: str = field(
+        default="",
+        metadata={"help": "What the model is told: the beginning of the caption (BLIP), or a task (Florence)."},
+    )
+    caption_prefix: str = field(default="", metadata={"help": "Written before each caption: 'a photo of sks dog, '."})
+    caption_suffix: str = field(default="", metadata={"help": "Written behind each caption."})
+    max_new_tokens: int = field(default=60, metadata={"help": "The longest caption, in the model's tokens."})
+    caption_batch_size: int = field(default=8, metadata={"help": "Pictures at a time; fewer where memory runs out."})
+
+    def __post_init__(self) -> None:
+        require_right(less_than_one(self, "max_new_tokens", "caption_batch_size"))

@@ -1,0 +1,169 @@
+"""Captions written by a tiny model of random weights: where there were none, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import caption_images
+from sd3_lora.stage_one.captions import read_captions
+from sd3_lora.stage_one.config import CaptioningConfig
+from sd3_lora.stage_one.images import open_rgb
+
+import pytest
+import torch
+from conftest import PROJECT
+from PIL import Image
+from training_runs import Script
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    BlipTextConfig,
+    BlipVisionConfig,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
+WORDS += ["a", "photo", "of", "the", "dog", "cat", "robot", "on", "grass", "red"]
+ROBOTS = PROJECT / "examples" / "robot"
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BLIP with 17 words."""
+    folder = tmp_path_factory.mktemp("blip")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), bos_token="[DEC]")
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    text = BlipTextConfig(vocab_size=len(WORDS), encoder_hidden_size=32, projection_dim=32, **shared, **ids)
+    vision = BlipVisionConfig(image_size=32, patch_size=16, **shared)
+    torch.manual_seed(3)
+    config = BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict())
+    BlipForConditionalGeneration(config).save_pretrained(folder)
+    processor = BlipImageProcessorPil(size={"height": 32, "width": 32})
+    BlipProcessor(processor, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three: the first with a caption beside it, the second with a row in metadata.jsonl."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, side in enumerate((40, 50, 60)):
+        Image.new("RGB", (side, 40), (80 * number, 0, 255 - 80 * number)).save(folder / f"{number}.png")
+    (folder / "0.txt").write_text("mine")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "mine too"}) + "\n")
+    return folder
+
+
+def flags(folder: Path, captioner: Path) -> list[object]:
+    return ["--instance_data_dir", folder, "--caption_model", captioner, "--device", "cpu", "--max_new_tokens", 5]
+
+
+def test_a_caption_where_there_was_none(script: Script, pictures: Path, captioner: Path) -> None:
+    """The model's own words, between prefix and suffix; a second run finds nothing to do."""
+    more = ["--caption_prefix", "sks dog, ", "--caption_suffix", "."]
+    run = script("caption_images", *flags(pictures, captioner), *more)
+    assert run.code == 0
+    assert "3 pictures in" in run.out
+    config = CaptioningConfig(caption_model=str(captioner), max_new_tokens=5)
+    model, processor = caption_images.load_captioner(config, torch.device("cpu"))
+    (words,) = caption_images.caption(model, processor, [open_rgb(pictures / "2.png")], config)
+    assert set(words.split()) <= set(WORDS)
+    assert (pictures / "2.txt").read_text() == f"sks dog, {words}.\n"
+    assert sorted(path.name for path in pictures.glob("*.txt")) == ["0.txt", "2.txt"]
+    assert (pictures / "0.txt").read_text() == "mine"
+    again = script("caption_images", *flags(pictures, captioner))
+    assert (again.code, "wrote 0 captions" in again.out) == (0, True)
+    images = sorted(pictures.glob("*.png"))
+    assert read_captions(pictures, images)[images[2]] == f"sks dog, {words}."
+
+
+def test_pictures_of_one_name_get_captions_of_their_own(script: Script, tmp_path: Path, captioner: Path) -> None:
+    for name, color in (("a.png", (255, 0, 0)), ("a.jpg", (0, 0, 255))):
+        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+    assert script("caption_images", *flags(tmp_path, captioner)).code == 0
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["a.jpg.txt", "a.png.txt"]
+
+
+def test_fewer_pictures_at_a_time_where_memory_runs_out(
+    script: Script, tmp_path: Path, captioner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is captioned once; where not even one fits, the error says what to type."""
+    for number in range(5):
+        Image.new("RGB", (40, 40), (50 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    sizes: list[int] = []
+    most = 2
+
+    def caption(model: object, processor: object, batch: list[Image.Image], config: object) -> list[str]:
+        sizes.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [f"red {picture.getpixel((0, 0))[0]}" for picture in batch]
+
+    monkeypatch.setattr(caption_images, "caption", caption)
+    assert script("caption_images", *flags(tmp_path, captioner), "--caption_batch_size", 8).code == 0
+    assert sizes == [5, 4, 2, 2, 1]
+    assert [(tmp_path / f"{number}.txt").read_text() for number in range(5)] == [f"red {50 * n}\n" for n in range(5)]
+    most = 0
+    (tmp_path / "0.txt").unlink()
+    failed = script("caption_images", *flags(tmp_path, captioner))
+    assert failed.code == 2
+    assert "--caption_batch_size 1" in failed.err
+
+
+def test_a_florence_model_answers_its_task() -> None:
+    """Within marks that its processor takes away."""
+
+    class Inputs(dict):
+        def to(self, _: object) -> Inputs:
+            return self
+
+    class Processor:
+        def __call__(self, images: list[Image.Image], text: list[str], return_tensors: str) -> Inputs:
+            assert text == ["<CAPTION>"] * len(images)
+            return Inputs(pixel_values=torch.zeros(len(images)))
+
+        def batch_decode(self, ids: list[str], skip_special_tokens: bool) -> list[str]:
+            assert not skip_special_tokens
+            return ids
+
+        def post_process_generation(self, answer: str, task: str, image_size: tuple[int, int]) -> dict[str, str]:
+            return {task: f"{answer.removeprefix('<s>')}, {image_size[0]} wide"}
+
+    model = SimpleNamespace(device="cpu", dtype=torch.float32, generate=lambda **_: ["<s>a dog", "<s>a  cat"])
+    pictures = [Image.new("RGB", (side, 40)) for side in (40, 50)]
+    config = CaptioningConfig(caption_task="<CAPTION>")
+    assert caption_images.caption(model, Processor(), pictures, config) == ["a dog, 40 wide", "a cat, 50 wide"]
+
+
+def test_bad_input_is_one_sentence(script: Script, pictures: Path, captioner: Path, tmp_path: Path) -> None:
+    """And writes nothing; a picture that does not decode is named when the others are done."""
+    for words, reason in (
+        ([], "which pictures? Type --instance_data_dir"),
+        (["--instance_data_dir", tmp_path / "none"], "there is no folder"),
+        ([*flags(pictures, tmp_path / "none")], "--caption_model: there is no"),
+        ([*flags(pictures, ROBOTS)], f"--caption_model {ROBOTS} cannot be loaded"),
+        ([*flags(pictures, captioner), "--caption_batch_size", 0], "--caption_batch_size 0 must be at least 1"),
+    ):
+        run = script("caption_images", *words)
+        assert run.code == 2
+        assert reason in run.err
+        assert len(run.err.strip().splitlines()) == 1
+    assert not (pictures / "2.txt").exists()
+    (pictures / "3.png").write_bytes((ROBOTS / "01.png").read_bytes()[:200])
+    run = script("caption_images", *flags(pictures, captioner))
+    assert run.code == 2
+    assert "1 pictures do not decode" in run.err
+    assert (pictures / "2.txt").exists()
+
+
+def test_a_plan_writes_nothing(script: Script, pictures: Path, captioner: Path) -> None:
+    run = script("caption_images", *flags(pictures, captioner), "--plan")
+    assert (run.code, "1 captions to write" in run.out) == (0, True)
+    assert not (pictures / "2.txt").exists()
