@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import TRAINING_SCRIPT, Prepared, torchrun
 from safetensors.torch import load_file
+from small_transformer import GPU, needs_gpu
 from training_runs import Run, Script, same_lora, train
 
 NAMES = [kind.name for kind in KINDS]
@@ -374,6 +375,31 @@ def test_a_cpu_pages_nothing(script: Script, prepared: Prepared, tmp_path: Path)
     assert "Paged" not in paged.err
     plain = train(script, prepared, tmp_path / "plain", *words, "adamw_8bit")
     assert same_lora(paged.folder / LORA_FILE, plain.folder / LORA_FILE)
+
+
+@needs_gpu
+def test_paged_state_is_paged_again_when_it_is_loaded(tmp_path: Path) -> None:
+    from sd3_lora.training.optimizers_8bit import PagedAdamW8bit
+
+    def make(weights: torch.Tensor) -> tuple[torch.nn.Parameter, PagedAdamW8bit]:
+        parameter = torch.nn.Parameter(weights.to(GPU))
+        return parameter, PagedAdamW8bit([parameter], lr=0.1)
+
+    def steps(parameter: torch.nn.Parameter, optimizer: PagedAdamW8bit) -> None:
+        for _ in range(3):
+            parameter.grad = parameter.detach().sin()
+            optimizer.step()
+
+    weights, optimizer = make(torch.randn(200_000, generator=torch.Generator().manual_seed(0)))
+    steps(weights, optimizer)
+    write_state(tmp_path, {"optimizer": optimizer.state_dict(), "weights": weights})
+    saved = read_state(tmp_path)
+    resumed, other = make(saved["weights"])
+    other.load_state_dict(saved["optimizer"])
+    assert all(other.state[resumed][name].is_paged for name in ("state1", "state2"))
+    steps(weights, optimizer)
+    steps(resumed, other)
+    assert torch.equal(weights, resumed)
 
 
 def test_a_run_goes_on_under_another_spelling(script: Script, prepared: Prepared, tmp_path: Path) -> None:
