@@ -78,14 +78,28 @@ from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
-from sd3_lora.training.config import ENDING_SCHEDULES, REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
+from sd3_lora.training.config import (
+    ENDING_SCHEDULES,
+    REFUSED_FLAGS,
+    DataConfig,
+    FlowConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingFlags,
+)
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
-from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
+from sd3_lora.training.optimizer import (
+    bytes_per_parameter,
+    make_optimizer,
+    optimizer_notes,
+    optimizer_step,
+    rate_in_force,
+)
 from sd3_lora.training.pool import Pool, pass_length
 from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
@@ -168,7 +182,7 @@ def run_identity(
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
-    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
+    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
@@ -188,7 +202,9 @@ def run_identity(
     }
     noted = [NotedPicture(key, name, prompt, crops) for name, (key, prompt, crops) in zip(names, pictures, strict=True)]
     defaults = flag_defaults(type(group) for group in flags.groups())
-    return RunIdentity(values, defaults, {TRANSFORMER: transformer.other_identities}, noted)
+    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
+    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
+    return RunIdentity(values, defaults, synonyms, noted)
 
 
 def make_step(
@@ -277,7 +293,7 @@ def train(
             finish_step(training, log, queued)
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
                 training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
-            learning_rate = training.lr_scheduler.get_last_lr()[0]
+            learning_rate = rate_in_force(training.optimizer)
             norm, skipped = optimizer_step(
                 training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
             )
@@ -339,7 +355,7 @@ def load_training(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
     rate = flags.optimizer.scaled_rate(run.pictures_per_step(processes))
-    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate)])
+    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate, tuple(arranged.trained))])
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
@@ -382,7 +398,7 @@ def training_task(
         lora.rank,
         lora.lora_dropout,
         dtype,
-        bytes_per_parameter(flags.optimizer, dtype),
+        bytes_per_parameter(flags.optimizer, dtype, lora.rank),
         choose_backward(
             device, dtype, config["attention_head_dim"], asked.attention_kernel, flags.device.must_be_deterministic
         ),
@@ -522,6 +538,8 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature(SCRIPT)
     chosen = choose_precision(flags, device)
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
+    for note in optimizer_notes(flags.optimizer, device):
+        say(note)
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
 from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
+from sd3_lora.training.optimizer_kinds import (
+    ADAMW,
+    ADAMW_8BIT,
+    ADAMW_SPELLINGS,
+    KINDS,
+    PRODIGY,
+    SCHEDULE_FREE_ADAMW,
+    OptimizerKind,
+    find_kind,
+)
 
 WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 # Those that reach their end with the run, so that a longer run has other rates.
@@ -22,7 +32,6 @@ _LATER = "prior preservation is not built yet"
 _DRAW = "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N"
 _UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
 _FREED = "the text encoders are freed before training; only the transformer is trained"
-_ADAMW = "the optimizer is AdamW, whose --learning_rate is about 1e-4; leave it out"
 # Flags of diffusers' scripts that are not here, with what to do instead.
 REFUSED_FLAGS = {
     "with_prior_preservation": f"{_LATER}; fewer --max_train_steps hold drift down",
@@ -45,10 +54,6 @@ REFUSED_FLAGS = {
     "push_to_hub": _UPLOAD,
     "hub_token": f"type `hf auth login`; then {_UPLOAD}",
     "hub_model_id": _UPLOAD,
-    "prodigy_beta3": _ADAMW,
-    "prodigy_decouple": _ADAMW,
-    "prodigy_use_bias_correction": _ADAMW,
-    "prodigy_safeguard_warmup": _ADAMW,
 }
 # Those that ask for what is always so.
 HARMLESS_FLAGS = {
@@ -139,13 +144,26 @@ class LoraFlags:
         return [int(block) for block in self.lora_blocks.split(",")] if self.lora_blocks else None
 
 
+def _prodigy_switch(text: str) -> Any:
+    """A flag of Prodigy that is on unless it says no."""
+    return field(default=None, metadata={"nargs": "?", "const": True, "help": f"{text} Default: yes."})
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How the LoRA is updated."""
 
-    optimizer: str = field(default="AdamW", metadata={"help": "AdamW is the one there is."})
+    optimizer: str = field(
+        default=ADAMW.name,
+        metadata={"help": f"{', '.join(kind.name for kind in KINDS)}: each from its library (docs/optimizers.md)."},
+    )
     use_8bit_adam: bool = field(default=False, metadata={"help": "Keep AdamW's state in 8 bits (bitsandbytes)."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Peak learning rate. Default: {ADAMW.learning_rate:g}; 1 with prodigy, which multiplies it."
+        },
+    )
     scale_lr: bool = field(
         default=False, metadata={"help": "Multiply it by batch size, accumulation steps and processes."}
     )
@@ -166,31 +184,136 @@ class OptimizerConfig:
     lr_step_rules: str | None = field(
         default=None, metadata={"help": "Of piecewise_constant: 1:100,0.1 is full rate for 100 steps, then a tenth."}
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of AdamW's first moment."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "Decay of AdamW's second moment."})
-    adam_weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of AdamW."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "Epsilon of AdamW."})
+    adam_beta1: float | None = field(
+        default=None,
+        metadata={"help": "Decay of the first moment (adafactor has none). Default: 0.9."},
+    )
+    adam_beta2: float | None = field(
+        default=None,
+        metadata={"help": "Decay of the second moment (adafactor has its own). Default: 0.999; 0.99 with lion_8bit."},
+    )
+    adam_weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay of the optimizer."})
+    adam_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Epsilon of the optimizer (lion_8bit has none, adafactor its own). Default: 1e-8."},
+    )
+    prodigy_beta3: float | None = field(
+        default=None, metadata={"help": "Decay of Prodigy's averages. Default: the square root of --adam_beta2."}
+    )
+    prodigy_decouple: bool | None = _prodigy_switch("Prodigy decays weights as AdamW does, not as Adam.")
+    prodigy_use_bias_correction: bool | None = _prodigy_switch("Prodigy corrects its moments' bias, as Adam.")
+    prodigy_safeguard_warmup: bool | None = _prodigy_switch("Prodigy's estimate leaves out the rate while it warms up.")
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
 
     def __post_init__(self) -> None:
-        require_right(self._faults())
+        if find_kind(self.optimizer) is None:
+            names = ", ".join(kind.name for kind in KINDS)
+            require_right([f"--optimizer {self.optimizer} is unknown: type one of {names}"])
+        require_right([*self._misfits(), *self._faults()])
+
+    @property
+    def kind(self) -> OptimizerKind:
+        """Of the optimizer."""
+        kind = find_kind(self.optimizer) or ADAMW
+        return ADAMW_8BIT if kind == ADAMW and self.use_8bit_adam else kind
+
+    @property
+    def rate(self) -> float:
+        """learning_rate, or the optimizer's own."""
+        return self.kind.learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """adam_beta1 and adam_beta2, or the optimizer's own; None where it has none."""
+        if self.kind.beta1 is None or self.kind.beta2 is None:
+            return None
+        return (
+            self.kind.beta1 if self.adam_beta1 is None else self.adam_beta1,
+            self.kind.beta2 if self.adam_beta2 is None else self.adam_beta2,
+        )
+
+    @property
+    def epsilon(self) -> float | None:
+        """adam_epsilon, or the optimizer's own; None where it has none."""
+        return self.kind.epsilon if self.adam_epsilon is None else self.adam_epsilon
+
+    def prodigy_options(self) -> dict[str, Any]:
+        """What Prodigy alone is told, with diffusers' defaults."""
+        return {
+            "beta3": self.prodigy_beta3,
+            "decouple": self.prodigy_decouple is not False,
+            "use_bias_correction": self.prodigy_use_bias_correction is not False,
+            "safeguard_warmup": self.prodigy_safeguard_warmup is not False,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Field → what decides the numbers, alike for all ways to ask for the same."""
+        beta1, beta2 = self.betas or (None, None)
+        is_8bit = self.kind == ADAMW_8BIT
+        switches = {
+            f"prodigy_{name}": None if value else "no"
+            for name, value in self.prodigy_options().items()
+            if name != "beta3"
+        }
+        return {
+            **asdict(self),
+            "optimizer": ADAMW.name if is_8bit else self.kind.name,
+            "use_8bit_adam": is_8bit,
+            "learning_rate": self.rate,
+            "adam_beta1": beta1,
+            "adam_beta2": beta2,
+            "adam_epsilon": self.epsilon,
+            **switches,
+        }
+
+    def earlier_spellings(self) -> frozenset[str]:
+        """Of the optimizer's name in `identity`: earlier builds noted it as it was typed."""
+        return ADAMW_SPELLINGS if self.identity()["optimizer"] == ADAMW.name else frozenset()
+
+    def _misfits(self) -> Iterator[str]:
+        """What cannot work together."""
+        kind, name = self.kind, f"--optimizer {self.kind.name}"
+        if not kind.is_installed:
+            yield f"{name} needs {kind.package}, which is not installed: type `pip install {kind.package}`"
+        if self.use_8bit_adam and kind != ADAMW_8BIT:
+            yield f"--use_8bit_adam is of AdamW, not of {name}: leave one of them out"
+        for flag, typed, has in (
+            ("adam_beta1", self.adam_beta1, kind.beta1),
+            ("adam_beta2", self.adam_beta2, kind.beta2),
+            ("adam_epsilon", self.adam_epsilon, kind.epsilon),
+        ):
+            if typed is not None and has is None:
+                yield f"--{flag} does nothing with {name}: leave it out"
+        for flag in ("beta3", "decouple", "use_bias_correction", "safeguard_warmup"):
+            if getattr(self, f"prodigy_{flag}") is not None and kind != PRODIGY:
+                yield f"--prodigy_{flag} does nothing with {name}: leave it out, or type --optimizer prodigy"
+        if kind == PRODIGY and self.scale_lr:
+            yield f"--scale_lr multiplies a learning rate that {name} finds by itself: leave it out"
+        if kind == PRODIGY and self.adam_epsilon == 0:
+            yield f"--adam_epsilon must be positive with {name}"
+        if kind == SCHEDULE_FREE_ADAMW and self.adam_beta1 == 0:
+            yield f"--adam_beta1 must be positive with {name}, which averages by it"
+        if kind == SCHEDULE_FREE_ADAMW and self.lr_scheduler not in ("constant", "constant_with_warmup"):
+            yield (
+                f"--lr_scheduler {self.lr_scheduler} does not go with {name}, which averages in place of a schedule: "
+                "type constant or constant_with_warmup"
+            )
 
     def _faults(self) -> Iterator[str]:
-        if self.optimizer.lower() != "adamw":
-            rate = ", with a --learning_rate of about 1e-4" if self.optimizer.lower() == "prodigy" else ""
-            yield f"--optimizer {self.optimizer} is unknown: type --optimizer AdamW{rate}"
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             yield "--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1"
-        if not (self.learning_rate > 0 and self.max_grad_norm > 0) or self.lr_warmup_steps < 0:
+        if not (self.rate > 0 and self.max_grad_norm > 0) or self.lr_warmup_steps < 0:
             yield "--learning_rate and --max_grad_norm must be positive, --lr_warmup_steps not negative"
-        if not (0 <= self.adam_beta1 < 1 and 0 <= self.adam_beta2 < 1):
+        if not all(0 <= beta < 1 for beta in self.betas or ()):
             yield "--adam_beta1 and --adam_beta2 must be at least 0 and less than 1"
-        if not (self.adam_weight_decay >= 0 and self.adam_epsilon >= 0):
+        if self.prodigy_beta3 is not None and not 0 <= self.prodigy_beta3 < 1:
+            yield "--prodigy_beta3 must be at least 0 and less than 1"
+        if not (self.adam_weight_decay >= 0 and (self.epsilon or 0) >= 0):
             yield "--adam_weight_decay and --adam_epsilon must not be negative"
 
     def scaled_rate(self, pictures_per_step: int) -> float:
         """The learning rate, multiplied under --scale_lr."""
-        return self.learning_rate * (pictures_per_step if self.scale_lr else 1)
+        return self.rate * (pictures_per_step if self.scale_lr else 1)
 
 
 @dataclass(frozen=True)
@@ -355,10 +478,11 @@ class TrainingFlags:
         """
         run, optimizer = self.run, self.optimizer
         rate = optimizer.scaled_rate(run.pictures_per_step(processes))
+        kind = "" if optimizer.kind == ADAMW else f"{optimizer.kind.name}, "
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
         return (
             f"{resolution} px, batch {run.train_batch_size} × accumulation {run.gradient_accumulation_steps} × "
-            f"processes {processes}, {steps} steps, learning rate {rate:g} {optimizer.lr_scheduler}"
+            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g} {optimizer.lr_scheduler}"
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")

@@ -1,56 +1,82 @@
-"""The optimizer: AdamW over flat tensors, its schedule, and a step without a host–device synchronisation."""
+"""The optimizer of the LoRA, its schedule, and its step."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.config import OptimizerConfig
+from sd3_lora.training.optimizer_kinds import (
+    ADAFACTOR,
+    ADAMW,
+    ADAMW_8BIT,
+    ADEMAMIX_8BIT,
+    LION_8BIT,
+    PAGED_ADAMW_8BIT,
+    PRODIGY,
+    SCHEDULE_FREE_ADAMW,
+)
 from sd3_lora.training.trainables import Trainables
 
 import torch
 from diffusers.optimization import get_scheduler
 
+_SLOW_BETA = 0.9999  # of AdEMAMix's second first moment: its library's default
 
-def bytes_per_parameter(config: OptimizerConfig, dtype: torch.dtype) -> float:
-    """What a trained parameter takes on the device: itself, its gradient, and the optimizer's two moments.
 
-    8-bit moments take 2 bytes and their scales. In fp16 all that 8-bit Adam changes is there twice for a moment, since
-    a step may have to be undone.
+def bytes_per_parameter(config: OptimizerConfig, dtype: torch.dtype, rank: int) -> float:
+    """What a trained number takes on the device: itself, its gradient, the optimizer's state, and what a step needs.
+
+    In fp16 all that an 8-bit optimizer changes is there twice for a moment, since a step may have to be undone.
 
     Args:
         config: of the optimizer.
         dtype: of autocast.
+        rank: of the LoRA: Adafactor's state is a number for each row and each column.
     """
-    moments = 2.1 if config.use_8bit_adam else 8
-    undone = 4 + moments if config.use_8bit_adam and dtype == torch.float16 else 0
-    return 4 + 4 + moments + undone
+    kind = config.kind
+    state = kind.state_bytes + kind.state_bytes_over_rank / rank
+    undone = 4 + state if kind.can_undo and dtype == torch.float16 else 0
+    return 4 + 4 + state + kind.step_bytes + undone
+
+
+def optimizer_notes(config: OptimizerConfig, device: torch.device) -> Iterator[str]:
+    """What a user may not expect of the optimizer, in sentences."""
+    if config.kind == PRODIGY and config.rate <= 0.1:
+        yield (
+            f"note: prodigy finds the learning rate by itself, and --learning_rate {config.rate:g} multiplies it: "
+            "leave it out, or type about 1"
+        )
+    if config.kind == PAGED_ADAMW_8BIT and device.type == "cpu":
+        yield "note: on a CPU nothing is paged: paged_adamw_8bit is adamw_8bit here"
 
 
 def make_optimizer(config: OptimizerConfig, trainables: Trainables, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW, in 8 bits if asked, and its schedule over so many steps.
+    """The optimizer that was asked for, and its schedule over so many steps.
 
     Raises:
-        UserError: the schedule's numbers do not fit together.
+        UserError: the schedule's numbers do not fit together, or the groups' rates do not fit the optimizer.
     """
-    groups = trainables.for_optimizer()
+    groups = trainables.for_optimizer(config.kind.needs_matrices)
     options: dict[str, Any] = {
         "lr": groups[0]["lr"],  # the polynomial schedule reads the optimizer's, not the groups'
-        "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
     }
-    if config.use_8bit_adam:
-        from sd3_lora.training.adam_8bit import AdamW8bit  # its import takes seconds, and only this needs it
+    if config.betas is not None:
+        options["betas"] = config.betas
+    if config.epsilon is not None:
+        options["eps"] = config.epsilon
+    optimizer = _MAKERS[config.kind.name](config, groups, options)
+    return optimizer, _make_schedule(config, optimizer, steps)
 
-        optimizer: torch.optim.Optimizer = AdamW8bit(groups, **options)
-    else:
-        # The fused one asks the device, not the host, whether the scaler found an infinity.
-        is_fused = all(parameter.is_cuda for parameter in trainables.parameters)
-        optimizer = torch.optim.AdamW(groups, fused=is_fused, **options)
+
+def _make_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
     try:
-        schedule = get_scheduler(
+        return get_scheduler(
             config.lr_scheduler,
             optimizer,
             step_rules=config.lr_step_rules,
@@ -62,10 +88,93 @@ def make_optimizer(config: OptimizerConfig, trainables: Trainables, steps: int) 
     except (ValueError, IndexError) as error:
         if config.lr_scheduler != "piecewise_constant":  # polynomial ends at 1e-7
             raise UserError(
-                f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {config.learning_rate:g}"
+                f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {config.rate:g}"
             ) from error
         raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
-    return optimizer, schedule
+
+
+_Groups = list[dict[str, Any]]  # torch's
+_Options = dict[str, Any]  # that most optimizers share
+
+
+def _adamw(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    # The fused one asks the device, not the host, whether the scaler found an infinity.
+    return torch.optim.AdamW(groups, fused=_is_on_gpu(groups), **options)
+
+
+def _adamw_8bit(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from sd3_lora.training.optimizers_8bit import AdamW8bit  # its import takes seconds, and only these need it
+
+    return AdamW8bit(groups, **options)
+
+
+def _paged_adamw_8bit(config: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from sd3_lora.training.optimizers_8bit import PagedAdamW8bit
+
+    return PagedAdamW8bit(groups, **options) if _is_on_gpu(groups) else _adamw_8bit(config, groups, options)
+
+
+def _ademamix_8bit(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from sd3_lora.training.optimizers_8bit import AdEMAMix8bit
+
+    options = {**options, "betas": (*options["betas"], _SLOW_BETA)}
+    return AdEMAMix8bit(groups, **options)  # type: ignore[arg-type]  # it takes groups too
+
+
+def _lion_8bit(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from sd3_lora.training.optimizers_8bit import Lion8bit
+
+    return Lion8bit(groups, **options)
+
+
+def _adafactor(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    # Steps scaled by the weights' size would leave lora_B, which starts at zero, where it is: a thousandth of the rate.
+    return Adafactor(groups, scale_parameter=False, relative_step=False, **options)
+
+
+def _prodigy(config: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    rates = {group["lr"] for group in groups}
+    if len(rates) > 1:
+        raise UserError(
+            f"--optimizer prodigy finds one learning rate for all, and cannot have {sorted(rates)}: give equal ones"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decays the weights
+        return Prodigy(groups, **options, **config.prodigy_options())
+
+
+def _schedule_free_adamw(_: OptimizerConfig, groups: _Groups, options: _Options) -> torch.optim.Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(groups, **options)
+    optimizer.train()  # for good: `averaged_weights` is its eval mode
+    return optimizer
+
+
+_MAKERS: dict[str, Callable[[OptimizerConfig, _Groups, _Options], torch.optim.Optimizer]] = {
+    ADAMW.name: _adamw,
+    ADAMW_8BIT.name: _adamw_8bit,
+    PAGED_ADAMW_8BIT.name: _paged_adamw_8bit,
+    ADEMAMIX_8BIT.name: _ademamix_8bit,
+    LION_8BIT.name: _lion_8bit,
+    ADAFACTOR.name: _adafactor,
+    PRODIGY.name: _prodigy,
+    SCHEDULE_FREE_ADAMW.name: _schedule_free_adamw,
+}
+
+
+def _is_on_gpu(groups: _Groups) -> bool:
+    return all(parameter.is_cuda for group in groups for parameter in group["params"])
+
+
+def rate_in_force(optimizer: torch.optim.Optimizer) -> float:
+    """The first group's learning rate in the coming step: what the schedule says, times what Prodigy has found."""
+    group = optimizer.param_groups[0]
+    rate: float = group["lr"] * group.get("d", 1.0)
+    return rate
 
 
 def optimizer_step(
@@ -73,12 +182,15 @@ def optimizer_step(
 ) -> tuple[torch.Tensor, DeviceFlag]:
     """Unscales, clips and applies the gradient, and clears it where it lies.
 
+    Without a host–device synchronisation with AdamW and the 8-bit ones that are not paged. Prodigy reads two numbers
+    of each group; and under a scaler all others wait for its answer.
+
     Returns:
         Its norm before clipping, a float32 scalar on the device; and whether the scaler skipped the step, for an
         infinity or a NaN.
     """
     scaler.unscale_(optimizer)
-    norm = trainables.clip(max_grad_norm)
+    norm = trainables.clip(max_grad_norm)  # before the step: schedule-free AdamW overwrites the gradient
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=False)

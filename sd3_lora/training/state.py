@@ -19,6 +19,7 @@ from sd3_lora.training.checkpoints import (
 )
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.run_changes import require_same_run
+from sd3_lora.training.schedule_free import averaged_weights
 from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
@@ -148,9 +149,10 @@ class Outputs:
     command: str = ""
 
     def save_lora(self, training: Training, folder: Path) -> Path:
-        """Writes the LoRA in diffusers' format, and reads it back."""
+        """Writes the LoRA in diffusers' format, and reads it back; of a schedule-free run the averaged weights."""
         metadata = lora_metadata(self.record.facts, training.step)
-        return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
+        with averaged_weights(training.optimizer):
+            return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
 
     def kept(self) -> str:
         """What an interruption leaves, and the command that goes on."""

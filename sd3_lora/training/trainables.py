@@ -17,11 +17,13 @@ class TrainedGroup:
         name: of what they belong to, such as "transformer".
         flat: all of them as one float32 tensor, with its gradient (`flatten_parameters`).
         learning_rate: at the schedule's full rate.
+        parts: the parameters themselves, whose data and gradients are views of `flat`.
     """
 
     name: str
     flat: torch.nn.Parameter
     learning_rate: float
+    parts: tuple[torch.nn.Parameter, ...] = ()
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -56,9 +58,16 @@ class Trainables:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def for_optimizer(self) -> list[dict[str, Any]]:
-        """Torch's parameter groups."""
-        return [{"params": [group.flat], "lr": group.learning_rate} for group in self.groups]
+    def for_optimizer(self, as_matrices: bool = False) -> list[dict[str, Any]]:
+        """Torch's parameter groups.
+
+        Args:
+            as_matrices: whether the optimizer is given the parts, in their shapes, instead of all as one.
+        """
+        return [
+            {"params": list(group.parts) if as_matrices else [group.flat], "lr": group.learning_rate}
+            for group in self.groups
+        ]
 
     def reduce(self, mean_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces each gradient by its mean over the processes."""

@@ -221,12 +221,14 @@ class ArrangedTransformer:
     Attributes:
         transformer: frozen but for its adapters.
         flat: what is trained, as one parameter; None where nothing is.
+        trained: the same, parameter by parameter: views of `flat`.
         streamed: what streams its blocks, if any are.
         ahead: the modulations that are computed ahead, if any are.
     """
 
     transformer: SD3Transformer2DModel
     flat: torch.nn.Parameter | None
+    trained: Sequence[torch.nn.Parameter]
     streamed: StreamedBlocks | None
     ahead: ModulationsAhead | None
 
@@ -279,4 +281,4 @@ def arrange(
     flat = flatten_parameters(trained) if trained else None
     if compiled is not Compiled.NO:
         compile_blocks(transformer, compiled)
-    return ArrangedTransformer(transformer, flat, streamed, ahead)
+    return ArrangedTransformer(transformer, flat, trained, streamed, ahead)

@@ -87,7 +87,11 @@ ELSEWHERE = {
     "random_flip": "here",
     "max_sequence_length": "test_train.py",
     "resolution": "test_train.py",
-    "optimizer": "here",
+    "optimizer": "test_optimizers_by_name.py",
+    "prodigy_beta3": "test_optimizers_by_name.py",
+    "prodigy_decouple": "test_optimizers_by_name.py",
+    "prodigy_use_bias_correction": "test_optimizers_by_name.py",
+    "prodigy_safeguard_warmup": "test_optimizers_by_name.py",
     "lr_scheduler": "here",
     "lr_warmup_steps": "here",
     "lr_num_cycles": "here",
@@ -241,8 +245,6 @@ def test_the_choices_are_diffusers() -> None:
 
 
 BAD_VALUES: list[tuple[list[Any], str]] = [
-    (["--optimizer", "prodigy"], "prodigy is unknown: type --optimizer AdamW, with a --learning_rate of about 1e-4"),
-    (["--optimizer", "SGD"], "--optimizer SGD is unknown: type --optimizer AdamW"),
     (["--lr_scheduler", "piecewise_constant"], "piecewise_constant needs --lr_step_rules, for example 1:100,0.1"),
     (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "half"], "--lr_step_rules half cannot be read: type"),
     (["--lr_scheduler", "piecewise_constant", "--lr_step_rules", "1:100"], "--lr_step_rules 1:100 cannot be read"),

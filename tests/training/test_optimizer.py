@@ -65,7 +65,7 @@ def test_what_a_trained_parameter_takes() -> None:
         (True, torch.bfloat16, 10.1),
         (True, torch.float16, 16.2),
     ):
-        assert bytes_per_parameter(OptimizerConfig(use_8bit_adam=is_8bit), dtype) == pytest.approx(size)
+        assert bytes_per_parameter(OptimizerConfig(use_8bit_adam=is_8bit), dtype, 4) == pytest.approx(size)
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:
@@ -125,14 +125,16 @@ def eight_bit_run(
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("infinite", [set(), {0, 1, 5}, {9}, {2, 8}])
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdEMAMix8bit", "Lion8bit"])
 def test_8_bit_steps_are_bitsandbytes_own_and_infinite_ones_are_undone(
-    infinite: set[int], device: torch.device
+    name: str, infinite: set[int], device: torch.device
 ) -> None:
-    from sd3_lora.training.adam_8bit import AdamW8bit
+    from sd3_lora.training import optimizers_8bit
 
-    from bitsandbytes.optim import AdamW8bit as Own
+    import bitsandbytes.optim
 
-    (mine, counts), (theirs, expected) = (eight_bit_run(make, infinite, device) for make in (AdamW8bit, Own))
+    makers = [getattr(module, name) for module in (optimizers_8bit, bitsandbytes.optim)]
+    (mine, counts), (theirs, expected) = (eight_bit_run(make, infinite, device) for make in makers)
     assert counts == expected
     for step, ((flat, state), (own, their_state)) in enumerate(zip(mine, theirs, strict=True)):
         assert torch.equal(flat, own), step
@@ -141,7 +143,7 @@ def test_8_bit_steps_are_bitsandbytes_own_and_infinite_ones_are_undone(
 
 def test_an_8_bit_step_does_not_synchronise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither bitsandbytes for the device nor the scaler for its answer; that is asked for a step later."""
-    from sd3_lora.training.adam_8bit import AdamW8bit
+    from sd3_lora.training.optimizers_8bit import AdamW8bit
 
     monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda _: pytest.fail("it waits"))
     monkeypatch.setattr(torch.amp.GradScaler, "_maybe_opt_step", lambda *_: pytest.fail("it waits"))
