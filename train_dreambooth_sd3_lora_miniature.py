@@ -151,11 +151,26 @@ def run_facts(
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(flags.data.instance_prompt),
+        trigger=data.trigger(stage_one.instance_prompt),
         resolution=stage_one.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
+
+
+def noted_pictures(data: TrainingData) -> list[NotedPicture]:
+    """The pictures of a run, as its checkpoints note them."""
+    return [
+        NotedPicture(
+            image.image_id,
+            "" if image.path.suffix == ".safetensors" else image.path.name,
+            image.prompt,
+            data.variants[image.image_id],
+            image.other_prompts,
+            image.repeats,
+        )
+        for image in data.images
+    ]
 
 
 def run_identity(
@@ -166,16 +181,16 @@ def run_identity(
     kernels: str,
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
-    names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
+    pictures = noted_pictures(data)
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+        PICTURES: hashlib.sha256(repr([picture.key for picture in pictures]).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
+        "--caption_dropout": flags.data.caption_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
@@ -186,9 +201,8 @@ def run_identity(
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
-    noted = [NotedPicture(key, name, prompt, crops) for name, (key, prompt, crops) in zip(names, pictures, strict=True)]
     defaults = flag_defaults(type(group) for group in flags.groups())
-    return RunIdentity(values, defaults, {TRANSFORMER: transformer.other_identities}, noted)
+    return RunIdentity(values, defaults, {TRANSFORMER: transformer.other_identities}, pictures)
 
 
 def make_step(
@@ -425,12 +439,13 @@ def plan_execution(
 
 
 def make_batches(
-    training: Training, data: TrainingData, files: ModelFiles, flow: FlowConfig, device: torch.device
+    training: Training, data: TrainingData, files: ModelFiles, flags: TrainingFlags, device: torch.device
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
-    table = load_noise_table(files.read_scheduler_config(), flow.timestep_shift)
-    sampler = InputSampler(training.draws, files.read_config("vae"), table, flow, training.model.dtype, device)
-    return MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
+    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
+    early = 2 if training.ahead else 1
+    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
@@ -572,7 +587,7 @@ def run(argv: Sequence[str] | None) -> None:
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
 
-    batches = make_batches(training, data, files, flags.flow, device)
+    batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
