@@ -49,6 +49,7 @@ from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, senten
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
@@ -220,10 +221,11 @@ def facts_of(
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = COMMAND_LINE.parse(argv)
-    config, model, device_config, budget_config = configs
+    config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
         say_miniature("compute_embeddings.py")
+    config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
+    configs = (config, model, device_config, budget_config)
     concepts = concepts_of(config)
     output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device)

@@ -46,6 +46,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.concepts import concepts_of, read_subject
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import find_embeddings
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
@@ -406,10 +407,11 @@ def gather_results(
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = COMMAND_LINE.parse(argv)
-    config, model, device_config, budget_config = configs
+    config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
         say_miniature("precompute_latents.py")
+    config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
+    configs = (config, model, device_config, budget_config)
     device = processes.choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()

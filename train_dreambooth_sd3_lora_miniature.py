@@ -75,6 +75,7 @@ from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import StepShape
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
@@ -485,6 +486,12 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
     return int(drawn[0])
 
 
+def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFlags:
+    """The flags with a folder in place of a data set, which rank 0 lays out where that was not done yet."""
+    with accelerator.main_process_first():
+        return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
+
+
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
     """Stage one's artefacts, checked against the flags; latents that are missing are made."""
     store = stage_one.open_embeddings()
@@ -555,6 +562,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
+    flags = with_pictures(flags, accelerator)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}

@@ -124,3 +124,33 @@ def test_a_trigger_word_that_stands_nowhere_is_told(two: list[dict[str, Any]]) -
     flags = PictureFlags(instance_data_dir="dog", instance_prompt="a dog", trigger_word="zwx")
     note = "note: no prompt has --trigger_word 'zwx': write [trigger] where it is to stand"
     assert note in read_subject(concepts_of(flags), flags).sentences(about_prompts=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (
+            {"instance_data_dir": "d", "concepts_list": "c.json"},
+            "--instance_data_dir and --concepts_list exclude each other: type one of them",
+        ),
+        (
+            {"concepts_list": "c.json", "dataset_name": "d"},
+            "--concepts_list and --dataset_name exclude each other: type one of them",
+        ),
+        (
+            {"concepts_list": "c.json", "instance_prompt": "a"},
+            "--instance_prompt has no place beside --concepts_list, which says it of each concept: leave it out",
+        ),
+        (
+            {"concepts_list": "c.json", "repeats_from_folders": True},
+            "--repeats_from_folders has no place beside --concepts_list, which says it of each concept: leave it out",
+        ),
+        (
+            {"dataset_name": "d", "repeats_from_folders": True},
+            "--repeats_from_folders reads folders, and a data set has none: leave it out",
+        ),
+        ({"caption_column": "text"}, "--caption_column needs --dataset_name"),
+    ],
+)
+def test_flags_that_exclude_each_other(flags: dict[str, Any], fault: str) -> None:
+    assert list(PictureFlags(**flags).picture_faults()) == [fault]
