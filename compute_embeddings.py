@@ -38,7 +38,7 @@ from sd3_lora.common.command_line import (
     exit_code,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, default_subject, say_miniature
+from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
@@ -46,8 +46,10 @@ from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
-from sd3_lora.stage_one.captions import instance_images, trigger_of
+from sd3_lora.stage_one.captions import trigger_of
+from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
@@ -66,17 +68,17 @@ PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted
 
 
 def collect_prompts(
-    config: EmbeddingConfig, images: Sequence[InstanceImage], instance_prompt: str | None, is_example: bool
+    config: EmbeddingConfig, subject: Subject
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
     """Every distinct prompt with its roles, and the image ids that it describes."""
-    asked = [(instance_prompt, role) for role in ("instance", UNCAPTIONED)] if instance_prompt is not None else []
-    asked += [(image.prompt, "instance") for image in images]
-    if config.class_prompt is not None:
-        asked.append((config.class_prompt, "class"))
+    asked = [(prompt, role) for prompt in subject.instance_prompts for role in ("instance", UNCAPTIONED)]
+    asked += [(prompt, "instance") for image in subject.images for prompt in image.prompts]
+    class_prompts = subject.class_prompts if config.class_prompt is None else (config.class_prompt,)
+    asked += [(prompt, "class") for prompt in class_prompts]
     validation = list(config.validation_prompt)
     if config.prompts_file is not None:
         validation += read_prompts(Path(config.prompts_file))
-    elif is_example and not validation:
+    elif subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT and not validation:
         validation = read_prompts(EXAMPLE_PROMPTS_FILE)
     asked += [(prompt, "validation") for prompt in validation]
     asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
@@ -84,8 +86,9 @@ def collect_prompts(
     for prompt, role in asked:
         roles[prompt] = tuple(dict.fromkeys((*roles.get(prompt, ()), role)))
     image_ids: dict[str, list[str]] = {}
-    for image in images:
-        image_ids.setdefault(image.prompt, []).append(image.image_id)
+    for image in subject.images:
+        for prompt in image.prompts:
+            image_ids.setdefault(prompt, []).append(image.image_id)
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
 
 
@@ -211,18 +214,19 @@ def facts_of(
         processes=processes.count,
         plan=asdict(plan),
         predicted_parts=predicted,
-        prompts=tuple(dict.fromkeys(image.prompt for image in images))[:MOST_PROMPTS],
+        prompts=tuple(dict.fromkeys(prompt for image in images for prompt in image.prompts))[:MOST_PROMPTS],
         max_sequence_length=plan.max_sequence_length,
     )
 
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = COMMAND_LINE.parse(argv)
-    config, model, device_config, budget_config = configs
+    config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
         say_miniature("compute_embeddings.py")
-    folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
+    config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
+    configs = (config, model, device_config, budget_config)
+    concepts = concepts_of(config)
     output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device)
     if device_config.must_be_deterministic:
@@ -232,13 +236,13 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model)
 
-    subject = processes.from_rank_0(lambda: instance_images(folder, instance_prompt, config.recursive))
+    subject = processes.from_rank_0(lambda: read_subject(concepts, config))
     images = subject.images
     if not budget_config.plan:
         require_writable_folder(output_path.absolute().parent)
-    print(*subject.sentences(instance_prompt), sep="\n")
-    roles, image_ids = collect_prompts(config, images, instance_prompt, folder.resolve() == EXAMPLE_SUBJECT)
-    trigger = trigger_of((image.prompt for image in images), instance_prompt)
+    print(*subject.sentences(about_prompts=True), sep="\n")
+    roles, image_ids = collect_prompts(config, subject)
+    trigger = trigger_of((prompt for image in images for prompt in image.prompts), subject.instance_prompts)
     print_words(files, trigger, config.class_prompt, roles)
 
     existing = read_existing(output_path, config.overwrite)

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, REFERENCE_PROMPT, default_subject, say_miniature
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, REFERENCE_PROMPT, say_miniature
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
@@ -45,7 +45,8 @@ from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.stage_one.captions import instance_images
+from sd3_lora.stage_one.concepts import concepts_of, read_subject
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import find_embeddings
 from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
@@ -372,20 +373,18 @@ def require_whole(broken: Sequence[BrokenPicture], pictures: int, config: Latent
 
 
 def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> list[InstanceImage]:
-    """The folder's pictures; prints how many, and which files are left out.
+    """The pictures; prints how many, and which files are left out.
 
     Raises:
-        UserError: as `instance_images`; the output folder cannot be written.
+        UserError: as `concepts_of` and `read_subject`; the output folder cannot be written.
     """
-    folder, instance_prompt = default_subject(config.instance_data_dir, config.instance_prompt)
+    concepts = concepts_of(config)
     output_path = Path(config.output_path)
     hashes_path = None if is_plan else output_path / NOTES_NAME
-    subject = processes.from_rank_0(
-        lambda: instance_images(folder, instance_prompt or "", config.recursive, hashes_path)
-    )
+    subject = processes.from_rank_0(lambda: read_subject(concepts, config, hashes_path, need_prompts=False))
     if not is_plan:
         require_writable_folder(output_path)
-    print(*subject.sentences(None), sep="\n")
+    print(*subject.sentences(about_prompts=False), sep="\n")
     return list(subject.images)
 
 
@@ -408,10 +407,11 @@ def gather_results(
 
 def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
-    configs = COMMAND_LINE.parse(argv)
-    config, model, device_config, budget_config = configs
+    config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
         say_miniature("precompute_latents.py")
+    config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
+    configs = (config, model, device_config, budget_config)
     device = processes.choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()

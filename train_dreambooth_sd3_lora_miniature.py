@@ -75,6 +75,7 @@ from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import StepShape
+from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
@@ -165,11 +166,26 @@ def run_facts(
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(flags.data.instance_prompt),
+        trigger=data.trigger(stage_one.instance_prompt),
         resolution=stage_one.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
+
+
+def noted_pictures(data: TrainingData) -> list[NotedPicture]:
+    """The pictures of a run, as its checkpoints note them."""
+    return [
+        NotedPicture(
+            image.image_id,
+            "" if image.path.suffix == ".safetensors" else image.path.name,
+            image.prompt,
+            data.variants[image.image_id],
+            image.other_prompts,
+            image.repeats,
+        )
+        for image in data.images
+    ]
 
 
 def run_identity(
@@ -180,16 +196,16 @@ def run_identity(
     kernels: str,
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
-    names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
+    pictures = noted_pictures(data)
     numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+        PICTURES: hashlib.sha256(repr([picture.key for picture in pictures]).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
+        "--caption_dropout": flags.data.caption_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
@@ -200,11 +216,10 @@ def run_identity(
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
-    noted = [NotedPicture(key, name, prompt, crops) for name, (key, prompt, crops) in zip(names, pictures, strict=True)]
     defaults = flag_defaults(type(group) for group in flags.groups())
     defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
     synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
-    return RunIdentity(values, defaults, synonyms, noted)
+    return RunIdentity(values, defaults, synonyms, pictures)
 
 
 def make_step(
@@ -441,12 +456,13 @@ def plan_execution(
 
 
 def make_batches(
-    training: Training, data: TrainingData, files: ModelFiles, flow: FlowConfig, device: torch.device
+    training: Training, data: TrainingData, files: ModelFiles, flags: TrainingFlags, device: torch.device
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
-    table = load_noise_table(files.read_scheduler_config(), flow.timestep_shift)
-    sampler = InputSampler(training.draws, files.read_config("vae"), table, flow, training.model.dtype, device)
-    return MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
+    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
+    early = 2 if training.ahead else 1
+    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
@@ -484,6 +500,12 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
         drawn = [earlier.get("--seed", random.randrange(2**31))]
         broadcast_object_list(drawn)
     return int(drawn[0])
+
+
+def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFlags:
+    """The flags with a folder in place of a data set, which rank 0 lays out where that was not done yet."""
+    with accelerator.main_process_first():
+        return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
@@ -558,6 +580,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
+    flags = with_pictures(flags, accelerator)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
@@ -590,7 +613,7 @@ def run(argv: Sequence[str] | None) -> None:
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
 
-    batches = make_batches(training, data, files, flags.flow, device)
+    batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:

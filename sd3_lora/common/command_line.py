@@ -27,7 +27,9 @@ MOST_SHOWN = 10  # names or faults in one message about a user's files
 # Flags that name a file or folder, in which `~` is expanded.
 PATH_FLAGS = {
     "cache_dir",
+    "concepts_list",
     "data_df_path",
+    "dataset_name",
     "instance_data_dir",
     "latents_path",
     "logging_dir",
@@ -42,6 +44,8 @@ PATH_FLAGS = {
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
     "batch_size": ("train_batch_size", "vae_batch_size"),
+    "caption_dropout_probability": ("caption_dropout",),
+    "caption_dropout_rate": ("caption_dropout",),
     "cfg_scale": ("guidance",),
     "data_dir": ("instance_data_dir",),
     "data_df_path": ("output_path",),
@@ -53,6 +57,7 @@ OTHER_NAMES = {
     "image_size": ("resolution", "height"),
     "instance_prompt": ("prompt",),
     "latents_path": ("output_path",),
+    "keep_tokens": ("keep_tags",),
     "log_with": ("report_to",),
     "lora_dir": ("lora",),
     "lora_path": ("lora",),
@@ -85,6 +90,7 @@ OTHER_NAMES = {
     "sample_prompts": ("prompts_file",),
     "save_every_n_steps": ("checkpointing_steps",),
     "scale": ("lora_scale",),
+    "shuffle_caption": ("shuffle_tags",),
     "steps": ("num_steps", "max_train_steps"),
     "train_batch_size": ("batch_size",),
     "train_data_dir": ("instance_data_dir",),

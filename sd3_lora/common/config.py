@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from sd3_lora.common.command_line import WrongFlags
+from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -49,14 +50,82 @@ class PictureFlags:
         },
     )
     recursive: bool = field(default=False, metadata={"help": "Read pictures in subfolders too."})
+    concepts_list: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with several subjects, each with instance_prompt and instance_data_dir, and on request "
+            "class_prompt, class_data_dir and repeats. In place of --instance_data_dir and --instance_prompt."
+        },
+    )
+    repeats: int = field(default=1, metadata={"help": "How many times each picture comes in a pass."})
+    repeats_from_folders: bool = field(
+        default=False,
+        metadata={"help": "Read subfolders such as `10_sks dog`, whose names say the repeats and the prompt."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set on the hub or in a folder, read once by the library datasets and laid out here."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which configuration of the data set."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the data set with the pictures. Default: the first that has them."}
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column with the captions. Default: all pictures have --instance_prompt."}
+    )
+    caption_prefix: str | None = field(
+        default=None, metadata={"help": "Put before each caption (not before --instance_prompt)."}
+    )
+    caption_suffix: str | None = field(
+        default=None, metadata={"help": "Put behind each caption (not behind --instance_prompt)."}
+    )
+    trigger_word: str | None = field(
+        default=None,
+        metadata={"help": "What stands for [trigger] in captions, their prefix and suffix, and --instance_prompt."},
+    )
+    use_filename_as_label: bool = field(
+        default=False, metadata={"help": "Each picture's caption is its name: `sks dog_01.jpg` is 'sks dog'."}
+    )
+    use_txt_as_label: bool = field(
+        default=False, metadata={"help": "Each picture's captions are those of its .txt; one without is refused."}
+    )
+    shuffle_tags: int = field(
+        default=0,
+        metadata={
+            "nargs": "?",
+            "const": 8,
+            "help": "How many orders of the tags of each comma-separated caption are embedded, its own included; 8 "
+            "where no number is given.",
+        },
+    )
+    keep_tags: int = field(default=0, metadata={"help": "How many of the first tags stay first."})
 
     def picture_flags(self) -> dict[str, Any]:
-        """The flags that name the same pictures and prompt again, for a command in a message."""
-        return {
-            "instance_data_dir": self.instance_data_dir,
-            "instance_prompt": self.instance_prompt,
-            "recursive": self.recursive,
-        }
+        """The flags that name the same pictures and prompts again, for a command in a message."""
+        flags = {flag.name: (getattr(self, flag.name), flag.default) for flag in fields(PictureFlags)}
+        return {name: None if value == default else value for name, (value, default) in flags.items()}
+
+    def picture_faults(self) -> Iterator[str]:
+        """What is wrong with these flags, a sentence each."""
+        yield from less_than_one(self, "repeats")
+        if self.shuffle_tags < 0 or self.keep_tags < 0:
+            yield "--shuffle_tags and --keep_tags must not be negative"
+        if self.keep_tags and not self.shuffle_tags:
+            yield "--keep_tags needs --shuffle_tags"
+        if self.use_filename_as_label and self.use_txt_as_label:
+            yield "--use_filename_as_label and --use_txt_as_label exclude each other: type one of them"
+        sources = ("instance_data_dir", "concepts_list", "dataset_name")
+        named = [f"--{name}" for name in sources if getattr(self, name) is not None]
+        if len(named) > 1:
+            yield f"{' and '.join(named)} exclude each other: type one of them"
+        for name in ("instance_prompt", "repeats_from_folders"):
+            if self.concepts_list is not None and getattr(self, name):
+                yield f"--{name} has no place beside --concepts_list, which says it of each concept: leave it out"
+        if self.repeats_from_folders and self.dataset_name is not None:
+            yield "--repeats_from_folders reads folders, and a data set has none: leave it out"
+        for name in ("dataset_config_name", "image_column", "caption_column"):
+            if getattr(self, name) is not None and self.dataset_name is None:
+                yield f"--{name} needs --dataset_name"
 
 
 @dataclass(frozen=True)

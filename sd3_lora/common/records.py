@@ -27,14 +27,23 @@ class InstanceImage:
     Attributes:
         image_id: sha256 of the file's bytes, hexadecimal; the key by which all stages join.
         path: where the file lies.
-        prompt: the caption, or the instance prompt where the picture has none.
+        prompt: the caption, or the instance prompt where the picture has none; of several captions the first.
         role: "instance" or "class".
+        other_prompts: further captions.
+        repeats: how many times it comes in a pass.
     """
 
     image_id: str
     path: Path
     prompt: str
     role: str = "instance"
+    other_prompts: tuple[str, ...] = ()
+    repeats: int = 1
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All captions, at least one: training takes them in turn."""
+        return (self.prompt, *self.other_prompts)
 
 
 @dataclass(frozen=True)

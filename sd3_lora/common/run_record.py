@@ -55,12 +55,22 @@ class NotedPicture:
         name: of the file; empty where it is not known.
         prompt: its caption.
         crops: the cached crops that are drawn from.
+        other_prompts: further captions.
+        repeats: how many times it comes in a pass.
     """
 
     image_id: str
     name: str
     prompt: str
     crops: tuple[str, ...]
+    other_prompts: tuple[str, ...] = ()
+    repeats: int = 1
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What of it decides a run's numbers. What earlier builds did not know stands there only beside its default."""
+        more = (self.other_prompts, self.repeats)
+        return (self.image_id, self.prompt, self.crops, *(() if more == ((), 1) else more))
 
 
 @dataclass(frozen=True)

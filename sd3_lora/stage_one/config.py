@@ -42,7 +42,7 @@ class EmbeddingConfig(PictureFlags):
     overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right(split_prompt("validation_prompt", self.validation_prompt))
+        require_right([*self.picture_faults(), *split_prompt("validation_prompt", self.validation_prompt)])
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LatentConfig(CropFlags):
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops", "vae_batch_size"))
+        require_right([*self.picture_faults(), *less_than_one(self, "num_crops", "vae_batch_size")])
 
     def batch_size(self, resolution: int) -> int:
         """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""

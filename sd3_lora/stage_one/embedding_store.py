@@ -98,9 +98,19 @@ class EmbeddingStore:
         known = self.prompts_with_role(UNCAPTIONED) or self.prompts_with_role("instance")
         return known[0] if len(known) == 1 else None
 
-    def prompt_of_image(self) -> dict[str, str]:
-        """The prompt that describes each image id."""
-        return {image_id: prompt for prompt, ids in self._image_ids.items() for image_id in ids}
+    @property
+    def uncaptioned_prompts(self) -> tuple[str, ...]:
+        """The prompts of pictures without a caption: one for each concept; empty where none is known."""
+        one = self.uncaptioned_prompt
+        return self.prompts_with_role(UNCAPTIONED) if one is None else (one,)
+
+    def prompts_of_images(self) -> dict[str, tuple[str, ...]]:
+        """The prompts that describe each image id, sorted."""
+        prompts: dict[str, list[str]] = {}
+        for prompt, ids in self._image_ids.items():
+            for image_id in ids:
+                prompts.setdefault(image_id, []).append(prompt)
+        return {image_id: tuple(sorted(texts)) for image_id, texts in prompts.items()}
 
     def read(self, prompt: str) -> PromptEmbedding:
         """The row of `prompt`.
@@ -138,7 +148,7 @@ def find_embeddings(paths: Iterable[Path], image_ids: Iterable[str]) -> Path | N
     for path in paths:
         try:
             with EmbeddingStore(path) as store:
-                if ids <= store.prompt_of_image().keys():
+                if ids <= store.prompts_of_images().keys():
                     return path
         except UserError:  # not there, or another program's
             continue

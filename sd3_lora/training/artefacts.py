@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
-from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.config import ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
-from sd3_lora.stage_one.captions import InstanceFolder, captions_win, instance_images
+from sd3_lora.stage_one.captions import CaptionRules, captions_win
+from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
@@ -26,6 +27,8 @@ from sd3_lora.training.dataset import choose_variants, images_of_store, require_
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
+# What a stage-one command read, which training of the same folder need not be told again.
+_SOURCE_FLAGS = ("instance_data_dir", "concepts_list", "instance_prompt", "recursive")
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,45 @@ class StageOne:
                 "skip_broken": data.skip_broken,
                 "output_path": data.latents_path,
             }
-        folder = data.instance_data_dir
-        if folder is not None and Path(folder) != _recorded_folder(recorded):
-            recorded = {name: value for name, value in recorded.items() if name not in data.picture_flags()}
+        subject = self._subject
+        if subject is not None:  # what is read now decides, not what was read then
+            kept = _SOURCE_FLAGS if _source(subject) == _source(_picture_flags(recorded)) else ()
+            recorded = {k: v for k, v in recorded.items() if k not in data.picture_flags() or k in kept}
         typed = {
             **self.model.flags(),
-            **data.picture_flags(),
+            **(subject or data).picture_flags(),
             "device": None if self.device == "auto" else self.device,
             **specific,
         }
         return {**typed, **recorded, **{name: value for name, value in typed.items() if value}}
+
+    @property
+    def _subject(self) -> PictureFlags | None:
+        """The flags by which training reads pictures and captions; None where the embeddings file is to know them.
+
+        Flags that decide captions, without a folder, are of the folder that stage one read.
+        """
+        data = self.data
+        if data.instance_data_dir is not None or data.concepts_list is not None:
+            return data
+        decisive = {
+            k: v for k, v in data.picture_flags().items() if k not in ("instance_prompt", "recursive", "repeats")
+        }
+        if not any(decisive.values()):
+            return None
+        recorded = _picture_flags(recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig))
+        return replace(
+            data,
+            instance_data_dir=recorded.instance_data_dir,
+            concepts_list=recorded.concepts_list,
+            recursive=data.recursive or recorded.recursive,
+        )
+
+    @property
+    def instance_prompt(self) -> str | None:
+        """The flag's, with the trigger word for [trigger]."""
+        prompt = self.data.instance_prompt
+        return None if prompt is None else CaptionRules.of(self.data).filled(prompt)
 
     def open_embeddings(self) -> EmbeddingStore:
         """The embeddings file.
@@ -86,8 +118,8 @@ class StageOne:
         path = Path(self.data.data_df_path)
         remedy = self.command("compute_embeddings.py")
         if not path.exists():
-            if self.data.instance_data_dir is not None:  # a prompt that is missing there is asked for first
-                self._read_folder(self._flags("compute_embeddings.py")["instance_prompt"], None)
+            if self._subject is not None:  # a prompt that is missing there is asked for first
+                self._read(self._subject, self._flags("compute_embeddings.py")["instance_prompt"], None)
             raise UserError(f"{path} is not there: type `{remedy}`")
         store = EmbeddingStore(path)
         size = self.data.max_sequence_length or store.provenance.size
@@ -136,33 +168,38 @@ class StageOne:
         Raises:
             UserError: no pictures, or a prompt that stage one has not seen.
         """
-        asked = self.data.instance_prompt
+        asked, subject = self.instance_prompt, self._subject
         prompt = store.uncaptioned_prompt if asked is None else asked
-        flags = {"max_sequence_length": store.provenance.size, "instance_prompt": prompt}
+        flags: dict[str, Any] = {"max_sequence_length": store.provenance.size}
+        if subject is None or not (subject.concepts_list or subject.repeats_from_folders):
+            flags["instance_prompt"] = prompt
         remedy = self.command("compute_embeddings.py", **flags)
-        if self.data.instance_data_dir is None:
+        if subject is None:
             images = self._named(images_of_store(store, cache), cache)
-            captioned = sum(image.prompt != prompt for image in images)
+            images = tuple(replace(image, repeats=self.data.repeats) for image in images)
+            captioned = sum(image.prompts != (prompt,) for image in images)
             if asked is not None and asked not in store.prompts_with_role("instance"):
                 raise UserError(f"{store.path} describes no picture with {asked!r}: type `{remedy}`")
         else:
-            subject = self._read_folder(prompt, cache.folder / NOTES_NAME)
-            images, captioned = subject.images, subject.captioned
+            pictures = self._read(subject, prompt, cache.folder / NOTES_NAME)
+            images, captioned = pictures.images, pictures.captioned
         if asked is not None and captioned:
             print_in_rank_0(f"note: {captions_win(captioned, len(images), asked)}")
-        require_prompts(store, [image.prompt for image in images], remedy)
+        empty = [""] if self.data.caption_dropout else []
+        require_prompts(store, [*(prompt for image in images for prompt in image.prompts), *empty], remedy)
         return self._without_broken(images, cache)
 
-    def _read_folder(self, prompt: str | None, hashes_path: Path | None) -> InstanceFolder:
-        return instance_images(Path(self.data.instance_data_dir or ""), prompt, self.data.recursive, hashes_path)
+    def _read(self, flags: PictureFlags, prompt: str | None, hashes_path: Path | None) -> Subject:
+        return read_subject(_concepts(flags, prompt), flags, hashes_path)
 
     def _named(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> tuple[InstanceImage, ...]:
         """The pictures of the embeddings file; those without latents get their names from stage one's folder."""
         if all(cache.path(image.image_id).is_file() or image.image_id in cache.broken() for image in images):
             return images
-        recorded = recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+        recorded = _picture_flags(recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig))
         try:
-            paths = list_images(_recorded_folder(recorded), recorded.get("recursive", False)).images
+            folders = [concept.folder for concept in _concepts(recorded, None)]
+            paths = [path for folder in folders for path in list_images(folder, recorded.recursive).images]
             names = dict(zip(hash_pictures(paths, cache.folder / NOTES_NAME), paths, strict=True))
         except UserError:  # moved since
             return images
@@ -206,9 +243,26 @@ class StageOne:
         return chosen
 
 
-def _recorded_folder(recorded: dict[str, Any]) -> Path:
-    """The folder of pictures that a stage-one command read."""
-    return Path(recorded.get("instance_data_dir") or default_folder())
+def _picture_flags(recorded: dict[str, Any]) -> PictureFlags:
+    """The picture flags of a recorded command."""
+    return PictureFlags(**{name: value for name, value in recorded.items() if name in PictureFlags().picture_flags()})
+
+
+def _source(flags: PictureFlags) -> Path:
+    """The list or the folder that a command reads."""
+    return Path(flags.concepts_list or flags.instance_data_dir or default_folder())
+
+
+def _concepts(flags: PictureFlags, prompt: str | None) -> tuple[Concept, ...]:
+    """The concepts that a command reads.
+
+    Args:
+        flags: of the command.
+        prompt: of pictures without a caption in a single folder.
+    """
+    if flags.concepts_list is not None or flags.repeats_from_folders:
+        return concepts_of(flags)
+    return (Concept(_source(flags), prompt, flags.repeats),)
 
 
 def _why_broken(image: InstanceImage) -> str | None:

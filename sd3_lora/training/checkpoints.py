@@ -127,15 +127,26 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
     """Notes the pictures beside the state."""
-    content = [asdict(picture) for picture in pictures]
+    content = [_without_defaults(picture) for picture in pictures]
     (folder / _PICTURES).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without_defaults(picture: NotedPicture) -> dict[str, Any]:
+    """Its fields; those that came later only beside their defaults, so that earlier builds read them too."""
+    later: dict[str, Any] = {"other_prompts": (), "repeats": 1}
+    return {name: value for name, value in asdict(picture).items() if later.get(name) != value}
+
+
+def _noted(values: dict[str, Any]) -> NotedPicture:
+    lists: dict[str, Any] = {name: tuple(values[name]) for name in ("crops", "other_prompts") if name in values}
+    return NotedPicture(**{**values, **lists})
 
 
 def read_pictures(folder: Path) -> list[NotedPicture] | None:
     """What `write_pictures` wrote; None where it is missing or damaged: earlier builds noted a hash alone."""
     try:
         content = json.loads((folder / _PICTURES).read_text(encoding="utf-8"))
-        return [NotedPicture(**{**values, "crops": tuple(values["crops"])}) for values in content]
+        return [_noted(picture) for picture in content]
     except (OSError, TypeError, ValueError, KeyError):
         return None
 

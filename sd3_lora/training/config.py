@@ -47,10 +47,6 @@ REFUSED_FLAGS = {
     "validation_prompt": _DRAW,
     "num_validation_images": "inference.py takes --num_images",
     "validation_epochs": _DRAW,
-    "dataset_name": "download the dataset and give its folder as --instance_data_dir",
-    "dataset_config_name": "download the dataset and give its folder as --instance_data_dir",
-    "image_column": "put the pictures in a folder, --instance_data_dir",
-    "caption_column": "put captions beside the pictures: dog.txt for dog.jpg, or metadata.jsonl",
     "push_to_hub": _UPLOAD,
     "hub_token": f"type `hf auth login`; then {_UPLOAD}",
     "hub_model_id": _UPLOAD,
@@ -61,12 +57,6 @@ HARMLESS_FLAGS = {
     "dataloader_num_workers": HarmlessFlag("batches come from cached tensors, without a loader", takes_value=True),
     "upcast_before_saving": HarmlessFlag("the LoRA is always trained and saved in float32"),
     "local_rank": HarmlessFlag("torchrun and accelerate launch pass it in the environment", takes_value=True),
-    "repeats": HarmlessFlag(
-        "each picture comes once in a pass",
-        takes_value=True,
-        only="1",
-        otherwise="pictures repeat by themselves; --max_train_steps says for how long",
-    ),
 }
 
 
@@ -94,9 +84,16 @@ class DataConfig(CropFlags):
             "help": "Train on the mirrored twins too; `--random_flip no` leaves them out. Default: as cached.",
         },
     )
+    caption_dropout: float = field(
+        default=0.0, metadata={"help": "Chance that a picture comes with the empty prompt in place of its own."}
+    )
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops"))
+        require_right([*self.picture_faults(), *less_than_one(self, "num_crops"), *self._dropout_faults()])
+
+    def _dropout_faults(self) -> Iterator[str]:
+        if not 0 <= self.caption_dropout <= 1:
+            yield "--caption_dropout must be at least 0 and at most 1"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
@@ -53,37 +53,59 @@ class TrainingData:
     @property
     def prompts(self) -> tuple[str, ...]:
         """The distinct captions of the subject's pictures, in the pictures' order."""
-        images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
-        return tuple(dict.fromkeys(image.prompt for image in images))
+        return tuple(dict.fromkeys(self._instance_prompts()))
 
     def trigger(self, instance_prompt: str | None) -> str:
         """The prompt that draws the subject (see `captions.trigger_of`).
 
         Args:
-            instance_prompt: the flag; None takes the prompt that stage one had for pictures without a caption.
+            instance_prompt: the flag; None takes the prompts that stage one had for pictures without a caption.
         """
+        asked = self._store.uncaptioned_prompts if instance_prompt is None else (instance_prompt,)
+        return trigger_of(self._instance_prompts(), asked)
+
+    def _instance_prompts(self) -> Iterator[str]:
         images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
-        asked = self._store.uncaptioned_prompt if instance_prompt is None else instance_prompt
-        return trigger_of((image.prompt for image in images), asked)
+        return (prompt for image in images for prompt in image.prompts)
+
+    def prompts_of(
+        self, indices: Sequence[int], turns: Sequence[int], dropped: torch.Tensor | None = None
+    ) -> tuple[str, ...]:
+        """Which prompt each picture comes with.
+
+        Args:
+            indices: `B` picture indices.
+            turns: how often each picture came before: its captions come in turn.
+            dropped: `(B,)` bool, which pictures come with the empty prompt; None for no picture.
+        """
+        drops = [False] * len(indices) if dropped is None else dropped.tolist()
+        captions = [self.images[i].prompts for i in indices]
+        return tuple(
+            "" if drop else prompts[turn % len(prompts)]
+            for prompts, turn, drop in zip(captions, turns, drops, strict=True)
+        )
 
     @property
     def text(self) -> Provenance:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
 
-    def batch(self, indices: Sequence[int], variant_draws: torch.Tensor) -> TrainingBatch:
+    def batch(
+        self, indices: Sequence[int], variant_draws: torch.Tensor, prompts: Sequence[str] | None = None
+    ) -> TrainingBatch:
         """Stacks some pictures.
 
         Args:
             indices: `B` picture indices.
             variant_draws: `(B,)` in [0, 1): which of a picture's crops.
+            prompts: of each picture (see `prompts_of`); None for the first caption of each.
         """
         images = [self.images[i] for i in indices]
         posteriors = []
         for image, draw in zip(images, variant_draws.tolist(), strict=True):
             variants = self.variants[image.image_id]
             posteriors.append(self._posterior(image.image_id, variants[int(draw * len(variants))]))
-        embeddings = [self._embedding(image.prompt) for image in images]
+        embeddings = [self._embedding(prompt) for prompt in prompts or [image.prompt for image in images]]
         return TrainingBatch(
             image_ids=tuple(image.image_id for image in images),
             latent_mean=torch.stack([p.mean for p in posteriors]),
@@ -124,12 +146,14 @@ def images_of_store(store: EmbeddingStore, cache: LatentCache) -> tuple[Instance
     Raises:
         UserError: the file has none.
     """
-    pairs = sorted(store.prompt_of_image().items())
+    pairs = sorted(store.prompts_of_images().items())
     if not pairs:
         raise UserError(f"{store.path} knows no pictures: type --instance_data_dir FOLDER")
     return tuple(
-        InstanceImage(image_id, Path(cache.source(image_id) or cache.path(image_id)), prompt)
-        for image_id, prompt in pairs
+        InstanceImage(
+            image_id, Path(cache.source(image_id) or cache.path(image_id)), prompts[0], other_prompts=prompts[1:]
+        )
+        for image_id, prompts in pairs
     )
 
 

@@ -54,6 +54,9 @@ class DataOrder:
         for number, pool in enumerate(pools):
             self._orders.append(_PoolOrder(pool, first_index, seed + number))
             first_index += len(pool.images)
+        # How often each picture was taken; None where no picture has several captions to be taken in turn.
+        has_turns = any(image.other_prompts for pool in pools for image in pool.images)
+        self._turns = torch.zeros(first_index, dtype=torch.long) if has_turns else None
 
     def take(self, count: int) -> list[int]:
         """The next `count` picture indices.
@@ -66,10 +69,23 @@ class DataOrder:
             raise ValueError(f"a batch of {count} pictures cannot take as many from each of {len(self._orders)} pools")
         return [index for order in self._orders for index in order.take(share)]
 
+    def turns(self, indices: Sequence[int]) -> list[int]:
+        """How often each of these pictures was taken before: which of its captions comes. Counts them as taken.
+
+        All are 0 where no picture has several captions.
+        """
+        turns = []
+        for index in indices:
+            turns.append(0 if self._turns is None else int(self._turns[index]))
+            if self._turns is not None:
+                self._turns[index] += 1
+        return turns
+
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, for a checkpoint: the first pool's state, as it was when there was only one pool."""
         first, *further = (order.state_dict() for order in self._orders)
-        return {**first, "further_pools": further} if further else first
+        state = {**first, "further_pools": further} if further else first
+        return state if self._turns is None else {**state, "turns": self._turns.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken.
@@ -79,13 +95,15 @@ class DataOrder:
         """
         for order, saved in zip(self._orders, [state, *state.get("further_pools", [])], strict=True):
             order.load_state_dict(saved)
+        if self._turns is not None:
+            self._turns = state["turns"].clone()
 
 
 class _PoolOrder:
     """The endless order of one pool's pictures; `first_index` is the index of its first one."""
 
     def __init__(self, pool: Pool, first_index: int, seed: int):
-        self._pool, self._first_index = pool, first_index
+        self._places, self._first_index = pool.places, first_index
         self._generator = torch.Generator().manual_seed(seed)
         self._permutation = torch.empty(0, dtype=torch.long)
         self._position = 0
@@ -94,11 +112,11 @@ class _PoolOrder:
         taken: list[int] = []
         while len(taken) < count:
             if self._position == len(self._permutation):
-                self._permutation = torch.randperm(self._pool.pass_length, generator=self._generator)
+                self._permutation = torch.randperm(len(self._places), generator=self._generator)
                 self._position = 0
-            places = self._permutation[self._position : self._position + count - len(taken)]
-            self._position += len(places)
-            taken += (self._first_index + places % len(self._pool.images)).tolist()
+            numbers = self._permutation[self._position : self._position + count - len(taken)]
+            self._position += len(numbers)
+            taken += [self._first_index + self._places[number] for number in numbers.tolist()]
         return taken
 
     def state_dict(self) -> dict[str, Any]:

@@ -69,10 +69,14 @@ class MicroBatches:
         data: the pictures.
         sampler: of the inputs.
         early: how many micro-batches are drawn at a time: two where the next one's inputs are needed in this step.
+        caption_dropout: the chance that a picture comes with the empty prompt.
     """
 
-    def __init__(self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int):
+    def __init__(
+        self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int, caption_dropout: float = 0.0
+    ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
+        self._caption_dropout = caption_dropout
         # Each with the state of the draws and the order before it.
         self._drawn: deque[tuple[StepInputs, list[str], dict[str, Any]]] = deque()
 
@@ -81,9 +85,15 @@ class MicroBatches:
         draws = self._sampler.draws
         while len(self._drawn) < min(left, self._early):
             before = self._state()
-            indices = self._order.take(draws.global_batch_size)[draws.rank_slice]
+            indices = self._order.take(draws.global_batch_size)
+            turns = self._order.turns(indices)[draws.rank_slice]
+            indices = indices[draws.rank_slice]
             with one_thread(self._sampler.device):
-                batch = self._data.batch(indices, draws.uniform())
+                variant_draws = draws.uniform()
+                # Without dropout nothing is drawn, so that the numbers are those of a run that does not know it.
+                dropped = draws.uniform() < self._caption_dropout if self._caption_dropout else None
+                prompts = self._data.prompts_of(indices, turns, dropped)
+                batch = self._data.batch(indices, variant_draws, prompts)
                 inputs = self._sampler.sample(batch)
             self._drawn.append((inputs, [self._data.images[index].path.name for index in indices], before))
 

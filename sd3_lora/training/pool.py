@@ -19,7 +19,7 @@ class Pool:
         images: distinct pictures, at least one.
         role: "instance" for the subject, "class" for others of its kind.
         weight: of each picture in the loss.
-        repeats: how many times each picture comes in a pass.
+        repeats: how many times each picture comes in a pass; pictures with repeats of their own as many times more.
 
     Raises:
         ValueError: there are no pictures, or `repeats` is less than 1.
@@ -36,9 +36,16 @@ class Pool:
         object.__setattr__(self, "images", tuple(sorted(self.images, key=lambda image: image.image_id)))
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """The pictures of a pass, by their numbers in the pool: each as often as it repeats, and the pool with it."""
+        rounds = range(max(image.repeats for image in self.images))
+        once = [number for turn in rounds for number, image in enumerate(self.images) if turn < image.repeats]
+        return tuple(once * self.repeats)
+
+    @property
     def pass_length(self) -> int:
         """Pictures in a pass, repeats included."""
-        return self.repeats * len(self.images)
+        return self.repeats * sum(image.repeats for image in self.images)
 
 
 def pass_length(pools: Sequence[Pool]) -> int:

@@ -135,18 +135,21 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
         )
     earlier, current = ({picture.image_id: picture for picture in pictures} for pictures in (before, now))
     in_both = [(earlier[key], current[key]) for key in earlier.keys() & current.keys()]
-    recaptioned = [new for old, new in in_both if old.prompt != new.prompt]
+    recaptioned = [new for old, new in in_both if (old.prompt, old.other_prompts) != (new.prompt, new.other_prompts)]
     recropped = [new for old, new in in_both if old.crops != new.crops]
+    repeated = [new for old, new in in_both if old.repeats != new.repeats]
     parts = {
         "without": [current[key] for key in current.keys() - earlier.keys()],
         "also on": [earlier[key] for key in earlier.keys() - current.keys()],
         "with another caption of": recaptioned,
         "on other crops of": recropped,
+        "with other repeats of": repeated,
     }
     remedies = {
         "without": "take out what was added",
         "also on": "put back what was removed",
         "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
+        "with other repeats of": f"give the repeats of then ({_repeats_of_then(in_both)})",
         "on other crops of": "type the --num_crops, --center_crop and --random_flip of then",
     }
     changed = {how: pictures for how, pictures in parts.items() if pictures}
@@ -157,8 +160,14 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
     )
 
 
-def _captions(pictures: Sequence[NotedPicture]) -> set[tuple[str, str]]:
-    return {(picture.image_id, picture.prompt) for picture in pictures}
+def _captions(pictures: Sequence[NotedPicture]) -> set[tuple[str, str, tuple[str, ...]]]:
+    return {(picture.image_id, picture.prompt, picture.other_prompts) for picture in pictures}
+
+
+def _repeats_of_then(pairs: Sequence[tuple[NotedPicture, NotedPicture]]) -> str:
+    """The flag, where all pictures had the same."""
+    repeats = {old.repeats for old, _ in pairs}
+    return f"--repeats {repeats.pop()}" if len(repeats) == 1 else "in the concepts list or the folders' names"
 
 
 def _names(pictures: Sequence[NotedPicture]) -> str:

@@ -105,7 +105,7 @@ def test_the_pictures_are_five_and_always_the_same(tmp_path):
     assert all(path.read_bytes() == (captioned / path.name).read_bytes() for path in paths)
     captions = read_captions(captioned, sorted(captioned.glob("*.png")))
     assert len(captions) == 5
-    for index, text in enumerate(captions.values()):
+    for index, (text,) in enumerate(captions.values()):
         size, position = list(SIZES)[scenes.size[index]], list(POSITIONS)[scenes.position[index]]
         background = f"{PATTERNS[scenes.pattern[index]]} {list(COLOURS)[scenes.colour[index]]}"
         assert text == f"a photo of a {size} sks teapot {position} on a {background} background"

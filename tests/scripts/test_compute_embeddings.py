@@ -141,7 +141,7 @@ def test_captions_alone_suffice(embed: Callable[..., Result], pictures: Path, ou
     assert "identifier 'zwxqj'" in result.out
     with EmbeddingStore(out) as store:
         assert store.prompts == ("a zwxqj robot", "")
-        assert set(store.prompt_of_image()) == {hash_file(picture) for picture in pictures.glob("*.png")}
+        assert set(store.prompts_of_images()) == {hash_file(picture) for picture in pictures.glob("*.png")}
 
 
 def test_identical_pictures_are_one(embed: Callable[..., Result], pictures: Path, out: Path) -> None:
@@ -149,7 +149,7 @@ def test_identical_pictures_are_one(embed: Callable[..., Result], pictures: Path
     result = embed()
     assert "identical pictures, used once: 00.png, copy.png" in result.out
     with EmbeddingStore(out) as store:
-        assert len(store.prompt_of_image()) == 3
+        assert len(store.prompts_of_images()) == 3
 
 
 def test_the_identifier_is_reported_with_its_warning(embed: Callable[..., Result]) -> None:
@@ -319,7 +319,7 @@ def test_another_prompt_is_added_and_the_old_rows_stay(
         assert store.prompts_with_role("validation") == ("a blue sks robot",)
         assert "a robot" in store
         assert store.prompts_with_role("class") == ()
-        assert len(store.prompt_of_image()) == 4
+        assert len(store.prompts_of_images()) == 4
 
 
 def test_the_precision_of_a_file_is_kept(embed: Callable[..., Result], out: Path, encoded: list[list[str]]) -> None:

@@ -110,6 +110,83 @@ def test_captions_alone(user: User) -> None:
     assert "--prompt 'sks dog' " in user.typed[-1] + " "
 
 
+def save_concepts() -> None:
+    save_pictures(Path("cat"), [(64, 64), (64, 64)], seed=7)
+    entries = [
+        {"instance_prompt": "a photo of sks dog", "instance_data_dir": "d"},
+        {"instance_prompt": "a photo of zwx cat", "instance_data_dir": "cat", "repeats": 2},
+    ]
+    Path("my concepts.json").write_text(json.dumps(entries))
+
+
+def test_concepts(user: User) -> None:
+    save_concepts()
+    embedded = user.type(EMBED, "--concepts_list", "my concepts.json")
+    assert "5 pictures at 64 px" in user.follow_to_pictures(embedded, CACHE, TRAIN).out
+    assert all("--concepts_list 'my concepts.json'" in command for command in user.typed[:2])
+
+
+def test_concepts_from_training_on(user: User) -> None:
+    """Which asks for the embeddings; then for those of a concept that came later."""
+    save_concepts()
+    user.type(CACHE, "--concepts_list", "my concepts.json")
+    stopped = user.type(TRAIN, "--concepts_list", "my concepts.json", code=2)
+    user.follow(stopped, EMBED)
+    assert "--instance_prompt" not in user.typed[-1]
+    Path("my concepts.json").write_text(Path("my concepts.json").read_text().replace("zwx", "ohw"))
+    stopped = user.type(TRAIN, "--concepts_list", "my concepts.json", code=2)
+    assert "lacks 'a photo of ohw cat'" in stopped.err
+    user.follow(stopped, EMBED)
+    user.type(TRAIN, "--concepts_list", "my concepts.json")
+    assert "5 pictures at 64 px" in user.type(TRAIN, "--output_dir", "other").out  # the embeddings file knows them
+
+
+def test_repeats_in_folder_names(user: User) -> None:
+    Path("root").mkdir()
+    Path("d").rename("root/10_sks dog")
+    embedded = user.type(EMBED, "--instance_data_dir", "root", "--repeats_from_folders")
+    assert "3 pictures at 64 px" in user.follow_to_pictures(embedded, CACHE, TRAIN).out
+    assert all("--repeats_from_folders" in command for command in user.typed[:2])
+
+
+@pytest.mark.parametrize("is_default", [True, False])
+def test_caption_flags(user: User, is_default: bool) -> None:
+    """They are repeated on the way; without the folder they are of the one that stage one read."""
+    Path("d/00.txt").write_text("[trigger], sea, sand\n[trigger] at home")
+    folder: list[object] = [] if is_default else ["--instance_data_dir", "d", *PROMPT]
+    if is_default:
+        Path("d").rename("dog")
+    words = ["--shuffle_tags", 2, "--keep_tags", 1, "--trigger_word", "sks dog", "--caption_suffix", ", oil"]
+    embedded = user.type(EMBED, *folder, *words, "--repeats", 2)
+    assert "1 pictures have several captions, which training takes in turn" in embedded.out
+    user.follow_to_pictures(embedded, CACHE, TRAIN)
+    expected = {
+        "--shuffle_tags 2",
+        "--keep_tags 1",
+        "--trigger_word 'sks dog'",
+        "--caption_suffix ', oil'",
+        "--repeats 2",
+    }
+    assert all(expected <= flags_of(command) for command in user.typed[:2])
+    others = ["--trigger_word", "zwx", "--output_dir", "other"]
+    stopped = user.type(TRAIN, *others, code=2)
+    assert "lacks 'zwx" in stopped.err
+    user.follow(stopped, EMBED)
+    user.type(TRAIN, *others)
+
+
+def test_captions_without_the_flags_of_then(user: User) -> None:
+    """The command that mends it has this command's flags, not those that stage one was given."""
+    Path("d/00.txt").write_text("sks dog at sea")
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT, "--caption_prefix", "art of")
+    user.type(CACHE, "--instance_data_dir", "d")
+    stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
+    assert "lacks 'sks dog at sea'" in stopped.err
+    user.follow(stopped, EMBED)
+    assert "art of" not in user.typed[-1]
+    user.type(TRAIN, "--instance_data_dir", "d")
+
+
 def test_latents_first(user: User) -> None:
     """What the cache was made with is repeated on the way."""
     cached = user.type(CACHE, "--instance_data_dir", "d", "--resolution", 32, "--num_crops", 2, "--random_flip")

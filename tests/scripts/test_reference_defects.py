@@ -150,7 +150,7 @@ def test_06_all_formats_are_read_and_dot_folders_are_not(script, tiny_sd3: Path,
     assert found.code == 0
     assert "2 pictures in" in found.out
     with EmbeddingStore(tmp_path / "e.parquet") as store:
-        assert len(store.prompt_of_image()) == 2
+        assert len(store.prompts_of_images()) == 2
     (tmp_path / "empty").mkdir()
     none = script("compute_embeddings", *flags, "--instance_data_dir", tmp_path / "empty")
     assert none.code == 2

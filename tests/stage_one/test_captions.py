@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.stage_one.captions import instance_images, read_captions, trigger_of
+from sd3_lora.common.config import PictureFlags
+from sd3_lora.stage_one.captions import CaptionRules, instance_images, label_of, read_captions, tag_orders, trigger_of
 from sd3_lora.stage_one.images import hash_file
 
 import pyarrow as pa
@@ -48,12 +50,12 @@ def test_a_caption_beside_the_picture(tmp_path: Path, dog: Path) -> None:
         "cat.png": PROMPT,
     }
     assert subject.left_out == ()
-    assert read_captions(tmp_path, [dog, tmp_path / "cat.png"]) == {dog: "sks dog in a café"}
+    assert read_captions(tmp_path, [dog, tmp_path / "cat.png"]) == {dog: ("sks dog in a café",)}
 
 
 def test_an_upper_case_caption_file(tmp_path: Path, dog: Path) -> None:
     (tmp_path / "dog.TXT").write_text("sks dog")
-    assert read_captions(tmp_path, [dog]) == {dog: "sks dog"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog",)}
 
 
 def test_a_picture_called_txt_is_no_caption(tmp_path: Path, dog: Path) -> None:
@@ -77,18 +79,18 @@ def test_a_caption_without_a_picture_is_left_out_by_name(tmp_path: Path, dog: Pa
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_metadata_jsonl(tmp_path: Path, dog: Path, column: str) -> None:
     write_jsonl(tmp_path, {"file_name": "dog.jpg", column: "sks dog,\n running", "other": 1})
-    assert read_captions(tmp_path, [dog]) == {dog: "sks dog, running"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog, running",)}
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_metadata_csv(tmp_path: Path, dog: Path, column: str) -> None:
     write_csv(tmp_path, f"\ufefffile_name,{column}", 'dog.jpg,"sks dog, running"')
-    assert read_captions(tmp_path, [dog]) == {dog: "sks dog, running"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog, running",)}
 
 
 def test_text_comes_before_caption_and_prompt(tmp_path: Path, dog: Path) -> None:
     write_jsonl(tmp_path, {"prompt": "c", "caption": "b", "text": "a", "file_name": "dog.jpg"})
-    assert read_captions(tmp_path, [dog]) == {dog: "a"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("a",)}
 
 
 def test_metadata_of_subfolders(tmp_path: Path) -> None:
@@ -108,13 +110,13 @@ def test_a_row_of_a_picture_that_was_left_out_is_no_error(tmp_path: Path, dog: P
 def test_both_spellings_of_an_umlaut_are_one_name(tmp_path: Path) -> None:
     path = picture(tmp_path, unicodedata.normalize("NFD", "hündin.jpg"))
     write_jsonl(tmp_path, {"file_name": unicodedata.normalize("NFC", "hündin.jpg"), "text": "sks dog"})
-    assert read_captions(tmp_path, [path]) == {path: "sks dog"}
+    assert read_captions(tmp_path, [path]) == {path: ("sks dog",)}
 
 
 def test_the_same_caption_twice_is_fine_and_two_different_ones_are_not(tmp_path: Path, dog: Path) -> None:
     (tmp_path / "dog.txt").write_text("sks dog")
     write_jsonl(tmp_path, {"file_name": "dog.jpg", "text": " sks dog"})
-    assert read_captions(tmp_path, [dog]) == {dog: "sks dog"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog",)}
     write_jsonl(tmp_path, {"file_name": "dog.jpg", "text": "another dog"})
     with pytest.raises(UserError, match=r"dog\.jpg has two captions, 'sks dog' in dog\.txt and 'another dog' in meta"):
         read_captions(tmp_path, [dog])
@@ -235,7 +237,7 @@ def test_the_exact_name_comes_before_another_spelling(tmp_path: Path) -> None:
         pytest.skip("this file system does not tell case")
     (tmp_path / "dog.txt").write_text("a small dog")
     (tmp_path / "DOG.txt").write_text("a large dog")
-    assert read_captions(tmp_path, [lower, upper]) == {lower: "a small dog", upper: "a large dog"}
+    assert read_captions(tmp_path, [lower, upper]) == {lower: ("a small dog",), upper: ("a large dog",)}
 
 
 def test_two_caption_files_that_differ_are_one_sentence(tmp_path: Path, dog: Path) -> None:
@@ -245,20 +247,27 @@ def test_two_caption_files_that_differ_are_one_sentence(tmp_path: Path, dog: Pat
         read_captions(tmp_path, [dog])
 
 
-def test_of_several_lines_the_first_is_the_caption_and_the_file_is_named(
-    tmp_path: Path, dog: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "dog.txt").write_text("sks dog\na small dog, running\n")
-    assert read_captions(tmp_path, [dog]) == {dog: "sks dog"}
-    assert capsys.readouterr().out == (
-        "note: only the first line is the caption, and the other lines are left out: dog.txt\n"
-    )
+def test_each_line_is_a_caption(tmp_path: Path, dog: Path) -> None:
+    (tmp_path / "dog.txt").write_text("sks dog\n\na small dog, running\nsks dog\n")
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog", "a small dog, running", "sks dog")}
+    (image,) = instance_images(tmp_path, PROMPT).images
+    assert image.prompts == ("a small dog, running", "sks dog")
+    (tmp_path / "dog.txt").write_text("a small dog, running\nsks dog\n")
+    assert instance_images(tmp_path, PROMPT).images == (image,)  # the order of lines changes nothing
+
+
+def test_a_list_of_captions_in_metadata(tmp_path: Path, dog: Path) -> None:
+    write_jsonl(tmp_path, {"file_name": "dog.jpg", "text": ["sks dog,\n running", "a dog"]})
+    assert read_captions(tmp_path, [dog]) == {dog: ("sks dog, running", "a dog")}
+    write_jsonl(tmp_path, {"file_name": "dog.jpg", "text": []})
+    with pytest.raises(UserError, match="row 1 has no text in the column text"):
+        read_captions(tmp_path, [dog])
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\f"])
 def test_only_a_line_feed_ends_a_json_line(tmp_path: Path, dog: Path, separator: str) -> None:
     write_jsonl(tmp_path, json.dumps({"file_name": "dog.jpg", "text": f"a{separator}b"}, ensure_ascii=False))
-    assert read_captions(tmp_path, [dog]) == {dog: "a b"}
+    assert read_captions(tmp_path, [dog]) == {dog: ("a b",)}
 
 
 def test_metadata_parquet(tmp_path: Path, dog: Path) -> None:
@@ -275,7 +284,7 @@ def test_metadata_parquet(tmp_path: Path, dog: Path) -> None:
 def test_a_file_name_with_a_backslash(tmp_path: Path) -> None:
     path = picture(tmp_path, "in/Dog.jpg")
     write_jsonl(tmp_path, {"file_name": "in\\dog.jpg", "text": "sks dog"})
-    assert read_captions(tmp_path, [path]) == {path: "sks dog"}
+    assert read_captions(tmp_path, [path]) == {path: ("sks dog",)}
 
 
 def test_utf_16_without_a_mark_is_named(tmp_path: Path, dog: Path) -> None:
@@ -327,7 +336,93 @@ def test_captions_come_before_the_instance_prompt_and_that_is_said(tmp_path: Pat
 
 
 def test_the_trigger_is_a_prompt_that_is_trained_on() -> None:
-    assert trigger_of(["sks dog at sea", PROMPT], PROMPT) == PROMPT
-    assert trigger_of(["sks dog at sea", "sks dog at home", "sks dog at sea"], PROMPT) == "sks dog at sea"
+    assert trigger_of(["sks dog at sea", PROMPT], [PROMPT]) == PROMPT
+    assert trigger_of(["sks dog at sea", "sks dog at home", "sks dog at sea"], [PROMPT]) == "sks dog at sea"
     captions = ["sks dog, running", "sks dog", "sks cat"]  # as many pictures each: the shortest, then the first
-    assert trigger_of(captions, None) == trigger_of(captions[::-1], None) == "sks cat"
+    assert trigger_of(captions, []) == trigger_of(captions[::-1], []) == "sks cat"
+
+
+def rules(**flags: Any) -> CaptionRules:
+    return CaptionRules.of(PictureFlags(**flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "caption", "prompts"),
+    [
+        ({"caption_prefix": "art of"}, "a dog", ("art of a dog",)),
+        ({"caption_suffix": ", watercolour"}, "a dog", ("a dog, watercolour",)),
+        ({"caption_suffix": "in watercolour"}, "a dog", ("a dog in watercolour",)),
+        ({"trigger_word": "sks dog"}, "[trigger] and a [trigger]", ("sks dog and a sks dog",)),
+        ({"trigger_word": "sks", "caption_prefix": "[trigger],"}, "running", ("sks, running",)),
+        ({"shuffle_tags": 6}, "a, b", ("a, b", "b, a")),
+        ({"shuffle_tags": 6, "keep_tags": 1}, "sks, a,b", ("sks, a,b", "sks, b, a")),
+        (
+            {"shuffle_tags": 2, "caption_prefix": "[trigger],", "trigger_word": "sks"},
+            "b, a",
+            ("sks, a, b", "sks, b, a"),
+        ),
+        ({"shuffle_tags": 4}, "no tags", ("no tags",)),
+    ],
+)
+def test_how_a_caption_becomes_prompts(flags: dict[str, Any], caption: str, prompts: tuple[str, ...]) -> None:
+    assert rules(**flags).prompts([caption]) == prompts
+
+
+def test_a_trigger_without_its_word_is_one_sentence(tmp_path: Path, dog: Path) -> None:
+    (tmp_path / "dog.txt").write_text("[trigger] at sea")
+    with pytest.raises(UserError, match=r"'\[trigger\] at sea' has \[trigger\]: .* --trigger_word 'sks dog'"):
+        instance_images(tmp_path, PROMPT)
+    (tmp_path / "dog.txt").unlink()
+    with pytest.raises(UserError, match="--trigger_word"):
+        instance_images(tmp_path, "a photo of [trigger]")
+    (image,) = instance_images(tmp_path, "a photo of [trigger]", rules=rules(trigger_word="zwx")).images
+    assert image.prompt == "a photo of zwx"
+
+
+def test_orders_of_tags_are_distinct_always_the_same_and_begin_with_the_kept_ones() -> None:
+    caption = "sks dog, sea, sand, sun"
+    orders = tag_orders(caption, 4, kept=1)
+    assert orders == tag_orders(caption, 4, kept=1)
+    assert orders[0] == caption
+    assert len(set(orders)) == 4
+    assert all(order.startswith("sks dog, ") and set(order.split(", ")) == set(caption.split(", ")) for order in orders)
+    assert len(tag_orders(caption, 100, kept=1)) == 6
+    assert len(tag_orders("a, a, b", 100)) == 3
+    assert orders[:3] == tag_orders(caption, 3, kept=1)  # more orders keep those that are embedded
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("sks dog.jpg", "sks dog"),
+        ("sks_dog_01.jpg", "sks dog"),
+        ("sks dog (12).png", "sks dog"),
+        ("r2d2.png", "r2d2"),
+        ("a dog-3.webp", "a dog"),
+        ("01.png", ""),
+    ],
+)
+def test_names_as_captions(name: str, label: str) -> None:
+    assert label_of(Path(name)) == label
+
+
+def test_names_come_before_captions_beside_on_request(tmp_path: Path) -> None:
+    path = picture(tmp_path, "sks dog_1.jpg")
+    path.with_suffix(".txt").write_text("not this")
+    by_name = rules(use_filename_as_label=True)
+    assert instance_images(tmp_path, PROMPT, rules=by_name).images[0].prompts == ("sks dog",)
+    picture(tmp_path, "7.jpg")
+    with pytest.raises(UserError, match=r"no caption is in the names of .*7\.jpg: rename them"):
+        instance_images(tmp_path, PROMPT, rules=by_name)
+
+
+def test_txt_alone_on_request(tmp_path: Path, dog: Path) -> None:
+    (tmp_path / "dog.txt").write_text("sks dog")
+    (tmp_path / "dog.caption").write_text("not this")
+    by_txt = rules(use_txt_as_label=True)
+    assert instance_images(tmp_path, None, rules=by_txt).images[0].prompts == ("sks dog",)
+    picture(tmp_path, "cat.jpg")
+    with pytest.raises(
+        UserError, match=r"there is no \.txt beside .*cat\.jpg: write it, or leave out --use_txt_as_label"
+    ):
+        instance_images(tmp_path, PROMPT, rules=by_txt)

@@ -65,7 +65,11 @@ def test_rows_round_trip(path: Path) -> None:
         assert (store.joint_width, store.pooled_width) == (D, P)
         assert store.prompts_with_role("instance") == (ROWS[0].prompt, ROWS[2].prompt)
         assert store.prompts_with_role("class") == ()
-        assert store.prompt_of_image() == {"id1": ROWS[0].prompt, "id3": ROWS[0].prompt, "id2": ROWS[2].prompt}
+        assert store.prompts_of_images() == {
+            "id1": (ROWS[0].prompt,),
+            "id3": (ROWS[0].prompt,),
+            "id2": (ROWS[2].prompt,),
+        }
         assert all(same(store.read(r.prompt), r) for r in reversed(ROWS))
         assert all(same(found, r) for found, r in zip(store.read_all(), ROWS, strict=True))
         assert [found.prompt for found in store.read_all(["", ROWS[0].prompt])] == ["", ROWS[0].prompt]

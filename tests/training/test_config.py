@@ -63,6 +63,7 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("logit_std", [0.5], "losses"),
     ("precondition_outputs", [], "losses"),
     ("timestep_shift", [1.0], "losses"),
+    ("caption_dropout", [1.0], "losses"),
 ]
 
 # Flags with a test of their own, here or where it says.
@@ -71,6 +72,20 @@ ELSEWHERE = {
     "data_df_path": "here",
     "latents_path": "here",
     "recursive": "here",
+    "concepts_list": "test_several_captions.py",
+    "repeats": "test_several_captions.py",
+    "repeats_from_folders": "test_several_captions.py",
+    "dataset_name": "test_data_sets.py",
+    "dataset_config_name": "test_data_sets.py",
+    "image_column": "test_data_sets.py",
+    "caption_column": "test_data_sets.py",
+    "caption_prefix": "test_several_captions.py",
+    "caption_suffix": "test_several_captions.py",
+    "trigger_word": "test_several_captions.py",
+    "use_filename_as_label": "test_several_captions.py",
+    "use_txt_as_label": "test_several_captions.py",
+    "shuffle_tags": "test_several_captions.py",
+    "keep_tags": "test_several_captions.py",
     "compile": "test_step_execution.py",
     "capture": "test_step_execution.py",
     "deterministic": "test_step_execution.py, test_exact_attention.py",
@@ -266,6 +281,13 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--lora_dropout", 1], "--lora_dropout must be at least 0 and less than 1"),
     (["--lora_blocks", "1-3"], "--lora_blocks 1-3 is not a list of numbers: type for example 12,13"),
     (["--num_crops", 0], "--num_crops 0 must be at least 1"),
+    (["--repeats", 0], "--repeats 0 must be at least 1"),
+    (["--caption_dropout", 1.5], "--caption_dropout must be at least 0 and at most 1"),
+    (["--shuffle_tags", -1], "--shuffle_tags and --keep_tags must not be negative"),
+    (["--keep_tags", 1], "--keep_tags needs --shuffle_tags"),
+    (["--use_filename_as_label", "--use_txt_as_label"], "exclude each other: type one of them"),
+    (["--dataset_name", "d"], "--instance_data_dir and --dataset_name exclude each other: type one of them"),
+    (["--image_column", "image"], "--image_column needs --dataset_name"),
     (["--train_batch_size", 0], "--train_batch_size 0 must be at least 1"),
     (["--gradient_accumulation_steps", 0], "--gradient_accumulation_steps 0 must be at least 1"),
     (["--max_train_steps", 0], "--max_train_steps 0 must be at least 1"),
@@ -301,18 +323,16 @@ def test_no_refusal_has_class_pictures_trained_as_the_subject() -> None:
 
 def test_what_is_always_so_changes_nothing(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     words = ["--cache_latents", "--upcast_before_saving", "--dataloader-num-workers=4", "--local_rank", -1]
-    run = train(script, prepared, tmp_path / "with", *words, "--repeats", 1)
+    run = train(script, prepared, tmp_path / "with", *words)
     assert [line for line in run.out.splitlines() if line.startswith("note: --")] == [
         f"note: --{name} changes nothing: {HARMLESS_FLAGS[name].note}"
-        for name in ("cache_latents", "upcast_before_saving", "dataloader_num_workers", "local_rank", "repeats")
+        for name in ("cache_latents", "upcast_before_saving", "dataloader_num_workers", "local_rank")
     ]
     plain = train(script, prepared, tmp_path / "without")
     assert same_lora(run.folder / LORA_FILE, plain.folder / LORA_FILE)
     with_flags, without = (json.loads((each.folder / "run.json").read_text()) for each in (run, plain))
     assert with_flags["identity"] == without["identity"]
     assert set(with_flags["flags"]) == set(without["flags"])
-    run = train(script, prepared, tmp_path / "more", "--repeats", 2, code=2)
-    assert run.error == f"--repeats 2 is not part of {TRAINING_SCRIPT}.py: {HARMLESS_FLAGS['repeats'].otherwise}"
 
 
 # In train_dreambooth_lora_sd3.py and the sd3_lora_colab script of diffusers (58eb52c), where ours is another.
