@@ -78,9 +78,18 @@ from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
-from sd3_lora.training.config import ENDING_SCHEDULES, REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
+from sd3_lora.training.config import (
+    ENDING_SCHEDULES,
+    REFUSED_FLAGS,
+    DataConfig,
+    FlowConfig,
+    LoraFlags,
+    RunConfig,
+    TrainingFlags,
+)
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -93,7 +102,7 @@ from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.compiled import start_compile_workers
-from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
+from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, LoraKind, attach_lora, chosen_blocks, target_modules
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -168,7 +177,7 @@ def run_identity(
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
-    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
+    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.average), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
@@ -281,6 +290,8 @@ def train(
             norm, skipped = optimizer_step(
                 training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
             )
+            if training.average:
+                training.average.update(norm)
             queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
             bar.update()
             interrupted = signals.agreed() and not at_end
@@ -319,6 +330,11 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
     )
 
 
+def lora_kind(lora: LoraFlags) -> LoraKind:
+    """How the LoRA is scaled and started, as the flags say."""
+    return LoraKind(lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks)
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -332,8 +348,9 @@ def load_training(
     processes, dtype = accelerator.num_processes, planned.dtype
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        targets = target_modules(transformer, lora.layers, lora.blocks)
-        return attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
+        blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
+        targets = target_modules(transformer, lora.layers, blocks)
+        return attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, lora_kind(lora))
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
@@ -353,6 +370,7 @@ def load_training(
         DataOrder(pools, seed),
         planned.steps,
         arranged.ahead,
+        average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
     )
 
 
@@ -369,26 +387,31 @@ def training_task(
     Raises:
         UserError: flags that cannot be obeyed.
     """
-    config, lora = files.read_config("transformer"), flags.lora
+    config, lora, kind = files.read_config("transformer"), flags.lora, lora_kind(flags.lora)
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
+    kind.check(asked.precision, asked.streamed)
+    per_parameter = bytes_per_parameter(flags.optimizer, dtype) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
         flags.run.train_batch_size,
         latent_size,
         text_tokens_of(flags.data, files),
         lora.layers,
-        lora.blocks,
+        chosen_blocks(lora.blocks, config["num_layers"]),
         lora.rank,
         lora.lora_dropout,
         dtype,
-        bytes_per_parameter(flags.optimizer, dtype),
+        per_parameter + (EMA_BYTES_PER_PARAMETER if flags.average.use_ema else 0),
         choose_backward(
             device, dtype, config["attention_head_dim"], asked.attention_kernel, flags.device.must_be_deterministic
         ),
         asked_execution(flags).compiles(device, micro_steps),
+        kind,
     )
-    return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
+    can_stream = processes == 1 and not kind.needs_whole_weights
+    step = partial(micro_step, flow=flags.flow)
+    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -505,9 +528,10 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
         prompt += " in a forest"
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
-    print(
-        "next: " + command("inference.py", **shared, lora=outputs.folder, prompt=prompt, data_df_path=embeddings_path)
-    )
+    drawing = partial(command, "inference.py", **shared, prompt=prompt, data_df_path=embeddings_path)
+    print("next: " + drawing(lora=outputs.folder))
+    if flags.average.use_ema:
+        print(f"with the moving average: {drawing(lora=outputs.folder / EMA_FILE)}")
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -562,7 +586,7 @@ def run(argv: Sequence[str] | None) -> None:
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit, again)
+    outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from sd3_lora.common.command_line import WrongFlags
 from sd3_lora.common.placement_flags import Switch, is_on
 
+LoraStart = Literal["gaussian", "default", "pissa", "olora"]
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
+from sd3_lora.transformer.lora import LORA_FILE, peft_patterns, read_lora_record
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -184,8 +184,8 @@ class LoraFile:
         config = LoraConfig(
             r=int(rank),
             lora_alpha=alpha,
-            rank_pattern=_patterns(ranks, rank),
-            alpha_pattern=_patterns(alphas, alpha),
+            rank_pattern=peft_patterns(ranks, rank),
+            alpha_pattern=peft_patterns(alphas, alpha),
             use_dora=self.is_dora,
             target_modules=list(self.layers),
         )
@@ -202,15 +202,6 @@ class LoraFile:
                 if layer.magnitude:
                     tensors[f"{name}.lora_magnitude_vector"] = handle.get_tensor(layer.magnitude).float().flatten()
         return tensors
-
-
-def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """PEFT's patterns of the layers that have another value; one a value, since PEFT tries each on every layer."""
-    others = {value for value in values.values() if value != usual}
-    return {
-        "^(?:" + "|".join(re.escape(name) for name, own in values.items() if own == value) + ")": value
-        for value in sorted(others)
-    }
 
 
 def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_streamed: bool) -> None:
