@@ -74,7 +74,7 @@ from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
-from sd3_lora.plan.step_memory import StepShape
+from sd3_lora.plan.step_memory import StepShape, make_hollow
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
@@ -102,7 +102,16 @@ from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.compiled import start_compile_workers
-from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, LoraKind, attach_lora, chosen_blocks, target_modules
+from sd3_lora.transformer.lora import (
+    EMA_FILE,
+    LORA_FILE,
+    LoraKind,
+    attach_lora,
+    chosen_blocks,
+    start_from,
+    target_modules,
+)
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -335,6 +344,22 @@ def lora_kind(lora: LoraFlags) -> LoraKind:
     return LoraKind(lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks)
 
 
+def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
+    """The LoRA to begin with, if any, checked before anything is loaded.
+
+    Raises:
+        UserError: it cannot be read, or does not fit what is trained.
+    """
+    if lora.init_lora is None:
+        return None
+    config = files.read_config("transformer")
+    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
+    blocks = chosen_blocks(lora.blocks, config["num_layers"])
+    targets = target_modules(make_hollow(config, torch.float32), lora.layers, blocks)
+    require_start(start, lora_kind(lora).ranks_of(targets, lora.rank), lora.use_dora)
+    return start
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -342,15 +367,20 @@ def load_training(
     seed: int,
     pools: Sequence[Pool],
     accelerator: Accelerator,
+    start: LoraFile | None,
 ) -> Training:
-    """The frozen transformer with a new LoRA, and all that trains it."""
+    """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
     files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
     processes, dtype = accelerator.num_processes, planned.dtype
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
         blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
         targets = target_modules(transformer, lora.layers, blocks)
-        return attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, lora_kind(lora))
+        kind = lora_kind(lora)
+        trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
+        if start:
+            start_from(transformer, start.starts())
+        return trained
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
@@ -528,10 +558,13 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
         prompt += " in a forest"
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
-    drawing = partial(command, "inference.py", **shared, prompt=prompt, data_df_path=embeddings_path)
-    print("next: " + drawing(lora=outputs.folder))
+
+    def drawing(lora: Path) -> str:
+        return command("inference.py", **shared, lora=lora, prompt=prompt, data_df_path=embeddings_path)
+
+    print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
-        print(f"with the moving average: {drawing(lora=outputs.folder / EMA_FILE)}")
+        print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -564,6 +597,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
+    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
@@ -581,7 +615,7 @@ def run(argv: Sequence[str] | None) -> None:
     start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
+        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator, start)
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))

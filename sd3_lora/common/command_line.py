@@ -28,6 +28,7 @@ MOST_SHOWN = 10  # names or faults in one message about a user's files
 PATH_FLAGS = {
     "cache_dir",
     "data_df_path",
+    "init_lora",
     "instance_data_dir",
     "latents_path",
     "logging_dir",

@@ -139,6 +139,11 @@ class LoraFlags:
         },
     )
 
+    init_lora: str | None = field(
+        default=None,
+        metadata={"help": "Start from this LoRA: a folder, file or hub id, of this or another program."},
+    )
+
     def __post_init__(self) -> None:
         require_right(self._faults())
 
@@ -152,6 +157,8 @@ class LoraFlags:
             start = f"--init_lora_weights {self.init_lora_weights}"
             if self.use_dora:
                 yield f"{start} and --use_dora are two kinds of LoRA: leave one out"
+            if self.init_lora is not None:
+                yield f"{start} and --init_lora are two ways to start: leave one out"
             if self.lora_dropout:
                 yield f"{start} and --lora_dropout: it would drop a part of the model itself: leave one out"
         for entry in self._split(self.rank_pattern) or ():

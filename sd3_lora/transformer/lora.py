@@ -136,6 +136,15 @@ class LoraKind:
 PLAIN_LORA = LoraKind()
 
 
+@dataclass(frozen=True)
+class LayerStart:
+    """What a layer's LoRA begins as: `(rank, in)`, `(out, rank)` with the strength folded in, and a DoRA's `(out,)`."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    magnitudes: torch.Tensor | None
+
+
 def _ends_with(name: str, ending: str) -> bool:
     return f".{name}".endswith(f".{ending}")
 
@@ -330,6 +339,23 @@ def attach_lora(
         if kind.use_dora:
             layer.lora_magnitude_vector[_ADAPTER].weight.data = layer.row_norms(_ADAPTER)
     return parameters
+
+
+@torch.no_grad()
+def start_from(transformer: SD3Transformer2DModel, layers: Mapping[str, LayerStart]) -> None:
+    """Has the LoRA that is trained begin as another one, whose layers it has, with ranks at least as large.
+
+    What a larger rank adds is as new: drawn in `lora_A`, zero in `lora_B`. A DoRA that begins as a plain LoRA takes the
+    magnitudes that leave it as it is.
+    """
+    trained = lora_layers(transformer)
+    for name, start in layers.items():
+        layer, rank = trained[name], len(start.down)
+        layer.lora_A[_ADAPTER].weight[:rank] = start.down
+        layer.lora_B[_ADAPTER].weight[:, :rank] = start.up / layer.scaling[_ADAPTER]
+        if _ADAPTER in layer.lora_magnitude_vector:
+            magnitudes = layer.row_norms(_ADAPTER) if start.magnitudes is None else start.magnitudes
+            layer.lora_magnitude_vector[_ADAPTER].weight.copy_(magnitudes)
 
 
 def peft_patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:

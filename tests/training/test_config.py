@@ -96,6 +96,7 @@ ELSEWHERE = {
     "max_sequence_length": "test_train.py",
     "resolution": "test_train.py",
     "use_ema": "test_ema.py",
+    "init_lora": "test_kinds.py",
     "ema_decay": "test_ema.py",
     "optimizer": "here",
     "lr_scheduler": "here",
