@@ -74,7 +74,7 @@ from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
-from sd3_lora.plan.step_memory import StepShape
+from sd3_lora.plan.step_memory import StepShape, make_hollow
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
@@ -84,12 +84,14 @@ from sd3_lora.training.config import (
     REFUSED_FLAGS,
     DataConfig,
     FlowConfig,
+    LoraFlags,
     OptimizerConfig,
     RunConfig,
     TrainingFlags,
 )
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -108,7 +110,16 @@ from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.compiled import start_compile_workers
-from sd3_lora.transformer.lora import LORA_FILE, attach_lora, target_modules
+from sd3_lora.transformer.lora import (
+    EMA_FILE,
+    LORA_FILE,
+    LoraKind,
+    attach_lora,
+    chosen_blocks,
+    start_from,
+    target_modules,
+)
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -197,7 +208,7 @@ def run_identity(
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = noted_pictures(data)
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.flow)}
+    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
@@ -312,6 +323,8 @@ def train(
             norm, skipped = optimizer_step(
                 training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
             )
+            if training.average:
+                training.average.update(norm)
             queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
             bar.update()
             interrupted = signals.agreed() and not at_end
@@ -350,6 +363,27 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
     )
 
 
+def lora_kind(lora: LoraFlags) -> LoraKind:
+    """How the LoRA is scaled and started, as the flags say."""
+    return LoraKind(lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks)
+
+
+def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
+    """The LoRA to begin with, if any, checked before anything is loaded.
+
+    Raises:
+        UserError: it cannot be read, or does not fit what is trained.
+    """
+    if lora.init_lora is None:
+        return None
+    config = files.read_config("transformer")
+    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
+    blocks = chosen_blocks(lora.blocks, config["num_layers"])
+    targets = target_modules(make_hollow(config, torch.float32), lora.layers, blocks)
+    require_start(start, lora_kind(lora).ranks_of(targets, lora.rank), lora.use_dora)
+    return start
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -357,14 +391,20 @@ def load_training(
     seed: int,
     pools: Sequence[Pool],
     accelerator: Accelerator,
+    start: LoraFile | None,
 ) -> Training:
-    """The frozen transformer with a new LoRA, and all that trains it."""
+    """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
     files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
     processes, dtype = accelerator.num_processes, planned.dtype
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        targets = target_modules(transformer, lora.layers, lora.blocks)
-        return attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed)
+        blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
+        targets = target_modules(transformer, lora.layers, blocks)
+        kind = lora_kind(lora)
+        trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
+        if start:
+            start_from(transformer, start.starts())
+        return trained
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
@@ -384,6 +424,7 @@ def load_training(
         DataOrder(pools, seed),
         planned.steps,
         arranged.ahead,
+        average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
     )
 
 
@@ -400,26 +441,31 @@ def training_task(
     Raises:
         UserError: flags that cannot be obeyed.
     """
-    config, lora = files.read_config("transformer"), flags.lora
+    config, lora, kind = files.read_config("transformer"), flags.lora, lora_kind(flags.lora)
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
+    kind.check(asked.precision, asked.streamed)
+    per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
         flags.run.train_batch_size,
         latent_size,
         text_tokens_of(flags.data, files),
         lora.layers,
-        lora.blocks,
+        chosen_blocks(lora.blocks, config["num_layers"]),
         lora.rank,
         lora.lora_dropout,
         dtype,
-        bytes_per_parameter(flags.optimizer, dtype, lora.rank),
+        per_parameter + (EMA_BYTES_PER_PARAMETER if flags.average.use_ema else 0),
         choose_backward(
             device, dtype, config["attention_head_dim"], asked.attention_kernel, flags.device.must_be_deterministic
         ),
         asked_execution(flags).compiles(device, micro_steps),
+        kind,
     )
-    return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
+    can_stream = processes == 1 and not kind.needs_whole_weights
+    step = partial(micro_step, flow=flags.flow)
+    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -543,9 +589,13 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
         prompt += " in a forest"
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
-    print(
-        "next: " + command("inference.py", **shared, lora=outputs.folder, prompt=prompt, data_df_path=embeddings_path)
-    )
+
+    def drawing(lora: Path) -> str:
+        return command("inference.py", **shared, lora=lora, prompt=prompt, data_df_path=embeddings_path)
+
+    print("next: " + drawing(outputs.folder))
+    if flags.average.use_ema:
+        print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -581,6 +631,7 @@ def run(argv: Sequence[str] | None) -> None:
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
+    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
@@ -598,12 +649,12 @@ def run(argv: Sequence[str] | None) -> None:
     start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator)
+        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator, start)
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    outputs = Outputs(output_dir, flags.lora.rank, flags.lora.alpha, record, flags.run.checkpoints_total_limit, again)
+    outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")

@@ -30,6 +30,7 @@ PATH_FLAGS = {
     "concepts_list",
     "data_df_path",
     "dataset_name",
+    "init_lora",
     "instance_data_dir",
     "latents_path",
     "logging_dir",

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
 
+LoraStart = Literal["gaussian", "default", "pissa", "olora"]
+
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 

@@ -98,6 +98,7 @@ class TrainingTask:
         step: the step that will train, to be simulated.
         asked: what flags fix.
         can_stream: not with several processes.
+        can_be_4bit: not with a LoRA that starts from the exact weights.
     """
 
     files: ModelFiles
@@ -105,6 +106,7 @@ class TrainingTask:
     step: Step
     asked: AskedPlacement = field(default_factory=AskedPlacement)
     can_stream: bool = True
+    can_be_4bit: bool = True
 
 
 def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
@@ -141,7 +143,7 @@ def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
     smallest, asked = enough_gib(smallest_bytes), task.asked
     remedy = f"type --vram_budget_gib {smallest}"
     packed = replace(task, asked=replace(asked, precision="nf4"))
-    may_be_packed = asked.precision == "16bit" and asked.stream_from != "files"
+    may_be_packed = task.can_be_4bit and asked.precision == "16bit" and asked.stream_from != "files"
     if may_be_packed and _first_that_fits(each_plan(packed, budget), budget)[0]:
         remedy = "add --base_precision nf4 (less exact), or give it more with --vram_budget_gib"
     fixed = f" with {asked.typed}" if asked.typed else ""

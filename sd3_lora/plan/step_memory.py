@@ -15,7 +15,7 @@ from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.exact_attention import AttentionBackward
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
-from sd3_lora.transformer.lora import attach_lora, require_blocks, target_modules
+from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require_blocks, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -46,6 +46,7 @@ class StepShape:
         bytes_per_parameter: of what is trained, with its gradient and the optimizer's state.
         attention_backward: that computes attention's backward pass.
         compiled: whether the blocks are, where they can be.
+        kind: of the LoRA.
     """
 
     batch_size: int
@@ -59,6 +60,7 @@ class StepShape:
     bytes_per_parameter: float
     attention_backward: AttentionBackward = AttentionBackward.TORCH
     compiled: bool = False
+    kind: LoraKind = PLAIN_LORA
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ class _SmallModel:
             self.transformer = make_hollow(small, shape.dtype)
             trained = [i for i, kind in enumerate(self.distinct) if kind.is_trained]
             targets = target_modules(self.transformer, shape.layers, trained)
-            attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0)
+            attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0, shape.kind)
         self.transformer.train()
         self._packed = _packed_weights(self.transformer, precision)
         self._stand_in(self.transformer)

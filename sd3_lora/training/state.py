@@ -18,10 +18,11 @@ from sd3_lora.training.checkpoints import (
     write_state,
 )
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.ema import MovingAverage
 from sd3_lora.training.run_changes import require_same_run
 from sd3_lora.training.schedule_free import averaged_weights
 from sd3_lora.training.trainables import Trainables
-from sd3_lora.transformer.lora import lora_tensors, save_lora
+from sd3_lora.transformer.lora import EMA_FILE, load_lora_tensors, lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -46,6 +47,7 @@ class Training:
         steps: optimizer steps to take in all.
         ahead: modulations that are computed ahead.
         step: optimizer steps taken.
+        average: the moving average of what is trained, if one is kept.
     """
 
     model: VelocityModel
@@ -58,6 +60,7 @@ class Training:
     steps: int
     ahead: ModulationsAhead | None = None
     step: int = 0
+    average: MovingAverage | None = None
 
     @property
     def transformer(self) -> SD3Transformer2DModel:
@@ -82,19 +85,20 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            **({"ema": self.average.state_dict()} if self.average else {}),
             **drawn,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken."""
         self.step = state["step"]
-        parameters = dict(self.transformer.named_parameters())
-        for name, tensor in state["lora"].items():
-            parameters[name.replace(".weight", ".default.weight")].data.copy_(tensor)
+        load_lora_tensors(self.transformer, state["lora"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if self.average:
+            self.average.load_state_dict(state["ema"])
         self.draws.generator.set_state(state["draws"])
         self.order.load_state_dict(state["order"])
 
@@ -134,25 +138,29 @@ class Outputs:
 
     Attributes:
         folder: of the run.
-        rank: of the LoRA.
-        alpha: of the LoRA.
         record: of the run.
         limit: how many checkpoints are kept; None for all.
         command: that goes on with the run.
     """
 
     folder: Path
-    rank: int
-    alpha: float
     record: RunRecord
     limit: int | None
     command: str = ""
 
     def save_lora(self, training: Training, folder: Path) -> Path:
-        """Writes the LoRA in diffusers' format, and reads it back; of a schedule-free run the averaged weights."""
+        """Writes the LoRA in diffusers' format, and reads it back; then its moving average, if there is one.
+
+        Returns:
+            The LoRA's path, not the average's.
+        """
         metadata = lora_metadata(self.record.facts, training.step)
-        with averaged_weights(training.optimizer):
-            return save_lora(folder, training.transformer, self.rank, self.alpha, metadata)
+        with averaged_weights(training.optimizer):  # of a schedule-free run
+            path = save_lora(folder, training.transformer, metadata)
+        if training.average:
+            with training.average.in_place():
+                save_lora(folder, training.transformer, metadata, EMA_FILE)
+        return path
 
     def kept(self) -> str:
         """What an interruption leaves, and the command that goes on."""

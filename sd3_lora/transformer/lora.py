@@ -1,18 +1,25 @@
-"""The LoRA (Hu et al., arXiv 2106.09685): which layers, attach, save.
+"""The LoRA (Hu et al., arXiv 2106.09685) that is trained: its kind, which layers, attach, save.
 
-A saved file is diffusers' `pytorch_lora_weights.safetensors`. Its alpha is always its rank: alpha / rank is folded into
-`lora_B` on saving, so that a reader that ignores the metadata draws the same picture.
+A saved file is diffusers' `pytorch_lora_weights.safetensors`. Its alpha is always its rank: the strength, alpha / rank
+or what the kind makes of it, is folded into `lora_B` on saving, so that a reader that ignores the metadata draws the
+same picture (but for a DoRA, which diffusers reads as a plain LoRA without them).
+
+Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (out, rank)`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import LoraStart
 from sd3_lora.common.tensor_files import write_tensors
 
 import torch
@@ -20,11 +27,14 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import linear, pad
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Of its moving average. diffusers takes any name that ends as LORA_FILE for the folder's LoRA: this one does not.
+EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 # Both streams' attention projections, as in diffusers' train_dreambooth_lora_sd3.py.
 DEFAULT_LAYERS = (
     "attn.add_k_proj",
@@ -36,8 +46,135 @@ DEFAULT_LAYERS = (
     "attn.to_q",
     "attn.to_v",
 )
+_SECOND_ATTENTION = ("attn2.to_k", "attn2.to_out.0", "attn2.to_q", "attn2.to_v")
+_MLP = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+# Names for --lora_layers. Of these layers a model has some: only SD3.5-Medium has a second attention.
+LAYER_PRESETS = {
+    "attention": (*DEFAULT_LAYERS, *_SECOND_ATTENTION),
+    "attention+mlp": (*DEFAULT_LAYERS, *_SECOND_ATTENTION, *_MLP),
+    "second_attention": _SECOND_ATTENTION,
+}
+# PiSSA's singular vectors come from a randomized decomposition, as PEFT's pissa_niter_4: a full one takes minutes.
+_SVD_ITERATIONS, _OVERSAMPLED = 4, 8
+_ADAPTER = "default"
 _METADATA_KEY = "sd3_lora"
 _PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class LoraKind:
+    """How a LoRA is scaled and started, and which of its layers have a rank of their own.
+
+    Attributes:
+        use_rslora: the strength is alpha / √rank (Kalajdzievski, arXiv 2312.03732), else alpha / rank.
+        use_dora: an output's magnitude is trained beside its direction (Liu et al., arXiv 2402.09353).
+        start: of `lora_A` and `lora_B`. gaussian and default draw `lora_A` (as diffusers, as PEFT), `lora_B` is zero.
+            pissa (Meng et al., arXiv 2404.02948) takes the weight's largest singular vectors, olora (Büyükakyüz, arXiv
+            2406.01775) its QR decomposition; that product is subtracted, so that the model starts as it is.
+        ranks: ending of a layer's name → its rank. The first that fits counts; other layers have the usual rank.
+    """
+
+    use_rslora: bool = False
+    use_dora: bool = False
+    start: LoraStart = "gaussian"
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def starts_from_weights(self) -> bool:
+        """Whether it starts from a decomposition of the weights."""
+        return self.start in ("pissa", "olora")
+
+    @property
+    def needs_whole_weights(self) -> bool:
+        """Whether streamed blocks cannot have it."""
+        return self.use_dora or self.starts_from_weights
+
+    @property
+    def frozen_bytes_per_parameter(self) -> int:
+        """Of the start that is subtracted, in float32."""
+        return 4 if self.starts_from_weights else 0
+
+    def ranks_of(self, targets: Sequence[str], usual: int) -> dict[str, int]:
+        """The rank of each module.
+
+        Raises:
+            UserError: an ending is of none of them.
+        """
+        layers = {target: target.split(".", 2)[2] for target in targets}
+        for ending in self.ranks:
+            if not any(_ends_with(layer, ending) for layer in layers.values()):
+                known = ", ".join(sorted(set(layers.values())))
+                raise UserError(f"--rank_pattern {ending}={self.ranks[ending]}: the layers with a LoRA are {known}")
+        return {
+            target: next((rank for ending, rank in self.ranks.items() if _ends_with(layer, ending)), usual)
+            for target, layer in layers.items()
+        }
+
+    def check(self, precision: str, streamed: int | None) -> None:
+        """Checks it against what is asked of the base.
+
+        Args:
+            precision: of its weights, as `AskedPlacement` has it.
+            streamed: how many blocks are streamed; None where the plan decides, which then streams none.
+
+        Raises:
+            UserError: they cannot be had together.
+        """
+        flag = "--use_dora" if self.use_dora else f"--init_lora_weights {self.start}"
+        if self.needs_whole_weights and streamed:
+            raise UserError(
+                f"{flag} reads whole weights on the device, and --stream_blocks {streamed} leaves them on the host: "
+                "leave one out"
+            )
+        if self.starts_from_weights and precision != "16bit":
+            raise UserError(
+                f"{flag} decomposes the exact weights, and --base_precision {precision} may keep them in 4 bits: type "
+                "--base_precision 16bit, or leave one out"
+            )
+
+
+PLAIN_LORA = LoraKind()
+
+
+@dataclass(frozen=True)
+class LayerStart:
+    """What a layer's LoRA begins as: `(rank, in)`, `(out, rank)` with the strength folded in, and a DoRA's `(out,)`."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    magnitudes: torch.Tensor | None
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return f".{name}".endswith(f".{ending}")
+
+
+def chosen_blocks(asked: Sequence[str] | None, count: int) -> list[int] | None:
+    """The indices of the blocks that get a LoRA; None for all.
+
+    Args:
+        asked: indices and names of presets: early is the first half of the blocks, late the rest; None for all.
+        count: of the transformer's blocks.
+
+    Raises:
+        UserError: one is neither, or the transformer does not have it.
+    """
+    if asked is None:
+        return None
+    half = count // 2
+    presets = {"early": range(half), "late": range(half, count)}
+    blocks: set[int] = set()
+    for name in asked:
+        if not name.isdecimal() and name not in presets:
+            raise UserError(
+                f"--lora_blocks {','.join(asked)} is not a list of numbers: type for example 12,13, or one of the "
+                f"presets {', '.join(presets)}"
+            )
+        if name in presets and not half:
+            raise UserError(f"--lora_blocks {name}: this transformer has one block: leave it out")
+        blocks.update(presets[name] if name in presets else [int(name)])
+    require_blocks(sorted(blocks), count)
+    return sorted(blocks)
 
 
 def require_blocks(blocks: Sequence[int] | None, count: int) -> None:
@@ -58,7 +195,8 @@ def target_modules(
 
     Args:
         transformer: the model.
-        layers: endings of module names inside a block, such as attn.to_k; None for `DEFAULT_LAYERS`.
+        layers: endings of module names inside a block, such as attn.to_k, and names of `LAYER_PRESETS`; None for
+            `DEFAULT_LAYERS`.
         blocks: indices of transformer blocks; None for all.
 
     Raises:
@@ -72,10 +210,15 @@ def target_modules(
     ]
     chosen: list[str] = []
     for layer in layers or DEFAULT_LAYERS:
-        matching = [name for name in linears if name.endswith(f".{layer}")]
+        endings = LAYER_PRESETS.get(layer, (layer,))
+        matching = [name for name in linears if any(name.endswith(f".{ending}") for ending in endings)]
         if not matching and layers is not None:
             known = sorted({name.split(".", 1)[1] for name in linears})
-            raise UserError(f"--lora_layers {layer} is in no block: the layers are {', '.join(known)}")
+            here = [preset for preset, names in LAYER_PRESETS.items() if {*names} & {*known}]
+            raise UserError(
+                f"--lora_layers {layer} is in no block: the layers are {', '.join(known)}; the presets "
+                f"{', '.join(here)}"
+            )
         chosen += matching
     return [f"transformer_blocks.{name}" for name in sorted(set(chosen))]
 
@@ -87,30 +230,66 @@ class AddedLora(Linear):
     for rounding; in 16 bits this rounds once, where peft does three times. On a GPU a rank of 4 is multiplied as one of
     8, with zeros: tensor cores take rows of 16 bytes.
 
-    That is for one plain LoRA. What else peft's layers can be asked for, peft's own forward does: adapters that are
-    switched off, merged, several, of another kind, or chosen row by row.
+    That is for one LoRA. What else peft's layers can be asked for, peft's own forward does: adapters that are switched
+    off, merged, several, of another kind, or chosen row by row.
+
+    Two kinds are computed here otherwise than in peft:
+
+    - PiSSA and OLoRA leave the base's weights alone. Their start `B₀ A₀`, frozen, is subtracted in each forward:
+      `W x + s (B A - B₀ A₀) x`. So a 16-bit base is not rounded anew, and is what is left where the adapter is off.
+    - DoRA's norms are computed in float32, without peft's identity `(in, in)`, and the difference to a magnitude is
+      added: in 16 bits a new DoRA changes nothing.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
-        if not self._is_one_plain_lora() or args or kwargs:
+        if not self._is_one_lora() or args or kwargs:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
         product: torch.Tensor = self.base_layer(x)
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if self.start is not None:
+            down, up = torch.cat((down, self.start[0])), torch.cat((up, -self.start[1]), dim=1)
         spare = _spare_rank(len(down), x.device)
         if spare:
             down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
         low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
         # Not in place: bitsandbytes' result must not be changed.
         rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
+        if adapter in self.lora_magnitude_vector:
+            rows = self._with_magnitudes(rows, adapter)
         return rows.view(product.shape)
 
-    def _is_one_plain_lora(self) -> bool:
+    @property
+    def start(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(rank, in)` and `(out, rank)`, whose product is subtracted; None where the LoRA starts at zero."""
+        return (self.start_A, self.start_B) if "start_A" in self._buffers else None
+
+    def subtract_start(self) -> None:
+        """Has what `lora_A` and `lora_B` are now subtracted from now on."""
+        self.register_buffer("start_A", self.lora_A[_ADAPTER].weight.detach().clone(), persistent=False)
+        self.register_buffer("start_B", self.lora_B[_ADAPTER].weight.detach().clone(), persistent=False)
+
+    @torch.no_grad()
+    def row_norms(self, adapter: str) -> torch.Tensor:
+        """The norm of each row of `W + s B A`, `(out,)` in float32: DoRA's first magnitudes."""
+        weight = dequantize_module_weight(self.get_base_layer()).float()
+        product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
+        return torch.linalg.vector_norm(weight + self.scaling[adapter] * product.float(), dim=1)
+
+    def _with_magnitudes(self, rows: torch.Tensor, adapter: str) -> torch.Tensor:
+        magnitudes = self.lora_magnitude_vector[adapter].weight
+        change = (magnitudes / self.row_norms(adapter) - 1).to(rows.dtype)
+        bias = self.get_base_layer().bias
+        return torch.addcmul(rows, rows if bias is None else rows - bias, change)
+
+    def _is_one_lora(self) -> bool:
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return False
         (adapter,) = self.active_adapters
-        return adapter in self.lora_A and adapter not in self.lora_variant
+        if adapter not in self.lora_A:
+            return False
+        return adapter in self.lora_magnitude_vector or adapter not in self.lora_variant
 
 
 def _spare_rank(rank: int, device: torch.device) -> int:
@@ -118,65 +297,176 @@ def _spare_rank(rank: int, device: torch.device) -> int:
 
 
 def attach_lora(
-    transformer: SD3Transformer2DModel, targets: Sequence[str], rank: int, alpha: float, dropout: float, seed: int
+    transformer: SD3Transformer2DModel,
+    targets: Sequence[str],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    seed: int,
+    kind: LoraKind = PLAIN_LORA,
 ) -> list[torch.nn.Parameter]:
     """Freezes the transformer, adds the LoRA and returns its parameters, in float32 whatever the base's dtype.
 
-    `lora_A` is drawn from a Gaussian by `seed`, `lora_B` is zero.
+    `lora_A` is drawn by `seed`, `lora_B` is zero, unless the kind starts otherwise. A layer with a rank of its own has
+    alpha in proportion.
+
+    Raises:
+        UserError: the kind's ranks are of no layer, or too large for its start.
     """
     transformer.requires_grad_(False)
     torch.manual_seed(seed)
+    ranks = kind.ranks_of(targets, rank)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, init_lora_weights="gaussian", target_modules=list(targets)
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        init_lora_weights=True if kind.start == "default" else "gaussian",
+        rank_pattern=peft_patterns(ranks, rank),
+        alpha_pattern=peft_patterns({name: alpha * own / rank for name, own in ranks.items()}, alpha),
+        use_rslora=kind.use_rslora,
+        use_dora=kind.use_dora,
+        target_modules=list(targets),
     )
     config._register_custom_module({torch.nn.Linear: AddedLora})
     transformer.add_adapter(config)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
+    for name, layer in lora_layers(transformer).items():
+        if kind.starts_from_weights:
+            _decompose(name, layer, kind.start)
+            layer.subtract_start()
+        if kind.use_dora:
+            layer.lora_magnitude_vector[_ADAPTER].weight.data = layer.row_norms(_ADAPTER)
     return parameters
 
 
-def lora_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
-    """The LoRA as it is trained, float32 on the CPU; names as in peft."""
+@torch.no_grad()
+def start_from(transformer: SD3Transformer2DModel, layers: Mapping[str, LayerStart]) -> None:
+    """Has the LoRA that is trained begin as another one, whose layers it has, with ranks at least as large.
+
+    What a larger rank adds is as new: drawn in `lora_A`, zero in `lora_B`. A DoRA that begins as a plain LoRA takes the
+    magnitudes that leave it as it is.
+    """
+    trained = lora_layers(transformer)
+    for name, start in layers.items():
+        layer, rank = trained[name], len(start.down)
+        layer.lora_A[_ADAPTER].weight[:rank] = start.down
+        layer.lora_B[_ADAPTER].weight[:, :rank] = start.up / layer.scaling[_ADAPTER]
+        if _ADAPTER in layer.lora_magnitude_vector:
+            magnitudes = layer.row_norms(_ADAPTER) if start.magnitudes is None else start.magnitudes
+            layer.lora_magnitude_vector[_ADAPTER].weight.copy_(magnitudes)
+
+
+def peft_patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
+    """PEFT's patterns of the layers that have another value; one a value, since PEFT tries each on every layer."""
+    others = {value for value in values.values() if value != usual}
     return {
-        name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(transformer).items()
+        "^(?:" + "|".join(re.escape(name) for name, own in values.items() if own == value) + ")": value
+        for value in sorted(others)
     }
 
 
+def lora_layers(transformer: SD3Transformer2DModel) -> dict[str, AddedLora]:
+    """The layers that have the LoRA that is trained, by name."""
+    return {
+        name: module
+        for name, module in transformer.named_modules()
+        if isinstance(module, Linear) and _ADAPTER in module.lora_A
+    }
+
+
+@torch.no_grad()
+def _decompose(name: str, layer: AddedLora, start: LoraStart) -> None:
+    """Writes the start that is taken from the weight into `lora_A` and `lora_B`."""
+    down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    weight, rank = layer.get_base_layer().weight, len(down)
+    if rank > min(weight.shape):
+        raise UserError(
+            f"--init_lora_weights {start}: {name} has a rank of {min(weight.shape)}, less than {rank}: type a lower "
+            "--rank or --rank_pattern"
+        )
+    if weight.is_meta:  # only its bytes are counted
+        return
+    weight = weight.float()
+    if start == "olora":  # the first columns of Q depend on the first columns of the weight alone
+        basis = torch.linalg.qr(weight[:, :rank]).Q
+        down.copy_(basis.t() @ weight)
+        up.copy_(basis)
+        return
+    left, values, right = torch.svd_lowrank(weight, q=min(rank + _OVERSAMPLED, *weight.shape), niter=_SVD_ITERATIONS)
+    roots = (values[:rank] / layer.scaling[_ADAPTER]).sqrt()
+    down.copy_(roots[:, None] * right[:, :rank].t())
+    up.copy_(left[:, :rank] * roots)
+
+
+def lora_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
+    """The LoRA as it is trained, float32 on the CPU; names as in peft.
+
+    What is subtracted is there too, as `.start_A` and `.start_B`.
+    """
+    tensors = dict(get_peft_model_state_dict(transformer))
+    for name, layer in lora_layers(transformer).items():
+        tensors |= dict(zip(_start_names(name), getattr(layer, "start", None) or (), strict=False))
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_lora_tensors(transformer: SD3Transformer2DModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes what `lora_tensors` returned into a LoRA of the same kind, where its parameters lie."""
+    parameters = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
+    for name, tensor in tensors.items():
+        own = name.removesuffix(".weight")
+        where = own if own.endswith((".start_A", ".start_B")) else f"{own}.{_ADAPTER}.weight"
+        parameters[where].data.copy_(tensor)
+
+
+def _start_names(layer: str) -> tuple[str, str]:
+    return f"{layer}.start_A", f"{layer}.start_B"
+
+
+def plain_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
+    """The LoRA for the untouched base with alpha = rank, float32 on the CPU; names as in peft.
+
+    The strength is folded into `lora_B`. A start that was subtracted is appended, which doubles the rank.
+    """
+    tensors = lora_tensors(transformer)
+    for name, layer in lora_layers(transformer).items():
+        down, up = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+        start = [tensors.pop(key) for key in _start_names(name) if key in tensors]
+        if start:
+            tensors[down] = torch.cat((tensors[down], start[0]))
+            tensors[up] = torch.cat((tensors[up], -start[1]), dim=1)
+        tensors[up] = tensors[up] * layer.scaling[_ADAPTER]
+    return tensors
+
+
 def save_lora(
-    folder: Path, transformer: SD3Transformer2DModel, rank: int, alpha: float, record: Mapping[str, Any]
+    folder: Path, transformer: SD3Transformer2DModel, record: Mapping[str, Any], file_name: str = LORA_FILE
 ) -> Path:
     """Writes diffusers' file atomically, reads it back and compares.
 
     Args:
-        folder: where to write `pytorch_lora_weights.safetensors`.
+        folder: where to write it.
         transformer: with the LoRA attached.
-        rank: of the LoRA.
-        alpha: of the LoRA; alpha / rank is folded into lora_B.
         record: base model, prompts and the like, kept in the metadata for inference.
+        file_name: of the file.
 
     Raises:
         UserError: the weights are not finite: nothing is written.
         OSError: what was read back is not what was written.
     """
-    tensors = {
-        _PREFIX + name: tensor * (alpha / rank) if ".lora_B." in name else tensor
-        for name, tensor in lora_tensors(transformer).items()
-    }
+    tensors = {_PREFIX + name: tensor for name, tensor in plain_tensors(transformer).items()}
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
-    targets = sorted({name.removeprefix(_PREFIX).rsplit(".lora_", 1)[0] for name in tensors})
-    adapter = {"r": rank, "lora_alpha": rank, "target_modules": targets, "peft_type": "LORA"}
+    adapter = _adapter_settings({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
     metadata = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()}),
-        _METADATA_KEY: json.dumps({**record, "rank": rank}, ensure_ascii=False),
+        _METADATA_KEY: json.dumps({**record, "rank": adapter["r"]}, ensure_ascii=False),
     }
-    path = folder / LORA_FILE
-    temporary = folder / f".{LORA_FILE}.{os.getpid()}"
+    path = folder / file_name
+    temporary = folder / f".{file_name}.{os.getpid()}"
     try:
         write_tensors(temporary, tensors, metadata)
         written = load_file(temporary)
@@ -186,6 +476,23 @@ def save_lora(
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def _adapter_settings(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """PEFT's configuration of a plain LoRA, or of a DoRA, with alpha = rank in every layer."""
+    ranks = {
+        name.removesuffix(".lora_A.weight"): len(tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A.weight")
+    }
+    usual = Counter(ranks[name] for name in sorted(ranks)).most_common(1)[0][0]
+    settings = {"r": usual, "lora_alpha": usual, "target_modules": sorted(ranks), "peft_type": "LORA"}
+    patterns = peft_patterns(ranks, usual)
+    if patterns:
+        settings |= {"rank_pattern": patterns, "alpha_pattern": patterns}
+    if any(name.endswith(".lora_magnitude_vector") for name in tensors):
+        settings["use_dora"] = True
+    return settings
 
 
 def read_lora_record(path: Path) -> dict[str, Any]:

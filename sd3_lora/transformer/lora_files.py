@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
+from sd3_lora.transformer.lora import LORA_FILE, LayerStart, peft_patterns, read_lora_record
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -177,6 +177,18 @@ class LoraFile:
             magnitude = transformer.get_submodule(layer).lora_magnitude_vector[name].weight
             magnitude.data = tensors[f"{layer}.lora_magnitude_vector"].to(magnitude.device)
 
+    def starts(self) -> dict[str, LayerStart]:
+        """What training begins with, `start_from`, by the names of the transformer's modules."""
+        tensors = self._tensors()
+        return {
+            name: LayerStart(
+                tensors[f"{name}.lora_A.weight"],
+                tensors[f"{name}.lora_B.weight"] * (layer.alpha / layer.rank),
+                tensors.get(f"{name}.lora_magnitude_vector"),
+            )
+            for name, layer in self.layers.items()
+        }
+
     def _config(self) -> LoraConfig:
         ranks = {name: layer.rank for name, layer in self.layers.items()}
         alphas = {name: layer.alpha for name, layer in self.layers.items()}
@@ -184,8 +196,8 @@ class LoraFile:
         config = LoraConfig(
             r=int(rank),
             lora_alpha=alpha,
-            rank_pattern=_patterns(ranks, rank),
-            alpha_pattern=_patterns(alphas, alpha),
+            rank_pattern=peft_patterns(ranks, rank),
+            alpha_pattern=peft_patterns(alphas, alpha),
             use_dora=self.is_dora,
             target_modules=list(self.layers),
         )
@@ -202,15 +214,6 @@ class LoraFile:
                 if layer.magnitude:
                     tensors[f"{name}.lora_magnitude_vector"] = handle.get_tensor(layer.magnitude).float().flatten()
         return tensors
-
-
-def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """PEFT's patterns of the layers that have another value; one a value, since PEFT tries each on every layer."""
-    others = {value for value in values.values() if value != usual}
-    return {
-        "^(?:" + "|".join(re.escape(name) for name, own in values.items() if own == value) + ")": value
-        for value in sorted(others)
-    }
 
 
 def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_streamed: bool) -> None:
@@ -233,53 +236,89 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
             )
 
 
+def require_start(lora: LoraFile, ranks: Mapping[str, int], use_dora: bool) -> None:
+    """Checks that training can begin with a LoRA.
+
+    Args:
+        lora: to begin with.
+        ranks: of the layers that are trained, by the names of the transformer's modules.
+        use_dora: whether a DoRA is trained.
+
+    Raises:
+        UserError: a layer of it is not trained, or has a larger rank; or it is a DoRA, and a plain LoRA is trained.
+    """
+    flag = f"--init_lora {lora.path}"
+    for name in lora.layers:
+        if name in ranks:
+            continue
+        if not name.startswith("transformer_blocks."):
+            raise UserError(f"{flag} has a LoRA on {name}, which is not trained here: begin with another")
+        wanted = sorted({each.split(".", 2)[2] for each in (*lora.layers, *ranks) if each.startswith("transformer_b")})
+        raise UserError(
+            f"{flag} has a LoRA on {name}, which this command does not train: type --lora_layers {','.join(wanted)} "
+            "and leave out --lora_blocks"
+        )
+    larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks[name]}
+    for name, rank in larger.items():
+        raise UserError(
+            f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
+            f"{max(larger.values())} and leave out --rank_pattern"
+        )
+    if lora.is_dora and not use_dora:
+        raise UserError(f"{flag} is a DoRA: add --use_dora")
+
+
 # Finding
 
 
-def find_lora(name: str) -> Path:
+def find_lora(name: str, flag: str = "--lora") -> Path:
     """The LoRA file behind a folder, a file or a hub id.
+
+    Args:
+        name: of it.
+        flag: that names it, for messages.
 
     Raises:
         UserError: there is none, or several.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        return path / _the_lora_of(name, sorted(file.name for file in path.iterdir() if file.is_file()))
+        return path / _the_lora_of(name, sorted(file.name for file in path.iterdir() if file.is_file()), flag)
     if path.is_file():
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-            raise UserError(f"--lora {name} is a pickle, which can run code when it is read: give a .safetensors file")
+            raise UserError(f"{flag} {name} is a pickle, which can run code when it is read: give a .safetensors file")
         return path
     if path.suffix == ".safetensors":
-        raise UserError(f"--lora {name}: there is no such file: check the path")
+        raise UserError(f"{flag} {name}: there is no such file: check the path")
     try:
-        return _download_lora(name)
+        return _download_lora(name, flag)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
-            f"--lora {name} is neither a file or folder here nor a LoRA on the hub: check the path"
+            f"{flag} {name} is neither a file or folder here nor a LoRA on the hub: check the path"
         ) from error
 
 
-def _download_lora(name: str) -> Path:
+def _download_lora(name: str, flag: str) -> Path:
     try:
         return Path(hf_hub_download(name, LORA_FILE))
     except LocalEntryNotFoundError:  # also an EntryNotFoundError
         raise
     except EntryNotFoundError:
         files = HfApi().list_repo_files(name)
-        file = _the_lora_of(name, [file for file in files if "/" not in file])
+        file = _the_lora_of(name, [file for file in files if "/" not in file], flag)
         if file == _PEFT_FILE and _PEFT_CONFIG in files:
             hf_hub_download(name, _PEFT_CONFIG)  # lands in the same folder
         return Path(hf_hub_download(name, file))
 
 
-def _the_lora_of(name: str, files: Sequence[str]) -> str:
+def _the_lora_of(name: str, files: Sequence[str], flag: str) -> str:
     candidates = [file for file in files if file.endswith(".safetensors") and not file.startswith(".")]
     for usual in (LORA_FILE, _PEFT_FILE):
         if usual in candidates:
             return usual
     if len(candidates) > 1:
         raise UserError(
-            f"{name} holds {len(candidates)} safetensors files and none is {LORA_FILE}: give one of them as --lora, "
+            f"{name} holds {len(candidates)} safetensors files and none is {LORA_FILE}: give one of them as {flag}, "
             f"such as {Path(name) / candidates[0]}"
         )
     if not candidates:

@@ -447,7 +447,7 @@ def test_more_processes_than_before(
     training = SimpleNamespace(load_state_dict=loaded.append, learning_rates=lambda _: [1e-4])
     folder = run.folder / "checkpoint-3"
     record = SimpleNamespace(identity=RunIdentity(read_state(folder)["signature"]))
-    outputs = Outputs(tmp_path, 4, 4.0, record, None)
+    outputs = Outputs(tmp_path, record, None)
     for rank in (0, 1):
         accelerator = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
         outputs.load_checkpoint(folder, read_state(folder), training, accelerator)

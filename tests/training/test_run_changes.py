@@ -135,7 +135,7 @@ def test_a_commit_with_the_same_weights_is_the_same_transformer(tiny_sd3: Path, 
 
 def test_other_weights_are_named_by_their_commit(tmp_path: Path) -> None:
     transformer = make_transformer(1)
-    save_lora(tmp_path, transformer, 4, 4.0, {"base_model": "some/sd3", "revision": "a" * 40})
+    save_lora(tmp_path, transformer, {"base_model": "some/sd3", "revision": "a" * 40})
     said = refusal({"the transformer": "a-b"}, record_of({"the transformer": "a-c"}), tmp_path)
     flags = f"--pretrained_model_name_or_path some/sd3 --revision {'a' * 40}"
     assert f"trained on the transformer of some/sd3 at commit {'a' * 40}: type {flags} to go on" in said

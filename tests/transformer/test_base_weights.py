@@ -397,7 +397,7 @@ def test_diffusers_loads_a_lora_onto_it(tiny_sd3: Path, tmp_path: Path) -> None:
     """As inference does: the pipeline's pictures are those of the transformer on which the LoRA was trained."""
     trained = load_transformer(files_of(tiny_sd3), CPU, torch.float32, "nf4")
     with_lora(trained)
-    save_lora(tmp_path, trained, 4, 12.0, {})
+    save_lora(tmp_path, trained, {})
     transformer = load_transformer(files_of(tiny_sd3), CPU, torch.float32, "nf4")
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_sd3, transformer=transformer).to("cpu")
     pipeline.set_progress_bar_config(disable=True)

@@ -128,7 +128,7 @@ def test_our_own_file_is_drawn_as_trained(transformer: SD3Transformer2DModel, ti
     for name, parameter in transformer.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    path = save_lora(tmp_path, transformer, 4, 12.0, {"trigger": "sks"})
+    path = save_lora(tmp_path, transformer, {"trigger": "sks"})
     loaded = load_transformer(tiny_sd3)
     torch.testing.assert_close(drawn(loaded, path), output(transformer), atol=1e-5, rtol=1e-5)
     assert read_lora_file(path, transformer.config).record == {"trigger": "sks", "rank": 4}
