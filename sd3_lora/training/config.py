@@ -91,7 +91,7 @@ class DataConfig(CropFlags):
     )
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops"))
+        require_right([*less_than_one(self, "num_crops"), *self.crop_faults()])
 
 
 @dataclass(frozen=True)
