@@ -242,10 +242,10 @@ def encode_missing(
     """
     vae = load_vae(files, cache.wanted.precision, device, tile)
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
-    if device.type == "cuda" and len(images) >= CAPTURE_FROM:
+    buckets = Buckets.of(config, files)
+    if device.type == "cuda" and len(images) >= CAPTURE_FROM and len(buckets.sizes) == 1:
         compute = CapturedCall(compute, device, log=tqdm.write)
     broken: list[BrokenPicture] = []
-    buckets = Buckets.of(config, files)
     crops = decode_ahead(images, config, buckets, cache, tile.batch_size, threads, broken)
     batches = of_one_size(crops, tile.batch_size)
     count, unwritten, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()

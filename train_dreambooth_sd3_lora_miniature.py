@@ -195,9 +195,17 @@ def run_identity(
 
 
 def make_step(
-    training: Training, flags: TrainingFlags, execution: StepExecution, report: Callable[[str], None]
+    training: Training, flags: TrainingFlags, execution: StepExecution, report: Callable[[str], None], sizes: int
 ) -> Callable[..., torch.Tensor]:
-    """`StepInputs` → the loss, whose gradient is added to the trainables'. A CUDA graph where that was chosen."""
+    """`StepInputs` → the loss, whose gradient is added to the trainables'. A CUDA graph of each shape if so chosen.
+
+    Args:
+        training: what is trained.
+        flags: of the run.
+        execution: whether it is captured.
+        report: gets a line where it cannot be captured.
+        sizes: how many sizes of crops there are.
+    """
     ahead, window = training.ahead, flags.run.gradient_accumulation_steps
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
@@ -210,7 +218,8 @@ def make_step(
         return compute
     gradients = training.trainables.gradients
     exact = bool(flags.device.must_be_deterministic)
-    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact)
+    shapes = 2 * sizes if sizes > 1 else 1  # of several sizes each has a smaller batch at the end of a pass
+    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact, shapes)
 
 
 def accumulate(
@@ -588,7 +597,7 @@ def run(argv: Sequence[str] | None) -> None:
     log = open_log(outputs, training.step, trackers, accelerator)
 
     batches = make_batches(training, data, files, flags.flow, device)
-    step = make_step(training, flags, execution, say)
+    step = make_step(training, flags, execution, say, len(set(data.sizes)))
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
