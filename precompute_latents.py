@@ -45,6 +45,7 @@ from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.concepts import concepts_of, read_subject
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import find_embeddings
@@ -75,7 +76,7 @@ class Crop:
         image: the picture.
         picture_size: its width and height in pixels, upright.
         box: where the crop lies.
-        rgb: `(R, R, 3)` uint8.
+        rgb: `(H, W, 3)` uint8.
         siblings: how many crops of the picture are to be encoded.
     """
 
@@ -86,20 +87,20 @@ class Crop:
     siblings: int
 
 
-def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: Sequence[str]) -> list[Crop]:
+def decode(image: InstanceImage, config: LatentConfig, buckets: Buckets, cached: Sequence[str]) -> list[Crop]:
     """The picture's crops that the cache lacks.
 
     Args:
         image: the picture.
         config: which crops.
-        resolution: their side in pixels.
+        buckets: their sizes.
         cached: the variants that the cache holds.
 
     Raises:
         BrokenImage: it does not decode.
     """
     picture = open_rgb(image.path, config.alpha_background)
-    boxes = crop_boxes(*picture.size, resolution, config.crops, config.random_flip)
+    boxes = crop_boxes(*picture.size, buckets.size_for(*picture.size), config.crops, config.random_flip)
     boxes = tuple(box for box in boxes if box.name not in cached)
     return [Crop(image, picture.size, box, crop_rgb(picture, box), len(boxes)) for box in boxes]
 
@@ -107,6 +108,7 @@ def decode(image: InstanceImage, config: LatentConfig, resolution: int, cached: 
 def decode_ahead(
     images: Sequence[InstanceImage],
     config: LatentConfig,
+    buckets: Buckets,
     cache: LatentCache,
     batch_size: int,
     threads: int,
@@ -117,6 +119,7 @@ def decode_ahead(
     Args:
         images: the pictures that lack a crop.
         config: which crops.
+        buckets: their sizes.
         cache: it is read, not written.
         batch_size: crops that are encoded together.
         threads: that decode.
@@ -125,7 +128,7 @@ def decode_ahead(
 
     def decoded(image: InstanceImage) -> list[Crop] | BrokenPicture:
         try:
-            return decode(image, config, cache.resolution, cache.variants(image.image_id))
+            return decode(image, config, buckets, cache.variants(image.image_id))
         except BrokenImage as error:  # its traceback holds the bitmap, and goes with it
             return BrokenPicture(image.image_id, error.path, error.reason)
 
@@ -143,6 +146,17 @@ def decode_ahead(
                 yield from crops
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def of_one_size(crops: Iterable[Crop], batch_size: int) -> Iterator[list[Crop]]:
+    """Yields the crops in batches of one size; the last one of each size may be smaller."""
+    waiting = defaultdict[PictureSize, list[Crop]](list)
+    for crop in crops:
+        batch = waiting[crop.box.size]
+        batch.append(crop)
+        if len(batch) == batch_size:
+            yield waiting.pop(crop.box.size)
+    yield from waiting.values()
 
 
 @dataclass(frozen=True)
@@ -170,8 +184,8 @@ class EncodedBatch:
 
 
 def posterior_of(vae: AutoencoderKL, rgb: torch.Tensor) -> torch.Tensor:
-    """The raw posterior: `(B, R, R, 3)` uint8 → its mean and its std, `(2, B, 16, R/8, R/8)`."""
-    pixels = to_pixels(rgb)  # (B, 3, R, R), channels last in memory
+    """The raw posterior: `(B, H, W, 3)` uint8 → its mean and its std, `(2, B, 16, H/8, W/8)`."""
+    pixels = to_pixels(rgb)  # (B, 3, H, W), channels last in memory
     posterior = vae.encode((pixels if pixels.is_cuda else pixels.contiguous()).to(vae.dtype)).latent_dist
     return torch.stack([posterior.mean, posterior.std])
 
@@ -229,11 +243,12 @@ def encode_missing(
     """
     vae = load_vae(files, cache.wanted.precision, device, tile)
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
-    if device.type == "cuda" and len(images) >= CAPTURE_FROM:
+    buckets = Buckets.of(config, files)
+    if device.type == "cuda" and len(images) >= CAPTURE_FROM and len(buckets.sizes) == 1:
         compute = CapturedCall(compute, device, log=tqdm.write)
     broken: list[BrokenPicture] = []
-    crops = decode_ahead(images, config, cache, tile.batch_size, threads, broken)
-    batches = iter(lambda: list(itertools.islice(crops, tile.batch_size)), [])
+    crops = decode_ahead(images, config, buckets, cache, tile.batch_size, threads, broken)
+    batches = of_one_size(crops, tile.batch_size)
     count, unwritten, writes = 0, defaultdict[str, list[LatentPosterior]](list), deque[Future]()
     with closing(crops), ThreadPoolExecutor(1) as writer:
         for batch in one_late(encode(compute, batch, device) for batch in batches):
@@ -284,13 +299,19 @@ class CacheState:
 
 
 def inspect_cache(
-    images: Sequence[InstanceImage], config: LatentConfig, cache: LatentCache, asked: AskedTile, tile: VaeTile | None
+    images: Sequence[InstanceImage],
+    config: LatentConfig,
+    buckets: Buckets,
+    cache: LatentCache,
+    asked: AskedTile,
+    tile: VaeTile | None,
 ) -> CacheState:
     """What the cache holds of the pictures.
 
     Args:
         images: the pictures.
         config: which crops.
+        buckets: their sizes.
         cache: to be read.
         asked: `--vae_tile`.
         tile: that will be used, under --overwrite; else None.
@@ -300,7 +321,7 @@ def inspect_cache(
     """
     is_forced = asked != "auto"
     discarded = outdated(images, cache, tile, is_forced) if tile else set()
-    missing = incomplete(images, config, cache, discarded)
+    missing = incomplete(images, config, buckets, cache, discarded)
     kept = [cache.look(image.image_id) for image in images if cache.path(image.image_id) not in discarded]
     cached = [picture for picture in kept if picture]
     forced_px = asked if isinstance(asked, int) else None
@@ -338,7 +359,11 @@ def outdated(images: Sequence[InstanceImage], cache: LatentCache, tile: VaeTile,
 
 
 def incomplete(
-    images: Sequence[InstanceImage], config: LatentConfig, cache: LatentCache, discarded: set[Path]
+    images: Sequence[InstanceImage],
+    config: LatentConfig,
+    buckets: Buckets,
+    cache: LatentCache,
+    discarded: set[Path],
 ) -> list[InstanceImage]:
     """The pictures of which the cache, without the discarded files, lacks a crop.
 
@@ -348,7 +373,9 @@ def incomplete(
     missing = []
     for image in tqdm(images, desc="reading the cache", leave=False, disable=len(images) < 100):
         picture = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
-        boxes = crop_boxes(*picture.size, cache.resolution, config.crops, config.random_flip) if picture else ()
+        if picture:
+            size = buckets.size_for(*picture.size)
+            boxes = crop_boxes(*picture.size, size, config.crops, config.random_flip)
         if not picture or any(box.name not in picture.variants for box in boxes):
             missing.append(image)
     return missing
@@ -419,13 +446,15 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model)
-    cache = open_cache(files, config)
-    size = PictureSize.square(cache.resolution)
-    asked = read_asked_tile(config.vae_tile, size, files.latent_channels_and_scale()[1])
+    cache, buckets = open_cache(files, config), Buckets.of(config, files)
+    longest = PictureSize.square(buckets.longest_side)
+    asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
     images = find_images(config, budget_config.plan, processes)
 
     batch_size = config.batch_size(cache.resolution)
-    work = VaeWork("encode", cache.wanted.precision, size, batch_size, may_shrink=config.vae_batch_size is None)
+    work = VaeWork(
+        "encode", cache.wanted.precision, buckets.largest, batch_size, may_shrink=config.vae_batch_size is None
+    )
 
     def choose() -> VaeTile:
         tiles = processes.gather(choose_tile(files, work, budget, asked))
@@ -435,7 +464,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
     replacing = tile if config.overwrite else None
-    state = processes.from_rank_0(lambda: inspect_cache(images, config, cache, asked, replacing))
+    state = processes.from_rank_0(lambda: inspect_cache(images, config, buckets, cache, asked, replacing))
     print(*state.sentences(cache, asked), sep="\n")
     predicted: dict[str, int] = {}
     if state.missing or budget_config.plan:
@@ -469,8 +498,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     require_whole(broken, len(images), config)
     cache.note_broken(broken)
     cached = ((image.path.name, cache.look(image.image_id)) for image in images)
-    sizes = {name: picture.size for name, picture in cached if picture}
-    print(*size_notes(sizes, cache.resolution, config.crops), next_line(configs, images), sep="\n")
+    sizes = {name: (PictureSize(*it.size), buckets.size_for(*it.size)) for name, it in cached if it}
+    print(*size_notes(sizes, config.crops), next_line(configs, images), sep="\n")
 
 
 def facts_of(
@@ -502,8 +531,7 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
         return "next, with a prompt of your own: " + command("compute_embeddings.py", **shared)
     flags = {
         "skip_broken": config.skip_broken,
-        "resolution": config.resolution,
-        "center_crop": config.center_crop,
+        **config.crop_flags(),
         "num_crops": None if config.num_crops == LatentConfig.num_crops else config.num_crops,
         "random_flip": config.random_flip,
         "latents_path": None if config.output_path == LATENTS_PATH else config.output_path,

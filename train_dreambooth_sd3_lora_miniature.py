@@ -31,6 +31,7 @@ import random
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -75,6 +76,7 @@ from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import StepShape, make_hollow
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
@@ -90,7 +92,7 @@ from sd3_lora.training.config import (
     TrainingFlags,
 )
 from sd3_lora.training.dataset import TrainingData
-from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
@@ -103,7 +105,7 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.pool import Pool, pass_length
+from sd3_lora.training.pool import Pool
 from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
@@ -214,6 +216,7 @@ def run_identity(
         TRANSFORMER: transformer.identity,
         PICTURES: hashlib.sha256(repr([picture.key for picture in pictures]).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
+        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         "--caption_dropout": flags.data.caption_dropout,
@@ -234,9 +237,17 @@ def run_identity(
 
 
 def make_step(
-    training: Training, flags: TrainingFlags, execution: StepExecution, report: Callable[[str], None]
+    training: Training, flags: TrainingFlags, execution: StepExecution, report: Callable[[str], None], sizes: int
 ) -> Callable[..., torch.Tensor]:
-    """`StepInputs` → the loss, whose gradient is added to the trainables'. A CUDA graph where that was chosen."""
+    """`StepInputs` → the loss, whose gradient is added to the trainables'. A CUDA graph of each shape if so chosen.
+
+    Args:
+        training: what is trained.
+        flags: of the run.
+        execution: whether it is captured.
+        report: gets a line where it cannot be captured.
+        sizes: how many sizes of crops there are.
+    """
     ahead, window = training.ahead, flags.run.gradient_accumulation_steps
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
@@ -249,7 +260,8 @@ def make_step(
         return compute
     gradients = training.trainables.gradients
     exact = bool(flags.device.must_be_deterministic)
-    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact)
+    shapes = 2 * sizes if sizes > 1 else 1  # of several sizes each has a smaller batch at the end of a pass
+    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact, shapes)
 
 
 def accumulate(
@@ -267,19 +279,21 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        The mean loss, a scalar on the device; and the names of the pictures.
+        The mean loss of a picture, a scalar on the device; and the names of the pictures.
     """
-    losses, names = [], []
+    losses, names, full_batches = [], [], 0.0
     for drawable_now in range(drawable, drawable - window, -1):
         batches.draw_ahead(drawable_now)
-        inputs, seen, coming = batches.take()
+        inputs, seen, of_full, coming = batches.take()
         if training.ahead:
             with training.model.precision(inputs.latents.device):
                 training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
         losses.append(step(*inputs))
         names += seen
+        full_batches += of_full
         batches.draw_ahead(drawable_now - 1)  # while the device computes
-    return torch.stack(losses).mean(), ", ".join(dict.fromkeys(names))
+    mean = torch.stack(losses).mean()
+    return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
 
 
 def train(
@@ -389,7 +403,7 @@ def load_training(
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
-    pools: Sequence[Pool],
+    data: TrainingData,
     accelerator: Accelerator,
     start: LoraFile | None,
 ) -> Training:
@@ -421,7 +435,7 @@ def load_training(
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
-        DataOrder(pools, seed),
+        DataOrder(data.pools, seed, data.sizes),
         planned.steps,
         arranged.ahead,
         average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
@@ -431,7 +445,7 @@ def load_training(
 def training_task(
     flags: TrainingFlags,
     files: ModelFiles,
-    latent_size: tuple[int, int],
+    buckets: Buckets,
     dtype: torch.dtype,
     device: torch.device,
     processes: int,
@@ -442,6 +456,7 @@ def training_task(
         UserError: flags that cannot be obeyed.
     """
     config, lora, kind = files.read_config("transformer"), flags.lora, lora_kind(flags.lora)
+    _, vae_scale = files.latent_channels_and_scale()
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
     kind.check(asked.precision, asked.streamed)
@@ -449,7 +464,7 @@ def training_task(
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
         flags.run.train_batch_size,
-        latent_size,
+        buckets.largest.latent(vae_scale),
         text_tokens_of(flags.data, files),
         lora.layers,
         chosen_blocks(lora.blocks, config["num_layers"]),
@@ -462,6 +477,7 @@ def training_task(
         ),
         asked_execution(flags).compiles(device, micro_steps),
         kind,
+        longest_side=buckets.longest_side // vae_scale,
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow)
@@ -566,6 +582,13 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
 
 
+def sizes_sentence(data: TrainingData, resolution: int) -> str:
+    """How many pictures there are, and in which shapes."""
+    counts = Counter(map(str, data.sizes))
+    shapes = ", ".join(f"{count} of {size}" for size, count in sorted(counts.items()))
+    return f"{len(data)} pictures at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
+
+
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
     """For a run that was resumed past its last step: its LoRA, if that was never written."""
     schedule = outputs.record.identity.values["--lr_scheduler"]
@@ -618,8 +641,8 @@ def run(argv: Sequence[str] | None) -> None:
     files = ModelFiles(flags.model)
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
-    latent_size = files.latent_size(resolution)
-    task = training_task(flags, files, latent_size, chosen.dtype, device, accelerator.num_processes)
+    buckets = Buckets.of(flags.data, files)
+    task = training_task(flags, files, buckets, chosen.dtype, device, accelerator.num_processes)
     plan = make_plan(task, budget)
     for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
         say(line)
@@ -637,19 +660,21 @@ def run(argv: Sequence[str] | None) -> None:
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
-    say(f"{len(data)} pictures at {resolution} px, seed {seed}")
+    say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
     if budget:
         budget.cap()
     reports: list[StageReport] = []
-    steps = flags.run.steps(pass_length(data.pools), accelerator.num_processes)
+    pictures = places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * accelerator.num_processes)
+    steps = flags.run.steps(pictures, accelerator.num_processes)
     say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
     execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
     execution = replace(execution, attention_backward=task.shape.attention_backward)
     start_compile_workers(execution.compiled, device)  # while the transformer is loaded
-    planned = PlannedTraining(plan, execution, chosen.dtype, latent_size, steps)
+    longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
+    planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data.pools, accelerator, start)
+        training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
     say(f"each micro-step: {execution.sentence()}")
     facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
     record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
@@ -665,7 +690,7 @@ def run(argv: Sequence[str] | None) -> None:
     log = open_log(outputs, training.step, trackers, accelerator)
 
     batches = make_batches(training, data, files, flags, device)
-    step = make_step(training, flags, execution, say)
+    step = make_step(training, flags, execution, say, len(set(data.sizes)))
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
         ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)

@@ -40,11 +40,13 @@ from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.devices import choose_device, choose_training_dtype, planned_device
 from sd3_lora.common.memory import GIB, drop_workspaces, free_memory
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding
 from sd3_lora.common.stage_report import PeakSampler
 from sd3_lora.gpu.budget import BudgetTooSmall, driver_bytes, open_budget
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.embedding_store import write_embeddings
 from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache
@@ -105,7 +107,7 @@ def fabricate_stage_one(model: Path, resolution: int) -> tuple[Path, Path]:
     if not latents.is_dir():
         latents.mkdir()
         cache = LatentCache(latents, files.provenance(["vae"], "fp32", resolution), "white")
-        box = crop_boxes(resolution, resolution, resolution, 1, False)[0]
+        box = crop_boxes(resolution, resolution, PictureSize.square(resolution), 1, False)[0]
         shape = (config["in_channels"], resolution // 8, resolution // 8)
         for image in images:
             mean, std = torch.randn(shape), torch.rand(shape) / 10
@@ -204,7 +206,7 @@ def plan_case(case: Case, model: Path, device: str) -> dict[str, Any]:
     gpu, files = choose_device(device), ModelFiles(flags.model)
     dtype = choose_training_dtype(flags.run.mixed_precision, planned_device(device, gpu, True)).dtype
     try:
-        task = script.training_task(flags, files, files.latent_size(case.resolution), dtype, gpu, processes=1)
+        task = script.training_task(flags, files, Buckets.square(case.resolution), dtype, gpu, processes=1)
         plan = script.make_plan(task, open_budget(flags.budget, gpu))
     except UserError as error:
         return {**asdict(case), **refusal(error)}

@@ -14,6 +14,7 @@ from sd3_lora.common.placement_flags import Switch, is_on
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+BUCKET_FLAGS = ("use_aspect_ratio_bucket", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale")
 
 
 def missing_path(name: str) -> str | None:
@@ -142,6 +143,39 @@ class CropFlags(PictureFlags):
     center_crop: bool = field(
         default=False, metadata={"help": "One crop of each picture, from its centre: the same as --num_crops 1."}
     )
+    use_aspect_ratio_bucket: bool = field(
+        default=False,
+        metadata={
+            "help": "Crop each picture to one of several shapes, that nearest to its own, with no more pixels than the "
+            "square of --resolution. Default: all to that square."
+        },
+    )
+    bucket_step: int | None = field(
+        default=None,
+        metadata={"help": "Pixels of which a bucket's sides are multiples. Default: 64, at most resolution / 8."},
+    )
+    bucket_min: int | None = field(
+        default=None, metadata={"help": "A bucket's shortest side in pixels. Default: half the resolution."}
+    )
+    bucket_max: int | None = field(
+        default=None, metadata={"help": "A bucket's longest side in pixels. Default: twice the resolution."}
+    )
+    bucket_no_upscale: bool = field(
+        default=False,
+        metadata={"help": "Enlarge no picture: a small one has a bucket of its own size, cut to --bucket_step."},
+    )
+
+    def crop_flags(self) -> dict[str, Any]:
+        """The flags that crop to the same shapes again, for a command in a message."""
+        return {name: getattr(self, name) for name in ("resolution", "center_crop", *BUCKET_FLAGS)}
+
+    def crop_faults(self) -> Iterator[str]:
+        """What is wrong with these flags, a sentence each."""
+        yield from less_than_one(self, "bucket_step", "bucket_min", "bucket_max")
+        if not self.use_aspect_ratio_bucket:
+            for name in BUCKET_FLAGS:
+                if getattr(self, name):
+                    yield f"--{name} needs --use_aspect_ratio_bucket: add it, or leave --{name} out"
 
 
 @dataclass(frozen=True)

@@ -260,10 +260,11 @@ class ModelFiles:
         """The tokens that a CLIP makes of every prompt; T5's follow them."""
         return int(self.read_config("text_encoder")["max_position_embeddings"])
 
-    def latent_size(self, resolution: int) -> tuple[int, int]:
-        """Height and width of a square picture's latents."""
-        side = resolution // self.latent_channels_and_scale()[1]
-        return side, side
+    def size_step_and_limit(self) -> tuple[int, int]:
+        """Of what every side of a picture is a multiple, and the longest side, both in pixels."""
+        config, (_, vae_scale) = self.read_config("transformer"), self.latent_channels_and_scale()
+        step = vae_scale * config["patch_size"]
+        return step, step * config["pos_embed_max_size"]
 
     def resolution(self, asked: int | None) -> int:
         """`asked`, or the model's own resolution in pixels.

@@ -9,11 +9,34 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.gpu.copy_stream import join_captured_copies
 
 import torch
+
+_Shapes = tuple[torch.Size, ...]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The computation of one shape.
+
+    Attributes:
+        graph: that computes it.
+        inputs: which it reads.
+        result: which it writes.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[torch.Tensor, ...]
+    result: torch.Tensor
+
+    @property
+    def numel(self) -> int:
+        """Of all inputs."""
+        return sum(tensor.numel() for tensor in self.inputs)
 
 
 class CapturedCall:
@@ -21,6 +44,11 @@ class CapturedCall:
 
     The first replay's result is compared with that of the plain computation, since a graph that lacked a copy or a
     wait would give wrong numbers without an error.
+
+    Inputs of several shapes have a graph each. These share one pool of memory, which holds what the largest one needs,
+    since only one is replayed at a time. The largest is captured first: what a smaller one allocates then fits into
+    what the largest has freed, and not the other way round. While a new shape is computed plainly there are no graphs,
+    or both would have to fit; those of the other shapes are captured again when they next come.
 
     Args:
         compute: tensors on the device → a tensor. It may change no memory but `changed`, and must draw nothing at
@@ -30,6 +58,7 @@ class CapturedCall:
         asked: whether the user asked for it. If not, a computation that cannot be captured runs without a graph.
         log: gets a line with the reason for that.
         exact: whether the first replay must have the plain computation's bits, or its numbers but for roundings.
+        most_shapes: how many shapes get a graph; one more, such as a last, smaller batch, ends the replays.
 
     Attributes:
         captured: whether it has been captured and replayed at least once.
@@ -44,61 +73,64 @@ class CapturedCall:
         asked: bool = False,
         log: Callable[[str], None] = print,
         exact: bool = False,
+        most_shapes: int = 1,
     ):
         self._compute, self._device, self._changed = compute, device, changed
         self._asked, self._is_same, self._log = asked, _is_equal if exact else _is_close, log
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._result = torch.empty(())
+        self._most_shapes = most_shapes
+        self._compared: set[_Shapes] = set()  # whose first replay gave the plain computation's numbers
+        self._graphs: dict[_Shapes, _Captured] = {}  # in one pool, the largest first
+        self._inputs: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by position; graphs share those of one shape
+        self._aside: torch.cuda.Stream | None = None
         self._may_capture = True
         self.captured = False
         self.refusal: str | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The result of `compute`. Inputs of another shape, such as a last, smaller batch, end the replays."""
-        if self._graph is not None and any(a.shape != b.shape for a, b in zip(self._inputs, inputs, strict=True)):
-            self._give_up()
-        if self._may_capture and self._graph is None:
-            self._capture(inputs)
-        if self._graph is None:
+        """The result of `compute`."""
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if self._may_capture and shapes not in self._graphs:
+            if shapes in self._compared or len(self._compared) < self._most_shapes:
+                self._capture(shapes, inputs)
+            else:
+                self._give_up()
+        captured = self._graphs.get(shapes)
+        if captured is None:
             return self._compute(*inputs)
-        for captured, given in zip(self._inputs, inputs, strict=True):
-            captured.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return self._result.clone()
+        for read, given in zip(captured.inputs, inputs, strict=True):
+            read.copy_(given, non_blocking=True)
+        captured.graph.replay()
+        return captured.result.clone()
 
-    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._inputs = tuple(map(torch.clone, inputs))
+    def _capture(self, shapes: _Shapes, inputs: tuple[torch.Tensor, ...]) -> None:
+        is_new = shapes not in self._compared
+        if is_new or sum(tensor.numel() for tensor in inputs) > max(
+            (g.numel for g in self._graphs.values()), default=0
+        ):
+            self._free()
+        # Within a window of micro-steps the gradients of those before are in them.
+        held = [tensor.clone() for tensor in self._changed] if is_new and self._compared else []
+        captured: _Captured | None = None
         try:
-            # Once without a graph, on another stream as capturing needs it: loads kernels and makes workspaces.
-            aside = torch.cuda.Stream(self._device)
-            aside.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(aside):
-                result = self._compute(*self._inputs)
-            torch.cuda.current_stream(self._device).wait_stream(aside)
-            torch.cuda.synchronize(self._device)
-            expected = [tensor.to("cpu", copy=True) for tensor in (result, *self._changed)]
-            del result
-            # The graph has its own memory. What that run took is freed first, or the peak would double.
-            drop_workspaces(self._device)
-            free_memory(self._device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=aside):
-                try:
-                    self._result = self._compute(*self._inputs)
-                except BaseException:
-                    # With unfinished copies ending the capture would fail too, and never free its memory and stream.
-                    join_captured_copies()
-                    raise
-            self._clear()
-            graph.replay()
-            if not all(map(self._is_same, (self._result.cpu(), *(tensor.cpu() for tensor in self._changed)), expected)):
-                raise RuntimeError("its replay gives other numbers than the plain computation")
-            self._graph, self.captured = graph, True
+            if held:
+                self._clear()
+            copies = tuple(self._copy(place, tensor) for place, tensor in enumerate(inputs))
+            if self._aside is None:
+                self._aside = torch.cuda.Stream(self._device)  # one for all graphs: the pool keeps memory by stream
+            expected = self._compute_plainly(copies, self._aside) if is_new else None
+            captured = self._record(copies, self._aside)
+            if expected:
+                self._clear()
+                captured.graph.replay()
+                results = (captured.result.cpu(), *(tensor.cpu() for tensor in self._changed))
+                if not all(map(self._is_same, results, expected)):
+                    raise RuntimeError("its replay gives other numbers than the plain computation")
+                self._compared.add(shapes)
+            self._graphs[shapes], self.captured = captured, True
         except RuntimeError as error:
             if self._asked:
                 raise
-            graph = None
+            captured = None
             cause = error.__context__ or error  # a failure while capturing makes the end of the capture fail too
             for each in (error, cause):
                 traceback.clear_frames(each.__traceback__)  # the frames hold the computed tensors
@@ -106,15 +138,60 @@ class CapturedCall:
             self.refusal = str(cause).splitlines()[0]
             self._log(f"not captured as a CUDA graph ({self.refusal}): kernels are launched one by one")
         finally:
-            self._clear()
+            if is_new:
+                self._clear()
+                for tensor, before in zip(self._changed, held, strict=False):
+                    tensor.copy_(before)
+
+    def _copy(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that graphs read, in the memory that those of the same shape read."""
+        key = place, tensor.shape
+        if key not in self._inputs:
+            self._inputs[key] = torch.empty_like(tensor)
+        return self._inputs[key].copy_(tensor)
+
+    def _compute_plainly(self, inputs: tuple[torch.Tensor, ...], aside: torch.cuda.Stream) -> list[torch.Tensor]:
+        """The result and what is changed, on the host.
+
+        Once without a graph, on another stream as capturing needs it: loads kernels and makes workspaces.
+        """
+        aside.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(aside):
+            result = self._compute(*inputs)
+        torch.cuda.current_stream(self._device).wait_stream(aside)
+        torch.cuda.synchronize(self._device)
+        expected = [tensor.to("cpu", copy=True) for tensor in (result, *self._changed)]
+        del result
+        # The graph has its own memory. What that run took is freed first, or the peak would double.
+        drop_workspaces(self._device)
+        free_memory(self._device)
+        return expected
+
+    def _record(self, inputs: tuple[torch.Tensor, ...], aside: torch.cuda.Stream) -> _Captured:
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, stream=aside):
+            try:
+                result = self._compute(*inputs)
+            except BaseException:
+                # With unfinished copies ending the capture would fail too, and never free its memory and stream.
+                join_captured_copies()
+                raise
+        return _Captured(graph, inputs, result)
 
     def _clear(self) -> None:
         for tensor in self._changed:
             tensor.zero_()
 
+    def _free(self) -> None:
+        if self._graphs:
+            self._graphs = {}
+            drop_workspaces(self._device)  # the capture's lie in the graphs' memory, and keep it from being freed
+            free_memory(self._device)
+
     def _give_up(self) -> None:
-        self._may_capture, self._graph, self._inputs, self._result = False, None, (), torch.empty(())
-        drop_workspaces(self._device)  # the capture's lie in the graph's memory, and keep it from being freed
+        self._may_capture, self._graphs, self._inputs = False, {}, {}
+        drop_workspaces(self._device)
         free_memory(self._device)
 
 

@@ -199,7 +199,7 @@ class _Places:
         files: the model.
         dtype: of a base that is not in 4 bits.
         precision: nf4, or None.
-        latent_size: height and width, in latent pixels.
+        latent_size: height and width in which all pictures lie, in latent pixels.
         asked: what flags fix.
     """
 
@@ -328,7 +328,7 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     counts = _recomputed_counts(asked, count)
     planners: list[tuple[_Places, _Planner]] = []
     for precision in _PRECISIONS[asked.precision]:
-        places = _Places(task.files, shape.dtype, precision, shape.latent_size, asked)
+        places = _Places(task.files, shape.dtype, precision, shape.enclosing_size, asked)
         memory = simulate_step(config, shape, precision, task.step, asked.attention_kernel)
         planner = _Planner(memory, shape, budget)
         planners.append((places, planner))

@@ -111,7 +111,7 @@ class PlannedTraining:
         plan: what is kept where.
         execution: how a micro-step is carried out.
         dtype: of the transformer.
-        latent_size: height and width of the crops, in latent pixels.
+        latent_size: height and width in which all crops lie, in latent pixels.
         steps: optimizer steps of the whole run.
     """
 

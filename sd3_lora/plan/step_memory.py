@@ -36,7 +36,7 @@ class StepShape:
 
     Attributes:
         batch_size: pictures in a micro-batch.
-        latent_size: height and width of the crops, in latent pixels.
+        latent_size: height and width of the largest crops, in latent pixels.
         text_tokens: of a prompt, the CLIPs' included.
         layers: that get a LoRA, as `target_modules` takes them.
         blocks: likewise.
@@ -47,6 +47,7 @@ class StepShape:
         attention_backward: that computes attention's backward pass.
         compiled: whether the blocks are, where they can be.
         kind: of the LoRA.
+        longest_side: of all crops, in latent pixels; 0 where none is longer than the largest.
     """
 
     batch_size: int
@@ -61,6 +62,13 @@ class StepShape:
     attention_backward: AttentionBackward = AttentionBackward.TORCH
     compiled: bool = False
     kind: LoraKind = PLAIN_LORA
+    longest_side: int = 0
+
+    @property
+    def enclosing_size(self) -> tuple[int, int]:
+        """Height and width in which the crops of every shape lie, in latent pixels."""
+        side = max(*self.latent_size, self.longest_side)
+        return side, side
 
 
 @dataclass(frozen=True)

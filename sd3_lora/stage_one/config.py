@@ -79,7 +79,9 @@ class LatentConfig(CropFlags):
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right([*self.picture_faults(), *less_than_one(self, "num_crops", "vae_batch_size")])
+        require_right(
+            [*self.picture_faults(), *less_than_one(self, "num_crops", "vae_batch_size"), *self.crop_faults()]
+        )
 
     def batch_size(self, resolution: int) -> int:
         """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""

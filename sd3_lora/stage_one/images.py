@@ -1,6 +1,6 @@
 """Pictures on disk: list them, hash them, decode them to the right RGB, crop them, turn them into pixels.
 
-Shapes: R resolution, the side of a square crop in pixels.
+Shapes: H, W pixels of a crop.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.picture_size import PictureSize
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +71,7 @@ class ImageListing:
 
 @dataclass(frozen=True)
 class CropBox:
-    """A square crop of a resized picture; all in pixels.
+    """A crop of a resized picture; all in pixels.
 
     Attributes:
         resized_width: of the whole picture.
@@ -78,7 +79,7 @@ class CropBox:
         left: of the crop, in the resized picture.
         top: of the crop, in the resized picture.
         flip: whether the crop is mirrored, left to right.
-        size: the side of the crop, which is the resolution.
+        size: of the crop.
     """
 
     resized_width: int
@@ -86,18 +87,23 @@ class CropBox:
     left: int
     top: int
     flip: bool
-    size: int
+    size: PictureSize
 
     @property
     def name(self) -> str:
         """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`."""
-        name = f"{self.size}x{self.size}+{self.left}+{self.top}"
+        name = f"{self.size}+{self.left}+{self.top}"
         return mirrored(name) if self.flip else name
 
 
 def mirrored(name: str) -> str:
     """The name of a variant's mirrored twin; that of a mirrored variant is its own."""
     return name if name.endswith(_FLIP_SUFFIX) else name + _FLIP_SUFFIX
+
+
+def size_of_variant(name: str) -> PictureSize:
+    """The size of the crop that has this name in the latent cache."""
+    return PictureSize.parse(name.split("+")[0])
 
 
 def list_images(folder: Path, recursive: bool = False) -> ImageListing:
@@ -297,40 +303,43 @@ def _mean_color(image: Image.Image) -> tuple[int, int, int]:
     return (round(red), round(green), round(blue))
 
 
-def crop_boxes(width: int, height: int, resolution: int, num_crops: int, flip: bool) -> tuple[CropBox, ...]:
-    """The square crops of a picture whose shorter side is resized to the resolution.
+def crop_boxes(width: int, height: int, size: PictureSize, num_crops: int, flip: bool) -> tuple[CropBox, ...]:
+    """The crops of a picture that is resized until it just covers their size.
 
     The centre of an odd `num_crops` is the crop of `num_crops=1`, to the pixel, so that one cache serves both.
 
     Args:
         width: of the picture in pixels.
         height: of the picture in pixels.
-        resolution: side of the crops in pixels.
-        num_crops: 1 for the centre, else that many along the longer side, both ends included; fewer where they
-            coincide, so one of a square picture.
+        size: of the crops.
+        num_crops: 1 for the centre, else that many along the side that is cut, both ends included; fewer where they
+            coincide, so one of a picture of the crops' shape.
         flip: whether each is followed by its mirrored twin.
     """
-    shorter = min(width, height)
-    resized_width, resized_height = ((2 * side * resolution + shorter) // (2 * shorter) for side in (width, height))
-    room = max(resized_width, resized_height) - resolution
+    is_wider = width * size.height > height * size.width
+    # The side that is not cut becomes that of the crop; the other one is rounded to the nearest pixel.
+    scale, whole = (size.height, height) if is_wider else (size.width, width)
+    resized_width, resized_height = ((2 * side * scale + whole) // (2 * whole) for side in (width, height))
+    room = max(resized_width - size.width, resized_height - size.height)
     offsets = dict.fromkeys(i * room // (num_crops - 1) for i in range(num_crops)) if num_crops > 1 else [room // 2]
     return tuple(
-        CropBox(resized_width, resized_height, *((offset, 0) if width > height else (0, offset)), twin, resolution)
+        CropBox(resized_width, resized_height, *((offset, 0) if is_wider else (0, offset)), twin, size)
         for offset in offsets
         for twin in ((False, True) if flip else (False,))
     )
 
 
-def size_notes(sizes: Mapping[str, tuple[int, int]], resolution: int, num_crops: int) -> list[str]:
+def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: int) -> list[str]:
     """Lines about pictures that are enlarged much, and about those of which the crops see little.
 
     Args:
-        sizes: width and height in pixels of each picture, by its name.
-        resolution: side of the crops in pixels.
-        num_crops: crops along the longer side.
+        sizes: of each picture and of its crops, by its name.
+        num_crops: crops along the side that is cut.
     """
-    enlarged = {name: resolution / min(size) for name, size in sizes.items() if resolution > _MOST_ENLARGED * min(size)}
-    seen = {name: num_crops * min(size) / max(size) for name, size in sizes.items()}
+    scales = {name: max(crop.width / own.width, crop.height / own.height) for name, (own, crop) in sizes.items()}
+    enlarged = {name: scale for name, scale in scales.items() if scale > _MOST_ENLARGED}
+    products = {name: (own.width * crop.height, own.height * crop.width) for name, (own, crop) in sizes.items()}
+    seen = {name: num_crops * min(sides) / max(sides) for name, sides in products.items()}
     hidden = {name: share for name, share in seen.items() if share < _LEAST_SEEN}
     lines = []
     if enlarged:
@@ -354,12 +363,12 @@ def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
     Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
 
     Returns:
-        `(R, R, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
+        `(H, W, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
     """
     # Multiplied before divided: the last edge is then exact, and never outside the picture.
-    left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size))
-    top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size))
-    crop = image.resize((box.size, box.size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size.width))
+    top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size.height))
+    crop = image.resize((box.size.width, box.size.height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
     return pixels_of(ImageOps.mirror(crop) if box.flip else crop)
 
 
@@ -378,5 +387,5 @@ def pixels_of(picture: Image.Image) -> torch.Tensor:
 
 
 def to_pixels(rgb: torch.Tensor) -> torch.Tensor:
-    """The VAE's input: `(..., R, R, 3)` uint8 → `(..., 3, R, R)` float32 in [-1, 1], a view in memory order."""
+    """The VAE's input: `(..., H, W, 3)` uint8 → `(..., 3, H, W)` float32 in [-1, 1], a view in memory order."""
     return rgb.movedim(-1, -3).float() / 127.5 - 1.0

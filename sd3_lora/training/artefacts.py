@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
-from sd3_lora.common.config import ModelConfig, PictureFlags
+from sd3_lora.common.config import BUCKET_FLAGS, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import CaptionRules, captions_win
 from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
@@ -61,9 +62,10 @@ class StageOne:
             specific = {"max_sequence_length": data.max_sequence_length, "output_path": data.data_df_path}
         else:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
+            recorded = {name: value for name, value in recorded.items() if name not in BUCKET_FLAGS}
             specific = {
+                **data.crop_flags(),
                 "resolution": self.resolution,
-                "center_crop": data.center_crop,
                 "num_crops": data.num_crops,
                 "random_flip": data.random_flip,
                 "skip_broken": data.skip_broken,
@@ -232,7 +234,8 @@ class StageOne:
         """
         remedy, data = self.command("precompute_latents.py"), self.data
         try:
-            chosen = choose_variants(images, cache, data.center_crop, data.num_crops, data.random_flip, remedy)
+            buckets = Buckets.of(data, self.files)
+            chosen = choose_variants(images, cache, buckets, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
         tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())

@@ -89,7 +89,14 @@ class DataConfig(CropFlags):
     )
 
     def __post_init__(self) -> None:
-        require_right([*self.picture_faults(), *less_than_one(self, "num_crops"), *self._dropout_faults()])
+        require_right(
+            [
+                *self.picture_faults(),
+                *less_than_one(self, "num_crops"),
+                *self.crop_faults(),
+                *self._dropout_faults(),
+            ]
+        )
 
     def _dropout_faults(self) -> Iterator[str]:
         if not 0 <= self.caption_dropout <= 1:

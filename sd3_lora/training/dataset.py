@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, Provenance, TrainingBatch
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes, mirrored
+from sd3_lora.stage_one.images import crop_boxes, mirrored, size_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.pool import Pool
 
@@ -49,6 +51,11 @@ class TrainingData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def sizes(self) -> tuple[PictureSize, ...]:
+        """Of each picture's crops, in pixels."""
+        return tuple(size_of_variant(self.variants[image.image_id][0]) for image in self.images)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -172,6 +179,7 @@ def require_prompts(store: EmbeddingStore, prompts: Sequence[str], command: str)
 def choose_variants(
     images: Sequence[InstanceImage],
     cache: LatentCache,
+    buckets: Buckets,
     center_crop: bool,
     num_crops: int | None,
     flip: bool | None,
@@ -182,6 +190,7 @@ def choose_variants(
     Args:
         images: the pictures.
         cache: the latent cache.
+        buckets: the sizes of the crops; those of other sizes in the cache are left alone.
         center_crop: only the central one.
         num_crops: only the crops of a cache with this many a picture; None for all in the cache.
         flip: with (True) or without (False) the mirrored twins; None for all in the cache.
@@ -197,10 +206,17 @@ def choose_variants(
             raise UserError(
                 f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
             )
-        wanted = cached = entry.variants
+        size = buckets.size_for(*entry.size)
+        wanted = cached = tuple(name for name in entry.variants if size_of_variant(name) == size)
+        if not cached:
+            other = "" if len(buckets.sizes) > 1 else "add the --use_aspect_ratio_bucket of then, or "
+            raise UserError(
+                f"{cache.folder} has no crop of {size} px of {image.path.name}, but one of "
+                f"{size_of_variant(entry.variants[0])}: {other}type `{command}`"
+            )
         if center_crop or num_crops is not None:
             count = 1 if center_crop else num_crops or 1
-            boxes = crop_boxes(*entry.size, cache.wanted.size, count, flip=True)
+            boxes = crop_boxes(*entry.size, size, count, flip=True)
             wanted = tuple(box.name for box in boxes if box.name in cached or not box.flip)
         if flip is not None and flip:
             wanted = tuple(dict.fromkeys(v for name in wanted for v in (name, mirrored(name))))

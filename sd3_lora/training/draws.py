@@ -5,12 +5,31 @@ So the number of processes changes nothing: two ranks with a batch of 1 see the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sd3_lora.training.pool import Pool
+from sd3_lora.common.command_line import UserError
+from sd3_lora.training.pool import Pool, pass_length
 
 import torch
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """One rank's part of a batch that may be smaller than the others.
+
+    Attributes:
+        pictures: indices, as many on each rank; a place for which there is no picture repeats the batch's last one.
+        weights: of each in the loss, so that a picture counts as much as in a full batch; None for a full batch.
+        of_full: pictures of all ranks, as a part of a full batch's.
+    """
+
+    pictures: list[int]
+    weights: torch.Tensor | None = None
+    of_full: float = 1.0
 
 
 class GlobalDraws:
@@ -26,15 +45,41 @@ class GlobalDraws:
     def __init__(self, seed: int, batch_size: int, rank: int = 0, world_size: int = 1):
         self.generator = torch.Generator().manual_seed(seed)
         self.global_batch_size = batch_size * world_size
-        self.rank_slice = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self.rank_slice = self.rows(batch_size)
 
-    def normal(self, shape: Sequence[int]) -> torch.Tensor:
-        """This rank's `(B, *shape)` standard normal float32."""
-        return torch.randn(self.global_batch_size, *shape, generator=self.generator)[self.rank_slice]
+    def rows(self, count: int) -> slice:
+        """Where this rank's rows lie in a draw for all ranks, each of which has a batch of `count`."""
+        return slice(self._rank * count, (self._rank + 1) * count)
 
-    def uniform(self) -> torch.Tensor:
-        """This rank's `(B,)` uniform float32 in [0, 1)."""
-        return torch.rand(self.global_batch_size, generator=self.generator)[self.rank_slice]
+    def share(self, pictures: Sequence[int], fills: bool = False) -> RankShare:
+        """This rank's part of a batch's pictures, which may be fewer than the global batch size.
+
+        Then each rank computes as few as it can, and the mean over ranks of their mean losses, weighted, is that of a
+        full batch in which the missing pictures had no loss.
+
+        Args:
+            pictures: indices, of all ranks.
+            fills: whether every batch must be full: what is missing repeats the last picture, and has no weight.
+        """
+        full = self.global_batch_size
+        if len(pictures) == full:
+            return RankShare(list(pictures[self.rank_slice]))
+        count = self._batch_size if fills else math.ceil(len(pictures) / self._world_size)
+        places = range(count * self._world_size)[self.rows(count)]
+        weights = [count / self._batch_size if place < len(pictures) else 0.0 for place in places]
+        taken = [pictures[min(place, len(pictures) - 1)] for place in places]
+        return RankShare(taken, torch.tensor(weights), len(pictures) / full)
+
+    def normal(self, shape: Sequence[int], count: int | None = None) -> torch.Tensor:
+        """This rank's `(B, *shape)` standard normal float32; of a smaller batch of `count` its first rows' numbers."""
+        rows = self.rank_slice if count is None else self.rows(count)
+        return torch.randn(self.global_batch_size, *shape, generator=self.generator)[rows]
+
+    def uniform(self, count: int | None = None) -> torch.Tensor:
+        """This rank's `(B,)` uniform float32 in [0, 1), likewise."""
+        rows = self.rank_slice if count is None else self.rows(count)
+        return torch.rand(self.global_batch_size, generator=self.generator)[rows]
 
 
 class DataOrder:
@@ -43,23 +88,36 @@ class DataOrder:
     A pool's pictures come in passes: each picture `repeats` times in a pass, each pass in a new order, none cut short.
     Every batch takes as many pictures from each pool: its first part from the first pool, and so on.
 
+    Pictures of several shapes come in batches of one shape, in a new order of batches in each pass. What is left of a
+    shape at the end of a pass is a smaller batch.
+
     Args:
         pools: whose pictures are counted through, the first pool's first (`TrainingData.images`).
         seed: of the first pool's order; each further pool's is one more.
+        shapes: of each picture, in that order; None where all have one.
+
+    Raises:
+        ValueError: several pools of several shapes, of which no batch could take as many from each.
     """
 
-    def __init__(self, pools: Sequence[Pool], seed: int):
-        self._orders = []
+    def __init__(self, pools: Sequence[Pool], seed: int, shapes: Sequence[Hashable] | None = None):
+        self._orders: list[_PoolOrder | _ShapeOrder] = []
+        # How often each picture was taken; None where no picture has several captions to be taken in turn.
+        images = [image for pool in pools for image in pool.images]
+        has_turns = any(image.other_prompts for image in images)
+        self._turns = torch.zeros(len(images), dtype=torch.long) if has_turns else None
+        if shapes is not None and len(set(shapes)) > 1:
+            if len(pools) > 1:
+                raise ValueError(f"{len(pools)} pools of pictures of several shapes")
+            self._orders.append(_ShapeOrder(pools[0], shapes, seed))
+            return
         first_index = 0
         for number, pool in enumerate(pools):
             self._orders.append(_PoolOrder(pool, first_index, seed + number))
             first_index += len(pool.images)
-        # How often each picture was taken; None where no picture has several captions to be taken in turn.
-        has_turns = any(image.other_prompts for pool in pools for image in pool.images)
-        self._turns = torch.zeros(first_index, dtype=torch.long) if has_turns else None
 
     def take(self, count: int) -> list[int]:
-        """The next `count` picture indices.
+        """The next `count` picture indices; of pictures of several shapes the next batch's, which may be fewer.
 
         Raises:
             ValueError: `count` cannot be divided by the number of pools.
@@ -130,3 +188,65 @@ class _PoolOrder:
         self._generator.set_state(state["generator"])
         self._permutation = state["permutation"]
         self._position = state["position"]
+
+
+class _ShapeOrder:
+    """The endless order of one pool's pictures in batches of one shape."""
+
+    def __init__(self, pool: Pool, shapes: Sequence[Hashable], seed: int):
+        self._places, self._shapes = pool.places, shapes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._permutation = torch.empty(0, dtype=torch.long)  # of a pass, batch after batch
+        self._sizes = torch.empty(0, dtype=torch.long)  # of these batches
+        self._position = 0  # the next batch
+
+    def take(self, count: int) -> list[int]:
+        if self._position == len(self._sizes):
+            self._shuffle(count)
+        start, size = int(self._sizes[: self._position].sum()), int(self._sizes[self._position])
+        self._position += 1
+        return [self._places[place] for place in self._permutation[start : start + size].tolist()]
+
+    def _shuffle(self, count: int) -> None:
+        of_shape: dict[Hashable, list[int]] = {}
+        for place in torch.randperm(len(self._places), generator=self._generator).tolist():
+            of_shape.setdefault(self._shapes[self._places[place]], []).append(place)
+        batches = [places[i : i + count] for places in of_shape.values() for i in range(0, len(places), count)]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=self._generator).tolist()]
+        self._permutation = torch.tensor([place for batch in batches for place in batch])
+        self._sizes, self._position = torch.tensor([len(batch) for batch in batches]), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self._generator.get_state(),
+            "permutation": self._permutation,
+            "batch_sizes": self._sizes,
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._generator.set_state(state["generator"])
+        self._permutation, self._sizes = state["permutation"], state["batch_sizes"]
+        self._position = state["position"]
+
+
+def places_of_pass(pools: Sequence[Pool], shapes: Sequence[Hashable], global_batch_size: int) -> int:
+    """`pass_length`, with the places that stay empty where a shape's last batch is smaller than the others.
+
+    Args:
+        pools: the pictures.
+        shapes: of each picture, as for `DataOrder`.
+        global_batch_size: pictures in a full batch of all ranks.
+
+    Raises:
+        UserError: several pools of several shapes.
+    """
+    if len(set(shapes)) == 1:
+        return pass_length(pools)
+    if len(pools) > 1:
+        raise UserError(
+            "pictures of several shapes cannot be trained on together with class pictures: leave out "
+            "--use_aspect_ratio_bucket, or the class pictures"
+        )
+    counts = Counter(shapes[place] for place in pools[0].places)
+    return global_batch_size * sum(math.ceil(count / global_batch_size) for count in counts.values())

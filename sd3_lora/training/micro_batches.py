@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sd3_lora.common.devices import one_thread
@@ -43,9 +44,10 @@ class InputSampler:
 
     def sample(self, batch: TrainingBatch) -> StepInputs:
         """The inputs of one micro-step, on the device, without a host–device synchronisation."""
-        draws, table = self.draws, self._table
-        posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
-        indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rank_slice]
+        draws, table, count = self.draws, self._table, len(batch.image_ids)
+        shape = batch.latent_mean.shape[1:]  # (16, H/8, W/8)
+        posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
+        indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rows(count)]
         raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
         on_host = StepInputs(
             normalize_latents(raw_latents, self._vae_config),
@@ -77,34 +79,39 @@ class MicroBatches:
     ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
         self._caption_dropout = caption_dropout
-        # Each with the state of the draws and the order before it.
-        self._drawn: deque[tuple[StepInputs, list[str], dict[str, Any]]] = deque()
+        # Each with its pictures' names, its part of a full batch, and the state of the draws and the order before it.
+        self._drawn: deque[tuple[StepInputs, list[str], float, dict[str, Any]]] = deque()
 
     def draw_ahead(self, left: int) -> None:
         """Draws until `early` micro-batches are there, but no more than the `left` that may be drawn."""
         draws = self._sampler.draws
         while len(self._drawn) < min(left, self._early):
             before = self._state()
-            indices = self._order.take(draws.global_batch_size)
-            turns = self._order.turns(indices)[draws.rank_slice]
-            indices = indices[draws.rank_slice]
+            taken = self._order.take(draws.global_batch_size)
+            turns = self._order.turns(taken)
+            # What is computed in one micro-step for the next needs as many rows in each.
+            share = draws.share(range(len(taken)), fills=self._early > 1)
+            count, indices = len(share.pictures), [taken[place] for place in share.pictures]
             with one_thread(self._sampler.device):
-                variant_draws = draws.uniform()
+                variant_draws = draws.uniform(count)
                 # Without dropout nothing is drawn, so that the numbers are those of a run that does not know it.
-                dropped = draws.uniform() < self._caption_dropout if self._caption_dropout else None
-                prompts = self._data.prompts_of(indices, turns, dropped)
+                dropped = draws.uniform(count) < self._caption_dropout if self._caption_dropout else None
+                prompts = self._data.prompts_of(indices, [turns[place] for place in share.pictures], dropped)
                 batch = self._data.batch(indices, variant_draws, prompts)
+                if share.weights is not None:
+                    batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
                 inputs = self._sampler.sample(batch)
-            self._drawn.append((inputs, [self._data.images[index].path.name for index in indices], before))
+            names = [self._data.images[index].path.name for index in indices]
+            self._drawn.append((inputs, names, share.of_full, before))
 
-    def take(self) -> tuple[StepInputs, list[str], StepInputs | None]:
-        """The next micro-batch, its pictures' names, and the inputs of the one after it if that was drawn."""
-        inputs, names, _ = self._drawn.popleft()
-        return inputs, names, self._drawn[0][0] if self._drawn else None
+    def take(self) -> tuple[StepInputs, list[str], float, StepInputs | None]:
+        """The next micro-batch, its pictures' names, its part of a full batch, and the next inputs if drawn."""
+        inputs, names, of_full, _ = self._drawn.popleft()
+        return inputs, names, of_full, self._drawn[0][0] if self._drawn else None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the draws and the order stand, for a checkpoint; what was drawn and not taken is drawn again then."""
-        return self._drawn[0][2] if self._drawn else self._state()
+        return self._drawn[0][3] if self._drawn else self._state()
 
     def _state(self) -> dict[str, Any]:
         return {"draws": self._sampler.draws.generator.get_state(), "order": self._order.state_dict()}

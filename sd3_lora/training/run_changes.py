@@ -59,7 +59,8 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     if not differences:
         return
     noted = read_pictures(folder)
-    if "--resolution" in differences and (noted is None or _captions(noted) == _captions(identity.pictures)):
+    same_captions = noted is None or _captions(noted) == _captions(identity.pictures)
+    if same_captions and not differences.keys().isdisjoint(("--resolution", "--use_aspect_ratio_bucket")):
         differences.pop(PICTURES, None)  # the crops follow from it
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
@@ -150,7 +151,7 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
         "also on": "put back what was removed",
         "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
         "with other repeats of": f"give the repeats of then ({_repeats_of_then(in_both)})",
-        "on other crops of": "type the --num_crops, --center_crop and --random_flip of then",
+        "on other crops of": "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
     }
     changed = {how: pictures for how, pictures in parts.items() if pictures}
     return RunChange(

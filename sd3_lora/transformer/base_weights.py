@@ -48,8 +48,9 @@ def load_transformer(
         dtype: of the weights and, of 4-bit ones, of what they compute in.
         precision: nf4 for the blocks' linear layers in 4 bits; None for all in `dtype`, bit for bit as
             `SD3Transformer2DModel.from_pretrained` loads them.
-        latent_size: height and width of all pictures that it will compute, in latent pixels: then only the middle of
-            the positional embedding is kept, which is all that they use (SD3.5-Medium's whole one has 432 MiB).
+        latent_size: height and width in which all pictures lie that it will compute, in latent pixels: then only the
+            middle of the positional embedding is kept, which is all that they use (SD3.5-Medium's whole one has
+            432 MiB).
         streamed_blocks: the indices of blocks whose matrices will be streamed. These stay in the files: here they are
             NaN, on the host, without memory. In 4 bits they are on the host, and their scales on the device.
 

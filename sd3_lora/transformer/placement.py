@@ -259,7 +259,7 @@ def arrange(
         placement: what to keep where.
         device: that computes.
         dtype: of the weights, and of what 4-bit ones compute in.
-        latent_size: height and width of all pictures that it will compute, in latent pixels.
+        latent_size: height and width in which all pictures lie that it will compute, in latent pixels.
         add_adapters: attaches the adapters and returns what of them is trained, if anything.
         compiled: whether the blocks are compiled.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from unittest.mock import MagicMock
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
@@ -97,13 +97,68 @@ def test_a_capture_that_fails_waits_for_its_copies_before_it_is_ended(monkeypatc
 
 
 class FakeGraph:
-    """Stands for a CUDA graph: replayed, the step is computed once more, or goes wrong."""
+    """Stands for a CUDA graph: replayed, what was captured is computed once more, or goes wrong."""
 
-    error = 0.0
+    def __init__(self, fake: FakeCuda):
+        self.fake = fake
+
+    def pool(self) -> object:
+        return self.memory
 
     def replay(self) -> None:
-        self.step._result = self.step._compute(*self.step._inputs)
-        self.step._changed[0].add_(self.error)
+        self.fake.events.append(f"replay {len(self.inputs[0])}")
+        self.result.copy_(self.fake.compute(*self.inputs))
+        for tensor in self.fake.changed:
+            tensor.add_(self.fake.error)
+
+
+class FakeCuda:
+    """Stands for CUDA: capturing a computation leaves all memory as it was.
+
+    Attributes:
+        events: what was computed, captured, replayed and freed, with the rows of the first input.
+        graphs: all that were captured.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        compute: Callable[..., torch.Tensor],
+        changed: Sequence[torch.Tensor] = (),
+        error: float = 0.0,
+    ):
+        self.compute, self.changed, self.error = compute, changed, error
+        self.events: list[str] = []
+        self.graphs: list[FakeGraph] = []
+        self._capturing: FakeGraph | None = None
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+        monkeypatch.setattr(torch.cuda, "stream", lambda *_: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: FakeGraph(self))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr("sd3_lora.gpu.cuda_graph.free_memory", lambda _: self.events.append("freed"))
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The computation, as it is to be given to `CapturedCall`."""
+        self.events.append(f"{'capture' if self._capturing else 'compute'} {len(inputs[0])}")
+        result = self.compute(*inputs)
+        if self._capturing:
+            self._capturing.inputs, self._capturing.result = inputs, result
+        return result
+
+    @contextmanager
+    def capture(self, graph: FakeGraph, pool: object = None, stream: object = None) -> Iterator[None]:
+        graph.memory = pool or object()
+        self.graphs.append(graph)
+        before = [tensor.clone() for tensor in self.changed]
+        self._capturing = graph
+        try:
+            yield
+        finally:
+            self._capturing = None
+            for tensor, value in zip(self.changed, before, strict=True):
+                tensor.copy_(value)
 
 
 @pytest.mark.parametrize("error", [0.0, 0.001, 0.1])
@@ -114,16 +169,8 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
 ) -> None:
     tolerance = 1e-9 if exact else 0.01
     compute, gradient = tiny_step()
-    for name in ("Stream", "current_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
-    for name in ("stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     said: list[str] = []
-    step = CapturedCall(compute, CPU, [gradient], asked, said.append, exact)
-    monkeypatch.setattr(FakeGraph, "error", error)
-    monkeypatch.setattr(FakeGraph, "step", step, raising=False)
+    step = CapturedCall(FakeCuda(monkeypatch, compute, [gradient], error), CPU, [gradient], asked, said.append, exact)
     if error > tolerance and asked:
         with pytest.raises(RuntimeError, match="other numbers"):
             step(torch.full((3,), 2.0))
@@ -138,25 +185,98 @@ def test_a_replay_that_gives_other_numbers_is_not_used(
 
 def test_a_last_batch_of_another_size_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is freed first: both would not fit."""
-    calls: list[object] = []
-
-    def compute(x: torch.Tensor) -> torch.Tensor:
-        calls.append(len(x))
-        return 2 * x
-
-    double = CapturedCall(compute, CPU)
-    graph = MagicMock()
-    graph.replay.side_effect = lambda: double._result.copy_(2 * double._inputs[0])
-    double._graph, double._inputs, double._result = graph, (torch.zeros(4),), torch.zeros(4)
-    monkeypatch.setattr("sd3_lora.gpu.cuda_graph.free_memory", lambda _: calls.append("freed"))
+    fake = FakeCuda(monkeypatch, lambda x: 2 * x)
+    double = CapturedCall(fake, CPU)
     kept = double(torch.full((4,), 3.0))
+    assert fake.events == ["compute 4", "freed", "capture 4", "replay 4", "replay 4"]
+    fake.events.clear()
     assert double(torch.full((4,), 5.0)).tolist() == [10.0] * 4
     assert kept.tolist() == [6.0] * 4  # no replay writes over it
-    assert calls == []
     assert double(torch.ones(3)).tolist() == [2.0] * 3
     assert double(torch.ones(4)).tolist() == [2.0] * 4
-    assert calls == ["freed", 3, 4]
-    assert graph.replay.call_count == 2
+    assert fake.events == ["replay 4", "freed", "compute 3", "compute 4"]
+
+
+# Several shapes
+
+
+def sum_of_squares() -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
+    """Of rows times a trained number; and its gradient. The second input has one shape, whatever the first's."""
+    parameter = torch.nn.Parameter(torch.ones(()))
+    flat = flatten_parameters([parameter])
+    assert flat.grad is not None
+
+    def compute(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        loss = (parameter * rows * factor).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    return compute, flat.grad
+
+
+def test_several_shapes_have_a_graph_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers are the plain ones', also where a shape first comes amid a window of accumulated gradients."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [4, 4, 6, 4, 2, 6, 4, 2, 2, 6, 4]
+    batches = [(torch.randn(size, generator=generator), torch.randn(1, generator=generator)) for size in sizes]
+    outcomes = []
+    for captured in (False, True):
+        compute, gradient = sum_of_squares()
+        if captured:
+            fake = FakeCuda(monkeypatch, compute, [gradient])
+            step = CapturedCall(fake, CPU, [gradient], most_shapes=3)
+        losses, gradients = [], []
+        for number, batch in enumerate(batches):
+            losses.append((step if captured else compute)(*batch))
+            if number % 3 == 2:  # windows of three
+                gradients.append(gradient.clone())
+                gradient.zero_()
+        outcomes.append((losses, gradients))
+    assert outcomes[0] == outcomes[1]
+    first = lambda size: [f"compute {size}", "freed", f"capture {size}", f"replay {size}", f"replay {size}"]  # noqa: E731
+    assert fake.events == [
+        *first(4),
+        "replay 4",
+        "freed", *first(6),  # a new shape is computed without graphs
+        "capture 4", "replay 4",  # captured again beside the larger one
+        "freed", *first(2),
+        "freed", "capture 6", "replay 6",  # larger than what is there: it comes first
+        "capture 4", "replay 4",
+        "capture 2", "replay 2",
+        "replay 2", "replay 6", "replay 4",
+    ]  # fmt: skip
+    pools = [graph.memory for graph in fake.graphs]
+    assert pools[-3] is pools[-2] is pools[-1]
+    assert [len(graph.inputs[0]) for graph in fake.graphs[-3:]] == [6, 4, 2]
+    assert fake.graphs[-3].inputs[1] is fake.graphs[-1].inputs[1]  # of one shape in all: read from one memory
+
+
+def test_one_shape_too_many_ends_the_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch, lambda x: 2 * x)
+    double = CapturedCall(fake, CPU, most_shapes=2)
+    for size in (4, 3, 4, 3):
+        assert double(torch.ones(size)).tolist() == [2.0] * size
+    fake.events.clear()
+    for size in (5, 4, 3):
+        assert double(torch.ones(size)).tolist() == [2.0] * size
+    assert fake.events == ["freed", "compute 5", "compute 4", "compute 3"]
+
+
+def test_a_shape_that_cannot_be_captured_ends_the_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of the window's earlier micro-steps stay."""
+    compute, gradient = sum_of_squares()
+    fake = FakeCuda(monkeypatch, compute, [gradient])
+    said: list[str] = []
+    step = CapturedCall(fake, CPU, [gradient], log=said.append, most_shapes=2)
+    one = torch.ones(1)
+    step(torch.ones(4), one)
+    fake.error = 1.0
+    step(torch.ones(2), one)
+    assert gradient.item() == 2 * 4 + 2 * 2
+    assert len(said) == 1
+    step(torch.ones(4), one)
+    assert gradient.item() == 2 * 4 + 2 * 2 + 2 * 4
+    assert fake.events[-2:] == ["compute 2", "compute 4"]
 
 
 @needs_gpu
@@ -170,6 +290,35 @@ def test_a_gpu_replays_what_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> 
         x = torch.randn(rows, 64, device=GPU, generator=generator)
         assert torch.equal(captured(x), (x @ weight).relu())
     assert compute.call_count == 2 + 2  # once plainly and once captured; then the last two
+
+
+@needs_gpu
+def test_a_gpu_replays_several_shapes_from_one_pool() -> None:
+    """The pool takes what the largest needs, and little more."""
+    weight = torch.randn(512, 512, device=GPU, requires_grad=True)
+    flat = flatten_parameters([weight])
+    assert flat.grad is not None
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        loss = ((x @ weight).relu() @ weight).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    generator = torch.Generator(GPU).manual_seed(0)
+    batches = [torch.randn(rows, 512, device=GPU, generator=generator) for rows in (4096, 16384, 8192) * 3]
+    expected = [compute(batch) for batch in batches]
+    gradient = flat.grad.clone()
+    reserved = []
+    for each in ([batches[1]], batches):
+        flat.grad.zero_()
+        drop_workspaces(GPU)
+        free_memory(GPU)
+        step = CapturedCall(compute, GPU, [flat.grad], True, exact=True, most_shapes=3)
+        results = [step(batch) for batch in each]
+        reserved.append(torch.cuda.memory_reserved())
+    assert all(map(torch.equal, results, expected))
+    assert torch.equal(flat.grad, gradient)
+    assert reserved[1] <= reserved[0] + 64 * 1024**2  # the inputs that the graphs read
 
 
 @needs_gpu

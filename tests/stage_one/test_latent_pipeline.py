@@ -13,7 +13,9 @@ import precompute_latents
 from precompute_latents import LatentConfig, decode_ahead, one_late
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import MINIATURE, ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one import latent_cache
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.images import crop_boxes, crop_rgb, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache
@@ -55,7 +57,15 @@ def crops(many: Path, tiny_sd3: Path, tmp_path: Path) -> Callable[..., Any]:
     cache = LatentCache(tmp_path / "latents", files.provenance(["vae"], "fp32", 64), "white")
 
     def call(batch_size: int, threads: int, broken: list[BrokenPicture] | None = None) -> Any:
-        return decode_ahead(images, CENTER, cache, batch_size, threads, [] if broken is None else broken)
+        return decode_ahead(
+            images,
+            CENTER,
+            Buckets.square(cache.resolution),
+            cache,
+            batch_size,
+            threads,
+            [] if broken is None else broken,
+        )
 
     return call
 
@@ -193,7 +203,10 @@ def test_a_batch_of_bytes_is_in_the_layout_of_tensor_cores() -> None:
 def test_float16_is_within_the_stated_tolerance() -> None:
     """On the bundled, trained VAE: docs/stages.md says 0.5 %."""
     paths = sorted((PROJECT / "examples" / "robot").glob("*.png"))[:2]
-    rgb = [crop_rgb(picture, crop_boxes(*picture.size, 128, 1, flip=False)[0]) for picture in map(open_rgb, paths)]
+    rgb = [
+        crop_rgb(picture, crop_boxes(*picture.size, PictureSize.square(128), 1, flip=False)[0])
+        for picture in map(open_rgb, paths)
+    ]
     pixels = to_pixels(torch.stack(rgb)).contiguous()
     found = {}
     for dtype in (torch.float32, torch.float16):

@@ -9,6 +9,7 @@ from pathlib import Path
 import sd3_lora.training.dataset
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import hash_file
@@ -70,7 +71,7 @@ def find(folder: Path) -> tuple[InstanceImage, ...]:
 
 
 def all_variants(images: tuple[InstanceImage, ...], cache: LatentCache) -> dict[str, tuple[str, ...]]:
-    return choose_variants(images, cache, False, None, None, "the command")
+    return choose_variants(images, cache, Buckets.square(cache.resolution), False, None, None, "the command")
 
 
 def truth(captioned: Prepared) -> dict[str, tuple[str, torch.Tensor, torch.Tensor]]:
@@ -221,7 +222,7 @@ def test_rows_are_kept_up_to_a_limit(
 
 def names_of(captioned: Prepared, cache: LatentCache, name: str, *choice: object) -> list[str]:
     images = find(captioned.pictures)
-    chosen = choose_variants(images, cache, *choice, "the command")  # type: ignore[arg-type]
+    chosen = choose_variants(images, cache, Buckets.square(cache.resolution), *choice, "the command")  # type: ignore[arg-type]
     return list(chosen[hash_file(captioned.pictures / name)])
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.training.checkpoints import pack, read_state, unpack
-from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.pool import Pool, pass_length
 
 import pytest
@@ -190,3 +191,96 @@ def test_a_pool_is_not_empty_and_repeats_at_least_once() -> None:
         pool(0)
     with pytest.raises(ValueError, match="2 pictures that come 0 times a pass"):
         pool(2, repeats=0)
+
+
+# Pictures of several shapes
+
+
+def shaped(shapes: str, seed: int = 0, repeats: int = 1) -> DataOrder:
+    """One picture a letter, which is its shape."""
+    return DataOrder([pool(len(shapes), repeats)], seed, shapes)
+
+
+@given(
+    shapes=st.text("abc", min_size=2, max_size=14).filter(lambda text: len(set(text)) > 1),
+    count=st.integers(1, 6),
+    repeats=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+def test_batches_have_one_shape_and_every_picture_comes_as_often(
+    shapes: str, count: int, repeats: int, seed: int
+) -> None:
+    """Over 10 epochs, and over each of them."""
+    order, pools = shaped(shapes, seed, repeats), [pool(len(shapes), repeats)]
+    batches_a_pass = places_of_pass(pools, shapes, count) // count
+    seen: Counter[int] = Counter()
+    for epoch in range(1, 11):
+        for batch in (order.take(count) for _ in range(batches_a_pass)):
+            assert len({shapes[index] for index in batch}) == 1
+            assert 1 <= len(batch) <= count
+            seen.update(batch)
+        assert seen == dict.fromkeys(range(len(shapes)), repeats * epoch)
+
+
+def test_each_pass_has_its_batches_in_an_order_of_their_own() -> None:
+    order = shaped("aaaabbbbcccc")
+    passes = [tuple("aaaabbbbcccc"[order.take(2)[0]] for _ in range(6)) for _ in range(8)]
+    assert len(set(passes)) > 4
+
+
+def test_one_shape_is_the_order_of_earlier_builds() -> None:
+    """Without smaller batches, and with a state that earlier builds read."""
+    order, plain = shaped("aaaaa"), order_of(5, 0)
+    assert [order.take(4) for _ in range(9)] == [plain.take(4) for _ in range(9)]
+    assert order.state_dict().keys() == plain.state_dict().keys()
+    assert places_of_pass([pool(5)], "aaaaa", 4) == pass_length([pool(5)]) == 5
+
+
+def test_an_order_of_shapes_goes_on_from_its_state() -> None:
+    order = shaped("aaabbbbc", 11)
+    for _ in range(5):  # amid the second pass
+        order.take(3)
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(order.state_dict(), tensors)
+    expected = [order.take(3) for _ in range(20)]
+    resumed = shaped("aaabbbbc", 99)
+    resumed.load_state_dict(unpack(packed, tensors))
+    assert [resumed.take(3) for _ in range(20)] == expected
+
+
+def test_class_pictures_of_other_shapes_are_refused() -> None:
+    with pytest.raises(UserError, match="leave out --use_aspect_ratio_bucket, or the class pictures"):
+        places_of_pass([pool(2), pool(2)], "abaa", 2)
+    with pytest.raises(ValueError, match="2 pools of pictures of several shapes"):
+        DataOrder([pool(2), pool(2)], 0, "abaa")
+
+
+@pytest.mark.parametrize("fills", [False, True])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 2), (4, 1), (2, 3)])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_picture_of_a_smaller_batch_weighs_as_in_a_full_one(
+    world_size: int, batch_size: int, count: int, fills: bool
+) -> None:
+    """The mean over ranks of the means over their rows is the sum over the pictures, over the full batch's size."""
+    losses = torch.rand(9, generator=torch.Generator().manual_seed(1))
+    pictures = [5, 7, 2, 8][:count]
+    shares = [GlobalDraws(0, batch_size, rank, world_size).share(pictures, fills) for rank in range(world_size)]
+    assert len({len(share.pictures) for share in shares}) == 1
+    full = world_size * batch_size
+    if count == full:
+        assert all(share.weights is None for share in shares)
+        assert [index for share in shares for index in share.pictures] == pictures
+        return
+    means = [(share.weights * losses[share.pictures]).mean() for share in shares]
+    assert torch.stack(means).mean() == pytest.approx(losses[pictures].sum() / full)
+    assert {share.of_full for share in shares} == {count / full}
+    assert len(shares[0].pictures) == (batch_size if fills else -(-count // world_size))
+
+
+def test_ranks_slice_what_one_process_draws_for_a_smaller_batch() -> None:
+    whole, ranks = GlobalDraws(7, 4), [GlobalDraws(7, 2, rank, 2) for rank in range(2)]
+    for pictures in ([3], [3, 1], [3, 1, 2], [3, 1, 2, 0]):
+        count, each = len(pictures), len(ranks[0].share(pictures).pictures)
+        assert torch.equal(torch.cat([rank.normal((2,), each) for rank in ranks])[:count], whole.normal((2,), count))
+        assert torch.equal(torch.cat([rank.uniform(each) for rank in ranks])[:count], whole.uniform(count))
