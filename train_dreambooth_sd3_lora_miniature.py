@@ -86,7 +86,7 @@ from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingS
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
-from sd3_lora.training.pool import Pool, pass_length
+from sd3_lora.training.pool import Pool, pass_length, with_class_pool
 from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
@@ -167,16 +167,20 @@ def run_identity(
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
+    roles = [image.role for image in data.images]
+    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
+    hashed = [(*each, role) if role == "class" else each for each, role in zip(pictures, roles, strict=True)]
     names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
     numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr(pictures).encode()).hexdigest()[:12],
+        PICTURES: hashlib.sha256(repr(hashed).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         **{f"--{name}": value for name, value in numbers.items()},
+        **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         BATCH: flags.run.train_batch_size * facts.processes,
@@ -349,7 +353,7 @@ def load_training(
         optimizer,
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
+        GlobalDraws(seed, run.train_batch_size * flags.prior.pools, accelerator.process_index, processes),
         DataOrder(pools, seed),
         planned.steps,
         arranged.ahead,
@@ -374,7 +378,7 @@ def training_task(
     asked.check(config["num_layers"], processes)
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
-        flags.run.train_batch_size,
+        flags.run.train_batch_size * flags.prior.pools,
         latent_size,
         text_tokens_of(flags.data, files),
         lora.layers,
@@ -471,15 +475,21 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; latents that are missing are made."""
+    """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
     store = stage_one.open_embeddings()
+    stage_one.require_class_folder(store)
     require_writable_folder(output_dir)
-    if accelerator.is_main_process and not stage_one.has_latents():
-        stage_one.make_latents()
+    if accelerator.is_main_process:
+        if not stage_one.has_latents():
+            stage_one.make_latents()
+        if stage_one.prior.with_prior_preservation:
+            stage_one.make_class_pictures()
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+    others = stage_one.find_class_images(images, cache)
+    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
+    return TrainingData(pools, stage_one.variants((*images, *others), cache), store, cache)
 
 
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
@@ -540,12 +550,14 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
-    stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
+    stage_one = StageOne(
+        flags.data, flags.model, files, resolution, flags.device.device, flags.prior, flags.budget, flags.run.seed or 0
+    )
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
-    say(f"{len(data)} pictures at {resolution} px, seed {seed}")
+    say(f"{data.counted()} at {resolution} px, seed {seed}")
 
     if budget:
         budget.cap()

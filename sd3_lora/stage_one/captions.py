@@ -13,7 +13,14 @@ from typing import Any
 
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, print_in_rank_0, read_text_lines, shown
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import CAPTION_EXTENSIONS, METADATA_NAMES, caption_stems, folded, list_images
+from sd3_lora.stage_one.images import (
+    CAPTION_EXTENSIONS,
+    METADATA_NAMES,
+    caption_stems,
+    folded,
+    list_images,
+    picture_paths,
+)
 from sd3_lora.stage_one.picture_hashes import hash_pictures
 
 import pyarrow as pa
@@ -293,6 +300,41 @@ def instance_images(
         )
     _refuse(faults)
     return InstanceFolder(folder, tuple(images), listing.left_out, captioned)
+
+
+def class_images(folder: Path, class_prompt: str, most: int) -> tuple[InstanceImage, ...]:
+    """The first distinct class pictures of a folder, by name; captions beside them are not read.
+
+    Args:
+        folder: theirs, without its subfolders; it need not exist.
+        class_prompt: of all of them.
+        most: how many.
+
+    Raises:
+        UserError: the folder is a file or cannot be read.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, not a folder: give a folder as --class_data_dir")
+    paths, first = picture_paths(folder), dict[str, Path]()
+    for image_id, path in zip(hash_pictures(paths), paths, strict=True):
+        first.setdefault(image_id, path)  # identical ones are one picture
+    images = [InstanceImage(image_id, path, class_prompt, "class") for image_id, path in first.items()]
+    return tuple(images[:most])
+
+
+def require_apart(images: Sequence[InstanceImage], others: Sequence[InstanceImage]) -> None:
+    """Checks that no picture of the subject is a class picture.
+
+    Raises:
+        UserError: one is.
+    """
+    by_id = {image.image_id: image for image in others}
+    for image in images:
+        if image.image_id in by_id:
+            raise UserError(
+                f"{by_id[image.image_id].path} is also a picture of the subject, {image.path.name}: the pictures of "
+                "--class_data_dir must be others than those of --instance_data_dir, so remove it from one of them"
+            )
 
 
 def _caption(paths: Sequence[Path], captions: dict[Path, str], faults: list[str]) -> str | None:

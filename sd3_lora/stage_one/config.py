@@ -75,11 +75,16 @@ class LatentConfig(CropFlags):
             "32 pixels; the numbers differ a little. auto: whole where that fits, else the largest tile that does."
         },
     )
+    class_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of class pictures, to be encoded too: the first --num_class_images of it, by name."},
+    )
+    num_class_images: int = field(default=100, metadata={"help": "How many class pictures, at the most."})
     output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right(less_than_one(self, "num_crops", "vae_batch_size"))
+        require_right(less_than_one(self, "num_crops", "vae_batch_size", "num_class_images"))
 
     def batch_size(self, resolution: int) -> int:
         """Crops in one forward, at the most: by default what takes as much as one of 1024 px, and no more than 16."""
