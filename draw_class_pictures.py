@@ -218,14 +218,15 @@ def draw(
     for component in ("scheduler", "transformer", "vae"):  # here and whole before anything is drawn
         files.component(component)
     waiting, device, dtype = WaitingLatents(cache.folder / "undecoded"), sampling.device, sampling.chosen.dtype
-    with memory_stage(f"denoise ({sampling.chosen.name}), {sampling.together} at a time", device, reports):
-        arranged = arrange(files, sampling.plan.placement, device, dtype, sampling.latent_size, lambda _: [])
-        scheduler = files.read_scheduler_config()
-        sampler = Sampler(arranged.transformer, scheduler, dtype_flag="--prior_generation_precision")
-        shape = (files.latent_channels_and_scale()[0], *sampling.latent_size)
-        settings = sampling_of(sampling.config)
-        denoise_all(sampler, pictures, embeddings, settings, shape, sampling.together, waiting)
-        del arranged, sampler
+    if any(waiting.read(picture) is None for picture in pictures):
+        with memory_stage(f"denoise ({sampling.chosen.name}), {sampling.together} at a time", device, reports):
+            arranged = arrange(files, sampling.plan.placement, device, dtype, sampling.latent_size, lambda _: [])
+            scheduler = files.read_scheduler_config()
+            sampler = Sampler(arranged.transformer, scheduler, dtype_flag="--prior_generation_precision")
+            shape = (files.latent_channels_and_scale()[0], *sampling.latent_size)
+            settings = sampling_of(sampling.config)
+            denoise_all(sampler, pictures, embeddings, settings, shape, sampling.together, waiting)
+            del arranged, sampler
     with memory_stage(f"decode ({VAE_PRECISION})", device, reports):
         vae = load_vae(files, VAE_PRECISION, device, tile)
         decode_all(vae, pictures, waiting, cache)

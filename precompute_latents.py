@@ -401,7 +401,7 @@ def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> 
     others = class_images(folder, "", config.num_class_images)
     if not others:
         raise UserError(f"{folder} holds no class pictures: check the path, or leave out --class_data_dir")
-    require_apart(images, others)
+    require_apart({image.image_id for image in images}, others)
     print(f"{len(others)} class pictures in {folder}")
     return list(others)
 

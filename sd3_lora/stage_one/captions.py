@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -322,18 +322,17 @@ def class_images(folder: Path, class_prompt: str, most: int) -> tuple[InstanceIm
     return tuple(images[:most])
 
 
-def require_apart(images: Sequence[InstanceImage], others: Sequence[InstanceImage]) -> None:
-    """Checks that no picture of the subject is a class picture.
+def require_apart(subject_ids: Collection[str], others: Sequence[InstanceImage]) -> None:
+    """Checks that no class picture is a picture of the subject.
 
     Raises:
         UserError: one is.
     """
-    by_id = {image.image_id: image for image in others}
-    for image in images:
-        if image.image_id in by_id:
+    for image in others:
+        if image.image_id in subject_ids:
             raise UserError(
-                f"{by_id[image.image_id].path} is also a picture of the subject, {image.path.name}: the pictures of "
-                "--class_data_dir must be others than those of --instance_data_dir, so remove it from one of them"
+                f"{image.path} is also a picture of the subject: the pictures of --class_data_dir must be others than "
+                "those of --instance_data_dir, so remove it from one of them"
             )
 
 

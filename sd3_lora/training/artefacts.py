@@ -171,8 +171,8 @@ class StageOne:
         """Checks the class pictures' folder and prompt before anything is drawn.
 
         Raises:
-            UserError: the folder is the subject's, or lies within it where subfolders are read; it cannot be written;
-                the prompt has no embedding.
+            UserError: the folder is the subject's, or lies within it where subfolders are read, or a picture in it is
+                the subject's; the prompt has no embedding.
         """
         prior = self.prior
         if prior.class_data_dir is None or prior.class_prompt is None:
@@ -186,6 +186,7 @@ class StageOne:
                 f"--class_data_dir {prior.class_data_dir} {relation} the folder of the subject's pictures: give class "
                 "pictures a folder of their own"
             )
+        require_apart(store.prompt_of_image().keys(), self._class_images())
         asked = self.data.instance_prompt
         flags = {
             "max_sequence_length": store.provenance.size,
@@ -244,7 +245,7 @@ class StageOne:
             UserError: one of them is the subject's, or none decodes.
         """
         found = self._class_images()
-        require_apart(images, found)
+        require_apart({image.image_id for image in images}, found)
         return self._without_broken(found, cache) if found else ()
 
     def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
