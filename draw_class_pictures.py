@@ -54,7 +54,7 @@ from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_bud
 from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
-from sd3_lora.stage_one.config import LatentConfig
+from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
@@ -76,14 +76,16 @@ def read_embeddings(config: ClassDrawingConfig, files: ModelFiles) -> Embeddings
         UserError: the file is not there, is of another model, or lacks one of them.
     """
     path, prompts = Path(config.data_df_path), (config.class_prompt or "", "")
-    remedy = command("compute_embeddings.py", **files.config.flags(), class_prompt=prompts[0], output_path=path)
+    recorded = recorded_flags(path.with_suffix(".json"), EmbeddingConfig)  # it keeps the subject's pictures
+    recorded |= {**files.config.flags(), "class_prompt": prompts[0], "output_path": path}
+    remedy = command("compute_embeddings.py", **recorded)
     with EmbeddingStore(path) as store:
         wanted = files.provenance(TEXT_COMPONENTS, store.provenance.precision, store.provenance.size)
         difference = store.provenance.difference(wanted, "max_sequence_length")
         if difference:
             raise UserError(f"{path} was made with {difference}: type `{remedy} --overwrite`")
         if any(prompt not in store for prompt in prompts):
-            raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`, with the flags of the subject's pictures")
+            raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`")
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(prompts)}
 
 

@@ -478,6 +478,8 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
+    if accelerator.num_processes > 1:
+        stage_one.require_class_pictures()
     require_writable_folder(output_dir)
     if accelerator.is_main_process:
         if not stage_one.has_latents():

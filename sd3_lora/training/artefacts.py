@@ -200,27 +200,48 @@ class StageOne:
         Raises:
             UserError: one of the two failed.
         """
-        prior, missing = self.prior, self.prior.num_class_images - len(self._class_images())
-        if missing > 0:
-            flags = {
-                **self.model.flags(),
-                "class_prompt": prior.class_prompt,
-                **self._class_flags(),
-                "prior_generation_precision": prior.prior_generation_precision,
-                "sample_batch_size": None if prior.sample_batch_size == 4 else prior.sample_batch_size,
-                "data_df_path": self.data.data_df_path,
-                "latents_path": self.data.latents_path,
-                "resolution": self.resolution,
-                "seed": self.seed,
-                "device": None if self.device == "auto" else self.device,
-                **self.budget.flags(),
-            }
-            lack = f"{prior.class_data_dir} lacks {missing} class picture{'s' if missing > 1 else ''}"
-            self._run("draw_class_pictures.py", flags, lack, "class pictures")
+        lack = self._lack_of_class_pictures()
+        if lack is not None:
+            self._run("draw_class_pictures.py", self._drawing_flags(), lack, "class pictures")
         if self._lacks_class_latents():
-            lack = f"{self.data.latents_path} lacks class pictures of {prior.class_data_dir}"
+            lack = f"{self.data.latents_path} lacks class pictures of {self.prior.class_data_dir}"
             flags = self._flags("precompute_latents.py")
             self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
+
+    def require_class_pictures(self) -> None:
+        """Checks that all class pictures are there: several processes would wait for rank 0 longer than they may.
+
+        Raises:
+            UserError: some are missing; names the command that draws them.
+        """
+        lack = self._lack_of_class_pictures()
+        if lack is not None:
+            typed = command("draw_class_pictures.py", **self._drawing_flags())
+            raise UserError(f"{lack}, which are drawn before several processes start: type `{typed}`")
+
+    def _lack_of_class_pictures(self) -> str | None:
+        """How many are missing, in words; None where all are there."""
+        missing = self.prior.num_class_images - len(self._class_images())
+        if not self.prior.with_prior_preservation or missing <= 0:
+            return None
+        return f"{self.prior.class_data_dir} lacks {missing} class picture{'s' if missing > 1 else ''}"
+
+    def _drawing_flags(self) -> dict[str, Any]:
+        """The flags of `draw_class_pictures.py`."""
+        prior = self.prior
+        return {
+            **self.model.flags(),
+            "class_prompt": prior.class_prompt,
+            **self._class_flags(),
+            "prior_generation_precision": prior.prior_generation_precision,
+            "sample_batch_size": None if prior.sample_batch_size == 4 else prior.sample_batch_size,
+            "data_df_path": self.data.data_df_path,
+            "latents_path": self.data.latents_path,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "device": None if self.device == "auto" else self.device,
+            **self.budget.flags(),
+        }
 
     def _lacks_class_latents(self) -> bool:
         """Whether a class picture has no latents, or lacks a crop; not whether they are of other settings."""

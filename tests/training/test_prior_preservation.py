@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import shutil
 import subprocess
 from collections import Counter
@@ -418,6 +419,21 @@ def test_the_flags_of_drawing_reach_it(
     assert pairs["--vram_budget_gib"] == "4.0"
     assert pairs["--num_class_images"] == "3"
     assert (pairs["--resolution"], pairs["--seed"]) == ("64", "0")
+
+
+def test_several_processes_do_not_wait_for_pictures(
+    script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
+) -> None:
+    """torch gives up on a rank that draws for longer than ten minutes; the command draws them."""
+    accelerator = training_script().Accelerator
+    monkeypatch.setattr(accelerator, "num_processes", 2)
+    said = train(script, private, tmp_path / "run", *flags(tmp_path / "robots", 2), code=2).error
+    assert f"{tmp_path / 'robots'} lacks 2 class pictures, which are drawn before several processes start: type" in said
+    assert in_process == []
+    words = shlex.split(said.split("`")[1])
+    assert script(words[1].removesuffix(".py"), *words[2:], "--num_steps", 1).code == 0
+    monkeypatch.undo()
+    train(script, private, tmp_path / "run", *flags(tmp_path / "robots", 2))
 
 
 def test_the_precision_changes_the_pictures(script: Script, private: Prepared, tmp_path: Path) -> None:
