@@ -46,6 +46,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import concepts_of, read_subject
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import find_embeddings
@@ -415,6 +416,23 @@ def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> li
     return list(subject.images)
 
 
+def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> list[InstanceImage]:
+    """The class pictures that are to be encoded beside those of the subject; prints how many.
+
+    Raises:
+        UserError: there are none in the folder, or one is among the subject's.
+    """
+    if config.class_data_dir is None:
+        return []
+    folder = Path(config.class_data_dir)
+    others = class_images(folder, "", config.num_class_images)
+    if not others:
+        raise UserError(f"{folder} holds no class pictures: check the path, or leave out --class_data_dir")
+    require_apart({image.image_id for image in images}, others)
+    print(f"{len(others)} class pictures in {folder}")
+    return list(others)
+
+
 def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
     """The cache of the model's resolution and the VAE's precision, both as asked for or by default."""
     folder, resolution = Path(config.output_path), files.resolution(config.resolution)
@@ -450,6 +468,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     longest = PictureSize.square(buckets.longest_side)
     asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
     images = find_images(config, budget_config.plan, processes)
+    others = processes.from_rank_0(lambda: find_class_images(config, images))
+    pictures = [*images, *others]
 
     batch_size = config.batch_size(cache.resolution)
     work = VaeWork(
@@ -464,7 +484,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
     replacing = tile if config.overwrite else None
-    state = processes.from_rank_0(lambda: inspect_cache(images, config, buckets, cache, asked, replacing))
+    state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
     print(*state.sentences(cache, asked), sep="\n")
     predicted: dict[str, int] = {}
     if state.missing or budget_config.plan:
@@ -495,9 +515,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
     RunRecord(configs, facts).save(cache.folder / "run.json", results)
     print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
-    require_whole(broken, len(images), config)
+    require_whole(broken, len(pictures), config)
     cache.note_broken(broken)
-    cached = ((image.path.name, cache.look(image.image_id)) for image in images)
+    cached = ((image.path.name, cache.look(image.image_id)) for image in pictures)
     sizes = {name: (PictureSize(*it.size), buckets.size_for(*it.size)) for name, it in cached if it}
     print(*size_notes(sizes, config.crops), next_line(configs, images), sep="\n")
 

@@ -105,7 +105,7 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.pool import Pool
+from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
@@ -210,17 +210,23 @@ def run_identity(
 ) -> RunIdentity:
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = noted_pictures(data)
+    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
+    keys = [
+        (*picture.key, image.role) if image.role == "class" else picture.key
+        for picture, image in zip(pictures, data.images, strict=True)
+    ]
     numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr([picture.key for picture in pictures]).encode()).hexdigest()[:12],
+        PICTURES: hashlib.sha256(repr(keys).encode()).hexdigest()[:12],
         "--resolution": facts.resolution,
         "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         "--caption_dropout": flags.data.caption_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
+        **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         BATCH: flags.run.train_batch_size * facts.processes,
@@ -434,7 +440,7 @@ def load_training(
         optimizer,
         lr_scheduler,
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        GlobalDraws(seed, run.train_batch_size, accelerator.process_index, processes),
+        GlobalDraws(seed, run.train_batch_size * flags.prior.pools, accelerator.process_index, processes),
         DataOrder(data.pools, seed, data.sizes),
         planned.steps,
         arranged.ahead,
@@ -463,7 +469,7 @@ def training_task(
     per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
-        flags.run.train_batch_size,
+        flags.run.train_batch_size * flags.prior.pools,
         buckets.largest.latent(vae_scale),
         text_tokens_of(flags.data, files),
         lora.layers,
@@ -571,22 +577,30 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; latents that are missing are made."""
+    """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
     store = stage_one.open_embeddings()
+    stage_one.require_class_folder(store)
+    if accelerator.num_processes > 1:
+        stage_one.require_class_pictures()
     require_writable_folder(output_dir)
-    if accelerator.is_main_process and not stage_one.has_latents():
-        stage_one.make_latents()
+    if accelerator.is_main_process:
+        if not stage_one.has_latents():
+            stage_one.make_latents()
+        if stage_one.prior.with_prior_preservation:
+            stage_one.make_class_pictures()
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+    others = stage_one.find_class_images(images, cache)
+    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
+    return TrainingData(pools, stage_one.variants((*images, *others), cache), store, cache)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
     """How many pictures there are, and in which shapes."""
     counts = Counter(map(str, data.sizes))
     shapes = ", ".join(f"{count} of {size}" for size, count in sorted(counts.items()))
-    return f"{len(data)} pictures at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
+    return f"{data.counted()} at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
 
 
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
@@ -655,7 +669,9 @@ def run(argv: Sequence[str] | None) -> None:
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
-    stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
+    stage_one = StageOne(
+        flags.data, flags.model, files, resolution, flags.device.device, flags.prior, flags.budget, flags.run.seed or 0
+    )
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]

@@ -10,6 +10,7 @@ miniature's judge, which has seen no generated picture, says what the samples sh
 
     python benchmarks/dreambooth.py --result FILE
     python benchmarks/dreambooth.py --peer DIFFUSERS_CLONE --peer_python PEER_VENV/bin/python --result FILE
+    python benchmarks/dreambooth.py --class_images 100 --result FILE
     python benchmarks/dreambooth.py --nf4 --mixed_precision fp16 --result FILE
     python benchmarks/dreambooth.py --lora robot=sd3-dreambooth-lora
 
@@ -211,7 +212,8 @@ def draw_subject_sheet(flags: argparse.Namespace, subject: Subject) -> None:
 def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
     """What decides the scores, and so must be the same in all of an output folder."""
     names = ("steps", "learning_rate", "rank", "lora_layers", "lora_blocks", "train_batch_size", "seed")
-    names += ("mixed_precision", "train_flags", "peer_flags", "prompts", "drift_prompts", "guidance", "num_steps")
+    names += ("mixed_precision", "train_flags", "peer_flags", "class_images")
+    names += ("prompts", "drift_prompts", "guidance", "num_steps")
     files = ModelFiles(ModelConfig(pretrained_model_name_or_path=str(flags.model)))
     parts = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
     identity = {"model": files.provenance(parts, "fp32", SEQUENCE_LENGTH).identity, "judge": file_hash(JUDGE_FILE)}
@@ -229,6 +231,7 @@ def require_same_settings(flags: argparse.Namespace, path: Path) -> dict[str, An
     if noted is None:
         write_json(path, settings)
         return settings
+    noted = {"class_images": 0, **noted}  # which earlier builds did not have
     wrong = [name for name in settings if noted.get(name) != settings[name]]
     if wrong:
         raise UserError(
@@ -252,6 +255,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
     parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of training.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
+    parser.add_argument(
+        "--class_images", type=int, default=0, help="Class pictures of each subject, for prior preservation."
+    )
     parser.add_argument(
         "--nf4", action="store_true", help="Train a second LoRA on the base in 4 bits; both are drawn on the exact one."
     )

@@ -78,11 +78,26 @@ def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) 
     stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
     train = [*shared_words(flags, subject, trainer), *data[2:], *stored, *device, *resume]
     train += ["--base_precision", "nf4"] if trainer == OURS_NF4 else []
+    drawing, prior = [], class_words(flags, subject)
+    if prior:
+        how = ["--num_steps", str(flags.num_steps), "--guidance", f"{flags.guidance:g}", "--seed", str(flags.seed)]
+        how += ["--resolution", str(PICTURE_PX)]
+        drawing = [("draw_class_pictures", [*data[:2], *prior, *how, *stored, *device])]
+        train += ["--with_prior_preservation", *prior]
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
+        *drawing,
         ("train_dreambooth_sd3_lora_miniature", [*train, *shlex.split(flags.train_flags)]),
     ]
+
+
+def class_words(flags: argparse.Namespace, subject: Subject) -> list[str]:
+    """Which class pictures; nothing without --class_images."""
+    if not flags.class_images:
+        return []
+    words = ["--class_prompt", subject.class_prompt, "--class_data_dir", str(subject.folder / "ours" / "class")]
+    return [*words, "--num_class_images", str(flags.class_images)]
 
 
 def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:

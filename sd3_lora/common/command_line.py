@@ -27,6 +27,7 @@ MOST_SHOWN = 10  # names or faults in one message about a user's files
 # Flags that name a file or folder, in which `~` is expanded.
 PATH_FLAGS = {
     "cache_dir",
+    "class_data_dir",
     "concepts_list",
     "data_df_path",
     "dataset_name",

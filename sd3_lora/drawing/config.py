@@ -9,7 +9,7 @@ from typing import Literal, get_type_hints
 
 from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
-from sd3_lora.common.defaults import EMBEDDINGS_PATH, LORA_FOLDER
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags
 
 
@@ -119,3 +119,48 @@ class DrawingFlags:
     def classes(cls) -> list[type]:
         """The groups' classes, to parse them."""
         return list(get_type_hints(cls).values())
+
+
+@dataclass(frozen=True)
+class ClassDrawingConfig:
+    """Which class pictures to draw, and where to."""
+
+    class_prompt: str | None = field(
+        default=None,
+        metadata={"help": "What to draw, a prompt without the identifier: 'a photo of a dog'."},
+    )
+    class_data_dir: str | None = field(
+        default=None, metadata={"help": "Where the pictures go; pictures that are there already are counted."}
+    )
+    num_class_images: int = field(default=100, metadata={"help": "How many pictures there will be in the folder."})
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Of the transformer; no is fp32. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    sample_batch_size: int = field(default=4, metadata={"help": "Pictures denoised together, or as many as fit."})
+    num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
+    guidance: float = field(default=7.0, metadata={"help": "Classifier-free guidance; 1 or less is without."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the pictures in pixels. Default: the model's own."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the starting noise."})
+    data_df_path: str = field(
+        default=EMBEDDINGS_PATH, metadata={"help": "The embeddings file; it must have the class prompt."}
+    )
+    latents_path: str = field(
+        default=LATENTS_PATH,
+        metadata={"help": "The cache that gets the latents: precompute_latents.py's."},
+    )
+
+    def __post_init__(self) -> None:
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(self, "num_class_images", "sample_batch_size", "num_steps", "resolution")
+        if self.class_prompt is None:
+            yield 'nothing to draw: type --class_prompt "a photo of a dog"'
+        if self.class_data_dir is None:
+            yield "there is no folder to draw into: type --class_data_dir FOLDER"
+        if self.seed < 0:
+            yield f"--seed {self.seed} must be at least 0"
+        if not math.isfinite(self.guidance):
+            yield f"--guidance {self.guidance:g} must be a finite number"

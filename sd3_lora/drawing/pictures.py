@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -54,15 +55,24 @@ class PicturePlan:
         """Whether pictures of other settings have the name that it would have had."""
         return self.path.name != _file_name(self.image_index)
 
-    def save(self, picture: Image.Image) -> None:
-        """Writes the PNG with its settings as text, atomically."""
-        text = PngInfo()
+    def png(self, picture: Image.Image) -> bytes:
+        """The PNG with its settings as text."""
+        text, file = PngInfo(), io.BytesIO()
         _add_text(text, "parameters", parameters_text(self.settings))
         _add_text(text, _TEXT_KEY, json.dumps(self.settings, ensure_ascii=False))
+        picture.save(file, format="PNG", pnginfo=text)
+        return file.getvalue()
+
+    def save(self, picture: Image.Image) -> None:
+        """Writes the PNG, atomically."""
+        self.write(self.png(picture))
+
+    def write(self, png: bytes) -> None:
+        """Writes what `png` gave, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            picture.save(temporary, format="PNG", pnginfo=text)
+            temporary.write_bytes(png)
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -52,6 +52,7 @@ class Sampler:
         transformer: that draws.
         scheduler_config: of the model's scheduler.
         precision: the autocast under which the transformer is called; none where its adapters have its dtype.
+        dtype_flag: that chose the transformer's dtype, for a message.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class Sampler:
         transformer: SD3Transformer2DModel,
         scheduler_config: Mapping[str, Any],
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        dtype_flag: str = "--mixed_precision",
     ):
         from diffusers import StableDiffusion3Pipeline  # its import takes a second
 
-        self._transformer, self._precision = transformer, precision
+        self._transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
         self._pipeline = StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler_config)),
@@ -122,7 +124,7 @@ class Sampler:
                 output_type="latent",
             ).images.cpu()
         if not torch.isfinite(latents).all():
-            raise UserError(f"the picture came out as NaN (it would be black): {_remedy(dtype, '--mixed_precision')}")
+            raise UserError(f"the picture came out as NaN (it would be black): {_remedy(dtype, self._dtype_flag)}")
         return latents
 
 

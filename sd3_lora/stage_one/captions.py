@@ -17,7 +17,14 @@ from typing import Any, Literal
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, print_in_rank_0, read_text_lines, shown
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import CAPTION_EXTENSIONS, METADATA_NAMES, caption_stems, folded, list_images
+from sd3_lora.stage_one.images import (
+    CAPTION_EXTENSIONS,
+    METADATA_NAMES,
+    caption_stems,
+    folded,
+    list_images,
+    picture_paths,
+)
 from sd3_lora.stage_one.picture_hashes import hash_pictures
 
 import pyarrow as pa
@@ -410,6 +417,40 @@ def instance_images(
         )
     _refuse(faults)
     return InstanceFolder(folder, tuple(images), listing.left_out, captioned)
+
+
+def class_images(folder: Path, class_prompt: str, most: int) -> tuple[InstanceImage, ...]:
+    """The first distinct class pictures of a folder, by name; captions beside them are not read.
+
+    Args:
+        folder: theirs, without its subfolders; it need not exist.
+        class_prompt: of all of them.
+        most: how many.
+
+    Raises:
+        UserError: the folder is a file or cannot be read.
+    """
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, not a folder: give a folder as --class_data_dir")
+    paths, first = picture_paths(folder), dict[str, Path]()
+    for image_id, path in zip(hash_pictures(paths), paths, strict=True):
+        first.setdefault(image_id, path)  # identical ones are one picture
+    images = [InstanceImage(image_id, path, class_prompt, "class") for image_id, path in first.items()]
+    return tuple(images[:most])
+
+
+def require_apart(subject_ids: Collection[str], others: Sequence[InstanceImage]) -> None:
+    """Checks that no class picture is a picture of the subject.
+
+    Raises:
+        UserError: one is.
+    """
+    for image in others:
+        if image.image_id in subject_ids:
+            raise UserError(
+                f"{image.path} is also a picture of the subject: the pictures of --class_data_dir must be others than "
+                "those of --instance_data_dir, so remove it from one of them"
+            )
 
 
 def _caption(

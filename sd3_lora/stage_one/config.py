@@ -75,12 +75,21 @@ class LatentConfig(CropFlags):
             "32 pixels; the numbers differ a little. auto: whole where that fits, else the largest tile that does."
         },
     )
+    class_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of class pictures, to be encoded too: the first --num_class_images of it, by name."},
+    )
+    num_class_images: int = field(default=100, metadata={"help": "How many class pictures, at the most."})
     output_path: str = field(default=LATENTS_PATH, metadata={"help": "The folder to write."})
     overwrite: bool = field(default=False, metadata={"help": "Replace files that were made with other settings."})
 
     def __post_init__(self) -> None:
         require_right(
-            [*self.picture_faults(), *less_than_one(self, "num_crops", "vae_batch_size"), *self.crop_faults()]
+            [
+                *self.picture_faults(),
+                *less_than_one(self, "num_crops", "vae_batch_size", "num_class_images"),
+                *self.crop_faults(),
+            ]
         )
 
     def batch_size(self, resolution: int) -> int:

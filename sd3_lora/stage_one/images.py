@@ -130,6 +130,17 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
 
 
+def picture_paths(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder without its subfolders, sorted; none where there is no such folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not folder.is_dir():
+        return ()
+    return tuple(sorted(filter(_is_image, _files(folder, recursive=False)[0]), key=Path.as_posix))
+
+
 def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
     """The visible files, and what is no such file."""
     files: list[Path] = []

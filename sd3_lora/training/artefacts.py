@@ -5,31 +5,34 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
-from sd3_lora.common.config import BUCKET_FLAGS, ModelConfig, PictureFlags
+from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.captions import CaptionRules, captions_win
+from sd3_lora.stage_one.captions import CaptionRules, captions_win, class_images, require_apart
 from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
-from sd3_lora.training.config import DataConfig
+from sd3_lora.training.config import DataConfig, PriorConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 # What a stage-one command read, which training of the same folder need not be told again.
 _SOURCE_FLAGS = ("instance_data_dir", "concepts_list", "instance_prompt", "recursive")
+
+_CLASS_FLAGS = ("class_data_dir", "num_class_images")  # that are as typed for training, whatever stage one was told
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class StageOne:
         files: the model's files.
         resolution: of the crops, in pixels.
         device: cpu, cuda or auto, for a stage one that training runs itself.
+        prior: its flags of class pictures.
+        budget: of GPU memory, for drawing class pictures.
+        seed: of their noise.
     """
 
     data: DataConfig
@@ -49,6 +55,9 @@ class StageOne:
     files: ModelFiles
     resolution: int
     device: str
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    seed: int = 0
 
     def command(self, script: str, **more: Any) -> str:
         """The stage-one command that makes these artefacts, to be typed."""
@@ -59,11 +68,17 @@ class StageOne:
         data = self.data
         if script == "compute_embeddings.py":
             recorded = recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig)
-            specific = {"max_sequence_length": data.max_sequence_length, "output_path": data.data_df_path}
+            specific = {
+                "class_prompt": self.prior.class_prompt,
+                "max_sequence_length": data.max_sequence_length,
+                "output_path": data.data_df_path,
+            }
         else:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
-            recorded = {name: value for name, value in recorded.items() if name not in BUCKET_FLAGS}
+            left_out = (*BUCKET_FLAGS, *_CLASS_FLAGS)
+            recorded = {name: value for name, value in recorded.items() if name not in left_out}
             specific = {
+                **(self._class_flags() if self._class_images() else {}),
                 **data.crop_flags(),
                 "resolution": self.resolution,
                 "num_crops": data.num_crops,
@@ -154,15 +169,141 @@ class StageOne:
         Raises:
             UserError: it failed.
         """
-        name = "precompute_latents.py"
-        remedy = self.command(name)
-        print(f"{self.data.latents_path} holds no latents yet; in a process of its own: {remedy}", flush=True)
+        flags = self._flags("precompute_latents.py")
+        self._run("precompute_latents.py", flags, f"{self.data.latents_path} holds no latents", "latents")
+
+    def _run(self, script: str, flags: dict[str, Any], lack: str, made: str) -> None:
+        """Runs a script in another process.
+
+        Args:
+            script: its name.
+            flags: its flags.
+            lack: why, for the user.
+            made: what there is none of where it fails.
+
+        Raises:
+            UserError: it failed.
+        """
+        typed, (name, *arguments) = command(script, **flags), command_words(script, **flags)
+        print(f"{lack} yet; in a process of its own: {typed}", flush=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
-        script, *arguments = command_words(name, **self._flags(name))
-        if subprocess.run(
-            [sys.executable, PROJECT_FOLDER / script, *arguments], env=environment, check=False
-        ).returncode:
-            raise UserError(f"there are no latents to train on: mend what is said above, then type `{remedy}`")
+        if subprocess.run([sys.executable, PROJECT_FOLDER / name, *arguments], env=environment, check=False).returncode:
+            raise UserError(f"there are no {made} to train on: mend what is said above, then type `{typed}`")
+
+    def _class_flags(self) -> dict[str, Any]:
+        prior = self.prior
+        return {"class_data_dir": prior.class_data_dir, "num_class_images": prior.num_class_images}
+
+    def _class_images(self) -> tuple[InstanceImage, ...]:
+        """The class pictures that are there, as many as are asked for; none without --with_prior_preservation."""
+        prior = self.prior
+        if prior.class_data_dir is None or prior.class_prompt is None:
+            return ()
+        return class_images(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
+
+    def require_class_folder(self, store: EmbeddingStore) -> None:
+        """Checks the class pictures' folder and prompt before anything is drawn.
+
+        Raises:
+            UserError: the folder is the subject's, or lies within it where subfolders are read, or a picture in it is
+                the subject's; the prompt has no embedding.
+        """
+        prior = self.prior
+        if prior.class_data_dir is None or prior.class_prompt is None:
+            return
+        recorded = recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
+        folder = Path(prior.class_data_dir).resolve()
+        for concept in concepts_of(self._subject or _picture_flags(recorded)):
+            subject = concept.folder.resolve()
+            if folder == subject or (self.data.recursive and folder.is_relative_to(subject)):
+                relation = "is" if folder == subject else "lies in"
+                raise UserError(
+                    f"--class_data_dir {prior.class_data_dir} {relation} the folder of the subject's pictures: give "
+                    "class pictures a folder of their own"
+                )
+        require_apart(store.prompts_of_images().keys(), self._class_images())
+        asked = self.data.instance_prompt
+        flags = {
+            "max_sequence_length": store.provenance.size,
+            "instance_prompt": store.uncaptioned_prompt if asked is None else asked,
+        }
+        require_prompts(store, [prior.class_prompt], self.command("compute_embeddings.py", **flags))
+
+    def make_class_pictures(self) -> None:
+        """Has the class pictures that are missing drawn, and those without latents encoded, each in another process.
+
+        Raises:
+            UserError: one of the two failed.
+        """
+        lack = self._lack_of_class_pictures()
+        if lack is not None:
+            self._run("draw_class_pictures.py", self._drawing_flags(), lack, "class pictures")
+        if self._lacks_class_latents():
+            lack = f"{self.data.latents_path} lacks class pictures of {self.prior.class_data_dir}"
+            flags = self._flags("precompute_latents.py")
+            self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
+
+    def require_class_pictures(self) -> None:
+        """Checks that all class pictures are there: several processes would wait for rank 0 longer than they may.
+
+        Raises:
+            UserError: some are missing; names the command that draws them.
+        """
+        lack = self._lack_of_class_pictures()
+        if lack is not None:
+            typed = command("draw_class_pictures.py", **self._drawing_flags())
+            raise UserError(f"{lack}, which are drawn before several processes start: type `{typed}`")
+
+    def _lack_of_class_pictures(self) -> str | None:
+        """How many are missing, in words; None where all are there."""
+        missing = self.prior.num_class_images - len(self._class_images())
+        if not self.prior.with_prior_preservation or missing <= 0:
+            return None
+        return f"{self.prior.class_data_dir} lacks {missing} class picture{'s' if missing > 1 else ''}"
+
+    def _drawing_flags(self) -> dict[str, Any]:
+        """The flags of `draw_class_pictures.py`."""
+        prior = self.prior
+        return {
+            **self.model.flags(),
+            "class_prompt": prior.class_prompt,
+            **self._class_flags(),
+            "prior_generation_precision": prior.prior_generation_precision,
+            "sample_batch_size": None if prior.sample_batch_size == 4 else prior.sample_batch_size,
+            "data_df_path": self.data.data_df_path,
+            "latents_path": self.data.latents_path,
+            "resolution": self.resolution,
+            "seed": self.seed,
+            "device": None if self.device == "auto" else self.device,
+            **self.budget.flags(),
+        }
+
+    def _lacks_class_latents(self) -> bool:
+        """Whether a class picture has no latents, or lacks a crop; not whether they are of other settings."""
+        data, cache = self.data, self.open_latents()
+        images = [image for image in self._class_images() if image.image_id not in cache.broken()]
+        try:
+            buckets = Buckets.of(data, self.files)
+            choose_variants(images, cache, buckets, data.center_crop, data.num_crops, data.random_flip, "")
+        except StaleLatents:  # `variants` says what to do
+            return False
+        except UserError:
+            return True
+        return False
+
+    def find_class_images(self, images: Sequence[InstanceImage], cache: LatentCache) -> tuple[InstanceImage, ...]:
+        """The class pictures, none without --with_prior_preservation.
+
+        Args:
+            images: the subject's.
+            cache: of all.
+
+        Raises:
+            UserError: one of them is the subject's, or none decodes.
+        """
+        found = self._class_images()
+        require_apart({image.image_id for image in images}, found)
+        return self._without_broken(found, cache) if found else ()
 
     def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
         """The pictures with their prompts, each of which has its embedding; without those that do not decode.

@@ -28,19 +28,11 @@ WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"
 ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
-_LATER = "prior preservation is not built yet"
 _DRAW = "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N"
 _UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
 _FREED = "the text encoders are freed before training; only the transformer is trained"
 # Flags of diffusers' scripts that are not here, with what to do instead.
 REFUSED_FLAGS = {
-    "with_prior_preservation": f"{_LATER}; fewer --max_train_steps hold drift down",
-    "class_data_dir": f"{_LATER}; leave it out, and keep class pictures out of --instance_data_dir",
-    "class_prompt": f"{_LATER}; compute_embeddings.py takes --class_prompt",
-    "num_class_images": f"{_LATER}; leave it out",
-    "prior_loss_weight": f"{_LATER}; leave it out",
-    "prior_generation_precision": f"{_LATER}; leave it out",
-    "sample_batch_size": f"{_LATER}; leave it out",
     "train_text_encoder": _FREED,
     "text_encoder_lr": f"{_FREED}, at --learning_rate",
     "adam_weight_decay_text_encoder": f"{_FREED}; leave it out",
@@ -101,6 +93,67 @@ class DataConfig(CropFlags):
     def _dropout_faults(self) -> Iterator[str]:
         if not 0 <= self.caption_dropout <= 1:
             yield "--caption_dropout must be at least 0 and at most 1"
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Prior preservation: pictures of the subject's class are trained on beside it, against drift."""
+
+    with_prior_preservation: bool = field(
+        default=False,
+        metadata={"help": "Train on as many class pictures as pictures of the subject, --train_batch_size of each."},
+    )
+    class_prompt: str | None = field(
+        default=None, metadata={"help": "The instance prompt without the identifier: 'a photo of a dog'."}
+    )
+    class_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of class pictures; those that are missing are drawn into it by the model itself."},
+    )
+    num_class_images: int = field(default=100, metadata={"help": "How many class pictures."})
+    prior_loss_weight: float = field(
+        default=1.0, metadata={"help": "The loss is the subject's plus so many times the class pictures'."}
+    )
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = field(
+        default=None,
+        metadata={"help": "Of the transformer that draws them; no is fp32. Default: fp16 on a GPU, fp32 on a CPU."},
+    )
+    sample_batch_size: int = field(default=4, metadata={"help": "Class pictures drawn together, or as many as fit."})
+
+    def __post_init__(self) -> None:
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        yield from less_than_one(self, "num_class_images", "sample_batch_size")
+        if not 0 <= self.prior_loss_weight < math.inf:
+            yield f"--prior_loss_weight {self.prior_loss_weight:g} must be a finite number, not negative"
+        if not self.with_prior_preservation:
+            typed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            yield from (
+                f"--{name} has no effect without --with_prior_preservation: add that, or leave --{name} out"
+                for name in typed
+            )
+            return
+        if self.class_prompt is None:
+            yield (
+                "--with_prior_preservation needs the prompt without the identifier: type --class_prompt "
+                '"a photo of a dog"'
+            )
+        if self.class_data_dir is None:
+            yield (
+                "--with_prior_preservation needs a folder of class pictures, or an empty one to draw them into: type "
+                "--class_data_dir FOLDER"
+            )
+
+    @property
+    def pools(self) -> int:
+        """How many pictures come for each of the subject, itself included."""
+        return 2 if self.with_prior_preservation else 1
+
+    def identity(self) -> dict[str, object]:
+        """The flags that decide the numbers of a run, beside the class pictures themselves."""
+        names = ("with_prior_preservation", "class_prompt", "num_class_images", "prior_loss_weight")
+        return {f"--{name}": getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -538,6 +591,7 @@ class TrainingFlags:
     """All the flags of training, by group, in the order of `--help`."""
 
     data: DataConfig
+    prior: PriorConfig
     lora: LoraFlags
     optimizer: OptimizerConfig
     average: AverageFlags
@@ -557,12 +611,15 @@ class TrainingFlags:
             steps: optimizer steps in all.
             processes: how many.
         """
-        run, optimizer = self.run, self.optimizer
+        run, optimizer, prior = self.run, self.optimizer, self.prior
+        weighted = f" (and as many class pictures, weighted {prior.prior_loss_weight:g})"
+        class_pictures = weighted if prior.with_prior_preservation else ""
         rate = optimizer.scaled_rate(run.pictures_per_step(processes))
         kind = "" if optimizer.kind == ADAMW else f"{optimizer.kind.name}, "
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
         return (
-            f"{resolution} px, batch {run.train_batch_size} × accumulation {run.gradient_accumulation_steps} × "
+            f"{resolution} px, batch {run.train_batch_size}{class_pictures} × accumulation "
+            f"{run.gradient_accumulation_steps} × "
             f"processes {processes}, {steps} steps, {kind}learning rate {rate:g} {optimizer.lr_scheduler}"
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "

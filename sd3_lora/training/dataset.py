@@ -52,6 +52,13 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def counted(self) -> str:
+        """How many pictures of each role, for the user."""
+        subject, others = (
+            sum(len(pool.images) for pool in self.pools if pool.role == role) for role in ("instance", "class")
+        )
+        return f"{subject} pictures" + (f" and {others} class pictures" if others else "")
+
     @property
     def sizes(self) -> tuple[PictureSize, ...]:
         """Of each picture's crops, in pixels."""

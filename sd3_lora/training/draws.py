@@ -86,7 +86,7 @@ class DataOrder:
     """An endless order of the pictures of some pools.
 
     A pool's pictures come in passes: each picture `repeats` times in a pass, each pass in a new order, none cut short.
-    Every batch takes as many pictures from each pool: its first part from the first pool, and so on.
+    Every batch takes as many pictures from each pool, one of each in turn, so that each rank's part has them alike.
 
     Pictures of several shapes come in batches of one shape, in a new order of batches in each pass. What is left of a
     shape at the end of a pass is a smaller batch.
@@ -125,7 +125,8 @@ class DataOrder:
         share, rest = divmod(count, len(self._orders))
         if rest:
             raise ValueError(f"a batch of {count} pictures cannot take as many from each of {len(self._orders)} pools")
-        return [index for order in self._orders for index in order.take(share)]
+        taken = [order.take(share) for order in self._orders]
+        return [index for one_of_each in zip(*taken, strict=True) for index in one_of_each]
 
     def turns(self, indices: Sequence[int]) -> list[int]:
         """How often each of these pictures was taken before: which of its captions comes. Counts them as taken.

@@ -49,5 +49,18 @@ class Pool:
 
 
 def pass_length(pools: Sequence[Pool]) -> int:
-    """Pictures that training takes until each pool had a whole pass; each batch takes as many from every pool."""
-    return len(pools) * max(pool.pass_length for pool in pools)
+    """Pictures that training takes from each pool until each had a whole pass."""
+    return max(pool.pass_length for pool in pools)
+
+
+def with_class_pool(
+    images: Sequence[InstanceImage], class_images: Sequence[InstanceImage], prior_loss_weight: float
+) -> list[Pool]:
+    """The subject's pictures, and those of its class where there are any, which meet one to one.
+
+    The mean over a batch, half of which is of each pool, is then the mean loss of the subject's pictures plus
+    `prior_loss_weight` times that of the class's: each weight is twice what it is in that sum.
+    """
+    if not class_images:
+        return [Pool(images)]
+    return [Pool(images, weight=2.0), Pool(class_images, "class", weight=2 * prior_loss_weight)]

@@ -203,6 +203,25 @@ def test_the_trainers_are_told_the_same(tmp_path):
     assert "--logit_mean" not in peer
 
 
+def test_class_pictures_are_drawn_as_the_samples_are(tmp_path):
+    words = ["--class_images", "7", "--guidance", "2.5", "--num_steps", "9", "--output_dir", str(tmp_path)]
+    flags = dreambooth.make_parser().parse_args(words)
+    subject = dreambooth.subject_of(flags, "fox")
+    scripts = dict(dreambooth_trainers.our_words(flags, subject))
+    assert list(scripts)[2] == "draw_class_pictures"
+    drawn, trained = (flag_values(scripts[name]) for name in list(scripts)[2:])
+    assert drawn["--guidance"] == "2.5"
+    assert drawn["--num_steps"] == "9"
+    for each in (drawn, trained):
+        assert each["--class_prompt"] == subject.class_prompt
+        assert each["--num_class_images"] == "7"
+        assert each["--latents_path"] == str(tmp_path / "fox" / "ours" / "latents")
+    assert "--with_prior_preservation" in trained
+    without = dreambooth_trainers.our_words(dreambooth.make_parser().parse_args([]), subject)
+    assert "--with_prior_preservation" not in without[-1][1]
+    assert [name for name, _ in without] == [name for name in scripts if name != "draw_class_pictures"]
+
+
 def test_training_on_an_nf4_base_is_told_the_same_but_for_that(tmp_path):
     flags = dreambooth.make_parser().parse_args(["--nf4", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
     assert dreambooth_trainers.trainers(flags) == ["ours", "ours_nf4"]

@@ -13,7 +13,7 @@ import pytest
 from conftest import PROJECT, save_pictures
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
-SMALLER = {"1024": "64", "500": "3", "150": "3", SD3: "TINY"}
+SMALLER = {"1024": "64", "500": "3", "150": "3", "200": "2", SD3: "TINY"}
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md")))]
 LONGEST_COMMAND_LINE = 100
 PACKAGE = PROJECT / "sd3_lora"
@@ -35,7 +35,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     commands = [shlex.split(line)[1:] for line in bash_lines() if line.startswith("python ")]
     assert commands.pop(0)[:1] == ["examples/demo.py"]  # which test_demo.py runs
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
-    assert [len(bare), len(sd3)] == [4, 5]
+    assert [len(bare), len(sd3)] == [4, 7]
     said = ""
     for folder, group in (("miniature", bare), ("sd3", sd3)):
         (tmp_path / folder).mkdir()
@@ -51,6 +51,8 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     outputs = tmp_path / "sd3" / "outputs" / "dog"
     assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
+    assert (outputs / "lora-with-prior" / "pytorch_lora_weights.safetensors").is_file()
+    assert [path.name for path in sorted(Path("dogs").glob("*.png"))] == ["class_0000.png", "class_0001.png"]
     assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
     assert said.count("no text encoder is loaded") == 2  # the README's own prompts were embedded by its first commands
 

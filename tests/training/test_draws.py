@@ -142,11 +142,11 @@ def test_repeats_make_a_picture_come_that_many_times_a_pass() -> None:
 
 
 def test_each_pool_has_its_part_of_every_batch() -> None:
-    """The first half from the first pool; each pool in passes of its own length."""
+    """One of each in turn; each pool in passes of its own length."""
     order = DataOrder([pool(3), pool(5, repeats=2)], 0)
     batches = [order.take(4) for _ in range(15)]
-    first = [index for batch in batches for index in batch[:2]]
-    second = [index for batch in batches for index in batch[2:]]
+    first = [index for batch in batches for index in batch[::2]]
+    second = [index for batch in batches for index in batch[1::2]]
     for taken, indices, repeats in ((first, range(3), 1), (second, range(3, 8), 2)):
         length = len(indices) * repeats
         for start in range(0, 30, length):
@@ -156,9 +156,15 @@ def test_each_pool_has_its_part_of_every_batch() -> None:
 
 def test_each_pool_has_a_shuffle_of_its_own() -> None:
     batches = DataOrder([pool(8), pool(8)], 0).take(16)
-    assert [index + 8 for index in batches[:8]] != batches[8:]
-    seeds = [tuple(DataOrder([pool(8), pool(8)], seed).take(16)[8:]) for seed in (0, 0, 1)]
+    assert [index + 8 for index in batches[::2]] != batches[1::2]
+    seeds = [tuple(DataOrder([pool(8), pool(8)], seed).take(16)[1::2]) for seed in (0, 0, 1)]
     assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_each_rank_takes_as_many_from_each_pool() -> None:
+    draws = [GlobalDraws(0, 2, rank, 2) for rank in range(2)]
+    batches = [DataOrder([pool(3), pool(5)], 0).take(each.global_batch_size)[each.rank_slice] for each in draws]
+    assert [[index >= 3 for index in batch] for batch in batches] == [[False, True]] * 2
 
 
 def test_a_batch_takes_as_many_from_each_pool() -> None:
@@ -183,7 +189,7 @@ def test_an_order_of_two_pools_goes_on_from_its_state() -> None:
 def test_a_pass_is_over_when_each_pool_had_one() -> None:
     assert pass_length([pool(5)]) == 5
     assert pass_length([pool(5, repeats=3)]) == 15
-    assert pass_length([pool(5, repeats=3), pool(20)]) == 40
+    assert pass_length([pool(5, repeats=3), pool(20)]) == 20
 
 
 def test_a_pool_is_not_empty_and_repeats_at_least_once() -> None:

@@ -1,0 +1,78 @@
+"""Class pictures on disk: which ones are missing, and the latents of those that are denoised and wait to be decoded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.drawing.pictures import PicturePlan
+from sd3_lora.stage_one.captions import class_images
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_METADATA_KEY = "sd3_lora"
+
+
+def missing_class_pictures(folder: Path, prompt: str, count: int, settings: Mapping[str, Any]) -> list[PicturePlan]:
+    """The pictures to draw, so that the folder holds `count` distinct ones; each at the first name that is free.
+
+    A picture that was taken out of the middle is drawn again, with its own noise.
+
+    Args:
+        folder: of class pictures, whoever made them; it need not exist.
+        prompt: of all of them.
+        count: how many there will be.
+        settings: all that decides their pixels beside prompt and index.
+    """
+    missing = count - len(class_images(folder, prompt, count))
+    paths = ((index, folder / f"class_{index:04d}.png") for index in itertools.count())
+    free = ((index, path) for index, path in paths if not path.exists())
+    return [
+        PicturePlan(prompt, index, path, {**settings, "prompt": prompt, "image_index": index}, is_drawn=False)
+        for index, path in itertools.islice(free, missing)
+    ]
+
+
+class WaitingLatents:
+    """Normalized latents of pictures that are denoised but not decoded, one file each: an interruption loses none.
+
+    Args:
+        folder: where the files lie; it need not exist yet.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def _path(self, picture: PicturePlan) -> Path:
+        return self.folder / f"{picture.path.stem}.safetensors"
+
+    def add(self, picture: PicturePlan, latents: torch.Tensor) -> None:
+        """Writes a picture's `(16, H/8, W/8)` latents, atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{picture.path.stem}.{os.getpid()}"
+        metadata = {_METADATA_KEY: json.dumps(picture.settings)}
+        save_file({"latents": latents.contiguous()}, temporary, metadata)
+        os.replace(temporary, self._path(picture))
+
+    def read(self, picture: PicturePlan) -> torch.Tensor | None:
+        """The latents of this very picture; None where there are none, or those of other settings."""
+        try:
+            with safe_open(self._path(picture), "pt") as handle:
+                if json.loads(handle.metadata()[_METADATA_KEY]) != picture.settings:
+                    return None
+                latents: torch.Tensor = handle.get_tensor("latents").clone()
+                return latents
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+
+    def remove(self, picture: PicturePlan) -> None:
+        """Deletes a picture's file; the folder too where it was the last."""
+        self._path(picture).unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
