@@ -77,6 +77,15 @@ def test_a_skipped_step_does_not_count(trainables: Trainables, norm: float) -> N
     assert skipping.state_dict()["updates"] == 4
 
 
+def test_nothing_is_read_by_the_host() -> None:
+    """Tensors on the meta device have no values to read."""
+    with torch.device("meta"):
+        group = TrainedGroup("transformer", flatten_parameters([torch.nn.Parameter(torch.ones(3))]), 0.1)
+        average = MovingAverage(Trainables([group]), 0.9999)
+        average.update(torch.tensor(1.0))
+    assert all(tensor.is_meta for tensor in average.state_dict()["averages"])
+
+
 def test_the_parameters_come_back_bit_for_bit(trainables: Trainables) -> None:
     average = MovingAverage(trainables, 0.9999)
     start = [parameter.detach().clone() for parameter in trainables.parameters]

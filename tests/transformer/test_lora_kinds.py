@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.plan.step_memory import make_hollow
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     DEFAULT_LAYERS,
     LORA_FILE,
@@ -30,6 +32,7 @@ from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_transformer import GPU, needs_gpu
 from test_lora import load_transformer, output
 
 # What tells the three models' layers apart, as their transformer/config.json has it.
@@ -248,6 +251,32 @@ def test_dropout_leaves_a_doras_base_alone(transformer: SD3Transformer2DModel) -
     before = output(transformer)
     attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.5, 0, KINDS["DoRA"])
     assert torch.equal(output(transformer.train()), before)
+
+
+@needs_gpu
+@each_kind
+def test_a_captured_step_is_the_step_bit_for_bit(tiny_sd3: Path, kind: LoraKind) -> None:
+    losses = []
+    for is_captured in (False, True):
+        transformer = load_transformer(tiny_sd3).to(GPU)
+        move(attach(transformer, kind))
+        flat = flatten_parameters([parameter for parameter in transformer.parameters() if parameter.requires_grad])
+        assert flat.grad is not None
+
+        def step(states: torch.Tensor, text: torch.Tensor, model: Any = transformer) -> torch.Tensor:
+            velocity = model(states, text, text[:, 0, :24], torch.full((2,), 500.0, device=GPU)).sample
+            loss = velocity.square().mean()
+            loss.backward()
+            return loss.detach()
+
+        call = CapturedCall(step, GPU, [flat.grad], asked=True) if is_captured else step
+        torch.manual_seed(0)
+        states, text = torch.randn(2, 16, 8, 8, device=GPU), torch.randn(2, 97, 48, device=GPU)
+        for _ in range(3):
+            losses.append((is_captured, call(states, text).item()))
+            flat.data -= 0.01 * flat.grad
+            flat.grad.zero_()
+    assert [loss for captured, loss in losses if captured] == [loss for captured, loss in losses if not captured]
 
 
 def test_ranks_of_single_layers(transformer: SD3Transformer2DModel, tmp_path: Path) -> None:
