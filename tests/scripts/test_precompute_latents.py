@@ -13,6 +13,7 @@ from typing import Any
 import precompute_latents
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.images import crop_boxes, crop_rgb, hash_file, open_rgb, to_pixels
 from sd3_lora.stage_one.latent_cache import LatentCache, normalize_latents
@@ -115,7 +116,7 @@ def test_the_cache_holds_what_the_vae_says_of_each_crop(prepared: Prepared, vae:
     count = 0
     for path in sorted(prepared.pictures.glob("*.png")):
         picture, image_id = open_rgb(path), hash_file(path)
-        boxes = crop_boxes(*picture.size, 64, 3, flip=False)
+        boxes = crop_boxes(*picture.size, PictureSize.square(64), 3, flip=False)
         assert cache.variants(image_id) == tuple(sorted(box.name for box in boxes))
         assert cache.look(image_id).size == picture.size  # type: ignore[union-attr]
         for box in boxes:
@@ -135,7 +136,7 @@ def test_decoding_a_cached_mean_as_the_stock_pipeline_does_gives_the_posterior_s
     # A velocity of zero: what goes into the sampler is what the pipeline decodes.
     pipeline.transformer.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states),)
     path = prepared.pictures / "00.png"
-    box = crop_boxes(*open_rgb(path).size, 64, 1, flip=False)[0]
+    box = crop_boxes(*open_rgb(path).size, PictureSize.square(64), 1, flip=False)[0]
     mean = load_file(prepared.latents / f"{hash_file(path)}.safetensors")[f"{box.name}.mean"][None]
     drawn = pipeline(
         prompt_embeds=torch.zeros(1, 97, 48), pooled_prompt_embeds=torch.zeros(1, 24), guidance_scale=0.0,

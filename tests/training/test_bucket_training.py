@@ -16,8 +16,8 @@ from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
 import torch
-from conftest import TRAINING_SCRIPT, Prepared
-from training_runs import Script, patch_loss, same_lora, train, training_script
+from conftest import TRAINING_SCRIPT, Prepared, save_pictures
+from training_runs import Flags, Script, patch_loss, same_lora, train, training_script
 
 BUCKETS = ["--use_aspect_ratio_bucket"]
 
@@ -167,3 +167,22 @@ def test_the_plan_counts_the_largest_shape(script: Script, tmp_path: Path, monke
     assert [task.shape.enclosing_size for task, _ in planned] == [(32, 32), (64, 64), (32, 32)]
     weights = [plan.forecast.largest.parts["weights"] for _, plan in planned]
     assert [size - weights[0] for size in weights] == [0, 4 * 256 * (32**2 - 16**2), 0]
+
+
+def test_the_miniature_trains_on_mixed_shapes(script: Script, tmp_path: Path) -> None:
+    """All of it, from the pictures on; smaller batches too. The printed command is the one that trains."""
+    save_pictures(tmp_path / "pictures", [(200, 130), (150, 150), (90, 140), (300, 200)])
+    model = ["--pretrained_model_name_or_path", MINIATURE, "--instance_data_dir", tmp_path / "pictures"]
+    model += ["--device", "cpu"]
+    text = ["--instance_prompt", "a photo of sks fish", "--max_sequence_length", 20]
+    assert script("compute_embeddings", *model, *text, "--output_path", tmp_path / "e.parquet").code == 0
+    crops = ["--resolution", 64, *BUCKETS, "--bucket_step", 16, "--bucket_no_upscale"]
+    made = script("precompute_latents", *model, *crops, "--output_path", tmp_path / "latents")
+    assert made.code == 0, made.err
+    assert "--resolution 64 --use_aspect_ratio_bucket --bucket_step 16 --bucket_no_upscale" in made.out
+    stage_one = Flags([*model, "--data_df_path", tmp_path / "e.parquet", "--latents_path", tmp_path / "latents"])
+    words = ["--seed", 0, "--report_to", "none", "--train_batch_size", 2, "--max_train_steps", 4]
+    run = train(script, stage_one, tmp_path / "out", *crops, *words)
+    assert "4 pictures at 64 px (1 of 48x80, 1 of 64x64, 2 of 80x48)" in run.out
+    assert len(run.losses) == 4
+    assert (run.folder / LORA_FILE).is_file()

@@ -48,6 +48,7 @@ def refusal(saved: Mapping[str, Any], record: RunRecord, folder: Path = FOLDER) 
         ("--lora_layers", "attn.to_k", None, "with --lora_layers attn.to_k: type --lora_layers attn.to_k to go on"),
         ("--use_8bit_adam", False, True, "without --use_8bit_adam: leave --use_8bit_adam out to go on"),
         ("--use_8bit_adam", True, False, "with --use_8bit_adam: type --use_8bit_adam to go on"),
+        ("--use_aspect_ratio_bucket", True, False, "with --use_aspect_ratio_bucket: type --use_aspect_ratio_bucket to"),
         ("--compile", "off or graph", "blocks", "without compiled blocks: type --compile off to go on"),
         ("--compile", "blocks", "off or graph", "with compiled blocks: type --compile on (which streamed or 4-bit "),
         ("the precision", "bfloat16", "float16", "with --mixed_precision bf16, not fp16: type --mixed_precision bf16 "),
