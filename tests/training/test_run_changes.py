@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.config import ModelConfig
-from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, RunRecord
 from sd3_lora.training.checkpoints import read_pictures, write_pictures
 from sd3_lora.training.run_changes import require_same_run
 from sd3_lora.transformer.lora import save_lora
 
 import pytest
-from safetensors.torch import load_file, save_file
 from small_transformer import make_transformer
-from training_runs import training_script
 
 FOLDER = Path("out/checkpoint-5")
 
@@ -107,31 +102,6 @@ def test_damaged_notes_are_none(tmp_path: Path) -> None:
     for content in ("[{", "[1]", "{}5", '[{"image_id": "1"}]'):
         (tmp_path / "pictures.json").write_text(content)
         assert read_pictures(tmp_path) is None
-
-
-def hub_model(tiny_sd3: Path, cache: Path, commit: str) -> ModelFiles:
-    """The tiny SD3 as the hub's cache has it at a commit, which main points to now."""
-    repository = cache / "models--some--sd3"
-    shutil.copytree(tiny_sd3, repository / "snapshots" / commit, dirs_exist_ok=True)
-    (repository / "refs").mkdir(exist_ok=True)
-    (repository / "refs" / "main").write_text(commit)
-    return ModelFiles(ModelConfig("some/sd3", cache_dir=str(cache)))
-
-
-def test_a_commit_with_the_same_weights_is_the_same_transformer(tiny_sd3: Path, tmp_path: Path) -> None:
-    """Weights count, on the hub too; a checkpoint of an earlier build has the commit in their place."""
-    identity = training_script().transformer_identity
-    first, second = (hub_model(tiny_sd3, tmp_path, letter * 40) for letter in "ab")
-    assert (first.revision, second.revision) == ("a" * 40, "b" * 40)
-    of_folder = identity(ModelFiles(ModelConfig(str(tiny_sd3))), {})
-    assert of_folder == ModelFiles(ModelConfig(str(tiny_sd3))).provenance(["transformer"], "", 0).identity
-    assert identity(first, {}) == identity(second, {}) == of_folder
-    earlier = {"the transformer": f"{of_folder.split('-')[0]}-aaaaaaaa"}
-    assert identity(first, earlier) == earlier["the transformer"]
-    assert identity(second, earlier) == of_folder
-    (weights,) = second.weight_files("transformer")
-    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    assert identity(second, {}) != of_folder
 
 
 def test_other_weights_are_named_by_their_commit(tmp_path: Path) -> None:
