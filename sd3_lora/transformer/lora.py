@@ -273,9 +273,11 @@ class AddedLora(Linear):
     @torch.no_grad()
     def row_norms(self, adapter: str) -> torch.Tensor:
         """The norm of each row of `W + s B A`, `(out,)` in float32: DoRA's first magnitudes."""
-        weight = dequantize_module_weight(self.get_base_layer()).float()
+        base = self.get_base_layer()
+        # peft's function asks after names, which would cut a compiled block in two.
+        weight = dequantize_module_weight(base) if hasattr(base.weight, "quant_state") else base.weight
         product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
-        return torch.linalg.vector_norm(weight + self.scaling[adapter] * product.float(), dim=1)
+        return torch.linalg.vector_norm(weight.float() + self.scaling[adapter] * product.float(), dim=1)
 
     def _with_magnitudes(self, rows: torch.Tensor, adapter: str) -> torch.Tensor:
         magnitudes = self.lora_magnitude_vector[adapter].weight

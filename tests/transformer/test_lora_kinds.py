@@ -253,6 +253,15 @@ def test_dropout_leaves_a_doras_base_alone(transformer: SD3Transformer2DModel) -
     assert torch.equal(output(transformer.train()), before)
 
 
+@pytest.mark.parametrize("kind", [KINDS["DoRA"], KINDS["PiSSA"]], ids=["DoRA", "PiSSA"])
+def test_a_compiled_layer_is_one_graph(transformer: SD3Transformer2DModel, kind: LoraKind) -> None:
+    move(attach(transformer, kind))
+    layer = transformer.get_submodule("transformer_blocks.0.attn.to_q")
+    states = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(states), layer(states))
+
+
 @needs_gpu
 @each_kind
 def test_a_captured_step_is_the_step_bit_for_bit(tiny_sd3: Path, kind: LoraKind) -> None:
