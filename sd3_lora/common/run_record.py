@@ -68,7 +68,7 @@ class NotedPicture:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What of it decides a run's numbers. What earlier builds did not know stands there only beside its default."""
+        """What of it decides a run's numbers. What came later stands there only where it is no default."""
         more = (self.other_prompts, self.repeats)
         return (self.image_id, self.prompt, self.crops, *(() if more == ((), 1) else more))
 

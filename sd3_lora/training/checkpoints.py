@@ -132,7 +132,7 @@ def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
 
 
 def _without_defaults(picture: NotedPicture) -> dict[str, Any]:
-    """Its fields; those that came later only beside their defaults, so that earlier builds read them too."""
+    """Its fields; those that came later only where they are no default, so that earlier builds read them too."""
     later: dict[str, Any] = {"other_prompts": (), "repeats": 1}
     return {name: value for name, value in asdict(picture).items() if later.get(name) != value}
 

@@ -162,7 +162,7 @@ def test_from_the_data_set_to_the_lora(
     tiny_sd3: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each script takes the flags; what is printed names the folder, so that it needs no library."""
+    """Each script takes the flags, as README_sd3's yarn-art command has them; what is printed needs no library."""
     model = ["--pretrained_model_name_or_path", tiny_sd3, "--device", "cpu"]
     words = ["--dataset_name", "someone/dogs", "--caption_column", "text", "--instance_prompt", "a photo of sks dog"]
     result = script("compute_embeddings", *model, *words)
