@@ -315,8 +315,7 @@ def train(
 
     Returns the milliseconds of a step, without the first ones where there are more: those load, compile and capture.
 
-    The host runs ahead of the device, and learns one step late whether the scaler skipped a step. The last step's LoRA
-    and every checkpoint are written here.
+    The host runs ahead of the device: it learns one step late that the scaler skipped one. Writes checkpoints and LoRA.
 
     Raises:
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
