@@ -121,8 +121,8 @@ def test_whole_windows_only(
     seen: list[str] = []
     original_batch = module.TrainingData.batch
 
-    def batch(data: Any, indices: Any, draws: Any) -> Any:
-        result = original_batch(data, indices, draws)
+    def batch(data: Any, *words: Any) -> Any:
+        result = original_batch(data, *words)
         seen.extend(result.image_ids)
         return result
 
