@@ -168,7 +168,7 @@ def keep(picture: PicturePlan, latents: torch.Tensor, png: bytes, vae_config: An
     """
     image = InstanceImage(hashlib.sha256(png).hexdigest(), picture.path, picture.prompt, "class")
     size = (picture.settings["width"], picture.settings["height"])
-    (box,) = crop_boxes(*size, cache.resolution, num_crops=1, flip=False)
+    (box,) = crop_boxes(*size, PictureSize.square(cache.resolution), num_crops=1, flip=False)
     mean = denormalize_latents(latents.float(), vae_config).to(DTYPES[cache.wanted.precision])
     cache.add(image, size, [LatentPosterior(image.image_id, box.name, mean, torch.zeros_like(mean))])
     picture.write(png)
@@ -253,7 +253,7 @@ def run(argv: Sequence[str] | None) -> None:
     chosen = choose_training_dtype(asked, planned_device(device_config.device, device, budget_config.plan))
     embeddings = read_embeddings(config, files)
     text_tokens = next(iter(embeddings.values()))[0].shape[0]
-    latent_size = files.latent_size(resolution)
+    latent_size = PictureSize.square(resolution).latent(files.latent_channels_and_scale()[1])
     plan, together = plan_drawing(files, config, latent_size, text_tokens, chosen.dtype, budget)
     tile = choose_tile(files, VaeWork("decode", VAE_PRECISION, PictureSize.square(resolution)), budget)
     forecast = plan.forecast

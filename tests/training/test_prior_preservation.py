@@ -505,9 +505,9 @@ def test_the_plan_counts_both(
     shapes: list[int] = []
     original = training_script().StepShape
 
-    def shape(batch_size: int, *more: Any) -> Any:
+    def shape(batch_size: int, *more: Any, **named: Any) -> Any:
         shapes.append(batch_size)
-        return original(batch_size, *more)
+        return original(batch_size, *more, **named)
 
     monkeypatch.setattr(training_script(), "StepShape", shape)
     words = [*prepared.flags, "--device", "cpu", "--train_batch_size", 3, "--plan", "--output_dir", tmp_path]
