@@ -34,6 +34,7 @@ from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.devices import choose_device, cpu_cores
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import hash_file
 
@@ -96,7 +97,7 @@ def decode_ms(photos: Sequence[Path], side: int, threads: int) -> float:
     """Milliseconds a photo to decode, resize and crop some, in so many threads."""
 
     def one(path: Path) -> None:
-        decode(InstanceImage("", path, ""), LatentConfig(center_crop=True), side, ())
+        decode(InstanceImage("", path, ""), LatentConfig(center_crop=True), Buckets.square(side), ())
 
     few = (list(photos) * 4)[: 4 * threads]
     with ThreadPoolExecutor(threads) as pool:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from precompute_latents import LatentConfig, decode
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.images import to_pixels
 from sd3_lora.stage_one.vae_norms import spread_group_norms
 from sd3_lora.stage_one.vae_tiles import VaeTile
@@ -110,7 +111,9 @@ def encoder_rows(arguments: argparse.Namespace) -> Iterator[Row]:
     device = arguments.device
     photos = fabricate_photos(arguments.output_dir / "photos", 4, arguments.sizes[0])
     config = LatentConfig(center_crop=True)
-    rgb = [decode(InstanceImage("", path, ""), config, arguments.resolution, ())[0].rgb for path in photos]
+    rgb = [
+        decode(InstanceImage("", path, ""), config, Buckets.square(arguments.resolution), ())[0].rgb for path in photos
+    ]
     pixels = to_pixels(torch.stack(rgb)).to(device)  # (4, 3, R, R)
     torch.backends.cudnn.allow_tf32 = False
     exact = posteriors(load_vae(arguments, torch.float32), pixels.contiguous(), 1)

@@ -241,7 +241,7 @@ def test_the_flag_reaches_the_blocks_and_a_resumed_run_keeps_it(
     train(script, prepared, tmp_path / "run", *resume, "--max_train_steps", 4)
     assert compiled == [Compiled.ALWAYS, Compiled.WHERE_POSSIBLE]  # for the same numbers; no flag this time
     refused = train(script, prepared, tmp_path / "run", *resume, "--compile", "off", "--max_train_steps", 5, code=2)
-    assert "was trained with --compile blocks, not off or graph: " in refused.error
+    assert "was trained with compiled blocks: type --compile on" in refused.error
     refused = train(script, prepared, tmp_path / "g", "--capture", "on", code=2)
     assert refused.error == "--capture on: it needs a GPU: leave it out"
 

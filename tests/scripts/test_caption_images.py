@@ -81,7 +81,7 @@ def test_a_caption_where_there_was_none(script: Script, pictures: Path, captione
     again = script("caption_images", *flags(pictures, captioner))
     assert (again.code, "wrote 0 captions" in again.out) == (0, True)
     images = sorted(pictures.glob("*.png"))
-    assert read_captions(pictures, images)[images[2]] == f"sks dog, {words}."
+    assert read_captions(pictures, images)[images[2]] == (f"sks dog, {words}.",)
 
 
 def test_pictures_of_one_name_get_captions_of_their_own(script: Script, tmp_path: Path, captioner: Path) -> None:

@@ -368,12 +368,12 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(
 def test_an_interruption_while_a_file_is_written_leaves_whole_files(
     cache: Callable[..., Result], latents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(tensors: object, path: Path, metadata: object) -> None:
+    def half(path: Path, tensors: object, metadata: object) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(latent_cache, "save_file", half)
+        patch.setattr(latent_cache, "write_tensors", half)
         assert cache().code == 130
     assert read(latents) == {}
     assert "0 of 3 pictures cached before" in cache().out

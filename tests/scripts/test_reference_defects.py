@@ -299,7 +299,7 @@ def test_18_an_unknown_optimizer_is_refused(script, prepared: Prepared) -> None:
     """It silently becomes AdamW."""
     unknown = script(TRAINING_SCRIPT, *prepared.flags, "--optimizer", "adamm")
     assert unknown.code == 2
-    assert "--optimizer adamm is unknown: type --optimizer AdamW" in unknown.err
+    assert "--optimizer adamm is unknown: type one of AdamW, adamw_8bit" in unknown.err
 
 
 def test_19_each_picture_keeps_its_own_caption(script, tiny_sd3: Path, tmp_path: Path, seen) -> None:

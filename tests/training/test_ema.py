@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.config import AverageFlags, TrainingFlags
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.trainables import Trainables, TrainedGroup
@@ -204,7 +205,7 @@ def test_the_plan_counts_it(prepared: Prepared, miniature_files: Any) -> None:
 
     def bytes_per_parameter(*words: str) -> float:
         flags = TrainingFlags(*module.COMMAND_LINE.parse(list(words)))
-        task = module.training_task(flags, miniature_files, (8, 8), torch.float16, torch.device("cpu"), 1)
+        task = module.training_task(flags, miniature_files, Buckets.square(64), torch.float16, torch.device("cpu"), 1)
         return float(task.shape.bytes_per_parameter)
 
     assert bytes_per_parameter("--use_ema") - bytes_per_parameter() == EMA_BYTES_PER_PARAMETER == 4

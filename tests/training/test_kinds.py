@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.plan.step_memory import StepShape, simulate_step
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.config import TrainingFlags
 from sd3_lora.transformer.lora import LORA_FILE, LoraKind, attach_lora, plain_tensors, save_lora, target_modules
 
@@ -93,7 +94,7 @@ def test_the_plan_counts_them(miniature_files: Any) -> None:
 
     def task_of(*words: str) -> Any:
         flags = TrainingFlags(*module.COMMAND_LINE.parse(list(words)))
-        return module.training_task(flags, miniature_files, (8, 8), torch.float16, torch.device("cpu"), 1)
+        return module.training_task(flags, miniature_files, Buckets.square(64), torch.float16, torch.device("cpu"), 1)
 
     plain, dora, pissa = task_of(), task_of("--use_dora"), task_of("--init_lora_weights", "pissa")
     assert (plain.can_stream, dora.can_stream, pissa.can_stream) == (True, False, False)
