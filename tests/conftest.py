@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: an error is compared without the bar before it
 
 import importlib
 import subprocess
