@@ -17,6 +17,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,8 @@ def caption_all(
         left = left[len(batch) :]
 
 
-def find_uncaptioned(config: CaptioningConfig) -> list[Path]:
-    """The pictures that have no caption; prints how many have one.
+def find_uncaptioned(config: CaptioningConfig) -> dict[Path, Path]:
+    """The pictures that have no caption, and the file of each that will hold one; prints how many have one.
 
     Raises:
         UserError: the folder is not given, holds no pictures, or has captions that cannot be read.
@@ -142,15 +143,20 @@ def find_uncaptioned(config: CaptioningConfig) -> list[Path]:
     folder = Path(config.instance_data_dir)
     images = list_images(folder, config.recursive).images
     captions = read_captions(folder, images)
-    missing = [path for path in images if path not in captions]
+    missing = {path: caption for path, caption in caption_paths(images).items() if path not in captions}
     print(f"{len(images)} pictures in {folder}, {len(images) - len(missing)} of them with a caption")
     return missing
 
 
-def caption_path(picture: Path, pictures: Sequence[Path]) -> Path:
+def caption_paths(pictures: Sequence[Path]) -> dict[Path, Path]:
     """`dog.txt` for `dog.jpg`; `dog.jpg.txt` where there is a `dog.png` too, or both would get one caption."""
-    is_alone = sum(other.with_suffix("") == picture.with_suffix("") for other in pictures) == 1
-    return picture.with_suffix(".txt") if is_alone else picture.with_name(f"{picture.name}.txt")
+    sharing = Counter(picture.with_suffix("") for picture in pictures)
+    return {
+        picture: picture.with_suffix(".txt")
+        if sharing[picture.with_suffix("")] == 1
+        else picture.with_name(f"{picture.name}.txt")
+        for picture in pictures
+    }
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -168,20 +174,25 @@ def run(argv: Sequence[str] | None) -> None:
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) if model is not None else 0
         print(f"{len(missing)} captions to write; the model's weights take {weights / GIB:.2f} GiB")
         return
-    written, broken, reports = 0, list[str](), list[StageReport]()
+    written, broken, wordless, reports = 0, list[str](), list[str](), list[StageReport]()
     if missing:
         with memory_stage("caption pictures", device, reports):
             model = to_device(model, device, budget)
-            answers = caption_all(model, processor, missing, config)
+            answers = caption_all(model, processor, list(missing), config)
             for path, answer in tqdm(answers, total=len(missing), desc="captions", unit="picture"):
                 if isinstance(answer, BrokenImage):
                     broken.append(str(answer))
                     continue
                 text = f"{config.caption_prefix}{answer}{config.caption_suffix}"
-                write_text_atomically(caption_path(path, missing), text + "\n")
+                if not text.strip():  # an empty file would stop stage one
+                    wordless.append(path.name)
+                    continue
+                write_text_atomically(missing[path], text + "\n")
                 written += 1
             del model, answers
     print(f"wrote {written} captions to {config.instance_data_dir}: read them, and mend what is wrong")
+    if wordless:
+        print(f"note: the model has no words for {shown(wordless)}: write these captions yourself")
     if broken:
         raise UserError(f"{len(broken)} pictures do not decode ({shown(broken)}): mend or delete them")
     folders = {"instance_data_dir": config.instance_data_dir, "recursive": config.recursive}

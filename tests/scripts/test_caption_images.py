@@ -87,8 +87,52 @@ def test_a_caption_where_there_was_none(script: Script, pictures: Path, captione
 def test_pictures_of_one_name_get_captions_of_their_own(script: Script, tmp_path: Path, captioner: Path) -> None:
     for name, color in (("a.png", (255, 0, 0)), ("a.jpg", (0, 0, 255))):
         Image.new("RGB", (40, 40), color).save(tmp_path / name)
-    assert script("caption_images", *flags(tmp_path, captioner)).code == 0
+    assert script("caption_images", *flags(tmp_path, captioner), "--caption_prefix", "a dog ").code == 0
     assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["a.jpg.txt", "a.png.txt"]
+
+
+def test_a_caption_is_not_taken_for_another_picture_of_the_same_name(
+    script: Script, tmp_path: Path, captioner: Path
+) -> None:
+    """a.txt would be read for a.jpg too, which has a caption of its own."""
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "a.jpg.txt").write_text("mine")
+    assert script("caption_images", *flags(tmp_path, captioner), "--caption_prefix", "a dog ").code == 0
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["a.jpg.txt", "a.png.txt"]
+    assert (tmp_path / "a.jpg.txt").read_text() == "mine"
+
+
+def test_subfolders_and_the_longest_caption(script: Script, tmp_path: Path, captioner: Path) -> None:
+    """Both by their flags."""
+    (tmp_path / "more").mkdir()
+    for name in ("a.png", "more/b.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    words = [*flags(tmp_path, captioner), "--caption_prefix", "a dog "]
+    assert script("caption_images", *words).code == 0
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["a.txt"]
+    assert script("caption_images", *words, "--recursive").code == 0
+    assert (tmp_path / "more" / "b.txt").is_file()
+    pictures, lengths = [open_rgb(tmp_path / "a.png")], []
+    for most in (1, 20):
+        config = CaptioningConfig(caption_model=str(captioner), max_new_tokens=most)
+        model, processor = caption_images.load_captioner(config, torch.device("cpu"))
+        generate = model.generate
+        model.generate = lambda generate=generate, **given: lengths.append(given["max_new_tokens"]) or generate(**given)
+        caption_images.caption(model, processor, pictures, config)
+    assert lengths == [1, 20]
+
+
+def test_an_answer_without_words_is_no_caption(
+    script: Script, pictures: Path, captioner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage one would stop at an empty file."""
+    monkeypatch.setattr(caption_images, "caption", lambda *_: [""])
+    run = script("caption_images", *flags(pictures, captioner))
+    assert run.code == 0
+    assert "wrote 0 captions" in run.out
+    assert "note: the model has no words for 2.png: write these captions yourself" in run.out
+    assert not (pictures / "2.txt").exists()
 
 
 def test_fewer_pictures_at_a_time_where_memory_runs_out(
@@ -157,7 +201,7 @@ def test_bad_input_is_one_sentence(script: Script, pictures: Path, captioner: Pa
         assert len(run.err.strip().splitlines()) == 1
     assert not (pictures / "2.txt").exists()
     (pictures / "3.png").write_bytes((ROBOTS / "01.png").read_bytes()[:200])
-    run = script("caption_images", *flags(pictures, captioner))
+    run = script("caption_images", *flags(pictures, captioner), "--caption_prefix", "a dog ")
     assert run.code == 2
     assert "1 pictures do not decode" in run.err
     assert (pictures / "2.txt").exists()
