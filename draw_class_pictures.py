@@ -25,7 +25,6 @@ if __name__ == "__main__":
     import_diffusers(without=("bitsandbytes",))
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -120,10 +119,9 @@ def sampling_of(config: ClassDrawingConfig) -> SamplingSettings:
 
 def picture_settings(config: ClassDrawingConfig, files: ModelFiles, resolution: int, precision: str) -> dict[str, Any]:
     """All that decides a picture's pixels beside its prompt and index; it is kept in the PNG."""
-    scheduler = json.dumps(files.read_scheduler_config(), sort_keys=True)
     return {
         "model": files.provenance(["transformer", "vae"], "", 0).identity,
-        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest()[:12],
+        "scheduler": files.scheduler_hash(),
         "steps": config.num_steps,
         "guidance": config.guidance,
         "height": resolution,

@@ -23,8 +23,6 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -235,10 +233,9 @@ def picture_settings(
 ) -> dict[str, Any]:
     """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the PNG."""
     packed = drawing.plan.placement.precision
-    scheduler = json.dumps(files.read_scheduler_config(), sort_keys=True)
     return {
         "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
-        "scheduler": hashlib.sha256(scheduler.encode()).hexdigest()[:12],
+        "scheduler": files.scheduler_hash(),
         "lora": [lora.identity() for lora in loras],
         "negative_prompt": config.negative_prompt,
         "steps": config.num_steps,

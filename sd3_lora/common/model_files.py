@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class ModelFiles:
         self.name = config.pretrained_model_name_or_path or "miniature"
         self.revision: str | None = None  # the commit, once known: a branch may move during a run
         self._hub_files: dict[str, str] | None = None
-        self._whole: dict[str, list[tuple[Path, int, int]]] = {}  # files that were checked, with size and time
+        self._content_hashes: dict[tuple[_FileState, ...], str | None] = {}
+        self._whole: dict[str, list[_FileState]] = {}  # files that were checked
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -105,7 +106,7 @@ class ModelFiles:
 
     def _require_whole(self, name: str) -> None:
         paths = self.weight_files(name)
-        state = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        state = _state_of(paths)
         if paths and self._whole.get(name) != state:
             require_whole(self.folder / name, self.read_config(name), paths, self.config.variant)
             self._whole[name] = state
@@ -144,6 +145,10 @@ class ModelFiles:
     def read_scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration."""
         return self._read_json("scheduler/scheduler_config.json")
+
+    def scheduler_hash(self) -> str:
+        """A short hash of the scheduler's configuration, for a picture's settings."""
+        return hashlib.sha256(json.dumps(self.read_scheduler_config(), sort_keys=True).encode()).hexdigest()[:12]
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self._file(name)
@@ -217,11 +222,8 @@ class ModelFiles:
             paths = self._content_files(folder, component)
             if not paths or missing_shards(folder / component, self.config.variant):
                 return _WeightHashes()
-            if component.startswith("tokenizer"):
-                content = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-            else:
-                content = tensors_hash(paths) or ""
-            if not content:
+            content = self._content_hash(component, paths)
+            if content is None:
                 return _WeightHashes()
             digest.update(f"{component} {content}\n".encode())
             # In the hub's cache a file is a link to a blob, whose name is the hub's hash of it.
@@ -229,6 +231,16 @@ class ModelFiles:
             blobs += ["unknown" for path in paths if not path.is_symlink()]
         is_known = self._local is None and "unknown" not in blobs
         return _WeightHashes(digest.hexdigest(), _hash_of_lines(blobs) if is_known else None)
+
+    def _content_hash(self, component: str, paths: Sequence[Path]) -> str | None:
+        """Of a component's files, sampled once as long as they stay as they are; None where one is not whole."""
+        key = tuple(_state_of(paths))
+        if key not in self._content_hashes:
+            if component.startswith("tokenizer"):
+                self._content_hashes[key] = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+            else:
+                self._content_hashes[key] = tensors_hash(paths)
+        return self._content_hashes[key]
 
     def _hash_by_hub(self, components: Iterable[str]) -> str | None:
         """The `files` of `_hashes`, asked of the hub; None where it does not answer."""
@@ -302,6 +314,10 @@ def library_versions() -> dict[str, str]:
     }
 
 
+def _state_of(paths: Sequence[Path]) -> list[_FileState]:
+    return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
 def _canonical_json(content: dict[str, Any]) -> bytes:
     """A configuration without the keys that differ between two saves of the same component."""
     ignored = ("_diffusers_version", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -331,6 +347,9 @@ def _ask_hub(model: str, revision: str | None) -> dict[str, str]:
         return {}
     hashes = {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in info.siblings or ()}
     return {name: value for name, value in hashes.items() if value}
+
+
+_FileState = tuple[Path, int, int]  # with its size and time
 
 
 @dataclass(frozen=True)
