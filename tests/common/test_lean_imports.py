@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 from sd3_lora.common import lean_imports
@@ -75,6 +76,18 @@ def test_packages_are_looked_up_when_they_are_asked_for(monkeypatch: pytest.Monk
     assert len(calls) == 1
 
 
-def test_a_machine_without_a_driver_starts_none() -> None:
+def test_a_machine_without_a_driver_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for by the system's name for it, in a thread too, and its absence is no error."""
+    sought: list[str] = []
+
+    def absent(name: str) -> None:
+        sought.append(name)
+        raise OSError(name)
+
+    monkeypatch.setattr(lean_imports.ctypes, "CDLL", absent)
     lean_imports._start_driver()
+    before = set(threading.enumerate())
     lean_imports.start_driver()
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert sought == 2 * ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
