@@ -67,17 +67,10 @@ from world import MINIATURE, PICTURE_PX, load_objects
 
 SUBJECT_NOISE, DRIFT_NOISE = 1_000, 100_000  # seed of the first prompt's noise; the others follow it
 SHEET_PICTURES = 6
-# What decides the scores of all DreamBooth benchmarks.
-SHARED_SETTINGS = (
-    "steps",
-    "learning_rate",
-    "rank",
-    "lora_layers",
-    "lora_blocks",
-    "train_batch_size",
-    "mixed_precision",
-)
-SHARED_SETTINGS += ("mixed_precision", "prompts", "drift_prompts", "guidance", "num_steps")
+# What decides the scores of all DreamBooth benchmarks, and of those with one number of steps and one rate.
+SHARED_SETTINGS = ("rank", "lora_layers", "lora_blocks", "train_batch_size", "mixed_precision")
+SHARED_SETTINGS += ("prompts", "drift_prompts", "guidance", "num_steps")
+LENGTH_SETTINGS = ("steps", "learning_rate")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -282,6 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add_shared_flags(parser, Path("outputs/dreambooth"))
+    add_length_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
     parser.add_argument(
@@ -305,11 +299,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
-    """The flags of all DreamBooth benchmarks: what is trained how long, how it is scored, and where."""
+    """The flags of all DreamBooth benchmarks: what is trained, how it is scored, and where."""
     parser.add_argument("--subjects", nargs="+", help=f"Held-out objects. Default: {', '.join(SUBJECTS)}.")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="The miniature's folder.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--rank", type=int, default=RANK, help="Of the LoRA.")
     parser.add_argument("--lora_layers", default=LORA_LAYERS, help="As of the training script. Default: %(default)s.")
     parser.add_argument("--lora_blocks", default=LORA_BLOCKS, help="Likewise. Default: %(default)s.")
@@ -324,6 +316,12 @@ def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Processes that share the work.")
     parser.add_argument("--output_dir", type=Path, default=output_dir)
     parser.add_argument("--result", type=Path, help="JSON file to write.")
+
+
+def add_length_flags(parser: argparse.ArgumentParser) -> None:
+    """How long is trained, and how fast."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
 
 
 def require_subjects(names: Sequence[str]) -> list[str]:
@@ -362,7 +360,9 @@ def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = parse(argv)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(flags, (*SHARED_SETTINGS, "seed", "train_flags", "peer_flags", "class_images"))
+    settings = settings_of(
+        flags, (*LENGTH_SETTINGS, *SHARED_SETTINGS, "seed", "train_flags", "peer_flags", "class_images")
+    )
     require_same_settings(settings, flags.output_dir / "settings.json")
     start = time.perf_counter()
     measure_all(flags)
