@@ -69,7 +69,7 @@ SUBJECT_NOISE, DRIFT_NOISE = 1_000, 100_000  # seed of the first prompt's noise;
 SHEET_PICTURES = 6
 # What decides the scores of all DreamBooth benchmarks, and of those with one number of steps and one rate.
 SHARED_SETTINGS = ("rank", "lora_layers", "lora_blocks", "train_batch_size", "mixed_precision")
-SHARED_SETTINGS += ("prompts", "drift_prompts", "guidance", "num_steps")
+SHARED_SETTINGS += ("prompts", "drift_prompts", "guidance", "num_steps", "tf32")
 LENGTH_SETTINGS = ("steps", "learning_rate")
 
 
@@ -94,8 +94,12 @@ class Bench:
 
     def draw(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         """A picture of each prompt, `(N, 3, 128, 128)` in [-1, 1], with whatever LoRA is loaded."""
-        flags = self.flags
-        return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        flags, matmul = self.flags, torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, flags.tf32
+        try:
+            return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        finally:
+            matmul.allow_tf32 = before
 
     def score(self, subject: Subject, trainer: str, lora: Path | None) -> dict[str, Any]:
         """Draws a subject's samples, and with a LoRA those of other objects, and has them judged.
@@ -262,7 +266,7 @@ def require_same_settings(settings: dict[str, Any], path: Path) -> None:
     if noted is None:
         write_json(path, settings)
         return
-    noted = {"class_images": 0, **noted}  # which earlier builds did not have
+    noted = {"class_images": 0, "tf32": False, **noted}  # which earlier builds did not have
     wrong = [name for name in settings if noted.get(name) != settings[name]]
     if wrong:
         raise UserError(
@@ -311,6 +315,9 @@ def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
     parser.add_argument("--drift_prompts", type=int, default=32, help="Samples of other objects, with each LoRA.")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="Denoising steps.")
+    parser.add_argument(
+        "--tf32", action="store_true", help="Draw with products in TF32: sooner, and rounded otherwise. Not training."
+    )
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="Pictures drawn together.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="Processes that share the work.")

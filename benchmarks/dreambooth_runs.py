@@ -150,15 +150,14 @@ def preparation(flags: argparse.Namespace, subject: Subject, methods: Sequence[M
     scripts = []
     for stage_one, (method, class_images) in most.items():
         files, more = method.files(subject), shlex.split(stage_one)
-        for script, words in stage_one_words(flags, subject, files, class_images):
-            more_words = {
-                "precompute_latents": more,
-                "draw_class_pictures": ["--sample_batch_size", str(CLASS_PICTURES_TOGETHER)],
-            }
-            scripts.append((script, [*words, *more_words.get(script, [])]))
-        if class_images and more:  # those that were drawn for other latents
-            script, words = scripts[-2]
-            scripts.append((script, [*words, *class_words(subject, files, class_images)[2:]]))
+        found = dict(stage_one_words(flags, subject, files, class_images))
+        found["precompute_latents"] += more
+        if class_images:
+            found["draw_class_pictures"] += ["--sample_batch_size", str(CLASS_PICTURES_TOGETHER)]
+        scripts += found.items()
+        if class_images:  # those that were drawn with other flags of stage one have no latents here
+            words = [*found["precompute_latents"], *class_words(subject, files, class_images)[2:]]
+            scripts.append(("precompute_latents", words))
     return list(dict.fromkeys((script, tuple(words)) for script, words in scripts))
 
 
@@ -176,7 +175,8 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
         return
     write_pictures(name, subject.pictures, subject.captioned)
     for script, *words in scripts:
-        run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)
+        with process_settings():
+            run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)
     write_json(path, {"scripts": [*done, *(words for words in scripts if words not in done)]})
 
 
