@@ -203,6 +203,19 @@ def test_a_method_that_has_changed_is_measured_again(sweep, tmp_path):
     assert read(tmp_path / "methods-x.json")["methods"][0]["flags"] == "--learning_rate 1e-2"
 
 
+def test_a_method_that_has_changed_does_not_go_on_with_what_was_begun(sweep, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth.Bench, "count", interrupted)
+        assert sweep([PLAIN]) == 130
+    run = tmp_path / "out" / "runs" / "plain" / "robot-0"
+    assert [path.name for path in run.glob("lora/checkpoint-*")] == ["checkpoint-2"]
+    assert sweep([{**PLAIN, "flags": "--learning_rate 1e-2"}]) == 0
+    assert "resumed" not in (run / "log.txt").read_text()
+
+
 def test_a_method_that_fails_is_named_and_the_others_are_measured(sweep, tmp_path, capsys):
     broken = {"name": "broken", "flags": "--use_dora --init_lora_weights pissa"}
     assert sweep([broken, PLAIN]) == 2
