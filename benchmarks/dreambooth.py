@@ -67,17 +67,10 @@ from world import MINIATURE, PICTURE_PX, load_objects
 
 SUBJECT_NOISE, DRIFT_NOISE = 1_000, 100_000  # seed of the first prompt's noise; the others follow it
 SHEET_PICTURES = 6
-# What decides the scores of all DreamBooth benchmarks.
-SHARED_SETTINGS = (
-    "steps",
-    "learning_rate",
-    "rank",
-    "lora_layers",
-    "lora_blocks",
-    "train_batch_size",
-    "mixed_precision",
-)
-SHARED_SETTINGS += ("mixed_precision", "prompts", "drift_prompts", "guidance", "num_steps")
+# What decides the scores of all DreamBooth benchmarks, and of those with one number of steps and one rate.
+SHARED_SETTINGS = ("rank", "lora_layers", "lora_blocks", "train_batch_size", "mixed_precision")
+SHARED_SETTINGS += ("prompts", "drift_prompts", "guidance", "num_steps", "tf32")
+LENGTH_SETTINGS = ("steps", "learning_rate")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -101,8 +94,12 @@ class Bench:
 
     def draw(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         """A picture of each prompt, `(N, 3, 128, 128)` in [-1, 1], with whatever LoRA is loaded."""
-        flags = self.flags
-        return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        flags, matmul = self.flags, torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, flags.tf32
+        try:
+            return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        finally:
+            matmul.allow_tf32 = before
 
     def score(self, subject: Subject, trainer: str, lora: Path | None) -> dict[str, Any]:
         """Draws a subject's samples, and with a LoRA those of other objects, and has them judged.
@@ -269,7 +266,7 @@ def require_same_settings(settings: dict[str, Any], path: Path) -> None:
     if noted is None:
         write_json(path, settings)
         return
-    noted = {"class_images": 0, **noted}  # which earlier builds did not have
+    noted = {"class_images": 0, "tf32": False, **noted}  # which earlier builds did not have
     wrong = [name for name in settings if noted.get(name) != settings[name]]
     if wrong:
         raise UserError(
@@ -282,6 +279,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add_shared_flags(parser, Path("outputs/dreambooth"))
+    add_length_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
     parser.add_argument(
@@ -305,11 +303,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
-    """The flags of all DreamBooth benchmarks: what is trained how long, how it is scored, and where."""
+    """The flags of all DreamBooth benchmarks: what is trained, how it is scored, and where."""
     parser.add_argument("--subjects", nargs="+", help=f"Held-out objects. Default: {', '.join(SUBJECTS)}.")
     parser.add_argument("--model", type=Path, default=MINIATURE, help="The miniature's folder.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--rank", type=int, default=RANK, help="Of the LoRA.")
     parser.add_argument("--lora_layers", default=LORA_LAYERS, help="As of the training script. Default: %(default)s.")
     parser.add_argument("--lora_blocks", default=LORA_BLOCKS, help="Likewise. Default: %(default)s.")
@@ -319,11 +315,20 @@ def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
     parser.add_argument("--drift_prompts", type=int, default=32, help="Samples of other objects, with each LoRA.")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="Denoising steps.")
+    parser.add_argument(
+        "--tf32", action="store_true", help="Draw with products in TF32: sooner, and rounded otherwise. Not training."
+    )
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="Pictures drawn together.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="Processes that share the work.")
     parser.add_argument("--output_dir", type=Path, default=output_dir)
     parser.add_argument("--result", type=Path, help="JSON file to write.")
+
+
+def add_length_flags(parser: argparse.ArgumentParser) -> None:
+    """How long is trained, and how fast."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
 
 
 def require_subjects(names: Sequence[str]) -> list[str]:
@@ -362,7 +367,9 @@ def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = parse(argv)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(flags, (*SHARED_SETTINGS, "seed", "train_flags", "peer_flags", "class_images"))
+    settings = settings_of(
+        flags, (*LENGTH_SETTINGS, *SHARED_SETTINGS, "seed", "train_flags", "peer_flags", "class_images")
+    )
     require_same_settings(settings, flags.output_dir / "settings.json")
     start = time.perf_counter()
     measure_all(flags)

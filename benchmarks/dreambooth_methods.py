@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import re
 import signal
 import sys
 import time
@@ -27,26 +26,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sd3_lora.common.command_line import UserError, exit_code, write_text_atomically
+from sd3_lora.common.command_line import UserError, exit_code
 from sd3_lora.common.devices import choose_device
 
 from dreambooth import (
+    LENGTH_SETTINGS,
     SHARED_SETTINGS,
+    add_length_flags,
     add_shared_flags,
     read_json,
     require_same_settings,
     require_subjects,
     settings_of,
 )
-from dreambooth_runs import Method, Point, Run, carry_out_all
-from dreambooth_scores import METHOD_TARGETS, methods_table, summary
+from dreambooth_runs import DRIFT_BEFORE, Method, Point, Run, carry_out_all, mean_times, results_of
+from dreambooth_scores import COLUMNS, METHOD_TARGETS, compact, methods_table, summary, write_result
 from dreambooth_subjects import SUBJECTS
 from evaluate import circumstances
 from judge import JUDGE_FILE
 
 METHODS_FILE = Path(__file__).resolve().parent / "methods.json"
-# Of a row in the result: in how many samples the judge saw what was asked for.
-COLUMNS = ("object", "colour", "pattern", "position", "drift")
 
 
 def read_methods(path: Path, only: Sequence[str]) -> list[Method]:
@@ -79,32 +78,14 @@ def runs_of(flags: argparse.Namespace, method: Method) -> list[Run]:
 
 def scores_of(flags: argparse.Namespace, method: Method) -> dict[str, Any] | None:
     """A method's part of the result; None where a run has none."""
-    runs = runs_of(flags, method)
-    results = [run.result(flags.output_dir) for run in runs]
-    found = [result for result in results if result is not None]
-    if len(found) < len(runs):
+    found = results_of(flags, runs_of(flags, method))
+    if found is None:
         return None
-    rows = [
-        {"subject": run.subject, "seed": run.seed, **result["scores"][0]}
-        for run, result in zip(runs, found, strict=True)
-    ]
-    before = read_json(flags.output_dir / "drift_before.json")
-    assert before is not None
-    times = {
-        name: round(sum(result[name] for result in found) / len(found), 2) for name in ("training_s", "sampling_s")
-    }
+    rows = [result["scores"][0] for result in found]
     fields = {"flags": method.flags, "stage_one": method.stage_one}
     fields |= {"one_prompt": method.one_prompt, "class_images": method.class_images}
-    return {"name": method.name, **fields, **summary(rows, before), **times, "rows": compact(rows)}
-
-
-def compact(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
-    """Subject → seed → the counts of `COLUMNS`."""
-    found: dict[str, dict[str, list[int]]] = {}
-    for row in rows:
-        counts = [*(row["right"][name] for name in COLUMNS[:-1]), row["drift_right"]]
-        found.setdefault(row["subject"], {})[str(row["seed"])] = counts
-    return found
+    scores = summary(rows, read_json(flags.output_dir / DRIFT_BEFORE) or {})
+    return {"name": method.name, **fields, **scores, **mean_times(found), "rows": compact(rows)}
 
 
 def sentence(scores: dict[str, Any]) -> str:
@@ -127,18 +108,10 @@ def result_of(flags: argparse.Namespace, settings: dict[str, Any], methods: Sequ
         "jobs": flags.jobs,
         "judge": read_json(JUDGE_FILE.with_suffix(".json")),
         "targets": METHOD_TARGETS,
-        "drift_before": read_json(flags.output_dir / "drift_before.json"),
+        "drift_before": read_json(flags.output_dir / DRIFT_BEFORE),
         "columns": COLUMNS,
         "methods": [scores for scores in found if scores],
     }
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """As JSON, a list of numbers on one line."""
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    text = re.sub(r"\[[\d\s,.-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, text + "\n")
 
 
 def measure(flags: argparse.Namespace, methods: Sequence[Method]) -> list[str]:
@@ -156,7 +129,7 @@ def measure(flags: argparse.Namespace, methods: Sequence[Method]) -> list[str]:
             reported.add(method.name)
             print(sentence(scores), flush=True)
 
-    if (flags.output_dir / "drift_before.json").is_file():
+    if (flags.output_dir / DRIFT_BEFORE).is_file():
         for method in methods:
             report(method)
     return carry_out_all(flags, runs, lambda run: report(run.method))
@@ -169,6 +142,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="Of its methods; 'EMA*' for several.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="Of training.")
     add_shared_flags(parser, Path("outputs/dreambooth-methods"))
+    add_length_flags(parser)
     flags = parser.parse_args(argv)
     flags.subjects = require_subjects(flags.subjects or SUBJECTS)
     flags.seed, flags.vram_budget_gib = 0, None  # the seed is that of class pictures, which all seeds share
@@ -180,7 +154,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags = parse(argv)
     methods = read_methods(flags.methods, flags.only)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(flags, SHARED_SETTINGS)
+    settings = settings_of(flags, (*LENGTH_SETTINGS, *SHARED_SETTINGS))
     require_same_settings(settings, flags.output_dir / "settings.json")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C: what is whole is written
     start = time.perf_counter()

@@ -33,6 +33,7 @@ from dreambooth import Bench, load_bench, read_json, write_json
 from dreambooth_subjects import Subject, write_pictures
 from dreambooth_trainers import StageOneFiles, class_words, run_script, shared_words, stage_one_words, stored_words
 
+DRIFT_BEFORE = "drift_before.json"  # of the miniature without a LoRA
 TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
 CLASS_PICTURES_TOGETHER = 25  # drawn: of a hundred four batches
 LARGEST_BUDGET_GIB = 16.0  # for a process: the miniature needs a fraction
@@ -149,15 +150,14 @@ def preparation(flags: argparse.Namespace, subject: Subject, methods: Sequence[M
     scripts = []
     for stage_one, (method, class_images) in most.items():
         files, more = method.files(subject), shlex.split(stage_one)
-        for script, words in stage_one_words(flags, subject, files, class_images):
-            more_words = {
-                "precompute_latents": more,
-                "draw_class_pictures": ["--sample_batch_size", str(CLASS_PICTURES_TOGETHER)],
-            }
-            scripts.append((script, [*words, *more_words.get(script, [])]))
-        if class_images and more:  # those that were drawn for other latents
-            script, words = scripts[-2]
-            scripts.append((script, [*words, *class_words(subject, files, class_images)[2:]]))
+        found = dict(stage_one_words(flags, subject, files, class_images))
+        found["precompute_latents"] += more
+        if class_images:
+            found["draw_class_pictures"] += ["--sample_batch_size", str(CLASS_PICTURES_TOGETHER)]
+        scripts += found.items()
+        if class_images:  # those that were drawn with other flags of stage one have no latents here
+            words = [*found["precompute_latents"], *class_words(subject, files, class_images)[2:]]
+            scripts.append(("precompute_latents", words))
     return list(dict.fromkeys((script, tuple(words)) for script, words in scripts))
 
 
@@ -175,7 +175,8 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
         return
     write_pictures(name, subject.pictures, subject.captioned)
     for script, *words in scripts:
-        run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)
+        with process_settings():
+            run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)
     write_json(path, {"scripts": [*done, *(words for words in scripts if words not in done)]})
 
 
@@ -218,12 +219,26 @@ def carry_out(flags: argparse.Namespace, bench: Bench, run: Run) -> dict[str, An
     with process_settings():
         run_script(TRAINING_SCRIPT, training_words(flags, run), folder / "log.txt", f"{run.subject}, {run.method.name}")
     trained = time.perf_counter()
-    scores = [bench.count(run.subject, lora_of(folder / "lora", point, flags.steps)) for point in run.points]
+    files = [lora_of(folder / "lora", point, flags.steps) for point in run.points]
+    scores = [{"subject": run.subject, "seed": run.seed, **bench.count(run.subject, path)} for path in files]
     times = {"training_s": round(trained - start, 2), "sampling_s": round(time.perf_counter() - trained, 2)}
     write_json(folder / "result.json", {**run.noted(), **times, "scores": scores})
     for checkpoint in (folder / "lora").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return {**times, "scores": scores}
+
+
+def results_of(flags: argparse.Namespace, runs: Sequence[Run]) -> list[dict[str, Any]] | None:
+    """The results of some runs, in their order; None where one is missing."""
+    found = [run.result(flags.output_dir) for run in runs]
+    whole = [result for result in found if result is not None]
+    return whole if len(whole) == len(runs) else None
+
+
+def mean_times(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The seconds that a run took, on average, beside all that the other processes did."""
+    names = ("training_s", "sampling_s")
+    return {name: round(sum(result[name] for result in results) / len(results), 2) for name in names}
 
 
 def lora_of(folder: Path, point: Point, last_step: int) -> Path:
@@ -253,7 +268,7 @@ class Task:
         elif self.subject:
             prepare(flags, self.subject, self.methods)
         else:
-            write_json(flags.output_dir / "drift_before.json", bench.draw_drift())
+            write_json(flags.output_dir / DRIFT_BEFORE, bench.draw_drift())
 
 
 class Worker:
@@ -347,7 +362,7 @@ def carry_out_all(flags: argparse.Namespace, runs: Sequence[Run], finished: Call
         if run.method not in methods.setdefault(run.subject, []):
             methods[run.subject].append(run.method)
     first = [Task(subject=name, methods=tuple(found)) for name, found in methods.items()]
-    if not (flags.output_dir / "drift_before.json").is_file():
+    if not (flags.output_dir / DRIFT_BEFORE).is_file():
         first.append(Task())
     if not first:
         return []

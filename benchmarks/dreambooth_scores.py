@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from sd3_lora.common.command_line import write_text_atomically
 
 from dreambooth_trainers import TRAINERS
 from judge import Verdict
@@ -17,6 +22,9 @@ METHOD_TARGETS = {
     "captions": {"subject": 92.0, "prompt": 98.0, "drift": 97.0},
     "one prompt": {"subject": 60.0, "prompt": 98.0, "drift": 90.0},
 }
+
+# Of a row in the result: in how many samples the judge saw what was asked for.
+COLUMNS = ("object", "colour", "pattern", "position", "drift")
 
 
 def count_right(verdict: Verdict, scenes: Scenes) -> dict[str, int]:
@@ -87,6 +95,23 @@ def table(means: dict[str, dict[str, float | None]]) -> str:
     head = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
     rows = [line(TRAINERS[trainer], values) for trainer, values in means.items()]
     return "\n".join([*head, *rows, line("target", TARGETS, "≥ ")])
+
+
+def compact(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
+    """Subject → seed → the counts of `COLUMNS`."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        counts = [*(row["right"][name] for name in COLUMNS[:-1]), row["drift_right"]]
+        found.setdefault(row["subject"], {})[str(row["seed"])] = counts
+    return found
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """As JSON, a list of numbers on one line."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[\d\s,.-]+\]", lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, text + "\n")
 
 
 def methods_table(result: dict[str, Any]) -> str:

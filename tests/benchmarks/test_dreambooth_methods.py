@@ -119,22 +119,21 @@ def test_stage_one_and_class_pictures_are_made_once_for_all_methods(sweep, tmp_p
 
     monkeypatch.setattr(dreambooth_runs, "run_script", note)
     methods = [
+        {"name": "flips", "stage_one": "--random_flip", "class_images": 2},
         PLAIN,
         {"name": "fast", "flags": "--learning_rate 1e-2"},
         {"name": "class", "class_images": 2},
         {"name": "one prompt", "one_prompt": True, "class_images": 3},
-        {"name": "flips", "stage_one": "--random_flip"},
     ]
     assert sweep(methods, "--seeds", 0, 1) == 0
     training = ["train_dreambooth_sd3_lora_miniature"] * 10
-    stage_one = ["compute_embeddings", "precompute_latents", "draw_class_pictures", "precompute_latents"]
-    assert called == [*stage_one, *training]
+    latents = ["precompute_latents", "draw_class_pictures", "precompute_latents"]
+    assert called == ["compute_embeddings", *latents, *latents, *training]
     robot = tmp_path / "out" / "subjects" / "robot"
     assert len(list((robot / "class").glob("*.png"))) == 3
     (flipped,) = robot.glob("latents-*")
-    assert len(list(flipped.glob("*.safetensors"))) == 5
     assert {len(load_file(path)) for path in flipped.glob("*.safetensors")} == {4}  # mean and std of two crops
-    assert len(list((robot / "latents").glob("*.safetensors"))) == 5 + 3
+    assert [len(list(folder.glob("*.safetensors"))) for folder in (flipped, robot / "latents")] == [5 + 2, 5 + 3]
     assert "in a process of its own" not in "".join(path.read_text() for path in tmp_path.rglob("log.txt"))
 
     def picture_count(name: str) -> int:
@@ -202,6 +201,19 @@ def test_a_method_that_has_changed_is_measured_again(sweep, tmp_path):
     assert sweep([{**PLAIN, "flags": "--learning_rate 1e-2"}]) == 0
     assert not all(torch.equal(before[name], tensor) for name, tensor in load_file(lora).items())
     assert read(tmp_path / "methods-x.json")["methods"][0]["flags"] == "--learning_rate 1e-2"
+
+
+def test_a_method_that_has_changed_does_not_go_on_with_what_was_begun(sweep, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth.Bench, "count", interrupted)
+        assert sweep([PLAIN]) == 130
+    run = tmp_path / "out" / "runs" / "plain" / "robot-0"
+    assert [path.name for path in run.glob("lora/checkpoint-*")] == ["checkpoint-2"]
+    assert sweep([{**PLAIN, "flags": "--learning_rate 1e-2"}]) == 0
+    assert "resumed" not in (run / "log.txt").read_text()
 
 
 def test_a_method_that_fails_is_named_and_the_others_are_measured(sweep, tmp_path, capsys):
@@ -312,6 +324,46 @@ def test_the_result_has_every_count_and_prints_as_a_table(sweep, tmp_path, capsy
 def test_a_wrong_list_is_one_sentence(sweep, capsys, methods, words, sentence):
     assert sweep(methods, *words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_processes_share_the_runs(tiny_sd3, tmp_path):
+    """Spawned ones, with the miniature's own judge."""
+    (tmp_path / "list.json").write_text(json.dumps([PLAIN]))
+    words = ["--steps", 1, "--rank", 2, "--lora_blocks", 0, "--prompts", 1, "--drift_prompts", 1, "--num_steps", 1]
+    words += ["--device", "cpu", "--subjects", "robot", "fox", "--seeds", 0, "--model", tiny_sd3, "--jobs", 2]
+    words += ["--methods", tmp_path / "list.json", "--output_dir", tmp_path / "out", "--result", tmp_path / "x.json"]
+    assert dreambooth_methods.main(list(map(str, words))) == 0
+    (method,) = read(tmp_path / "x.json")["methods"]
+    assert method["rows"].keys() == {"robot", "fox"}
+    logs = [path.read_text() for path in (tmp_path / "out" / "runs").rglob("log.txt")]
+    assert ["1 steps" in log for log in logs] == [True, True]
+
+
+def test_each_process_plans_with_its_share_of_the_gpu(monkeypatch, tmp_path):
+    gib = 1024**3
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (78 * gib, 80 * gib))
+    assert dreambooth_runs.memory_share(torch.device("cuda"), 14) == 5.01
+    assert dreambooth_runs.memory_share(torch.device("cuda"), 2) == dreambooth_runs.LARGEST_BUDGET_GIB
+    assert dreambooth_runs.memory_share(torch.device("cpu"), 2) is None
+    flags = flags_of("--output_dir", tmp_path)
+    flags.vram_budget_gib = 5.01
+    words = dreambooth_runs.training_words(flags, Run(Method("m"), "robot", 0, (Point(150),)))
+    assert training_script.COMMAND_LINE.parse(words)[-1].vram_budget_gib == 5.01
+
+
+def test_only_drawing_is_in_tf32(sweep, tmp_path, monkeypatch):
+    seen = []
+    draw = dreambooth.draw
+
+    def note(*arguments: object) -> torch.Tensor:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return draw(*arguments)
+
+    monkeypatch.setattr(dreambooth, "draw", note)
+    assert sweep([PLAIN], "--tf32") == 0
+    assert set(seen) == {True}
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert sweep([PLAIN]) == 2  # other settings
 
 
 def test_some_methods_of_the_list():
