@@ -94,6 +94,7 @@ from sd3_lora.training.config import (
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
+from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -225,6 +226,9 @@ def run_identity(
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         "--caption_dropout": flags.data.caption_dropout,
+        "--clip_l_dropout": flags.data.clip_l_dropout,
+        "--clip_g_dropout": flags.data.clip_g_dropout,
+        "--t5_dropout": flags.data.t5_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
@@ -528,8 +532,9 @@ def make_batches(
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
     sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
-    early = 2 if training.ahead else 1
-    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
+    early, dropout = 2 if training.ahead else 1, flags.data
+    parts = EncoderDropout.of(files, dropout.clip_l_dropout, dropout.clip_g_dropout, dropout.t5_dropout)
+    return MicroBatches(training.order, data, sampler, early, dropout.caption_dropout, parts)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:

@@ -79,6 +79,12 @@ class DataConfig(CropFlags):
     caption_dropout: float = field(
         default=0.0, metadata={"help": "Chance that a picture comes with the empty prompt in place of its own."}
     )
+    clip_l_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Chance that a prompt comes with zeros in place of CLIP-L's part (SD3's: 0.464)."},
+    )
+    clip_g_dropout: float = field(default=0.0, metadata={"help": "Likewise of CLIP-G's part."})
+    t5_dropout: float = field(default=0.0, metadata={"help": "Likewise of T5's part."})
 
     def __post_init__(self) -> None:
         require_right(
@@ -91,8 +97,9 @@ class DataConfig(CropFlags):
         )
 
     def _dropout_faults(self) -> Iterator[str]:
-        if not 0 <= self.caption_dropout <= 1:
-            yield "--caption_dropout must be at least 0 and at most 1"
+        for name in ("caption_dropout", "clip_l_dropout", "clip_g_dropout", "t5_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"--{name} must be at least 0 and at most 1"
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("precondition_outputs", [], "losses"),
     ("timestep_shift", [1.0], "losses"),
     ("caption_dropout", [1.0], "losses"),
+    ("clip_l_dropout", [1.0], "losses"),
+    ("clip_g_dropout", [1.0], "losses"),
+    ("t5_dropout", [1.0], "losses"),
 ]
 
 # Flags with a test of their own, here or where it says.
@@ -307,6 +310,7 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--num_crops", 0], "--num_crops 0 must be at least 1"),
     (["--repeats", 0], "--repeats 0 must be at least 1"),
     (["--caption_dropout", 1.5], "--caption_dropout must be at least 0 and at most 1"),
+    (["--t5_dropout", -0.5], "--t5_dropout must be at least 0 and at most 1"),
     (["--shuffle_tags", -1], "--shuffle_tags and --keep_tags must not be negative"),
     (["--keep_tags", 1], "--keep_tags needs --shuffle_tags"),
     (["--use_filename_as_label", "--use_txt_as_label"], "exclude each other: type one of them"),
