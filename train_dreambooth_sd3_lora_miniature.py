@@ -111,7 +111,7 @@ from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORME
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
-from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import (
     EMA_FILE,
@@ -121,6 +121,7 @@ from sd3_lora.transformer.lora import (
     chosen_blocks,
     start_from,
     target_modules,
+    trained_names,
 )
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -407,6 +408,20 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     return start
 
 
+def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
+    """Checks that each pattern of --lr_pattern is of something that is trained.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not flags.optimizer.rates:
+        return
+    lora, hollow = flags.lora, make_hollow(config, torch.float32)
+    targets = target_modules(hollow, lora.layers, chosen_blocks(lora.blocks, config["num_layers"]))
+    attach_lora(hollow, targets, lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
+    require_patterns(flags.optimizer.rates, trained_names(hollow))
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -418,7 +433,7 @@ def load_training(
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
     files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
-    processes, dtype = accelerator.num_processes, planned.dtype
+    processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
         blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
@@ -427,13 +442,15 @@ def load_training(
         trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
         if start:
             start_from(transformer, start.starts())
+        names.extend(trained_names(transformer))
         return trained
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
-    rate = flags.optimizer.scaled_rate(run.pictures_per_step(processes))
-    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate, tuple(arranged.trained))])
+    pictures = run.pictures_per_step(processes)
+    group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
+    trainables = Trainables(groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures)))
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
@@ -469,6 +486,7 @@ def training_task(
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
     kind.check(asked.precision, asked.streamed)
+    require_rates(flags, config)
     per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(

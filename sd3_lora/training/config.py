@@ -304,6 +304,13 @@ class OptimizerConfig:
             "help": f"Peak learning rate. Default: {ADAMW.learning_rate:g}; 1 with prodigy, which multiplies it."
         },
     )
+    lr_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of single layers or of parts of them, such as attn=5e-5,ff.net.2.lora_B=1e-3; the "
+            "first that fits counts, and others have --learning_rate."
+        },
+    )
     scale_lr: bool = field(
         default=False, metadata={"help": "Multiply it by batch size, accumulation steps and processes."}
     )
@@ -349,7 +356,7 @@ class OptimizerConfig:
         if find_kind(self.optimizer) is None:
             names = ", ".join(kind.name for kind in KINDS)
             require_right([f"--optimizer {self.optimizer} is unknown: type one of {names}"])
-        require_right([*self._misfits(), *self._faults()])
+        require_right([*self._misfits(), *self._rate_faults(), *self._faults()])
 
     @property
     def kind(self) -> OptimizerKind:
@@ -361,6 +368,19 @@ class OptimizerConfig:
     def rate(self) -> float:
         """learning_rate, or the optimizer's own."""
         return self.kind.learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """lr_pattern as layer → learning rate.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        entries = [entry.partition("=") for entry in self.lr_pattern.split(",")] if self.lr_pattern else []
+        rates = {layer.strip(): float(rate) for layer, _, rate in entries}
+        if not all(layer and 0 < rate < math.inf for layer, rate in rates.items()):
+            raise ValueError(self.lr_pattern)
+        return rates
 
     @property
     def betas(self) -> tuple[float, float] | None:
@@ -439,6 +459,18 @@ class OptimizerConfig:
                 "type constant or constant_with_warmup"
             )
 
+    def _rate_faults(self) -> Iterator[str]:
+        try:
+            rates = self.rates
+        except ValueError:
+            yield f"--lr_pattern {self.lr_pattern} cannot be read: type for example attn=5e-5,ff.net.2.lora_B=1e-3"
+            return
+        if self.kind == PRODIGY and any(rate != self.rate for rate in rates.values()):
+            yield (
+                f"--lr_pattern {self.lr_pattern} does not go with --optimizer {self.kind.name}, which finds one "
+                "learning rate for all: leave one of them out"
+            )
+
     def _faults(self) -> Iterator[str]:
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             yield "--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1"
@@ -454,6 +486,10 @@ class OptimizerConfig:
     def scaled_rate(self, pictures_per_step: int) -> float:
         """The learning rate, multiplied under --scale_lr."""
         return self.rate * (pictures_per_step if self.scale_lr else 1)
+
+    def scaled_rates(self, pictures_per_step: int) -> dict[str, float]:
+        """Those of lr_pattern, likewise."""
+        return {layer: rate * (pictures_per_step if self.scale_lr else 1) for layer, rate in self.rates.items()}
 
 
 @dataclass(frozen=True)
@@ -621,13 +657,15 @@ class TrainingFlags:
         run, optimizer, prior = self.run, self.optimizer, self.prior
         weighted = f" (and as many class pictures, weighted {prior.prior_loss_weight:g})"
         class_pictures = weighted if prior.with_prior_preservation else ""
-        rate = optimizer.scaled_rate(run.pictures_per_step(processes))
+        pictures = run.pictures_per_step(processes)
+        rate, rates = optimizer.scaled_rate(pictures), optimizer.scaled_rates(pictures)
+        own = f" ({', '.join(f'{layer} {own:g}' for layer, own in rates.items())})" if rates else ""
         kind = "" if optimizer.kind == ADAMW else f"{optimizer.kind.name}, "
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
         return (
             f"{resolution} px, batch {run.train_batch_size}{class_pictures} × accumulation "
             f"{run.gradient_accumulation_steps} × "
-            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g} {optimizer.lr_scheduler}"
+            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g}{own} {optimizer.lr_scheduler}"
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")
