@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
+from sd3_lora.common.command_line import HarmlessFlag, UserError, less_than_one, require_right
 from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
@@ -645,6 +645,13 @@ class TrainingFlags:
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
+
+    def __post_init__(self) -> None:
+        if self.average.use_ema and self.optimizer.kind == SCHEDULE_FREE_ADAMW:
+            raise UserError(
+                f"--use_ema does not go with --optimizer {SCHEDULE_FREE_ADAMW.name}, whose LoRA is an average of the "
+                "run already: leave one of them out"
+            )
 
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.
