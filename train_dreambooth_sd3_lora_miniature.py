@@ -599,7 +599,10 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
+    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
+        require_writable_folder(output_dir)
+        stage_one.make_embeddings()
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
     if accelerator.num_processes > 1:

@@ -56,7 +56,13 @@ HARMLESS_FLAGS = {
 class DataConfig(CropFlags):
     """What stage one left, and what of it to train on."""
 
-    data_df_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "What compute_embeddings.py wrote."})
+    data_df_path: str = field(
+        default=EMBEDDINGS_PATH,
+        metadata={
+            "help": "What compute_embeddings.py wrote. Where pictures are named, and this is neither named nor there, "
+            "that script is run first."
+        },
+    )
     latents_path: str = field(
         default=LATENTS_PATH,
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
