@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from sd3_lora.common.command_line import CommandLine, UserError, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, PictureFlags, missing_path
 from sd3_lora.common.defaults import LORA_FOLDER
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.common.placement_flags import BaseFlags
@@ -102,8 +102,10 @@ def as_in_run(group: _Group, output_dir: Path) -> _Group:
     """
     recorded = recorded_flags(output_dir / "run.json", type(group))
     typed = {f.name for f in fields(group) if getattr(group, f.name) != f.default}
-    if typed & {"instance_data_dir", "concepts_list", "dataset_name"}:  # other pictures
-        return group
+    if typed & {"instance_data_dir", "concepts_list", "dataset_name"}:  # other pictures, with other captions
+        recorded = {name: value for name, value in recorded.items() if not hasattr(PictureFlags, name)}
+    if "pretrained_model_name_or_path" in typed:
+        recorded = {}
     return replace(group, **{name: value for name, value in recorded.items() if name not in typed})
 
 

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import sd3_lora.losses as command
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.gpu.budget import BudgetTooSmall
+from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.images import crop_boxes
+from sd3_lora.training.config import DataConfig
 from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, ranked, robust_scores
 
 import numpy as np
@@ -125,6 +129,37 @@ def test_it_takes_the_data_of_a_run_and_its_lora(script: Script, prepared: Prepa
     assert (run.folder / "run.json").read_bytes() == before
 
 
+def test_what_is_typed_wins_over_the_run(tmp_path: Path) -> None:
+    flags = {"instance_data_dir": "dog", "instance_prompt": "a dog", "data_df_path": "e", "random_flip": True}
+    flags |= {"pretrained_model_name_or_path": "x/y", "revision": "abc"}
+    (tmp_path / "run.json").write_text(json.dumps({"flags": flags}))
+    assert command.as_in_run(DataConfig(), tmp_path) == DataConfig(
+        instance_data_dir="dog", instance_prompt="a dog", data_df_path="e", random_flip=True
+    )
+    assert command.as_in_run(DataConfig(concepts_list="c.json", random_flip=False), tmp_path) == DataConfig(
+        concepts_list="c.json", data_df_path="e", random_flip=False
+    )
+    assert command.as_in_run(ModelConfig(), tmp_path) == ModelConfig("x/y", "abc")
+    assert command.as_in_run(ModelConfig("z/w"), tmp_path) == ModelConfig("z/w")
+    assert command.as_in_run(DataConfig(), tmp_path / "nothing") == DataConfig()
+
+
+def test_the_plan_is_drawings(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """A sentence where not even one row fits, with the budget that would do."""
+    words = [*data_flags(prepared), "--device", "cpu", "--output_dir", tmp_path / "out"]
+    whole = script(SCRIPT, *words, "--vram_budget_gib", 4, "--plan")
+    assert whole.code == 0, whole.err
+    assert "; 16 rows together" in whole.out
+    assert "predicted peak: " in whole.out
+    small = script(SCRIPT, *words, "--vram_budget_gib", 0.76)
+    assert small.code == 2
+    assert small.err.startswith("error: the budget is too small for one picture: type --vram_budget_gib 0.")
+    needed = float(small.err.split("--vram_budget_gib ")[1].split(",")[0])
+    fits = script(SCRIPT, *words, "--vram_budget_gib", needed, "--plan")
+    assert fits.code == 0, fits.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_shapes_and_several_captions(script: Script, tiny_sd3: Path, tmp_path: Path) -> None:
     """Each caption is a row; pictures of one shape share their noise."""
     pictures = tmp_path / "pictures"
@@ -175,6 +210,23 @@ def test_as_it_is_typed(prepared: Prepared, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / command.LOSSES_FILE).is_file()
+
+
+def test_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them, and half again, until the plan takes them."""
+    tried: list[int] = []
+
+    def plan(files: None, shape: DenoisingShape, budget: None, asked: None) -> str:
+        tried.append(shape.batch_size)
+        if shape.batch_size > 3:
+            raise BudgetTooSmall("too small", 2 * 1024**3)
+        return "plan"
+
+    monkeypatch.setattr(command, "plan_denoising", plan)
+    shape = DenoisingShape(20, (8, 8), 97, torch.float32, 0)
+    found: Any = command.plan_forwards(None, shape, None, None)  # type: ignore[arg-type]
+    assert found == ("plan", 2)
+    assert tried == [20, 10, 5, 2]
 
 
 # The scores
