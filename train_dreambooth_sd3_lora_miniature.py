@@ -94,6 +94,7 @@ from sd3_lora.training.config import (
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
+from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -110,7 +111,7 @@ from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORME
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
-from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import (
     EMA_FILE,
@@ -120,6 +121,7 @@ from sd3_lora.transformer.lora import (
     chosen_blocks,
     start_from,
     target_modules,
+    trained_names,
 )
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -225,6 +227,9 @@ def run_identity(
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         "--caption_dropout": flags.data.caption_dropout,
+        "--clip_l_dropout": flags.data.clip_l_dropout,
+        "--clip_g_dropout": flags.data.clip_g_dropout,
+        "--t5_dropout": flags.data.t5_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
@@ -403,6 +408,20 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     return start
 
 
+def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
+    """Checks that each pattern of --lr_pattern is of something that is trained.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not flags.optimizer.rates:
+        return
+    lora, hollow = flags.lora, make_hollow(config, torch.float32)
+    targets = target_modules(hollow, lora.layers, chosen_blocks(lora.blocks, config["num_layers"]))
+    attach_lora(hollow, targets, lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
+    require_patterns(flags.optimizer.rates, trained_names(hollow))
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -414,7 +433,7 @@ def load_training(
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
     files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
-    processes, dtype = accelerator.num_processes, planned.dtype
+    processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
         blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
@@ -423,13 +442,15 @@ def load_training(
         trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
         if start:
             start_from(transformer, start.starts())
+        names.extend(trained_names(transformer))
         return trained
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
-    rate = flags.optimizer.scaled_rate(run.pictures_per_step(processes))
-    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate, tuple(arranged.trained))])
+    pictures = run.pictures_per_step(processes)
+    group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
+    trainables = Trainables(groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures)))
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
@@ -465,6 +486,7 @@ def training_task(
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
     kind.check(asked.precision, asked.streamed)
+    require_rates(flags, config)
     per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
@@ -528,8 +550,9 @@ def make_batches(
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
     sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
-    early = 2 if training.ahead else 1
-    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
+    early, dropout = 2 if training.ahead else 1, flags.data
+    parts = EncoderDropout.of(files, dropout.clip_l_dropout, dropout.clip_g_dropout, dropout.t5_dropout)
+    return MicroBatches(training.order, data, sampler, early, dropout.caption_dropout, parts)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
@@ -576,7 +599,10 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 
 
 def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
+    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
+        require_writable_folder(output_dir)
+        stage_one.make_embeddings()
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
     if accelerator.num_processes > 1:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
 from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
-from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
@@ -152,6 +152,27 @@ class StageOne:
                 f"{widths[0]} and {widths[1]}: type `{remedy} --overwrite`"
             )
         return store
+
+    def lacks_embeddings(self) -> bool:
+        """Whether the embeddings file is to be made first, as where diffusers' one command does all.
+
+        So it is where pictures are named and the file is not. One that is named and missing may be a slip: making it
+        takes minutes.
+        """
+        data = self.data
+        names_pictures = data.instance_data_dir is not None or data.concepts_list is not None
+        return names_pictures and data.data_df_path == EMBEDDINGS_PATH and not Path(EMBEDDINGS_PATH).exists()
+
+    def make_embeddings(self) -> None:
+        """Runs `compute_embeddings.py` in another process, so that all memory of the text encoders is freed.
+
+        Raises:
+            UserError: a picture has neither a caption nor a prompt, or it failed.
+        """
+        flags = {**self._flags("compute_embeddings.py"), **self.budget.flags()}
+        if self._subject is not None:
+            self._read(self._subject, flags["instance_prompt"], None)
+        self._run("compute_embeddings.py", flags, f"{self.data.data_df_path} is not there", "embeddings")
 
     def open_latents(self) -> LatentCache:
         """The latent cache, empty or not."""
