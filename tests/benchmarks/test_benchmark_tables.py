@@ -22,6 +22,7 @@ import tables
         ("docs/memory.md", 10),
         ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
+        ("docs/methods.md", 1),
         ("docs/speed.md", 1),
         ("miniature/README.md", 1),
     ],
