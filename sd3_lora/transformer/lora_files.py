@@ -89,7 +89,7 @@ _FOREIGN = (
         "again here or with one of the programs in docs/loras.md",
     ),
     (
-        r"^(diffusion_model\.|transformer\.)?(joint_blocks|[xty]_embedder|final_layer)\..*(lora|alpha)",
+        r"^(diffusion_model\.|transformer\.)?(joint_blocks|[xty]_embedder|final_layer)\..*(lora|lokr|hada|alpha)",
         "has the layer names of the original SD3 (MMDiT, as ComfyUI's), which are not read yet: draw with it in "
         "ComfyUI, or train it again here or with one of the programs in docs/loras.md",
     ),
@@ -532,7 +532,8 @@ def _require_lycoris_shapes(
     for part in ("magnitude", "down", "up"):
         if part in keys:
             of = "magnitudes (DoRA)" if part == "magnitude" else "a plain LoRA"
-            raise UserError(f"{path} has a LyCORIS LoKr or LoHa with {of} ({keys[part]}), which is {_IN_COMFYUI}")
+            key = next(keys[part] for parts in PARTS.values() for part in parts if part in keys)
+            raise UserError(f"{path} has a LyCORIS LoKr or LoHa with {of} ({key}), which is {_IN_COMFYUI}")
     parts = {part: shapes[key] for part, key in keys.items() if part != "alpha"}
     wrong = misfit(parts, *widths)
     if wrong:

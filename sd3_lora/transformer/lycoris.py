@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 
 # Their tensors' names in PEFT and in LyCORIS. The last of each is zero in a new one, and has the strength in a file.
 PARTS: dict[LoraType, tuple[str, ...]] = {
-    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_b", "lokr_w2_a", "lokr_w2"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_w2"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_b", "hada_w2_a"),
 }
 # As LyCORIS' own networks of a diffusers model are named, and SimpleTuner's; ComfyUI has both in its list for SD3.

@@ -209,9 +209,13 @@ def test_it_begins_as_another(
 
 
 def test_a_new_file_has_no_effect(tiny_sd3: Path, transformer: SD3Transformer2DModel, tmp_path: Path) -> None:
+    """Which matrix is zero in a new one is the one that the strength goes into."""
     for type_ in ("lokr", "loha"):
         path = save_lora(tmp_path, attach(load_transformer(tiny_sd3), LoraKind(type=type_)), {})
         assert not read_lora_file(path, transformer.config).has_effect
+        assert not any(
+            tensor.any() for name, tensor in load_file(path).items() if name.endswith(("lokr_w2_b", "hada_w2_a"))
+        )
 
 
 # Files of other programs
