@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sd3_lora.transformer.lycoris import AddedLoha, lycoris_layers
 
 import pytest
 import torch
+from conftest import PROJECT
 from diffusers import SD3Transformer2DModel
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners import loha, lokr
@@ -177,7 +179,7 @@ def test_the_file_is_what_was_trained(
 
 @each_kind
 def test_all_alphas_are_the_ranks(transformer: SD3Transformer2DModel, tmp_path: Path, kind: LoraKind) -> None:
-    """Programs differ in where they apply another: LyCORIS twice when it merges, and not at all in its bypass mode."""
+    """Programs differ in how often they apply another: findings/strength_of_lokr_and_loha.sh."""
     tensors = load_file(save_lora(tmp_path, attach(transformer, kind), {}, EMA_FILE))
     assert not (tmp_path / LORA_FILE).exists()
     for name, layer in lycoris_layers(transformer).items():
@@ -432,12 +434,31 @@ NUMBERS = {
     ("SD3-Medium", "lokr", 16, 48): 191 * (16**2 + 96**2),
     ("SD3-Medium", "loha", -1, 4): 191 * 2 * 4 * 3072,
     ("SD3-Medium", "loha", -1, 8): 191 * 2 * 8 * 3072,
+    ("SD3-Medium", "loha", -1, 32): 191 * 2 * 32 * 3072,
 }
 
 
 @pytest.mark.parametrize(("model", "type_", "factor", "rank"), NUMBERS, ids=str)
 def test_how_many_numbers_are_trained(model: str, type_: Any, factor: int, rank: int) -> None:
     assert trained_numbers(model, LoraKind(type=type_, factor=factor), rank) == NUMBERS[model, type_, factor, rank]
+
+
+def test_the_documents_have_these_numbers() -> None:
+    millions = {key: f"{number / 1e6:.2f} million" for key, number in NUMBERS.items()}
+    of_rank_4 = millions["SD3-Medium", "lora", -1, 4]
+    for document in ("README.md", "docs/optimizers.md", "docs/scaling.md"):
+        text = " ".join((PROJECT / document).read_text(encoding="utf-8").split())
+        assert of_rank_4 in text
+        assert "4.7 million" not in text
+    table = (PROJECT / "docs/loras.md").read_text(encoding="utf-8")
+    assert "0.587 million numbers a rank" in table
+    assert "2.35 and 5.90 million at rank 4" in table
+    assert f"{NUMBERS['SD3.5-Large', 'lora', -1, 4] / 1e6:.2f}" == "5.90"
+    for (model, type_, factor, rank), million in millions.items():
+        if model == "SD3-Medium" and (type_, rank) != ("lora", 4):
+            name = {"lora": "plain LoRA", "lokr": "LoKr", "loha": "LoHa"}[type_]
+            name += f", `--lokr_factor {factor}`" if factor != -1 else ""
+            assert re.search(rf"\| {name} \| {rank}( \(whole\))? \| {million} \|", table), (name, rank)
 
 
 def test_loha_starts_as_lycoris(transformer: SD3Transformer2DModel) -> None:
