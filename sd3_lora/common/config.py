@@ -12,6 +12,7 @@ from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
 
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
+LoraType = Literal["lora", "lokr", "loha"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BUCKET_FLAGS = ("use_aspect_ratio_bucket", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale")
