@@ -164,13 +164,34 @@ class CropFlags(PictureFlags):
         default=False,
         metadata={"help": "Enlarge no picture: a small one has a bucket of its own size, cut to --bucket_step."},
     )
+    mask_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of masks for --masked_loss: dog.png for dog.jpg, or dog-masklabel.png beside it; white is "
+            "trained on. (kohya: conditioning_data_dir.)"
+        },
+    )
+    alpha_mask: bool = field(
+        default=False, metadata={"help": "The pictures' own alpha is their mask: what is opaque is trained on."}
+    )
 
     def crop_flags(self) -> dict[str, Any]:
         """The flags that crop to the same shapes again, for a command in a message."""
         return {name: getattr(self, name) for name in ("resolution", "center_crop", *BUCKET_FLAGS)}
 
+    def mask_flags(self) -> dict[str, Any]:
+        """The flags that name the same masks again, for a command in a message."""
+        return {"mask_data_dir": self.mask_data_dir, "alpha_mask": self.alpha_mask}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are named."""
+        return self.alpha_mask or self.mask_data_dir is not None
+
     def crop_faults(self) -> Iterator[str]:
         """What is wrong with these flags, a sentence each."""
+        if self.alpha_mask and self.mask_data_dir is not None:
+            yield "--mask_data_dir and --alpha_mask exclude each other: type one of them"
         yield from less_than_one(self, "bucket_step", "bucket_min", "bucket_max")
         if not self.use_aspect_ratio_bucket:
             for name in BUCKET_FLAGS:

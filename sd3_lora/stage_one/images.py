@@ -11,10 +11,10 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.picture_size import PictureSize
@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
+
+T = TypeVar("T")
 
 RASTER_EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -42,6 +44,8 @@ _MAGIC = re.compile(
 _TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _FLIP_SUFFIX = "-flip"
+_MASK_SUFFIX = "-masklabel"  # OneTrainer's: dog-masklabel.png beside dog.jpg
+_EXIF_ORIENTATION = 0x0112
 _MOST_ENLARGED, _LEAST_SEEN = 2, 0.5  # pictures beyond are told
 
 
@@ -109,7 +113,8 @@ def size_of_variant(name: str) -> PictureSize:
 def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     """Lists the pictures of a folder, by extension or, under another name, by their first bytes.
 
-    Dot-files, dot-folders, links to folders and, unless `recursive`, subfolders are left out.
+    Dot-files, dot-folders, links to folders and, unless `recursive`, subfolders are left out. A mask that lies beside
+    its picture (`mask_stem`) is no picture, and is not named among what is left out.
 
     Raises:
         UserError: there is no such folder, it cannot be read, or it holds no picture.
@@ -119,26 +124,28 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder: type --instance_data_dir {folder.parent}")
     files, left_out = _files(folder, recursive)
-    images = [path for path in files if _is_image(path)]
+    rasters = [path for path in files if _is_image(path)]
+    pictured = {folded(path.with_suffix("")) for path in rasters}
+    images = [path for path in rasters if not (is_named_as_mask(path) and folded(mask_stem(path)) in pictured)]
     if not images:
         nested = not recursive and any(_is_image(path) for path in _files(folder, recursive=True)[0])
         remedy = "add --recursive to read its subfolders" if nested else "put .jpg or .png files into it"
         raise UserError(f"{folder} holds no pictures: {remedy}, or give another --instance_data_dir")
     stems = {folded(stem) for path in images for stem in caption_stems(path)}
-    others = set(files).difference(images)
+    others = set(files).difference(rasters)
     left_out += [path for path in others if path.name not in METADATA_NAMES and not _is_caption(path, stems)]
     return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
 
 
-def picture_paths(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a folder without its subfolders, sorted; none where there is no such folder.
+def picture_paths(folder: Path, recursive: bool = False) -> tuple[Path, ...]:
+    """The files of a folder that are pictures, masks among them, sorted; none where there is no such folder.
 
     Raises:
         UserError: it cannot be read.
     """
     if not folder.is_dir():
         return ()
-    return tuple(sorted(filter(_is_image, _files(folder, recursive=False)[0]), key=Path.as_posix))
+    return tuple(sorted(filter(_is_image, _files(folder, recursive)[0]), key=Path.as_posix))
 
 
 def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
@@ -166,6 +173,16 @@ def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
 def caption_stems(image: Path) -> tuple[Path, Path]:
     """The paths of a picture's captions without their extension: `dog` and `dog.jpg` for `dog.jpg`."""
     return image.with_suffix(""), image
+
+
+def mask_stem(mask: Path) -> Path:
+    """The path of a mask's picture without its extension: `dog` for `dog.png` and for `dog-masklabel.png`."""
+    return mask.with_name(mask.stem.removesuffix(_MASK_SUFFIX) or mask.stem)
+
+
+def is_named_as_mask(path: Path) -> bool:
+    """Whether a file has the name of a mask that lies beside its picture."""
+    return mask_stem(path) != path.with_suffix("")
 
 
 def folded(path: Path) -> str:
@@ -220,6 +237,58 @@ def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -
         BrokenImage: it does not decode, is cut short, or has more than twice `Image.MAX_IMAGE_PIXELS` pixels.
         UserError: it is HEIC and pillow-heif is not installed.
     """
+    return _decode(path, lambda picture: _to_rgb(_upright(picture), alpha_background))
+
+
+def open_grey(path: Path) -> Image.Image:
+    """Decodes a picture to 8-bit grey, upright; what is transparent is black.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+    return _decode(path, lambda picture: _to_grey(_upright(picture)))
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """Decodes how opaque a picture is, 8-bit, upright; None where it has no transparency.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+    picture = _decode(path, _upright)
+    if not picture.has_transparency_data:
+        return None
+    return (_to_8_bits(picture) if _is_deep(picture) else picture).convert("RGBA").getchannel("A")
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """The width and height in pixels of a picture as `open_rgb` gives it; of most formats only the head is read.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+
+    def size(picture: Image.Image) -> tuple[int, int]:
+        try:
+            turned = picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+        except SyntaxError:  # as in `_upright`
+            turned = False
+        return (picture.height, picture.width) if turned else picture.size
+
+    return _decode(path, size, whole=False)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], T], whole: bool = True) -> T:
+    """What `convert` makes of an opened picture.
+
+    Args:
+        path: the file.
+        convert: gets the picture.
+        whole: whether its pixels are decoded first.
+    """
     if _is_heif(_head(path)):
         _register_heif(path)
     Image.init()  # HEIF, and AVIF in an old Pillow, are listed only where they are installed
@@ -228,8 +297,9 @@ def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
         with Image.open(path, formats=formats) as file:
-            file.load()
-            return _to_rgb(_upright(file), alpha_background)
+            if whole:
+                file.load()
+            return convert(file)
     except UnidentifiedImageError as error:
         raise BrokenImage(path, "not a picture in a known format") from error
     except Exception as error:  # a malformed file can raise anything in a decoder: SyntaxError, KeyError, struct.error
@@ -276,7 +346,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if _is_deep(image):
         image = _to_8_bits(image)
     image = _to_srgb(image)
     if not image.has_transparency_data:
@@ -284,6 +354,20 @@ def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> I
     image = image.convert("RGBA")
     color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("L")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether grey values have more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -327,10 +411,8 @@ def crop_boxes(width: int, height: int, size: PictureSize, num_crops: int, flip:
             coincide, so one of a picture of the crops' shape.
         flip: whether each is followed by its mirrored twin.
     """
-    is_wider = width * size.height > height * size.width
-    # The side that is not cut becomes that of the crop; the other one is rounded to the nearest pixel.
-    scale, whole = (size.height, height) if is_wider else (size.width, width)
-    resized_width, resized_height = ((2 * side * scale + whole) // (2 * whole) for side in (width, height))
+    resized_width, resized_height = _covering(width, height, size)
+    is_wider = resized_width > size.width
     room = max(resized_width - size.width, resized_height - size.height)
     offsets = dict.fromkeys(i * room // (num_crops - 1) for i in range(num_crops)) if num_crops > 1 else [room // 2]
     return tuple(
@@ -338,6 +420,27 @@ def crop_boxes(width: int, height: int, size: PictureSize, num_crops: int, flip:
         for offset in offsets
         for twin in ((False, True) if flip else (False,))
     )
+
+
+def _covering(width: int, height: int, size: PictureSize) -> tuple[int, int]:
+    """The width and height of a picture that just covers a size; the side that is cut is rounded to the nearest."""
+    is_wider = width * size.height > height * size.width
+    scale, whole = (size.height, height) if is_wider else (size.width, width)
+    resized_width, resized_height = ((2 * side * scale + whole) // (2 * whole) for side in (width, height))
+    return resized_width, resized_height
+
+
+def crop_box_of(name: str, width: int, height: int) -> CropBox:
+    """The crop that has this name in the latent cache (`CropBox.name`).
+
+    Args:
+        name: of the variant.
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+    """
+    size = size_of_variant(name)
+    _, left, top = name.removesuffix(_FLIP_SUFFIX).split("+")
+    return CropBox(*_covering(width, height, size), int(left), int(top), name == mirrored(name), size)
 
 
 def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: int) -> list[str]:
@@ -369,18 +472,24 @@ def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: 
 
 
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
-    """Resizes (Lanczos, antialiased), crops and mirrors an RGB picture.
-
-    Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
+    """A crop of an RGB picture.
 
     Returns:
         `(H, W, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
+    """
+    return pixels_of(crop_picture(image, box))
+
+
+def crop_picture(image: Image.Image, box: CropBox) -> Image.Image:
+    """Resizes (Lanczos, antialiased), crops and mirrors a picture or its mask.
+
+    Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
     """
     # Multiplied before divided: the last edge is then exact, and never outside the picture.
     left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size.width))
     top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size.height))
     crop = image.resize((box.size.width, box.size.height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
-    return pixels_of(ImageOps.mirror(crop) if box.flip else crop)
+    return ImageOps.mirror(crop) if box.flip else crop
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.masks import ALPHA, noted_masks, picture_name
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig, PriorConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
@@ -32,6 +33,7 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "M
 # What a stage-one command read, which training of the same folder need not be told again.
 _SOURCE_FLAGS = ("instance_data_dir", "concepts_list", "instance_prompt", "recursive")
 
+_MASK_FLAGS = ("mask_data_dir", "alpha_mask")
 _CLASS_FLAGS = ("class_data_dir", "num_class_images")  # that are as typed for training, whatever stage one was told
 
 
@@ -77,7 +79,10 @@ class StageOne:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
             left_out = (*BUCKET_FLAGS, *_CLASS_FLAGS)
             recorded = {name: value for name, value in recorded.items() if name not in left_out}
+            if data.has_masks:
+                recorded = {name: value for name, value in recorded.items() if name not in _MASK_FLAGS}
             specific = {
+                **data.mask_flags(),
                 **(self._class_flags() if self._class_images() else {}),
                 **data.crop_flags(),
                 "resolution": self.resolution,
@@ -88,8 +93,9 @@ class StageOne:
             }
         subject = self._subject
         if subject is not None:  # what is read now decides, not what was read then
-            kept = _SOURCE_FLAGS if _source(subject) == _source(_picture_flags(recorded)) else ()
-            recorded = {k: v for k, v in recorded.items() if k not in data.picture_flags() or k in kept}
+            kept = (*_SOURCE_FLAGS, *_MASK_FLAGS) if _source(subject) == _source(_picture_flags(recorded)) else ()
+            decided = (*data.picture_flags(), *_MASK_FLAGS)
+            recorded = {k: v for k, v in recorded.items() if k not in decided or k in kept}
         typed = {
             **self.model.flags(),
             **(subject or data).picture_flags(),
@@ -385,6 +391,43 @@ class StageOne:
                 f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
             )
         return chosen
+
+    def require_masks(
+        self, images: Sequence[InstanceImage], variants: Mapping[str, Sequence[str]], cache: LatentCache
+    ) -> None:
+        """Checks under --masked_loss that the cache has the mask of each crop, and of the mask that there is now.
+
+        Args:
+            images: the subject's.
+            variants: for each picture's id, its crops.
+            cache: of the latents.
+
+        Raises:
+            UserError: one is missing, or was made of another mask.
+        """
+        if not self.data.masked_loss:
+            return
+        flags = self._flags("precompute_latents.py")
+        named = {name: flags[name] for name in _MASK_FLAGS if flags.get(name)}
+        remedy = f"type `{command('precompute_latents.py', **flags)}`"
+        if not named:
+            remedy = "add --mask_data_dir with the folder of your masks, or --alpha_mask where pictures have an alpha"
+        for image in images:
+            if not cache.masks(image.image_id).keys() >= set(variants[image.image_id]):
+                raise UserError(f"{cache.folder} has no mask of {image.path.name} for --masked_loss: {remedy}")
+        folder = Path(named.get("mask_data_dir", ""))
+        if self.data.mask_data_dir is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: give the folder of your masks as --mask_data_dir")
+        # A folder that was told to stage one alone may be gone since.
+        notes = noted_masks(folder) if "mask_data_dir" in named and folder.is_dir() else None
+        if notes is not None and self._subject is None:  # the pictures may have other names by now
+            notes = {(picture_name(image.path), source) for image in images for _, source in notes}
+        if "alpha_mask" in named:
+            notes = {(picture_name(image.path), ALPHA) for image in images}
+        for image in images:
+            masks, name = cache.masks(image.image_id), picture_name(image.path)
+            if notes is not None and any((name, masks[variant]) not in notes for variant in variants[image.image_id]):
+                raise UserError(f"the mask of {image.path.name} is not the one in {cache.folder}: {remedy}")
 
 
 def _picture_flags(recorded: dict[str, Any]) -> PictureFlags:

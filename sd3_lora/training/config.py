@@ -79,6 +79,20 @@ class DataConfig(CropFlags):
     caption_dropout: float = field(
         default=0.0, metadata={"help": "Chance that a picture comes with the empty prompt in place of its own."}
     )
+    masked_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight the loss by the pictures' masks, which precompute_latents.py caches. Weights are divided "
+            "by their mean over a picture's crops (kohya: not divided; OneTrainer: only on request)."
+        },
+    )
+    unmasked_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "What the masks leave out weighs so much, from 0 to 1, where they weigh 1 (kohya: 0; OneTrainer: "
+            "0.1)."
+        },
+    )
 
     def __post_init__(self) -> None:
         require_right(
@@ -87,12 +101,26 @@ class DataConfig(CropFlags):
                 *less_than_one(self, "num_crops"),
                 *self.crop_faults(),
                 *self._dropout_faults(),
+                *self._mask_faults(),
             ]
         )
 
     def _dropout_faults(self) -> Iterator[str]:
         if not 0 <= self.caption_dropout <= 1:
             yield "--caption_dropout must be at least 0 and at most 1"
+
+    @property
+    def weight_beside_masks(self) -> float | None:
+        """unmasked_weight; None where the loss has no masks."""
+        return self.unmasked_weight if self.masked_loss else None
+
+    def _mask_faults(self) -> Iterator[str]:
+        if not 0 <= self.unmasked_weight <= 1:
+            yield f"--unmasked_weight {self.unmasked_weight:g} must be at least 0 and at most 1"
+        if not self.masked_loss:
+            for name in ("mask_data_dir", "alpha_mask", "unmasked_weight"):
+                if getattr(self, name):
+                    yield f"--{name} has no effect without --masked_loss: add that, or leave --{name} out"
 
 
 @dataclass(frozen=True)

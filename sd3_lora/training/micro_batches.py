@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from sd3_lora.common.devices import one_thread
@@ -99,7 +98,7 @@ class MicroBatches:
                 prompts = self._data.prompts_of(indices, [turns[place] for place in share.pictures], dropped)
                 batch = self._data.batch(indices, variant_draws, prompts)
                 if share.weights is not None:
-                    batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
+                    batch = batch.weighted(share.weights)
                 inputs = self._sampler.sample(batch)
             names = [self._data.images[index].path.name for index in indices]
             self._drawn.append((inputs, names, share.of_full, before))

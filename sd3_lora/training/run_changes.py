@@ -12,8 +12,9 @@ from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
-PICTURES, TRANSFORMER, BATCH, PRECISION = (
+PICTURES, MASKS, TRANSFORMER, BATCH, PRECISION = (
     "the pictures and captions",
+    "the masks",
     "the transformer",
     "a global batch of",
     "the precision",
@@ -62,11 +63,15 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     same_captions = noted is None or _captions(noted) == _captions(identity.pictures)
     if same_captions and not differences.keys().isdisjoint(("--resolution", "--use_aspect_ratio_bucket")):
         differences.pop(PICTURES, None)  # the crops follow from it
+    if not differences.keys().isdisjoint((PICTURES, "--resolution", "--masked_loss")):
+        differences.pop(MASKS, None)  # likewise
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
     changes = [
         _pictures_change(noted, identity.pictures)
         if name == PICTURES
+        else RunChange("with other masks", "put back the masks of then")
+        if name == MASKS
         else _transformer_change(folder)
         if name == TRANSFORMER
         else _batch_change(before, now, record.facts.processes)
