@@ -45,6 +45,7 @@ from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.stage_one.augmentation import Augmentation
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
@@ -98,6 +99,22 @@ class Crop:
     siblings: int
 
 
+def wanted_boxes(
+    image: InstanceImage, size: tuple[int, int], config: LatentConfig, buckets: Buckets
+) -> tuple[CropBox, ...]:
+    """The crops of a picture that are asked for; those of the subject's are augmented on request.
+
+    Args:
+        image: the picture.
+        size: its width and height in pixels, upright.
+        config: which crops.
+        buckets: their sizes.
+    """
+    boxes = crop_boxes(*size, buckets.size_for(*size), config.crops, config.random_flip)
+    augmentation = Augmentation.of(config) if image.role == "instance" else None
+    return (*boxes, *augmentation.boxes(image.image_id, boxes)) if augmentation else boxes
+
+
 def decode(image: InstanceImage, config: LatentConfig, buckets: Buckets, cached: Sequence[str]) -> list[Crop]:
     """The picture's crops that the cache lacks.
 
@@ -111,8 +128,7 @@ def decode(image: InstanceImage, config: LatentConfig, buckets: Buckets, cached:
         BrokenImage: it does not decode.
     """
     picture = open_rgb(image.path, config.alpha_background)
-    boxes = crop_boxes(*picture.size, buckets.size_for(*picture.size), config.crops, config.random_flip)
-    boxes = tuple(box for box in boxes if box.name not in cached)
+    boxes = [box for box in wanted_boxes(image, picture.size, config, buckets) if box.name not in cached]
     return [Crop(image, picture.size, box, crop_rgb(picture, box), len(boxes)) for box in boxes]
 
 
@@ -384,9 +400,7 @@ def incomplete(
     missing = []
     for image in tqdm(images, desc="reading the cache", leave=False, disable=len(images) < 100):
         picture = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
-        if picture:
-            size = buckets.size_for(*picture.size)
-            boxes = crop_boxes(*picture.size, size, config.crops, config.random_flip)
+        boxes = wanted_boxes(image, picture.size, config, buckets) if picture else ()
         if not picture or any(box.name not in picture.variants for box in boxes):
             missing.append(image)
     return missing
@@ -497,7 +511,9 @@ def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
     """The cache of the model's resolution and the VAE's precision, both as asked for or by default."""
     folder, resolution = Path(config.output_path), files.resolution(config.resolution)
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(folder)) or "fp32"
-    return LatentCache(folder, files.provenance(["vae"], precision, resolution), config.alpha_background)
+    augmentation = Augmentation.of(config)
+    wanted, ranges = files.provenance(["vae"], precision, resolution), augmentation.ranges if augmentation else None
+    return LatentCache(folder, wanted, config.alpha_background, ranges)
 
 
 def gather_results(

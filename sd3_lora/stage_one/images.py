@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -22,7 +23,7 @@ from sd3_lora.common.picture_size import PictureSize
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageEnhance, ImageOps, ImageStat, UnidentifiedImageError
 
 T = TypeVar("T")
 
@@ -84,6 +85,9 @@ class CropBox:
         top: of the crop, in the resized picture.
         flip: whether the crop is mirrored, left to right.
         size: of the crop.
+        number: of an augmented variant, from 1; 0 for the crop itself.
+        degrees: by which the picture is turned around the crop's centre, counterclockwise; two decimals.
+        brightness: by which its values are multiplied; two decimals.
     """
 
     resized_width: int
@@ -92,17 +96,36 @@ class CropBox:
     top: int
     flip: bool
     size: PictureSize
+    number: int = 0
+    degrees: float = 0.0
+    brightness: float = 1.0
 
     @property
     def name(self) -> str:
-        """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`."""
+        """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`.
+
+        That of an augmented variant also has its number, its degrees and its brightness: `512x512+0+171@1:-3.25,1.08`.
+        """
         name = f"{self.size}+{self.left}+{self.top}"
+        if self.number:
+            name += f"@{self.number}:{self.degrees:.2f},{self.brightness:.2f}"
         return mirrored(name) if self.flip else name
 
 
 def mirrored(name: str) -> str:
     """The name of a variant's mirrored twin; that of a mirrored variant is its own."""
     return name if name.endswith(_FLIP_SUFFIX) else name + _FLIP_SUFFIX
+
+
+def plain_variant(name: str) -> str:
+    """The name of the crop of which this one is an augmented variant, mirrored if it is; else its own."""
+    plain = name.removesuffix(_FLIP_SUFFIX).split("@")[0]
+    return mirrored(plain) if name == mirrored(name) else plain
+
+
+def number_of_variant(name: str) -> int:
+    """Which augmented variant of its crop it is, from 1; 0 for the crop itself."""
+    return int(name.split("@")[1].split(":")[0]) if "@" in name else 0
 
 
 def size_of_variant(name: str) -> PictureSize:
@@ -438,9 +461,13 @@ def crop_box_of(name: str, width: int, height: int) -> CropBox:
         width: of the picture in pixels.
         height: of the picture in pixels.
     """
-    size = size_of_variant(name)
-    _, left, top = name.removesuffix(_FLIP_SUFFIX).split("+")
-    return CropBox(*_covering(width, height, size), int(left), int(top), name == mirrored(name), size)
+    size, (crop, _, augmented) = size_of_variant(name), name.removesuffix(_FLIP_SUFFIX).partition("@")
+    _, left, top = crop.split("+")
+    box = CropBox(*_covering(width, height, size), int(left), int(top), name == mirrored(name), size)
+    if not augmented:
+        return box
+    degrees, brightness = augmented.partition(":")[2].split(",")
+    return replace(box, number=number_of_variant(name), degrees=float(degrees), brightness=float(brightness))
 
 
 def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: int) -> list[str]:
@@ -472,24 +499,46 @@ def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: 
 
 
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
-    """A crop of an RGB picture.
+    """A crop of an RGB picture, in its brightness.
 
     Returns:
         `(H, W, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
     """
-    return pixels_of(crop_picture(image, box))
+    crop = crop_picture(image, box)
+    return pixels_of(crop if box.brightness == 1 else ImageEnhance.Brightness(crop).enhance(box.brightness))
 
 
 def crop_picture(image: Image.Image, box: CropBox) -> Image.Image:
-    """Resizes (Lanczos, antialiased), crops and mirrors a picture or its mask.
+    """Resizes (Lanczos, antialiased), crops, turns and mirrors a picture or its mask.
 
-    Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
+    Only the crop is computed; up to rounding it equals the same part of the whole resized picture. One that is turned
+    shows the largest part of that crop, of its shape, that has no empty corner: it is enlarged as far as that takes.
     """
     # Multiplied before divided: the last edge is then exact, and never outside the picture.
     left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size.width))
     top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size.height))
-    crop = image.resize((box.size.width, box.size.height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    width, height = around = (box.size.width, box.size.height)
+    if box.degrees:
+        around = _around_turned(width, height, box.degrees)
+    crop = image.resize(around, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    if box.degrees:
+        x, y = (around[0] - width) // 2, (around[1] - height) // 2
+        crop = crop.rotate(box.degrees, Image.Resampling.BICUBIC).crop((x, y, x + width, y + height))
     return ImageOps.mirror(crop) if box.flip else crop
+
+
+def _around_turned(width: int, height: int, degrees: float) -> tuple[int, int]:
+    """The smallest size of about this shape that, turned around its centre, still covers this one; both differ evenly.
+
+    Args:
+        width: to be covered, in pixels.
+        height: to be covered, in pixels.
+        degrees: of the turn.
+    """
+    cosine, sine = (abs(function(math.radians(degrees))) for function in (math.cos, math.sin))
+    scale = max(cosine + sine * height / width, cosine + sine * width / height)
+    larger, higher = (side + 2 * math.ceil((scale - 1) * side / 2) for side in (width, height))
+    return larger, higher
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
 from sd3_lora.common.tensor_files import write_tensors
+from sd3_lora.stage_one.images import number_of_variant
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -49,12 +50,14 @@ class CachedPicture:
         size: width and height in pixels of the upright picture, before resizing.
         tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
         masks: for each variant that has a mask, its source (see `LatentMask`).
+        ranges: what its augmented variants differ by (`Augmentation.ranges`); None where there are none.
     """
 
     variants: tuple[str, ...]
     size: tuple[int, int]
     tiles: dict[str, int]
     masks: dict[str, str]
+    ranges: dict[str, float] | None = None
 
     def has_smaller_tiles(self, tile_px: int | None) -> bool:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
@@ -90,12 +93,20 @@ class LatentCache:
         folder: where the files lie; it need not exist yet.
         wanted: the provenance that every file read must have.
         alpha_background: what transparent pixels were drawn over; None to read either.
+        ranges: what augmented variants must differ by (`Augmentation.ranges`), or some of it; None to read any.
     """
 
-    def __init__(self, folder: Path, wanted: Provenance, alpha_background: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        wanted: Provenance,
+        alpha_background: str | None = None,
+        ranges: Mapping[str, float] | None = None,
+    ):
         self.folder = folder
         self.wanted = wanted
         self.alpha_background = alpha_background
+        self.ranges = dict(ranges or {})
         self._read: dict[str, CachedPicture] = {}  # opening 10,000 files takes seconds
 
     @property
@@ -156,6 +167,10 @@ class LatentCache:
         difference = provenance.difference(self.wanted, "resolution")
         if self.alpha_background not in (None, background):
             difference = difference or f"alpha_background {background}, not {self.alpha_background}"
+        recorded = metadata.get("augmentation")
+        for name, value in self.ranges.items() if recorded else ():
+            if recorded[name] != value:
+                difference = difference or f"{name} {recorded[name]:g}, not {value:g}"
         if difference:
             raise StaleLatents(path, difference)
         return handle
@@ -177,7 +192,8 @@ class LatentCache:
         width, height = metadata["picture_size"]
         # A file from before tiles were recorded counts as encoded whole.
         tiles, masks = metadata.get("tiles_px", {}), metadata.get("masks", {})
-        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks)
+        ranges = metadata.get("augmentation")
+        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges)
         self._read[image_id] = picture
         return picture
 
@@ -277,6 +293,9 @@ class LatentCache:
             "tiles_px": tiles,
             **({"masks": sources} if sources else {}),
         }
+        ranges = existing.ranges if existing and existing.ranges else self.ranges
+        if any(number_of_variant(name.rpartition(".")[0]) for name in tensors):
+            metadata["augmentation"] = ranges
         temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
         write_tensors(temporary, tensors, {_METADATA_KEY: json.dumps(metadata)})
         os.replace(temporary, self.path(image_id))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
-from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
+from sd3_lora.common.config import AUGMENTATION_FLAGS, BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
@@ -21,12 +21,12 @@ from sd3_lora.stage_one.captions import CaptionRules, captions_win, class_images
 from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.images import BrokenImage, list_images, number_of_variant, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.masks import ALPHA, noted_masks, picture_name
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig, PriorConfig
-from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
+from sd3_lora.training.dataset import augmented_counts, choose_variants, images_of_store, require_prompts
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
@@ -163,7 +163,9 @@ class StageOne:
         """The latent cache, empty or not."""
         folder = Path(self.data.latents_path)
         precision = recorded_precision(folder) or "fp32"
-        return LatentCache(folder, self.files.provenance(["vae"], precision, self.resolution))
+        asked = {name: getattr(self.data, name) for name in AUGMENTATION_FLAGS[1:]}
+        ranges = {name: value for name, value in asked.items() if value is not None}
+        return LatentCache(folder, self.files.provenance(["vae"], precision, self.resolution), ranges=ranges)
 
     def has_latents(self) -> bool:
         """Whether the cache holds any picture."""
@@ -377,7 +379,8 @@ class StageOne:
         """For each picture's id, the cached crops to train on.
 
         Raises:
-            UserError: the cache was made with other settings, or lacks a picture or a crop.
+            UserError: the cache was made with other settings, lacks a picture or a crop, or has crops of the subject
+                with more augmented variants, or others, than those of other pictures.
         """
         remedy, data = self.command("precompute_latents.py"), self.data
         try:
@@ -385,12 +388,44 @@ class StageOne:
             chosen = choose_variants(images, cache, buckets, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+        chosen |= self._augmented([image for image in images if image.role == "instance"], chosen, cache)
         tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
         if tiled:
             print_in_rank_0(
                 f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
             )
         return chosen
+
+    def _augmented(
+        self, images: Sequence[InstanceImage], chosen: Mapping[str, tuple[str, ...]], cache: LatentCache
+    ) -> dict[str, tuple[str, ...]]:
+        """For the id of each picture of the subject, its crops with as many augmented variants as all others have.
+
+        Raises:
+            UserError: there are more of one crop than of another, or than asked for; or they differ by other amounts.
+        """
+        asked = self.data.num_augmented
+        kept = {
+            image.image_id: tuple(v for v in chosen[image.image_id] if asked is None or number_of_variant(v) <= asked)
+            for image in images
+        }
+        counts = {image_id: augmented_counts(variants) for image_id, variants in kept.items()}
+        most = max(max(each) for each in counts.values()) if asked is None else asked
+        ranges = {image.image_id: entry.ranges or {} for image in images if (entry := cache.look(image.image_id))}
+        first = next((each for each in ranges.values() if each), {})
+        remedy = self.command("precompute_latents.py", num_augmented=most, **first)
+        for image in images if most else ():
+            if counts[image.image_id] != {most}:
+                fault = (
+                    f"has {min(counts[image.image_id])} augmented variants of a crop of {image.path.name}, not {most}"
+                )
+            elif ranges[image.image_id] != first:
+                fault = f"has variants of {image.path.name} augmented otherwise than those of other pictures"
+                remedy += " --overwrite"
+            else:
+                continue
+            raise UserError(f"{cache.folder} {fault}: type `{remedy}`, or --num_augmented 0 to train without")
+        return kept
 
     def require_masks(
         self, images: Sequence[InstanceImage], variants: Mapping[str, Sequence[str]], cache: LatentCache

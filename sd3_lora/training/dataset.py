@@ -5,6 +5,7 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedd
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes, mirrored, size_of_variant
+from sd3_lora.stage_one.images import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.flow import mask_weights
 from sd3_lora.training.pool import Pool
@@ -251,7 +252,7 @@ def choose_variants(
     flip: bool | None,
     command: str,
 ) -> dict[str, tuple[str, ...]]:
-    """For each picture the cached crops to draw from: all, or those that the flags name.
+    """For each picture the cached crops to draw from: all, or those that the flags name; and their augmented variants.
 
     Args:
         images: the pictures.
@@ -273,7 +274,10 @@ def choose_variants(
                 f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
             )
         size = buckets.size_for(*entry.size)
-        wanted = cached = tuple(name for name in entry.variants if size_of_variant(name) == size)
+        augmented = tuple(name for name in entry.variants if number_of_variant(name))
+        wanted = cached = tuple(
+            name for name in entry.variants if size_of_variant(name) == size and name not in augmented
+        )
         if not cached:
             other = "" if len(buckets.sizes) > 1 else "add the --use_aspect_ratio_bucket of then, or "
             raise UserError(
@@ -294,5 +298,14 @@ def choose_variants(
                 f"{cache.folder} lacks the crop {lacking[0] if lacking else 'without a mirror'} of {image.path.name}: "
                 f"type `{command}`"
             )
-        chosen[image.image_id] = wanted
+        chosen[image.image_id] = (*wanted, *(name for name in augmented if plain_variant(name) in wanted))
     return chosen
+
+
+def augmented_counts(variants: Sequence[str]) -> set[int]:
+    """How many augmented variants the crops among these have: one number where all have as many.
+
+    Args:
+        variants: crops, each with those of its augmented variants that are to be counted.
+    """
+    return {count - 1 for count in Counter(map(plain_variant, variants)).values()}

@@ -156,7 +156,8 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
         "also on": "put back what was removed",
         "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
         "with other repeats of": f"give the repeats of then ({_repeats_of_then(in_both)})",
-        "on other crops of": "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
+        "on other crops of": "type the --num_crops, --center_crop, --random_flip, --num_augmented and --bucket_ flags "
+        "of then",
     }
     changed = {how: pictures for how, pictures in parts.items() if pictures}
     return RunChange(
