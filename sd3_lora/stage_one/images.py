@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -46,7 +46,6 @@ _TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _FLIP_SUFFIX = "-flip"
 _MASK_SUFFIX = "-masklabel"  # OneTrainer's: dog-masklabel.png beside dog.jpg
-_EXIF_ORIENTATION = 0x0112
 _MOST_ENLARGED, _LEAST_SEEN = 2, 0.5  # pictures beyond are told
 
 
@@ -148,8 +147,7 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
         raise UserError(f"{folder} is a file, not a folder: type --instance_data_dir {folder.parent}")
     files, left_out = _files(folder, recursive)
     rasters = [path for path in files if _is_image(path)]
-    pictured = {folded(path.with_suffix("")) for path in rasters}
-    images = [path for path in rasters if not (is_named_as_mask(path) and folded(mask_stem(path)) in pictured)]
+    images = _without_masks(rasters)
     if not images:
         nested = not recursive and any(_is_image(path) for path in _files(folder, recursive=True)[0])
         remedy = "add --recursive to read its subfolders" if nested else "put .jpg or .png files into it"
@@ -160,15 +158,30 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
 
 
-def picture_paths(folder: Path, recursive: bool = False) -> tuple[Path, ...]:
-    """The files of a folder that are pictures, masks among them, sorted; none where there is no such folder.
+def picture_paths(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder without its subfolders, sorted; none where there is no such folder.
 
     Raises:
         UserError: it cannot be read.
     """
     if not folder.is_dir():
         return ()
-    return tuple(sorted(filter(_is_image, _files(folder, recursive)[0]), key=Path.as_posix))
+    return tuple(_without_masks(sorted(filter(_is_image, _files(folder, recursive=False)[0]), key=Path.as_posix)))
+
+
+def picture_and_mask_paths(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder and its subfolders, with the masks among them, sorted.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return tuple(sorted(filter(_is_image, _files(folder, recursive=True)[0]), key=Path.as_posix))
+
+
+def _without_masks(paths: Sequence[Path]) -> list[Path]:
+    """The pictures among these, without masks that lie beside theirs."""
+    stems = {folded(path.with_suffix("")) for path in paths}
+    return [path for path in paths if not (is_named_as_mask(path) and folded(mask_stem(path)) in stems)]
 
 
 def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
@@ -287,31 +300,17 @@ def open_alpha(path: Path) -> Image.Image | None:
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """The width and height in pixels of a picture as `open_rgb` gives it; of most formats only the head is read.
+    """The width and height in pixels of a picture as `open_rgb` gives it, for which it is decoded.
 
     Raises:
         BrokenImage: as `open_rgb`.
         UserError: likewise.
     """
-
-    def size(picture: Image.Image) -> tuple[int, int]:
-        try:
-            turned = picture.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
-        except SyntaxError:  # as in `_upright`
-            turned = False
-        return (picture.height, picture.width) if turned else picture.size
-
-    return _decode(path, size, whole=False)
+    return _decode(path, lambda picture: _upright(picture).size)
 
 
-def _decode(path: Path, convert: Callable[[Image.Image], T], whole: bool = True) -> T:
-    """What `convert` makes of an opened picture.
-
-    Args:
-        path: the file.
-        convert: gets the picture.
-        whole: whether its pixels are decoded first.
-    """
+def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
+    """What `convert` makes of a decoded picture."""
     if _is_heif(_head(path)):
         _register_heif(path)
     Image.init()  # HEIF, and AVIF in an old Pillow, are listed only where they are installed
@@ -320,8 +319,7 @@ def _decode(path: Path, convert: Callable[[Image.Image], T], whole: bool = True)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     try:
         with Image.open(path, formats=formats) as file:
-            if whole:
-                file.load()
+            file.load()
             return convert(file)
     except UnidentifiedImageError as error:
         raise BrokenImage(path, "not a picture in a known format") from error

@@ -25,7 +25,7 @@ from sd3_lora.stage_one.images import (
     mask_stem,
     open_alpha,
     open_grey,
-    picture_paths,
+    picture_and_mask_paths,
     upright_size,
 )
 from sd3_lora.stage_one.picture_hashes import hash_pictures
@@ -147,7 +147,7 @@ def find_masks(flags: CropFlags, subject: Subject) -> list[Mask]:
 
 def _mask_files(folder: Path, concepts: Sequence[Concept], recursive: bool) -> list[Path]:
     """The masks in a folder; where pictures lie in it too, those by the name of masks."""
-    files, folders = picture_paths(folder, recursive=True), [concept.folder for concept in concepts]
+    files, folders = picture_and_mask_paths(folder), [concept.folder for concept in concepts]
     if any(other.resolve().is_relative_to(folder.resolve()) for other in folders):
         return [path for path in files if is_named_as_mask(path)]
     pictures = {folded(path) for other in folders for path in list_images(other, recursive).images}
@@ -184,7 +184,7 @@ def _faults(picture: Path, found: Sequence[Path], pictures: dict[Path, Path], fo
 
 def noted_masks(folder: Path) -> set[tuple[str, str]]:
     """Of each mask in a folder the name of its picture (`picture_name`), and its source."""
-    paths = picture_paths(folder, recursive=True)
+    paths = picture_and_mask_paths(folder)
     names = [picture_name(path.with_name(mask_stem(path).name + path.suffix)) for path in paths]
     return set(zip(names, hash_pictures(paths), strict=True))
 

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.stage_one.images import crop_box_of, crop_boxes, crop_rgb, list_images, open_grey, open_rgb, upright_size
+from sd3_lora.stage_one.images import (
+    crop_box_of,
+    crop_boxes,
+    crop_rgb,
+    list_images,
+    open_grey,
+    open_rgb,
+    picture_paths,
+    upright_size,
+)
 from sd3_lora.stage_one.masks import latent_mask
 
 import numpy as np
@@ -119,6 +128,8 @@ def test_what_counts_as_grey(tmp_path: Path) -> None:
     exif[0x0112] = 6
     grey.save(tmp_path / "turned.jpg", exif=exif, quality=100)
     assert upright_size(tmp_path / "turned.jpg") == open_grey(tmp_path / "turned.jpg").size == (3, 4)
+    grey.save(tmp_path / "turned.tif", exif=exif)
+    assert upright_size(tmp_path / "turned.tif") == open_rgb(tmp_path / "turned.tif").size  # whatever the head says
     assert upright_size(tmp_path / "l.png") == (4, 3)
 
 
@@ -217,6 +228,7 @@ def test_masks_beside_the_pictures(stage: Callable[..., Result], tmp_path: Path)
     made = stage("--mask_data_dir", tmp_path / "pictures")
     assert made.code == 0, made.err
     assert {name.split("/")[0] for name in masks_in(tmp_path / "latents")} == {"00.png", "01.png"}
+    assert picture_paths(tmp_path / "pictures") == tuple(pictures)  # of class pictures
     alone = save_pictures(tmp_path / "alone", SIZES[:1])[0].rename(tmp_path / "alone" / "cat-masklabel.png")
     assert list_images(tmp_path / "alone").images == (alone,)  # no picture has that name: it is one
 
@@ -238,6 +250,23 @@ def test_masks_of_several_folders(stage: Callable[..., Result], tmp_path: Path) 
         if name.endswith(".mask")
     )
     assert sums == pytest.approx([21 / 64, 43 / 64], abs=0.01)
+
+
+def test_masks_of_subfolders(stage: Callable[..., Result], tmp_path: Path) -> None:
+    """In a folder within the pictures' too; a letter's case does not count."""
+    pictures = save_pictures(tmp_path / "pictures" / "Sub", SIZES[:2])
+    save_masks(tmp_path / "masks", pictures).clear()
+    (tmp_path / "masks").rename(tmp_path / "sub")
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "sub").rename(tmp_path / "masks" / "sub")
+    made = stage("--mask_data_dir", tmp_path / "masks", "--recursive")
+    assert made.code == 0, made.err
+    assert len(masks_in(tmp_path / "latents")) == 4
+    more = save_pictures(tmp_path / "pictures", SIZES[:1], seed=3)
+    save_masks(tmp_path / "pictures" / "masks", more)
+    made = stage("--mask_data_dir", tmp_path / "pictures" / "masks")
+    assert made.code == 0, made.err
+    assert "wrote the masks of 1 pictures" in made.out
 
 
 # Bad input

@@ -182,6 +182,21 @@ def test_class_pictures_weigh_what_they_did(
         assert torch.equal(other, torch.ones(1, 8, 8))
 
 
+def test_a_smaller_batch_weighs_as_much_a_picture(
+    script: Script, masked: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In buckets, where what is left of a shape is a smaller batch: over a pass each picture weighs 1, as without."""
+    seen = watch_inputs(monkeypatch)
+    words = ["--latents_path", tmp_path / "latents", "--mask_data_dir", masked.pictures.parent / "masks"]
+    words += ["--use_aspect_ratio_bucket", "--center_crop", "--train_batch_size", 4, "--max_train_steps", 3]
+    train(script, masked, tmp_path / "out", *MASKED, *words)
+    assert sorted(len(inputs.latents) for inputs in seen) == [1, 2, 2]
+    for inputs in seen:
+        expected = len(inputs.latents) / 4
+        assert inputs.loss_weights.shape == (len(inputs.latents), 1, *inputs.latents.shape[2:])
+        assert inputs.loss_weights.mean((1, 2, 3)).tolist() == pytest.approx([expected] * len(inputs.latents), rel=1e-5)
+
+
 # Runs
 
 
