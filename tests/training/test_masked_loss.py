@@ -12,6 +12,7 @@ from typing import Any
 
 from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.common.records import StepInputs
+from sd3_lora.plan.memory_plan import TrainingTask
 from sd3_lora.plan.step_memory import StepShape, _hollow_inputs, simulate_step
 from sd3_lora.training.checkpoints import read_state, write_state
 from sd3_lora.training.config import FlowConfig, WeightingScheme
@@ -22,12 +23,12 @@ from sd3_lora.transformer.lora import LORA_FILE
 import numpy as np
 import pytest
 import torch
-from conftest import Prepared, save_pictures
+from conftest import TRAINING_SCRIPT, Prepared, save_pictures
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from miniature_plans import STEP
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from training_runs import Script, private_copy, same_lora, train
+from training_runs import Script, private_copy, same_lora, train, training_script
 
 MASKED = ["--masked_loss"]
 
@@ -288,6 +289,18 @@ def test_the_plan_counts_the_weights() -> None:
     peaks = [sum(simulate_step(config, each, None, STEP).peak((), False)) for each in (plain, masked)]
     weights = 2 * 64 * 64 * 4
     assert 0.9 * weights < peaks[1] - peaks[0] < 4 * weights
+
+
+def test_the_plan_is_told(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[TrainingTask] = []
+    original = training_script().plan_training
+    monkeypatch.setattr(
+        training_script(), "plan_training", lambda task, budget: (tasks.append(task), original(task, budget))[1]
+    )
+    words = ["--pretrained_model_name_or_path", MINIATURE, "--device", "cpu", "--vram_budget_gib", 4, "--plan"]
+    for more in ([], MASKED):
+        assert script(TRAINING_SCRIPT, *words, *more, "--output_dir", tmp_path).code == 0
+    assert [task.shape.masked for task in tasks] == [False, True]
 
 
 # Bad input
