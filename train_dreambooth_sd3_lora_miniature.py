@@ -107,7 +107,7 @@ from sd3_lora.training.optimizer import (
     rate_in_force,
 )
 from sd3_lora.training.pool import with_class_pool
-from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
+from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -209,6 +209,10 @@ def noted_pictures(data: TrainingData) -> list[NotedPicture]:
     ]
 
 
+def _short_hash(values: Sequence[object]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 def run_identity(
     flags: TrainingFlags,
     facts: RunFacts,
@@ -227,7 +231,7 @@ def run_identity(
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr(keys).encode()).hexdigest()[:12],
+        PICTURES: _short_hash(keys),
         "--resolution": facts.resolution,
         "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
         "--max_sequence_length": facts.max_sequence_length,
@@ -236,6 +240,9 @@ def run_identity(
         "--clip_l_dropout": flags.data.clip_l_dropout,
         "--clip_g_dropout": flags.data.clip_g_dropout,
         "--t5_dropout": flags.data.t5_dropout,
+        "--masked_loss": flags.data.masked_loss,
+        "--unmasked_weight": flags.data.unmasked_weight,
+        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
@@ -518,6 +525,7 @@ def training_task(
         asked_execution(flags).compiles(device, micro_steps),
         kind,
         longest_side=buckets.longest_side // vae_scale,
+        masked=flags.data.masked_loss,
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow)
@@ -631,7 +639,9 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     images = stage_one.find_images(store, cache)
     others = stage_one.find_class_images(images, cache)
     pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    return TrainingData(pools, stage_one.variants((*images, *others), cache), store, cache)
+    variants = stage_one.variants((*images, *others), cache)
+    stage_one.require_masks(images, variants, cache)
+    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:

@@ -48,6 +48,7 @@ class StepShape:
         compiled: whether the blocks are, where they can be.
         kind: of the LoRA.
         longest_side: of all crops, in latent pixels; 0 where none is longer than the largest.
+        masked: whether the loss has a weight for each latent pixel.
     """
 
     batch_size: int
@@ -63,6 +64,7 @@ class StepShape:
     compiled: bool = False
     kind: LoraKind = PLAIN_LORA
     longest_side: int = 0
+    masked: bool = False
 
     @property
     def enclosing_size(self) -> tuple[int, int]:
@@ -365,5 +367,5 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             timesteps=torch.empty(size),
             prompt_embeds=torch.empty(size, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
             pooled_prompt_embeds=torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
-            loss_weights=torch.empty(size),
+            loss_weights=torch.empty(size, 1, *shape.latent_size) if shape.masked else torch.empty(size),
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
-from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
+from sd3_lora.common.config import AUGMENTATION_FLAGS, BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
@@ -21,17 +21,19 @@ from sd3_lora.stage_one.captions import CaptionRules, captions_win, class_images
 from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.images import BrokenImage, list_images, number_of_variant, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.masks import ALPHA, noted_masks, picture_name
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig, PriorConfig
-from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
+from sd3_lora.training.dataset import augmented_counts, choose_variants, images_of_store, require_prompts
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 # What a stage-one command read, which training of the same folder need not be told again.
 _SOURCE_FLAGS = ("instance_data_dir", "concepts_list", "instance_prompt", "recursive")
 
+_MASK_FLAGS = ("mask_data_dir", "alpha_mask")
 _CLASS_FLAGS = ("class_data_dir", "num_class_images")  # that are as typed for training, whatever stage one was told
 
 
@@ -77,7 +79,10 @@ class StageOne:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
             left_out = (*BUCKET_FLAGS, *_CLASS_FLAGS)
             recorded = {name: value for name, value in recorded.items() if name not in left_out}
+            if data.has_masks:
+                recorded = {name: value for name, value in recorded.items() if name not in _MASK_FLAGS}
             specific = {
+                **data.mask_flags(),
                 **(self._class_flags() if self._class_images() else {}),
                 **data.crop_flags(),
                 "resolution": self.resolution,
@@ -88,8 +93,9 @@ class StageOne:
             }
         subject = self._subject
         if subject is not None:  # what is read now decides, not what was read then
-            kept = _SOURCE_FLAGS if _source(subject) == _source(_picture_flags(recorded)) else ()
-            recorded = {k: v for k, v in recorded.items() if k not in data.picture_flags() or k in kept}
+            kept = (*_SOURCE_FLAGS, *_MASK_FLAGS) if _source(subject) == _source(_picture_flags(recorded)) else ()
+            decided = (*data.picture_flags(), *_MASK_FLAGS)
+            recorded = {k: v for k, v in recorded.items() if k not in decided or k in kept}
         typed = {
             **self.model.flags(),
             **(subject or data).picture_flags(),
@@ -178,7 +184,9 @@ class StageOne:
         """The latent cache, empty or not."""
         folder = Path(self.data.latents_path)
         precision = recorded_precision(folder) or "fp32"
-        return LatentCache(folder, self.files.provenance(["vae"], precision, self.resolution))
+        asked = {name: getattr(self.data, name) for name in AUGMENTATION_FLAGS[1:]}
+        ranges = {name: value for name, value in asked.items() if value is not None}
+        return LatentCache(folder, self.files.provenance(["vae"], precision, self.resolution), ranges=ranges)
 
     def has_latents(self) -> bool:
         """Whether the cache holds any picture."""
@@ -392,7 +400,8 @@ class StageOne:
         """For each picture's id, the cached crops to train on.
 
         Raises:
-            UserError: the cache was made with other settings, or lacks a picture or a crop.
+            UserError: the cache was made with other settings, lacks a picture or a crop, or has crops of the subject
+                with more augmented variants, or others, than those of other pictures.
         """
         remedy, data = self.command("precompute_latents.py"), self.data
         try:
@@ -400,12 +409,81 @@ class StageOne:
             chosen = choose_variants(images, cache, buckets, data.center_crop, data.num_crops, data.random_flip, remedy)
         except StaleLatents as error:
             raise UserError(f"{error.path} was made with {error.difference}: type `{remedy} --overwrite`") from error
+        chosen |= self._augmented([image for image in images if image.role == "instance"], chosen, cache)
         tiled = sum(not cache.tiles(image_id).keys().isdisjoint(variants) for image_id, variants in chosen.items())
         if tiled:
             print_in_rank_0(
                 f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
             )
         return chosen
+
+    def _augmented(
+        self, images: Sequence[InstanceImage], chosen: Mapping[str, tuple[str, ...]], cache: LatentCache
+    ) -> dict[str, tuple[str, ...]]:
+        """For the id of each picture of the subject, its crops with as many augmented variants as all others have.
+
+        Raises:
+            UserError: there are more of one crop than of another, or than asked for; or they differ by other amounts.
+        """
+        asked = self.data.num_augmented
+        kept = {
+            image.image_id: tuple(v for v in chosen[image.image_id] if asked is None or number_of_variant(v) <= asked)
+            for image in images
+        }
+        counts = {image_id: augmented_counts(variants) for image_id, variants in kept.items()}
+        most = max(max(each) for each in counts.values()) if asked is None else asked
+        ranges = {image.image_id: entry.ranges or {} for image in images if (entry := cache.look(image.image_id))}
+        first = next((each for each in ranges.values() if each), {})
+        remedy = self.command("precompute_latents.py", num_augmented=most, **first)
+        for image in images if most else ():
+            if counts[image.image_id] != {most}:
+                fault = (
+                    f"has {min(counts[image.image_id])} augmented variants of a crop of {image.path.name}, not {most}"
+                )
+            elif ranges[image.image_id] != first:
+                fault = f"has variants of {image.path.name} augmented otherwise than those of other pictures"
+                remedy += " --overwrite"
+            else:
+                continue
+            raise UserError(f"{cache.folder} {fault}: type `{remedy}`, or --num_augmented 0 to train without")
+        return kept
+
+    def require_masks(
+        self, images: Sequence[InstanceImage], variants: Mapping[str, Sequence[str]], cache: LatentCache
+    ) -> None:
+        """Checks under --masked_loss that the cache has the mask of each crop, and of the mask that there is now.
+
+        Args:
+            images: the subject's.
+            variants: for each picture's id, its crops.
+            cache: of the latents.
+
+        Raises:
+            UserError: one is missing, or was made of another mask.
+        """
+        if not self.data.masked_loss:
+            return
+        flags = self._flags("precompute_latents.py")
+        named = {name: flags[name] for name in _MASK_FLAGS if flags.get(name)}
+        remedy = f"type `{command('precompute_latents.py', **flags)}`"
+        if not named:
+            remedy = "add --mask_data_dir with the folder of your masks, or --alpha_mask where pictures have an alpha"
+        for image in images:
+            if not cache.masks(image.image_id).keys() >= set(variants[image.image_id]):
+                raise UserError(f"{cache.folder} has no mask of {image.path.name} for --masked_loss: {remedy}")
+        folder = Path(named.get("mask_data_dir", ""))
+        if self.data.mask_data_dir is not None and not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: give the folder of your masks as --mask_data_dir")
+        # A folder that was told to stage one alone may be gone since.
+        notes = noted_masks(folder) if "mask_data_dir" in named and folder.is_dir() else None
+        if notes is not None and self._subject is None:  # the pictures may have other names by now
+            notes = {(picture_name(image.path), source) for image in images for _, source in notes}
+        if "alpha_mask" in named:
+            notes = {(picture_name(image.path), ALPHA) for image in images}
+        for image in images:
+            masks, name = cache.masks(image.image_id), picture_name(image.path)
+            if notes is not None and any((name, masks[variant]) not in notes for variant in variants[image.image_id]):
+                raise UserError(f"the mask of {image.path.name} is not the one in {cache.folder}: {remedy}")
 
 
 def _picture_flags(recorded: dict[str, Any]) -> PictureFlags:

@@ -91,6 +91,20 @@ class DataConfig(CropFlags):
     )
     clip_g_dropout: float = field(default=0.0, metadata={"help": "Likewise of CLIP-G's part."})
     t5_dropout: float = field(default=0.0, metadata={"help": "Likewise of T5's part."})
+    masked_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight the loss by the pictures' masks, which precompute_latents.py caches. Weights are divided "
+            "by their mean over a picture's crops (kohya: not divided; OneTrainer: only on request)."
+        },
+    )
+    unmasked_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "What the masks leave out weighs so much, from 0 to 1, where they weigh 1 (kohya: 0; OneTrainer: "
+            "0.1)."
+        },
+    )
 
     def __post_init__(self) -> None:
         require_right(
@@ -99,6 +113,7 @@ class DataConfig(CropFlags):
                 *less_than_one(self, "num_crops"),
                 *self.crop_faults(),
                 *self._dropout_faults(),
+                *self._mask_faults(),
             ]
         )
 
@@ -106,6 +121,19 @@ class DataConfig(CropFlags):
         for name in ("caption_dropout", "clip_l_dropout", "clip_g_dropout", "t5_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name} must be at least 0 and at most 1"
+
+    @property
+    def weight_beside_masks(self) -> float | None:
+        """unmasked_weight; None where the loss has no masks."""
+        return self.unmasked_weight if self.masked_loss else None
+
+    def _mask_faults(self) -> Iterator[str]:
+        if not 0 <= self.unmasked_weight <= 1:
+            yield f"--unmasked_weight {self.unmasked_weight:g} must be at least 0 and at most 1"
+        if not self.masked_loss:
+            for name in ("mask_data_dir", "alpha_mask", "unmasked_weight"):
+                if getattr(self, name):
+                    yield f"--{name} has no effect without --masked_loss: add that, or leave --{name} out"
 
 
 @dataclass(frozen=True)

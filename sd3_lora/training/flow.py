@@ -58,6 +58,31 @@ def interpolate(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor
     return (1.0 - sigmas) * latents + sigmas * noise
 
 
+def mask_weights(masks: torch.Tensor, coverage: float, unmasked_weight: float) -> torch.Tensor:
+    """How much each latent pixel of a picture weighs in the loss under --masked_loss.
+
+    `weight(masks) / weight(coverage)`, where `weight(m) = m + (1 - m) * unmasked_weight`. So the mean over a picture's
+    crops is 1, and the loss's scale does not depend on how much of the picture its mask covers; each crop counts by
+    what it shows of the mask. (kohya's sd-scripts and, by default, OneTrainer do not divide.)
+
+    Args:
+        masks: of one crop or several, of any shape, from 0 to 1.
+        coverage: the mean of the masks of all crops of the picture that are drawn from.
+        unmasked_weight: from 0 to 1, of what the mask leaves out.
+
+    Returns:
+        float32, of the shape of `masks`.
+
+    Raises:
+        ValueError: nothing weighs anything: there is neither a mask nor an `unmasked_weight`.
+    """
+    mean_weight = coverage + (1 - coverage) * unmasked_weight
+    if not mean_weight > 0:
+        raise ValueError("a picture whose crops show nothing of its mask, and an unmasked_weight of 0")
+    masks = masks.float()
+    return (masks + (1 - masks) * unmasked_weight) / mean_weight
+
+
 def flow_matching_loss(
     velocity: torch.Tensor,
     latents: torch.Tensor,
@@ -73,7 +98,7 @@ def flow_matching_loss(
         latents: normalized, of the same shape.
         noise: of the same shape.
         sigmas: `(B, 1, 1, 1)` float32.
-        loss_weights: `(B,)` float32, the weight of each sample.
+        loss_weights: float32, the weight of each sample `(B,)`, or of each latent pixel `(B, 1, H/8, W/8)`.
         config: the weighting scheme, and whether to precondition.
 
     Returns:
@@ -86,5 +111,7 @@ def flow_matching_loss(
     else:
         prediction, target = velocity, noise - latents
     weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
+    if loss_weights.dim() > 1:
+        return (weighting * loss_weights * (prediction - target) ** 2).flatten(1).mean(1).mean()
     per_sample = (weighting * (prediction - target) ** 2).flatten(1).mean(1)  # (B,)
     return (loss_weights * per_sample).mean()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -109,7 +108,7 @@ class MicroBatches:
                 batch = self._data.batch(indices, variant_draws, prompts)
                 batch = self._encoder_dropout.apply(batch, partial(draws.uniform, count))
                 if share.weights is not None:
-                    batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
+                    batch = batch.weighted(share.weights)
                 inputs = self._sampler.sample(batch)
             names = [self._data.images[index].path.name for index in indices]
             self._drawn.append((inputs, names, share.of_full, before))

@@ -12,8 +12,9 @@ from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
-PICTURES, TRANSFORMER, BATCH, PRECISION = (
+PICTURES, MASKS, TRANSFORMER, BATCH, PRECISION = (
     "the pictures and captions",
+    "the masks",
     "the transformer",
     "a global batch of",
     "the precision",
@@ -62,11 +63,15 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     same_captions = noted is None or _captions(noted) == _captions(identity.pictures)
     if same_captions and not differences.keys().isdisjoint(("--resolution", "--use_aspect_ratio_bucket")):
         differences.pop(PICTURES, None)  # the crops follow from it
+    if not differences.keys().isdisjoint((PICTURES, "--resolution", "--masked_loss")):
+        differences.pop(MASKS, None)  # likewise
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
     changes = [
         _pictures_change(noted, identity.pictures)
         if name == PICTURES
+        else RunChange("with other masks", "put back the masks of then")
+        if name == MASKS
         else _transformer_change(folder)
         if name == TRANSFORMER
         else _batch_change(before, now, record.facts.processes)
@@ -151,7 +156,8 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
         "also on": "put back what was removed",
         "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
         "with other repeats of": f"give the repeats of then ({_repeats_of_then(in_both)})",
-        "on other crops of": "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
+        "on other crops of": "type the --num_crops, --center_crop, --random_flip, --num_augmented and --bucket_ flags "
+        "of then",
     }
     changed = {how: pictures for how, pictures in parts.items() if pictures}
     return RunChange(

@@ -324,7 +324,7 @@ OTHER_RUN: list[tuple[list[Any], str, str]] = [
     (
         ["--center_crop"],
         "on other crops of 00.png, 02.png, 03.png, 04.png",
-        "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
+        "type the --num_crops, --center_crop, --random_flip, --num_augmented and --bucket_ flags of then",
     ),
     (
         ["--instance_prompt", "a photo of a robot"],
