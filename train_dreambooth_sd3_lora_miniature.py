@@ -78,16 +78,24 @@ from sd3_lora.plan.step_memory import StepShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
-from sd3_lora.training.config import ENDING_SCHEDULES, REFUSED_FLAGS, DataConfig, FlowConfig, RunConfig, TrainingFlags
+from sd3_lora.training.config import (
+    ENDING_SCHEDULES,
+    REFUSED_FLAGS,
+    DataConfig,
+    FlowConfig,
+    PriorConfig,
+    RunConfig,
+    TrainingFlags,
+)
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
-from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
+from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
 from sd3_lora.training.pool import Pool, pass_length
-from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
+from sd3_lora.training.run_changes import BATCH, CLASS_PROMPT, PICTURES, PRECISION, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -106,11 +114,22 @@ from tqdm import tqdm
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
 
-def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig) -> torch.Tensor:
+def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig, prior: PriorConfig) -> torch.Tensor:
     """The loss of one micro-batch, a float32 scalar. The plan simulates this very function."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
-    velocity = model(noisy_latents, inputs.timesteps, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    return flow_matching_loss(velocity, inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow)
+    target = inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow
+    if prior.prior_term is None:
+        return flow_matching_loss(model(noisy_latents, *inputs.conditions), *target)
+    if prior.prior_term == "preference":
+        base_velocity = model.base_velocity(noisy_latents, *inputs.conditions)
+        velocity = model(noisy_latents, *inputs.conditions)
+        return preference_loss(velocity, base_velocity, *target, prior.prior_term_weight)
+    # The class prompt's rows come after the pictures' own, in one pass with a gradient.
+    count = len(noisy_latents)
+    base_velocity = model.base_velocity(noisy_latents, *(rows[count:] for rows in inputs.conditions))
+    velocity, class_velocity = model(noisy_latents.repeat(2, 1, 1, 1), *inputs.conditions).split(count)
+    loss = flow_matching_loss(velocity, *target)
+    return loss + prior.prior_term_weight * prediction_loss(class_velocity, base_velocity, *target[2:])
 
 
 def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
@@ -168,7 +187,7 @@ def run_identity(
     """All that decides the numbers of a run, and so must not change when it is resumed."""
     pictures = [(image.image_id, image.prompt, data.variants[image.image_id]) for image in data.images]
     names = ["" if image.path.suffix == ".safetensors" else image.path.name for image in data.images]
-    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow)}
+    numbers = {**asdict(flags.lora), **asdict(flags.optimizer), **asdict(flags.flow), **asdict(flags.prior)}
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
@@ -177,6 +196,7 @@ def run_identity(
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         **{f"--{name}": value for name, value in numbers.items()},
+        CLASS_PROMPT: data.class_prompt,
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         BATCH: flags.run.train_batch_size * facts.processes,
@@ -199,7 +219,7 @@ def make_step(
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
         with ahead.active() if ahead else nullcontext():
-            loss = micro_step(training.model, StepInputs(*inputs), flags.flow)
+            loss = micro_step(training.model, StepInputs(*inputs), flags.flow, flags.prior)
             training.scaler.scale(loss / window).backward()
         return loss.detach()
 
@@ -344,7 +364,7 @@ def load_training(
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
     return Training(
-        VelocityModel(arranged.transformer, dtype),
+        VelocityModel(arranged.transformer, dtype, arranged.ahead),
         trainables,
         optimizer,
         lr_scheduler,
@@ -387,8 +407,11 @@ def training_task(
             device, dtype, config["attention_head_dim"], asked.attention_kernel, flags.device.must_be_deterministic
         ),
         asked_execution(flags).compiles(device, micro_steps),
+        flags.prior.prompts_a_picture,
+        flags.prior.prior_term is not None,
     )
-    return TrainingTask(files, shape, partial(micro_step, flow=flags.flow), asked, can_stream=processes == 1)
+    step = partial(micro_step, flow=flags.flow, prior=flags.prior)
+    return TrainingTask(files, shape, step, asked, can_stream=processes == 1)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -413,7 +436,8 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
 
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
     """What flags fix of how micro-steps are carried out."""
-    return AskedExecution(flags.step.must_compile, flags.step.must_capture, flags.device.must_be_deterministic)
+    step, base_pass = flags.step, flags.prior.prior_term is not None
+    return AskedExecution(step.must_compile, step.must_capture, flags.device.must_be_deterministic, base_pass)
 
 
 def plan_execution(
@@ -429,7 +453,8 @@ def make_batches(
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flow.timestep_shift)
-    sampler = InputSampler(training.draws, files.read_config("vae"), table, flow, training.model.dtype, device)
+    dtype, class_prompt = training.model.dtype, data.class_embedding
+    sampler = InputSampler(training.draws, files.read_config("vae"), table, flow, dtype, device, class_prompt)
     return MicroBatches(training.order, data, sampler, early=2 if training.ahead else 1)
 
 
@@ -470,16 +495,17 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
     return int(drawn[0])
 
 
-def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(stage_one: StageOne, prior: PriorConfig, output_dir: Path, accelerator: Accelerator) -> TrainingData:
     """Stage one's artefacts, checked against the flags; latents that are missing are made."""
     store = stage_one.open_embeddings()
+    class_prompt = stage_one.class_prompt(store) if prior.prior_term == "prediction" else None
     require_writable_folder(output_dir)
     if accelerator.is_main_process and not stage_one.has_latents():
         stage_one.make_latents()
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache, class_prompt)
 
 
 def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
@@ -541,7 +567,7 @@ def run(argv: Sequence[str] | None) -> None:
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     checkpoint = resume_point(flags.run, output_dir)
     stage_one = StageOne(flags.data, flags.model, files, resolution, flags.device.device)
-    data = open_data(stage_one, output_dir, accelerator)
+    data = open_data(stage_one, flags.prior, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)

@@ -11,6 +11,7 @@ miniature's judge, which has seen no generated picture, says what the samples sh
     python benchmarks/dreambooth.py --result FILE
     python benchmarks/dreambooth.py --peer DIFFUSERS_CLONE --peer_python PEER_VENV/bin/python --result FILE
     python benchmarks/dreambooth.py --nf4 --mixed_precision fp16 --result FILE
+    python benchmarks/dreambooth.py --prior prediction=0.5 prediction=1 --result FILE
     python benchmarks/dreambooth.py --lora robot=sd3-dreambooth-lora
 
 The same command again goes on where it stopped.
@@ -23,6 +24,7 @@ import collections
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ from dreambooth_subjects import (
     to_pil,
     write_pictures,
 )
-from dreambooth_trainers import PEER_SCRIPT, TRAINERS, describe_peer, file_hash, train, trainers
+from dreambooth_trainers import PEER_SCRIPT, describe_peer, file_hash, heading, train, trainers
 from evaluate import BATCH_SIZE, NUM_STEPS, SEQUENCE_LENGTH, circumstances, draw, load_pipeline
 from judge import JUDGE_FILE, Judge, load_judge
 from PIL.PngImagePlugin import PngInfo
@@ -177,7 +179,7 @@ def measure(flags: argparse.Namespace, names: Sequence[str]) -> None:
             write_json(subject.result(trainer), row)
             times = ", ".join(f"{row[key]} s {key[:-2]}" for key in ("training_s", "sampling_s") if key in row)
             right = row["right"]["object"]
-            print(f"{name}, {TRAINERS[trainer]}: {right} of {row['samples']} show it ({times})", flush=True)
+            print(f"{name}, {heading(trainer)}: {right} of {row['samples']} show it ({times})", flush=True)
 
 
 def measure_drift_before(flags: argparse.Namespace, path: Path) -> None:
@@ -203,7 +205,7 @@ def measure_all(flags: argparse.Namespace) -> None:
 def draw_subject_sheet(flags: argparse.Namespace, subject: Subject) -> None:
     """One PNG: the five pictures, and the first samples without and with each LoRA."""
     folders = {"the five pictures": subject.pictures}
-    folders |= {TRAINERS[trainer]: subject.samples(trainer) for trainer in ("before", *trainers(flags))}
+    folders |= {heading(trainer): subject.samples(trainer) for trainer in ("before", *trainers(flags))}
     rows = [load_row(heading, folder, PICTURE_PX, SHEET_PICTURES) for heading, folder in folders.items()]
     draw_sheet(f"sks {subject.name}", rows).save(subject.folder / "sheet.png")
 
@@ -255,6 +257,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--nf4", action="store_true", help="Train a second LoRA on the base in 4 bits; both are drawn on the exact one."
     )
+    parser.add_argument(
+        "--prior",
+        nargs="+",
+        default=[],
+        metavar="TERM=WEIGHT",
+        help="Train more LoRAs with these prior terms: --prior prediction=0.5 prediction=1.",
+    )
     parser.add_argument("--peer", type=Path, help="A clone of diffusers, to train with its script too.")
     parser.add_argument("--peer_python", default=sys.executable, help="A Python with that script's requirements.")
     parser.add_argument("--peer_flags", default="", help="More for diffusers' script, likewise.")
@@ -287,6 +296,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = make_parser().parse_args(argv)
     if any("=" not in word for word in flags.lora):
         raise UserError("--lora takes SUBJECT=PATH, for example robot=sd3-dreambooth-lora")
+    if any(not re.fullmatch(r"[a-z]+=[0-9.]+", word) for word in flags.prior):
+        raise UserError("--prior takes TERM=WEIGHT, for example prediction=0.5")
     flags.lora = dict(word.split("=", 1) for word in flags.lora)
     flags.subjects = list(dict.fromkeys(flags.subjects or flags.lora or SUBJECTS))
     for name in flags.subjects:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dreambooth_trainers import TRAINERS
+from dreambooth_trainers import heading
 from judge import Verdict
 from world import Scenes
 
@@ -45,5 +45,5 @@ def table(means: dict[str, dict[str, float | None]]) -> str:
 
     columns = ("subject", "prompt", *ASKED, "drift")
     head = [f"| | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    rows = [line(TRAINERS[trainer], values) for trainer, values in means.items()]
+    rows = [line(heading(trainer), values) for trainer, values in means.items()]
     return "\n".join([*head, *rows, line("target", TARGETS, "≥ ")])

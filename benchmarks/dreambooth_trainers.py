@@ -33,6 +33,7 @@ TRAINERS = {
     "given": "the given LoRA",
 }
 OURS, OURS_NF4, PEERS = "ours", "ours_nf4", ("diffusers", "diffusers_defaults")
+OURS_PRIOR = "ours_prior"  # followed by the term and its weight, as in ours_prior_prediction_0.5
 PEER_SCRIPT = Path("examples/dreambooth/train_dreambooth_lora_sd3.py")
 
 
@@ -40,7 +41,22 @@ def trainers(flags: argparse.Namespace) -> list[str]:
     """Whose LoRAs are scored."""
     if flags.lora:
         return ["given"]
-    return [OURS, *([OURS_NF4] if flags.nf4 else []), *(PEERS if flags.peer else [])]
+    priors = [f"{OURS_PRIOR}_{prior.replace('=', '_')}" for prior in flags.prior]
+    return [OURS, *([OURS_NF4] if flags.nf4 else []), *priors, *(PEERS if flags.peer else [])]
+
+
+def prior_words(trainer: str) -> list[str]:
+    """The flags of a prior term; none of a trainer without."""
+    if not trainer.startswith(OURS_PRIOR):
+        return []
+    term, weight = trainer.removeprefix(f"{OURS_PRIOR}_").split("_")
+    return ["--prior_term", term, "--prior_term_weight", weight]
+
+
+def heading(trainer: str) -> str:
+    """What a trainer is called in tables and sheets."""
+    words = prior_words(trainer)
+    return f"{TRAINERS[OURS]}, {' '.join(words)}" if words else TRAINERS[trainer]
 
 
 def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
@@ -67,7 +83,7 @@ def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> l
 
 
 def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) -> list[tuple[str, list[str]]]:
-    """The project's scripts with their flags, in order; both of our trainers train on the same files."""
+    """The project's scripts with their flags, in order; all of our trainers train on the same files."""
     embeddings, latents = subject.folder / "ours" / "embeddings.parquet", subject.folder / "ours" / "latents"
     device = ["--device", flags.device]
     data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.captioned)]
@@ -77,7 +93,7 @@ def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) 
     resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
     stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
     train = [*shared_words(flags, subject, trainer), *data[2:], *stored, *device, *resume]
-    train += ["--base_precision", "nf4"] if trainer == OURS_NF4 else []
+    train += ["--base_precision", "nf4"] if trainer == OURS_NF4 else prior_words(trainer)
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
@@ -96,10 +112,10 @@ def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> lis
 
 def train(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:
     """Has a trainer make its LoRA of the five pictures."""
-    if trainer in (OURS, OURS_NF4):
-        train_ours(flags, subject, trainer)
-    else:
+    if trainer in PEERS:
         train_peer(flags, subject, trainer)
+    else:
+        train_ours(flags, subject, trainer)
 
 
 def train_ours(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:

@@ -46,6 +46,8 @@ class StepShape:
         bytes_per_parameter: of what is trained, with its gradient and the optimizer's state.
         attention_backward: that computes attention's backward pass.
         compiled: whether the blocks are, where they can be.
+        prompts: with how many of them the trained model is called for each picture.
+        base_pass: whether the base is called too, without gradient, for each picture.
     """
 
     batch_size: int
@@ -59,6 +61,13 @@ class StepShape:
     bytes_per_parameter: float
     attention_backward: AttentionBackward = AttentionBackward.TORCH
     compiled: bool = False
+    prompts: int = 1
+    base_pass: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Of the trained model's batch."""
+        return self.batch_size * self.prompts
 
 
 @dataclass(frozen=True)
@@ -280,8 +289,13 @@ def _count_step(model: _SmallModel, step: Step) -> _StepBytes:
     counter = AllocationCounter()
     # Before each block and after the last, when what is not kept of the block before has been freed.
     allocated: list[int] = []
+
+    def note(*_: object) -> None:
+        if torch.is_grad_enabled():  # the base's own pass keeps nothing
+            allocated.append(counter.now)
+
     hooks = [
-        module.register_forward_pre_hook(lambda *_: allocated.append(counter.now))
+        module.register_forward_pre_hook(note)
         for module in (*model.transformer.transformer_blocks, model.transformer.norm_out)
     ]
     with counter:
@@ -315,7 +329,7 @@ def simulate_step(
     counted = _count_step(model, step)
     tokens = image_tokens(config, shape.latent_size) + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    input_bytes = shape.batch_size * tokens * width * shape.dtype.itemsize
+    input_bytes = shape.rows * tokens * width * shape.dtype.itemsize
 
     def memory(kinds: Sequence[_Kind], working: int, working_recomputed: int) -> StepMemory:
         return StepMemory(
@@ -352,8 +366,8 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             latents=latents,
             noise=torch.empty_like(latents),
             sigmas=torch.empty(size, 1, 1, 1),
-            timesteps=torch.empty(size),
-            prompt_embeds=torch.empty(size, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
-            pooled_prompt_embeds=torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
+            timesteps=torch.empty(shape.rows),
+            prompt_embeds=torch.empty(shape.rows, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
+            pooled_prompt_embeds=torch.empty(shape.rows, config["pooled_projection_dim"], dtype=shape.dtype),
             loss_weights=torch.empty(size),
         )

@@ -153,6 +153,26 @@ class StageOne:
         require_prompts(store, [image.prompt for image in images], remedy)
         return self._without_broken(images, cache)
 
+    def class_prompt(self, store: EmbeddingStore) -> str:
+        """The prompt that stage one was given for the subject's class.
+
+        Raises:
+            UserError: it was given none.
+        """
+        known = store.prompts_with_role("class")
+        if not known:
+            remedy = self.command(
+                "compute_embeddings.py",
+                instance_prompt=self.data.instance_prompt or store.uncaptioned_prompt,
+                max_sequence_length=store.provenance.size,
+                class_prompt="a photo of a dog",
+            )
+            raise UserError(
+                f"--prior_term prediction needs the embedding of a class prompt, and {store.path} holds none: for a "
+                f"dog type `{remedy}`, for another subject what it is one of"
+            )
+        return known[0]
+
     def _read_folder(self, prompt: str | None, hashes_path: Path | None) -> InstanceFolder:
         return instance_images(Path(self.data.instance_data_dir or ""), prompt, self.data.recursive, hashes_path)
 

@@ -13,6 +13,7 @@ from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ModelC
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
+PriorTerm = Literal["prediction", "preference"]
 WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 # Those that reach their end with the run, so that a longer run has other rates.
 ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -331,6 +332,35 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
+class PriorConfig:
+    """What keeps the trained model near its base, without class pictures."""
+
+    prior_term: PriorTerm | None = field(
+        default=None,
+        metadata={
+            "help": "prediction: keep what the model predicts for the class prompt, on the same noisy latents, as the "
+            "base predicts it. preference: learn from a picture only as far as the base predicts it no better. "
+            "Default: neither."
+        },
+    )
+    prior_term_weight: float = field(
+        default=1.0, metadata={"help": "Of prediction beside the loss; of preference how early it stops to learn."}
+    )
+
+    def __post_init__(self) -> None:
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not (self.prior_term_weight > 0 and math.isfinite(self.prior_term_weight)):
+            yield "--prior_term_weight must be positive: leave --prior_term out to train without one"
+
+    @property
+    def prompts_a_picture(self) -> int:
+        """How many prompts the trained model is called with for each picture: its own, and the class prompt."""
+        return 2 if self.prior_term == "prediction" else 1
+
+
+@dataclass(frozen=True)
 class TrainingFlags:
     """All the flags of training, by group, in the order of `--help`."""
 
@@ -341,6 +371,7 @@ class TrainingFlags:
     base: BaseFlags
     step: StepFlags
     flow: FlowConfig
+    prior: PriorConfig
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
@@ -356,12 +387,14 @@ class TrainingFlags:
         run, optimizer = self.run, self.optimizer
         rate = optimizer.scaled_rate(run.pictures_per_step(processes))
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
+        term, weight = self.prior.prior_term, self.prior.prior_term_weight
         return (
             f"{resolution} px, batch {run.train_batch_size} × accumulation {run.gradient_accumulation_steps} × "
             f"processes {processes}, {steps} steps, learning rate {rate:g} {optimizer.lr_scheduler}"
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")
+            + (f", prior term {term} × {weight:g}" if term else "")
         )
 
     def groups(self) -> list[object]:

@@ -29,6 +29,7 @@ class TrainingData:
         variants: for each image id, the crops to draw from.
         store: the embeddings file.
         cache: the latent cache.
+        class_prompt: what the subject is one of, where training needs it.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class TrainingData:
         variants: dict[str, tuple[str, ...]],
         store: EmbeddingStore,
         cache: LatentCache,
+        class_prompt: str | None = None,
     ):
+        self.class_prompt = class_prompt
         self.pools = tuple(pools)
         self.images = tuple(image for pool in pools for image in pool.images)
         self._loss_weights = torch.tensor([pool.weight for pool in pools for _ in pool.images], dtype=torch.float32)
@@ -70,6 +73,11 @@ class TrainingData:
     def text(self) -> Provenance:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
+
+    @property
+    def class_embedding(self) -> PromptEmbedding | None:
+        """The class prompt's, where training needs it."""
+        return None if self.class_prompt is None else self._embedding(self.class_prompt)
 
     def batch(self, indices: Sequence[int], variant_draws: torch.Tensor) -> TrainingBatch:
         """Stacks some pictures.

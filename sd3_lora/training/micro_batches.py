@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sd3_lora.common.devices import one_thread
-from sd3_lora.common.records import StepInputs, TrainingBatch
+from sd3_lora.common.records import PromptEmbedding, StepInputs, TrainingBatch
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
@@ -27,6 +27,7 @@ class InputSampler:
         flow: how noise levels are drawn.
         dtype: of the transformer.
         device: where the step is computed.
+        class_prompt: with which the pictures come a second time; None where they do not.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class InputSampler:
         flow: FlowConfig,
         dtype: torch.dtype,
         device: torch.device,
+        class_prompt: PromptEmbedding | None = None,
     ):
-        self.draws, self.device = draws, device
+        self.draws, self.device, self._class_prompt = draws, device, class_prompt
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
 
     def sample(self, batch: TrainingBatch) -> StepInputs:
@@ -46,19 +48,29 @@ class InputSampler:
         draws, table = self.draws, self._table
         posterior_noise, noise = (draws.normal(batch.latent_mean.shape[1:]) for _ in range(2))  # (B, 16, H/8, W/8)
         indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rank_slice]
+        timesteps, prompt_embeds, pooled = table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds
+        if self._class_prompt:
+            timesteps = timesteps.repeat(2)
+            prompt_embeds = _followed_by(prompt_embeds, self._class_prompt.prompt_embeds)
+            pooled = _followed_by(pooled, self._class_prompt.pooled_prompt_embeds)
         raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
         on_host = StepInputs(
             normalize_latents(raw_latents, self._vae_config),
             noise,
             table.sigmas[indices].view(-1, 1, 1, 1),
-            table.timesteps[indices],
-            batch.prompt_embeds.to(self._dtype),
-            batch.pooled_prompt_embeds.to(self._dtype),
+            timesteps,
+            prompt_embeds.to(self._dtype),
+            pooled.to(self._dtype),
             batch.loss_weights,
         )
         if self.device.type != "cuda":
             return on_host
         return StepInputs(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in on_host))
+
+
+def _followed_by(rows: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """`(B, …)` rows and, after them, one row B times: `(2 B, …)`."""
+    return torch.cat([rows, row.expand_as(rows)])
 
 
 class MicroBatches:

@@ -12,11 +12,12 @@ from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
-PICTURES, TRANSFORMER, BATCH, PRECISION = (
+PICTURES, TRANSFORMER, BATCH, PRECISION, CLASS_PROMPT = (
     "the pictures and captions",
     "the transformer",
     "a global batch of",
     "the precision",
+    "the class prompt",
 )
 _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 _MOST_NAMES = 5
@@ -63,6 +64,8 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
         differences.pop(PICTURES, None)  # the crops follow from it
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
+    if "--prior_term" in differences:
+        differences.pop(CLASS_PROMPT, None)  # it follows from it
     changes = [
         _pictures_change(noted, identity.pictures)
         if name == PICTURES
@@ -88,6 +91,8 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
         )
     if name == PRECISION:
         name, before, now = "--mixed_precision", _PRECISIONS.get(before, before), _PRECISIONS.get(now, now)
+    if name == CLASS_PROMPT:
+        return _class_prompt_change(before, now)
     if before is None or before is False:
         return RunChange(f"without {name}", f"leave {name} out")
     typed = name if before is True else quoted([name, str(before)])
@@ -97,6 +102,14 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
             f"on embeddings made {with_other}", f"type `python compute_embeddings.py` with the flags of then, {typed}"
         )
     return RunChange(with_other, f"type {typed}")
+
+
+def _class_prompt_change(before: str, now: str) -> RunChange:
+    typed = quoted(["--class_prompt", before])
+    return RunChange(
+        f"with the class prompt {before!r}, not {now!r}",
+        f"type `python compute_embeddings.py` with the flags of then, {typed}",
+    )
 
 
 def _batch_change(before: int, now: int, processes: int) -> RunChange:

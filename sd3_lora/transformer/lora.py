@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import linear, pad
@@ -135,6 +137,23 @@ def attach_lora(
     for parameter in parameters:
         parameter.data = parameter.data.float()
     return parameters
+
+
+@contextmanager
+def lora_off(transformer: torch.nn.Module) -> Iterator[None]:
+    """Within it the adapters are off, and the base alone computes.
+
+    Not by peft's `enable_adapters`, which would freeze what is trained, and thaw it afterwards.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 def lora_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
