@@ -353,6 +353,8 @@ class PriorConfig:
     def _faults(self) -> Iterator[str]:
         if not (self.prior_term_weight > 0 and math.isfinite(self.prior_term_weight)):
             yield "--prior_term_weight must be positive: leave --prior_term out to train without one"
+        elif self.prior_term is None and self.prior_term_weight != 1:
+            yield "--prior_term_weight is of a prior term, and there is none: add --prior_term prediction"
 
     @property
     def prompts_a_picture(self) -> int:

@@ -111,6 +111,14 @@ def test_auto_keeps_a_resumed_runs_numbers() -> None:
     assert chosen(micro_steps=MANY, before=plain) == (False, True)
 
 
+def test_blocks_that_are_called_without_their_lora_too_are_captured_and_not_compiled() -> None:
+    for compile_asked in (None, False):
+        execution = choose_execution(AskedExecution(compile_asked, base_pass=True), RESIDENT, GPU, 0.0, MANY)
+        assert (execution.compiled, execution.captured) == (Compiled.NO, True)
+    with pytest.raises(UserError, match=r"^--compile on: blocks that --prior_term calls with and without their LoRA "):
+        choose_execution(AskedExecution(True, base_pass=True), RESIDENT, GPU, 0.0, FEW)
+
+
 def test_what_is_asked_for_is_done_or_refused() -> None:
     assert chosen("off", "off", micro_steps=MANY) == (False, False)
     assert chosen("off", micro_steps=MANY) == (False, True)

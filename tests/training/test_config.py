@@ -63,6 +63,7 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("logit_std", [0.5], "losses"),
     ("precondition_outputs", [], "losses"),
     ("timestep_shift", [1.0], "losses"),
+    ("prior_term", ["preference"], "losses"),
 ]
 
 # Flags with a test of their own, here or where it says.
@@ -94,6 +95,7 @@ ELSEWHERE = {
     "lr_power": "here",
     "lr_step_rules": "here",
     "mode_scale": "here",
+    "prior_term_weight": "test_prior_term.py",
     "num_train_epochs": "here",
     "max_train_steps": "here",
     "gradient_checkpointing": "here",
@@ -271,6 +273,9 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--checkpointing_steps", 0], "--checkpointing_steps 0 must be at least 1"),
     (["--checkpoints_total_limit", 0], "--checkpoints_total_limit 0 must be at least 1"),
     (["--logit_std", -1], "--logit_std must not be negative"),
+    (["--prior_term", "dreambooth"], "argument --prior_term: invalid choice: 'dreambooth'"),
+    (["--prior_term", "prediction", "--prior_term_weight", 0], "--prior_term_weight must be positive: leave --prior_t"),
+    (["--prior_term_weight", 2], "is of a prior term, and there is none: add --prior_term prediction"),
     (["--timestep_shift", 0], "--timestep_shift must be positive: 3.0 is SD3's own"),
 ]
 
