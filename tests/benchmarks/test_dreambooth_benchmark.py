@@ -216,6 +216,25 @@ def test_training_on_an_nf4_base_is_told_the_same_but_for_that(tmp_path):
     assert nf4["--output_dir"] == str(subject.lora("ours_nf4"))
 
 
+def test_a_prior_term_is_told_the_same_but_for_that(tmp_path):
+    words = ["--prior", "prediction=0.5", "preference=10", "--output_dir", str(tmp_path)]
+    flags = dreambooth.make_parser().parse_args(words)
+    first, second, third = dreambooth_trainers.trainers(flags)
+    assert (first, second, third) == ("ours", "ours_prior_prediction_0.5", "ours_prior_preference_10")
+    subject = dreambooth.subject_of(flags, "fox")
+    ours, prior = (flag_values(dreambooth_trainers.our_words(flags, subject, name)[-1][1]) for name in (first, second))
+    assert {name for name in prior if prior[name] != ours.get(name)} == {
+        "--output_dir",
+        "--prior_term",
+        "--prior_term_weight",
+    }
+    assert (prior["--prior_term"], prior["--prior_term_weight"]) == ("prediction", "0.5")
+    assert dreambooth_trainers.heading(third) == "ours, --prior_term preference --prior_term_weight 10"
+    assert dreambooth_trainers.heading(first) == "ours"
+    with pytest.raises(dreambooth.UserError, match="--prior takes TERM=WEIGHT, for example "):
+        dreambooth.parse(["--prior", "prediction"])
+
+
 def test_a_short_lora_run_teaches_the_shipped_miniature_a_subject(tmp_path):
     words = ["--subjects", "guitar", "--steps", "50", "--learning_rate", "1e-3", "--device", "cpu", "--sheets", "0"]
     sizes = ["--prompts", "8", "--drift_prompts", "1", "--num_steps", "8"]
