@@ -29,7 +29,7 @@ def record_of(
     processes: int = 1,
     pictures: tuple[NotedPicture, ...] = (),
 ) -> RunRecord:
-    return RunRecord([], RunFacts("m", None, {}, "fp32", processes), RunIdentity(values, defaults or {}, pictures))
+    return RunRecord([], RunFacts("m", None, {}, "fp32", processes), RunIdentity(values, defaults or {}, pictures=pictures))
 
 
 def refusal(saved: Mapping[str, Any], record: RunRecord, folder: Path = FOLDER) -> str:
