@@ -21,6 +21,7 @@ import tables
         ("README.md", 5),
         ("docs/memory.md", 9),
         ("docs/stages.md", 6),
+        ("docs/prior.md", 1),
         ("docs/scaling.md", 1),
         ("docs/speed.md", 1),
         ("miniature/README.md", 1),
