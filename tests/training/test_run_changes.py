@@ -29,7 +29,8 @@ def record_of(
     processes: int = 1,
     pictures: tuple[NotedPicture, ...] = (),
 ) -> RunRecord:
-    return RunRecord([], RunFacts("m", None, {}, "fp32", processes), RunIdentity(values, defaults or {}, pictures=pictures))
+    identity = RunIdentity(values, defaults or {}, pictures=pictures)
+    return RunRecord([], RunFacts("m", None, {}, "fp32", processes), identity)
 
 
 def refusal(saved: Mapping[str, Any], record: RunRecord, folder: Path = FOLDER) -> str:
