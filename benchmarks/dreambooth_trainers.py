@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
@@ -84,6 +85,8 @@ def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) 
         how += ["--resolution", str(PICTURE_PX)]
         drawing = [("draw_class_pictures", [*data[:2], *prior, *how, *stored, *device])]
         train += ["--with_prior_preservation", *prior]
+    prior_prompts = re.findall(r"--prior_prompts_file[ =](\S+)", flags.train_flags)
+    text += ["--prompts_file", prior_prompts[-1]] if prior_prompts else []
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),

@@ -24,6 +24,7 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.training.config import DataConfig, PriorConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
 
@@ -45,7 +46,7 @@ class StageOne:
         files: the model's files.
         resolution: of the crops, in pixels.
         device: cpu, cuda or auto, for a stage one that training runs itself.
-        prior: its flags of class pictures.
+        prior: its flags of prior preservation.
         budget: of GPU memory, for drawing class pictures.
         seed: of their noise.
     """
@@ -222,12 +223,8 @@ class StageOne:
                     "class pictures a folder of their own"
                 )
         require_apart(store.prompts_of_images().keys(), self._class_images())
-        asked = self.data.instance_prompt
-        flags = {
-            "max_sequence_length": store.provenance.size,
-            "instance_prompt": store.uncaptioned_prompt if asked is None else asked,
-        }
-        require_prompts(store, [prior.class_prompt], self.command("compute_embeddings.py", **flags))
+        remedy = self.command("compute_embeddings.py", **self._text_flags(store))
+        require_prompts(store, [prior.class_prompt], remedy)
 
     def make_class_pictures(self) -> None:
         """Has the class pictures that are missing drawn, and those without latents encoded, each in another process.
@@ -313,10 +310,7 @@ class StageOne:
         """
         asked, subject = self.instance_prompt, self._subject
         prompt = store.uncaptioned_prompt if asked is None else asked
-        flags: dict[str, Any] = {"max_sequence_length": store.provenance.size}
-        if subject is None or not (subject.concepts_list or subject.repeats_from_folders):
-            flags["instance_prompt"] = prompt
-        remedy = self.command("compute_embeddings.py", **flags)
+        remedy = self.command("compute_embeddings.py", **self._text_flags(store))
         if subject is None:
             images = self._named(images_of_store(store, cache), cache)
             images = tuple(replace(image, repeats=self.data.repeats) for image in images)
@@ -334,6 +328,41 @@ class StageOne:
 
     def _read(self, flags: PictureFlags, prompt: str | None, hashes_path: Path | None) -> Subject:
         return read_subject(_concepts(flags, prompt), flags, hashes_path)
+
+    def prior_prompts(self, store: EmbeddingStore) -> tuple[str, ...]:
+        """The prompts on which `--prior_term prediction` keeps the base: the flags', else stage one's class prompts.
+
+        Raises:
+            UserError: there are none, or one has no embedding.
+        """
+        prior = self.prior
+        if not prior.predicts:
+            return ()
+        typed = [] if prior.class_prompt is None else [prior.class_prompt]
+        if prior.prior_prompts_file is not None:
+            typed += read_prompts(Path(prior.prior_prompts_file))
+        prompts = tuple(dict.fromkeys(typed)) or store.prompts_with_role("class")
+        flags = self._text_flags(store)
+        if not prompts:
+            remedy = self.command("compute_embeddings.py", **flags, class_prompt="a photo of a dog")
+            raise UserError(
+                f"--prior_term prediction needs the embedding of a class prompt, and {store.path} holds none: for a "
+                f"dog type `{remedy}`, for another subject what it is one of"
+            )
+        if prior.prior_prompts_file is not None:
+            flags["prompts_file"] = prior.prior_prompts_file
+        require_prompts(store, prompts, self.command("compute_embeddings.py", **flags))
+        return prompts
+
+    def _text_flags(self, store: EmbeddingStore) -> dict[str, Any]:
+        """Of the command that adds prompts to the embeddings file: its length, and the prompt of a single folder."""
+        flags: dict[str, Any] = {"max_sequence_length": store.provenance.size}
+        recorded = _picture_flags(recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig))
+        source = self._subject or recorded
+        if not (source.concepts_list or source.repeats_from_folders):
+            asked = self.instance_prompt
+            flags["instance_prompt"] = store.uncaptioned_prompt if asked is None else asked
+        return flags
 
     def _named(self, images: tuple[InstanceImage, ...], cache: LatentCache) -> tuple[InstanceImage, ...]:
         """The pictures of the embeddings file; those without latents get their names from stage one's folder."""

@@ -31,6 +31,7 @@ class TrainingData:
         variants: for each image id, the crops to draw from.
         store: the embeddings file.
         cache: the latent cache.
+        prior_prompts: with which pictures come once more, where a prior term asks for it.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class TrainingData:
         variants: dict[str, tuple[str, ...]],
         store: EmbeddingStore,
         cache: LatentCache,
+        prior_prompts: Sequence[str] = (),
     ):
+        self.prior_prompts = tuple(prior_prompts)
         self.pools = tuple(pools)
         self.images = tuple(image for pool in pools for image in pool.images)
         self._loss_weights = torch.tensor([pool.weight for pool in pools for _ in pool.images], dtype=torch.float32)
@@ -103,6 +106,10 @@ class TrainingData:
     def text(self) -> Provenance:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
+
+    def prior_embeddings(self) -> list[PromptEmbedding]:
+        """Of the prior prompts."""
+        return [self._embedding(prompt) for prompt in self.prior_prompts]
 
     def batch(
         self, indices: Sequence[int], variant_draws: torch.Tensor, prompts: Sequence[str] | None = None

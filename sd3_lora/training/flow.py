@@ -13,6 +13,7 @@ from sd3_lora.training.config import FlowConfig
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch.nn.functional import softplus
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ def flow_matching_loss(
     Returns:
         A float32 scalar: the mean over the batch.
     """
+    return (loss_weights * _squared_errors(velocity, latents, noise, sigmas, config)).mean()
+
+
+def _squared_errors(
+    velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, config: FlowConfig
+) -> torch.Tensor:
+    """`flow_matching_loss` of each sample, `(B,)`, before it is weighted."""
     velocity = velocity.float()
     if config.precondition_outputs:
         # latents = noisy_latents - sigma * velocity (the line of `interpolate`, solved for its start)
@@ -86,5 +94,49 @@ def flow_matching_loss(
     else:
         prediction, target = velocity, noise - latents
     weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
-    per_sample = (weighting * (prediction - target) ** 2).flatten(1).mean(1)  # (B,)
-    return (loss_weights * per_sample).mean()
+    return (weighting * (prediction - target) ** 2).flatten(1).mean(1)  # (B,)
+
+
+def prediction_loss(
+    velocity: torch.Tensor,
+    base_velocity: torch.Tensor,
+    sigmas: torch.Tensor,
+    loss_weights: torch.Tensor,
+    config: FlowConfig,
+) -> torch.Tensor:
+    """The weighted squared distance of the trained model's velocity from the base's, weighted as `flow_matching_loss`.
+
+    Args:
+        velocity: for the class prompt, `(B, 16, H/8, W/8)`.
+        base_velocity: of the base alone, for the same prompt and noisy latents.
+        sigmas: `(B, 1, 1, 1)` float32.
+        loss_weights: `(B,)` float32, the weight of each sample.
+        config: the weighting scheme, and whether to precondition.
+
+    Returns:
+        A float32 scalar: the mean over the batch.
+    """
+    difference = velocity.float() - base_velocity.float()
+    if config.precondition_outputs:  # the predicted pictures differ by -sigma times as much
+        difference = sigmas * difference
+    weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
+    return (loss_weights * (weighting * difference**2).flatten(1).mean(1)).mean()
+
+
+def preference_loss(
+    velocity: torch.Tensor,
+    base_velocity: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    loss_weights: torch.Tensor,
+    config: FlowConfig,
+    weight: float,
+) -> torch.Tensor:
+    """Direct Consistency Optimization (Lee et al., arXiv 2402.12004): learn each sample until the base is beaten in it.
+
+    Scaled so that its gradient is that of `flow_matching_loss` where the model is the base. Where the error of a sample
+    is below the base's by 1 / weight, it is 0.54 of that; by twice as much, 0.24.
+    """
+    errors, base_errors = (_squared_errors(v, latents, noise, sigmas, config) for v in (velocity, base_velocity))
+    return (loss_weights * (2 / weight) * softplus(weight * (errors - base_errors))).mean()

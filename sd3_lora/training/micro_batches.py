@@ -14,6 +14,7 @@ from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
+from sd3_lora.training.prior_prompts import PriorPrompts
 
 import torch
 
@@ -28,6 +29,7 @@ class InputSampler:
         flow: how noise levels are drawn.
         dtype: of the transformer.
         device: where the step is computed.
+        prior: with which some pictures come once more; None where none do.
     """
 
     def __init__(
@@ -38,25 +40,37 @@ class InputSampler:
         flow: FlowConfig,
         dtype: torch.dtype,
         device: torch.device,
+        prior: PriorPrompts | None = None,
     ):
-        self.draws, self.device = draws, device
+        self.draws, self.device, self._prior = draws, device, prior
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
 
-    def sample(self, batch: TrainingBatch) -> StepInputs:
-        """The inputs of one micro-step, on the device, without a host–device synchronisation."""
+    def sample(self, batch: TrainingBatch, number: int) -> StepInputs:
+        """The inputs of the micro-step with this number in the run, on the device.
+
+        Without a host–device synchronisation.
+        """
         draws, table, count = self.draws, self._table, len(batch.image_ids)
         shape = batch.latent_mean.shape[1:]  # (16, H/8, W/8)
         posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
         indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rows(count)]
+        conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
+        prior_rows = torch.empty(0, dtype=torch.long)
+        if self._prior:
+            prior_rows = self._prior.rows(number, draws, count)
+            again = conditions[0][prior_rows], *self._prior.draw(prior_rows, draws, count)
+            conditions = [torch.cat(pair) for pair in zip(conditions, again, strict=True)]
+        timesteps, prompt_embeds, pooled = conditions
         raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
         on_host = StepInputs(
             normalize_latents(raw_latents, self._vae_config),
             noise,
             table.sigmas[indices].view(-1, 1, 1, 1),
-            table.timesteps[indices],
-            batch.prompt_embeds.to(self._dtype),
-            batch.pooled_prompt_embeds.to(self._dtype),
+            timesteps,
+            prompt_embeds.to(self._dtype),
+            pooled.to(self._dtype),
             batch.loss_weights,
+            prior_rows,
         )
         if self.device.type != "cuda":
             return on_host
@@ -72,13 +86,20 @@ class MicroBatches:
         sampler: of the inputs.
         early: how many micro-batches are drawn at a time: two where the next one's inputs are needed in this step.
         caption_dropout: the chance that a picture comes with the empty prompt.
+        taken: micro-batches of the run that were taken before it was resumed.
     """
 
     def __init__(
-        self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int, caption_dropout: float = 0.0
+        self,
+        order: DataOrder,
+        data: TrainingData,
+        sampler: InputSampler,
+        early: int,
+        caption_dropout: float = 0.0,
+        taken: int = 0,
     ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
-        self._caption_dropout = caption_dropout
+        self._caption_dropout, self._number = caption_dropout, taken
         # Each with its pictures' names, its part of a full batch, and the state of the draws and the order before it.
         self._drawn: deque[tuple[StepInputs, list[str], float, dict[str, Any]]] = deque()
 
@@ -100,7 +121,8 @@ class MicroBatches:
                 batch = self._data.batch(indices, variant_draws, prompts)
                 if share.weights is not None:
                     batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
-                inputs = self._sampler.sample(batch)
+                inputs = self._sampler.sample(batch, self._number)
+            self._number += 1
             names = [self._data.images[index].path.name for index in indices]
             self._drawn.append((inputs, names, share.of_full, before))
 
