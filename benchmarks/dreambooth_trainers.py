@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import shlex
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
@@ -85,13 +84,14 @@ def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) 
         how += ["--resolution", str(PICTURE_PX)]
         drawing = [("draw_class_pictures", [*data[:2], *prior, *how, *stored, *device])]
         train += ["--with_prior_preservation", *prior]
-    prior_prompts = re.findall(r"--prior_prompts_file[ =](\S+)", flags.train_flags)
-    text += ["--prompts_file", prior_prompts[-1]] if prior_prompts else []
+    more = shlex.split(flags.train_flags)
+    if "--prior_prompts_file" in more:  # all that training reads is embedded
+        text += ["--prompts_file", more[more.index("--prior_prompts_file") + 1]]
     return [
         ("compute_embeddings", [*data, *prompts, *text, *device]),
         ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
         *drawing,
-        ("train_dreambooth_sd3_lora_miniature", [*train, *shlex.split(flags.train_flags)]),
+        ("train_dreambooth_sd3_lora_miniature", [*train, *more]),
     ]
 
 
