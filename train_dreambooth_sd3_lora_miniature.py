@@ -574,9 +574,10 @@ def make_batches(
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
     prior = PriorPrompts(data.prior_embeddings(), flags.prior.share) if data.prior_prompts else None
     vae_config, dtype = files.read_config("vae"), training.model.dtype
-    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior)
-    early, taken = 2 if training.ahead else 1, training.step * flags.run.gradient_accumulation_steps
-    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout, taken)
+    taken = training.step * flags.run.gradient_accumulation_steps
+    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
+    early = 2 if training.ahead else 1
+    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
 from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
-from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
+from sd3_lora.common.defaults import PROJECT_FOLDER, REFERENCE_CLASS_PROMPT, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.captions import CaptionRules, captions_win, class_images, require_apart
-from sd3_lora.stage_one.concepts import Concept, Subject, concepts_of, read_subject
+from sd3_lora.stage_one.captions import CaptionRules, captions_win, require_apart
+from sd3_lora.stage_one.concepts import ClassFolder, Concept, Subject, class_folders_of, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
@@ -79,7 +80,7 @@ class StageOne:
             left_out = (*BUCKET_FLAGS, *_CLASS_FLAGS)
             recorded = {name: value for name, value in recorded.items() if name not in left_out}
             specific = {
-                **(self._class_flags() if self._class_images() else {}),
+                **next((self._class_flags(of) for of in self._class_folders() if of.images(1)), {}),
                 **data.crop_flags(),
                 "resolution": self.resolution,
                 "num_crops": data.num_crops,
@@ -191,40 +192,48 @@ class StageOne:
         if subprocess.run([sys.executable, PROJECT_FOLDER / name, *arguments], env=environment, check=False).returncode:
             raise UserError(f"there are no {made} to train on: mend what is said above, then type `{typed}`")
 
-    def _class_flags(self) -> dict[str, Any]:
-        prior = self.prior
-        return {"class_data_dir": prior.class_data_dir, "num_class_images": prior.num_class_images}
-
-    def _class_images(self) -> tuple[InstanceImage, ...]:
-        """The class pictures that are there, as many as are asked for; none without --with_prior_preservation."""
-        prior = self.prior
-        if prior.class_data_dir is None or prior.class_prompt is None:
-            return ()
-        return class_images(Path(prior.class_data_dir), prior.class_prompt, prior.num_class_images)
-
-    def require_class_folder(self, store: EmbeddingStore) -> None:
-        """Checks the class pictures' folder and prompt before anything is drawn.
+    def _class_folders(self) -> tuple[ClassFolder, ...]:
+        """The folders of class pictures: the flags', or those of the concepts; none without --with_prior_preservation.
 
         Raises:
-            UserError: the folder is the subject's, or lies within it where subfolders are read, or a picture in it is
-                the subject's; the prompt has no embedding.
+            UserError: a concept has none.
         """
-        prior = self.prior
-        if prior.class_data_dir is None or prior.class_prompt is None:
-            return
+        prior, data = self.prior, self.data
+        if not prior.with_prior_preservation:
+            return ()
+        if prior.class_data_dir is not None and prior.class_prompt is not None:
+            return (ClassFolder(Path(prior.class_data_dir), prior.class_prompt),)
+        return class_folders_of(concepts_of(data), data.concepts_list or "")
+
+    def _class_flags(self, of: ClassFolder) -> dict[str, Any]:
+        return {"class_data_dir": of.folder, "num_class_images": self.prior.num_class_images}
+
+    def _class_images(self) -> tuple[InstanceImage, ...]:
+        """The class pictures that are there, as many as are asked for of each folder, the same one once."""
+        images = (image for of in self._class_folders() for image in of.images(self.prior.num_class_images))
+        return tuple({image.image_id: image for image in images}.values())
+
+    def require_class_folder(self, store: EmbeddingStore) -> None:
+        """Checks the class pictures' folders and prompts before anything is drawn.
+
+        Raises:
+            UserError: a folder is the subject's, or lies within it where subfolders are read, or a picture in it is the
+                subject's; a prompt has no embedding.
+        """
+        classes = self._class_folders()
         recorded = recorded_flags(Path(self.data.data_df_path).with_suffix(".json"), EmbeddingConfig)
-        folder = Path(prior.class_data_dir).resolve()
-        for concept in concepts_of(self._subject or _picture_flags(recorded)):
-            subject = concept.folder.resolve()
+        concepts = concepts_of(self._subject or _picture_flags(recorded)) if classes else ()
+        for of, concept in itertools.product(classes, concepts):
+            folder, subject = of.folder.resolve(), concept.folder.resolve()
             if folder == subject or (self.data.recursive and folder.is_relative_to(subject)):
                 relation = "is" if folder == subject else "lies in"
                 raise UserError(
-                    f"--class_data_dir {prior.class_data_dir} {relation} the folder of the subject's pictures: give "
-                    "class pictures a folder of their own"
+                    f"--class_data_dir {of.folder} {relation} the folder of the subject's pictures: give class "
+                    "pictures a folder of their own"
                 )
         require_apart(store.prompts_of_images().keys(), self._class_images())
         remedy = self.command("compute_embeddings.py", **self._text_flags(store))
-        require_prompts(store, [prior.class_prompt], remedy)
+        require_prompts(store, [of.prompt for of in classes], remedy)
 
     def make_class_pictures(self) -> None:
         """Has the class pictures that are missing drawn, and those without latents encoded, each in another process.
@@ -232,13 +241,14 @@ class StageOne:
         Raises:
             UserError: one of the two failed.
         """
-        lack = self._lack_of_class_pictures()
-        if lack is not None:
-            self._run("draw_class_pictures.py", self._drawing_flags(), lack, "class pictures")
-        if self._lacks_class_latents():
-            lack = f"{self.data.latents_path} lacks class pictures of {self.prior.class_data_dir}"
-            flags = self._flags("precompute_latents.py")
-            self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
+        for of in self._class_folders():
+            lack = self._lack_of_class_pictures(of)
+            if lack is not None:
+                self._run("draw_class_pictures.py", self._drawing_flags(of), lack, "class pictures")
+            if self._lacks_class_latents(of):
+                lack = f"{self.data.latents_path} lacks class pictures of {of.folder}"
+                flags = {**self._flags("precompute_latents.py"), **self._class_flags(of)}
+                self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
 
     def require_class_pictures(self) -> None:
         """Checks that all class pictures are there: several processes would wait for rank 0 longer than they may.
@@ -246,25 +256,24 @@ class StageOne:
         Raises:
             UserError: some are missing; names the command that draws them.
         """
-        lack = self._lack_of_class_pictures()
-        if lack is not None:
-            typed = command("draw_class_pictures.py", **self._drawing_flags())
-            raise UserError(f"{lack}, which are drawn before several processes start: type `{typed}`")
+        for of in self._class_folders():
+            lack = self._lack_of_class_pictures(of)
+            if lack is not None:
+                typed = command("draw_class_pictures.py", **self._drawing_flags(of))
+                raise UserError(f"{lack}, which are drawn before several processes start: type `{typed}`")
 
-    def _lack_of_class_pictures(self) -> str | None:
+    def _lack_of_class_pictures(self, of: ClassFolder) -> str | None:
         """How many are missing, in words; None where all are there."""
-        missing = self.prior.num_class_images - len(self._class_images())
-        if not self.prior.with_prior_preservation or missing <= 0:
-            return None
-        return f"{self.prior.class_data_dir} lacks {missing} class picture{'s' if missing > 1 else ''}"
+        missing = self.prior.num_class_images - len(of.images(self.prior.num_class_images))
+        return f"{of.folder} lacks {missing} class picture{'s' if missing > 1 else ''}" if missing > 0 else None
 
-    def _drawing_flags(self) -> dict[str, Any]:
+    def _drawing_flags(self, of: ClassFolder) -> dict[str, Any]:
         """The flags of `draw_class_pictures.py`."""
         prior = self.prior
         return {
             **self.model.flags(),
-            "class_prompt": prior.class_prompt,
-            **self._class_flags(),
+            "class_prompt": of.prompt,
+            **self._class_flags(of),
             "prior_generation_precision": prior.prior_generation_precision,
             "sample_batch_size": None if prior.sample_batch_size == 4 else prior.sample_batch_size,
             "data_df_path": self.data.data_df_path,
@@ -275,10 +284,10 @@ class StageOne:
             **self.budget.flags(),
         }
 
-    def _lacks_class_latents(self) -> bool:
+    def _lacks_class_latents(self, of: ClassFolder) -> bool:
         """Whether a class picture has no latents, or lacks a crop; not whether they are of other settings."""
         data, cache = self.data, self.open_latents()
-        images = [image for image in self._class_images() if image.image_id not in cache.broken()]
+        images = [i for i in of.images(self.prior.num_class_images) if i.image_id not in cache.broken()]
         try:
             buckets = Buckets.of(data, self.files)
             choose_variants(images, cache, buckets, data.center_crop, data.num_crops, data.random_flip, "")
@@ -344,7 +353,7 @@ class StageOne:
         prompts = tuple(dict.fromkeys(typed)) or store.prompts_with_role("class")
         flags = self._text_flags(store)
         if not prompts:
-            remedy = self.command("compute_embeddings.py", **flags, class_prompt="a photo of a dog")
+            remedy = self.command("compute_embeddings.py", **flags, class_prompt=REFERENCE_CLASS_PROMPT)
             raise UserError(
                 f"--prior_term prediction needs the embedding of a class prompt, and {store.path} holds none: for a "
                 f"dog type `{remedy}`, for another subject what it is one of"

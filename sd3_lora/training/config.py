@@ -135,9 +135,12 @@ class PriorConfig:
     )
     class_data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of class pictures; those that are missing are drawn into it by the model itself."},
+        metadata={
+            "help": "Folder of class pictures; those that are missing are drawn into it by the model itself. Default: "
+            "those of --concepts_list, with their class prompts."
+        },
     )
-    num_class_images: int = field(default=100, metadata={"help": "How many class pictures."})
+    num_class_images: int = field(default=100, metadata={"help": "How many class pictures of a folder."})
     prior_loss_weight: float = field(
         default=1.0, metadata={"help": "The loss is the subject's plus so many times the class pictures'."}
     )
@@ -180,6 +183,11 @@ class PriorConfig:
                 "--with_prior_preservation and --prior_term are two ways of prior preservation, with and without class "
                 "pictures: leave one out"
             )
+        if self.class_data_dir is not None or self.class_prompt is not None:
+            yield from self.lacking()
+
+    def lacking(self) -> Iterator[str]:
+        """What class pictures need and flags do not say; a concepts list may say both."""
         if self.class_prompt is None:
             yield (
                 "--with_prior_preservation needs the prompt without the identifier: type --class_prompt "
@@ -697,6 +705,10 @@ class TrainingFlags:
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
+
+    def __post_init__(self) -> None:
+        if self.prior.with_prior_preservation and self.data.concepts_list is None:
+            require_right(self.prior.lacking())
 
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.

@@ -30,6 +30,7 @@ class InputSampler:
         dtype: of the transformer.
         device: where the step is computed.
         prior: with which some pictures come once more; None where none do.
+        taken: micro-batches of the run before it was resumed.
     """
 
     def __init__(
@@ -41,15 +42,13 @@ class InputSampler:
         dtype: torch.dtype,
         device: torch.device,
         prior: PriorPrompts | None = None,
+        taken: int = 0,
     ):
-        self.draws, self.device, self._prior = draws, device, prior
+        self.draws, self.device, self._prior, self._number = draws, device, prior, taken
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
 
-    def sample(self, batch: TrainingBatch, number: int) -> StepInputs:
-        """The inputs of the micro-step with this number in the run, on the device.
-
-        Without a host–device synchronisation.
-        """
+    def sample(self, batch: TrainingBatch) -> StepInputs:
+        """The inputs of the next micro-step, on the device, without a host–device synchronisation."""
         draws, table, count = self.draws, self._table, len(batch.image_ids)
         shape = batch.latent_mean.shape[1:]  # (16, H/8, W/8)
         posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
@@ -57,9 +56,10 @@ class InputSampler:
         conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
         prior_rows = torch.empty(0, dtype=torch.long)
         if self._prior:
-            prior_rows = self._prior.rows(number, draws, count)
+            prior_rows = self._prior.rows(self._number, draws, count)
             again = conditions[0][prior_rows], *self._prior.draw(prior_rows, draws, count)
             conditions = [torch.cat(pair) for pair in zip(conditions, again, strict=True)]
+        self._number += 1
         timesteps, prompt_embeds, pooled = conditions
         raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
         on_host = StepInputs(
@@ -86,20 +86,13 @@ class MicroBatches:
         sampler: of the inputs.
         early: how many micro-batches are drawn at a time: two where the next one's inputs are needed in this step.
         caption_dropout: the chance that a picture comes with the empty prompt.
-        taken: micro-batches of the run that were taken before it was resumed.
     """
 
     def __init__(
-        self,
-        order: DataOrder,
-        data: TrainingData,
-        sampler: InputSampler,
-        early: int,
-        caption_dropout: float = 0.0,
-        taken: int = 0,
+        self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int, caption_dropout: float = 0.0
     ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
-        self._caption_dropout, self._number = caption_dropout, taken
+        self._caption_dropout = caption_dropout
         # Each with its pictures' names, its part of a full batch, and the state of the draws and the order before it.
         self._drawn: deque[tuple[StepInputs, list[str], float, dict[str, Any]]] = deque()
 
@@ -121,8 +114,7 @@ class MicroBatches:
                 batch = self._data.batch(indices, variant_draws, prompts)
                 if share.weights is not None:
                     batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
-                inputs = self._sampler.sample(batch, self._number)
-            self._number += 1
+                inputs = self._sampler.sample(batch)
             names = [self._data.images[index].path.name for index in indices]
             self._drawn.append((inputs, names, share.of_full, before))
 

@@ -595,3 +595,74 @@ def test_drawing_needs_its_prompt_and_folder(script: Script, private: Prepared, 
     assert result.code == 2
     assert "lacks 'a photo of a fish': type `python compute_embeddings.py" in result.err
     assert not (tmp_path / "fish").exists()
+
+
+# Several concepts
+
+
+@pytest.fixture
+def concepts(private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Two concepts with classes of their own, one of whose folders is filled, embedded and cached; their list."""
+    monkeypatch.chdir(tmp_path)
+    save_pictures(Path("cat"), [(64, 64)] * 2, seed=2)
+    save_pictures(Path("robots"), [(64, 64)] * 3, seed=1)
+    robot = {"instance_prompt": PROMPT, "instance_data_dir": str(private.pictures), "class_data_dir": "robots"}
+    cat = {"instance_prompt": "a photo of zwx cat", "instance_data_dir": "cat", "class_data_dir": "cats"}
+    concepts = [{**robot, "class_prompt": CLASS_PROMPT}, {**cat, "class_prompt": "a photo of a cat"}]
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    model = ["--pretrained_model_name_or_path", private.model, "--concepts_list", "concepts.json", "--device", "cpu"]
+    text = ["--max_sequence_length", 20, "--output_path", private.embeddings]
+    assert importlib.import_module("compute_embeddings").main([str(word) for word in [*model, *text]]) == 0
+    latents = ["--output_path", private.latents]
+    assert importlib.import_module("precompute_latents").main([str(word) for word in [*model, *latents]]) == 0
+    return concepts
+
+
+def of_concepts(private: Prepared) -> list[object]:
+    words = ["--pretrained_model_name_or_path", private.model, "--concepts_list", "concepts.json", "--device", "cpu"]
+    words += ["--data_df_path", private.embeddings, "--latents_path", private.latents, "--report_to", "none"]
+    return [*words, "--seed", 0, "--with_prior_preservation", "--num_class_images", 2, "--output_dir", "out"]
+
+
+def test_each_concept_has_its_class_pictures(
+    script: Script,
+    private: Prepared,
+    concepts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: list[str],
+) -> None:
+    """Those that are there are encoded, the others drawn, so many of each; each comes with its class's prompt."""
+    prompts: dict[str, str] = {}
+    original = training_script().TrainingData.batch
+
+    def batch(data: Any, indices: Any, draws: Any, taken: Any) -> Any:
+        result = original(data, indices, draws, taken)
+        prompts.update(zip(result.image_ids, taken, strict=True))
+        return result
+
+    monkeypatch.setattr(training_script().TrainingData, "batch", batch)
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private), "--max_train_steps", 8)
+    assert result.code == 0, result.err
+    assert in_process == ["precompute_latents", "draw_class_pictures"]
+    assert "7 pictures and 4 class pictures at 64 px" in result.out
+    robots, cats = ([hash_file(path) for path in sorted(Path(name).glob("*.png"))] for name in ("robots", "cats"))
+    assert (len(robots), len(cats)) == (3, 2)
+    assert {prompts[image_id] for image_id in cats} == {"a photo of a cat"}
+    assert {prompts[image_id] for image_id in robots[:2]} == {CLASS_PROMPT}
+    assert robots[2] not in prompts
+
+
+def test_a_concept_without_a_class_is_named(
+    script: Script, private: Prepared, concepts: list[dict[str, Any]], in_process: list[str]
+) -> None:
+    del concepts[1]["class_data_dir"], concepts[0]["class_prompt"]
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private))
+    assert result.code == 2
+    assert "concept 1 has no class_prompt, which --with_prior_preservation needs: add it" in result.err
+    assert "concept 2 has no class_data_dir, which --with_prior_preservation needs: add it" in result.err
+    concepts[0]["class_prompt"], concepts[1]["class_data_dir"] = CLASS_PROMPT, "robots"
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private))
+    assert "concept 2 has the class_data_dir of another with another class_prompt: give it its own" in result.err
+    assert (result.code, in_process) == (2, [])
