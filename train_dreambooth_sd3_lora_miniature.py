@@ -79,6 +79,7 @@ from sd3_lora.plan.step_memory import StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
 from sd3_lora.training.config import (
@@ -628,20 +629,22 @@ def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
     prior_prompts = stage_one.prior_prompts(store)
-    if accelerator.num_processes > 1:
-        stage_one.require_class_pictures()
     require_writable_folder(output_dir)
-    if accelerator.is_main_process:
-        if not stage_one.has_latents():
-            stage_one.make_latents()
-        if stage_one.prior.with_prior_preservation:
-            stage_one.make_class_pictures()
+    if accelerator.is_main_process and not stage_one.has_latents():
+        stage_one.make_latents()
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    others = stage_one.find_class_images(images, cache)
+    variants = stage_one.variants(images, cache)
+    sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
+    if accelerator.num_processes > 1:
+        stage_one.require_class_pictures(sizes)
+    if accelerator.is_main_process:
+        stage_one.make_class_pictures(sizes)
+    accelerator.wait_for_everyone()
+    others = stage_one.find_class_images(images, sizes, cache)
     pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    return TrainingData(pools, stage_one.variants((*images, *others), cache), store, cache, prior_prompts)
+    return TrainingData(pools, variants | stage_one.variants(others, cache), store, cache, prior_prompts)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:

@@ -6,7 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sd3_lora.common.command_line import UserError, command, command_words, prin
 from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, REFERENCE_CLASS_PROMPT, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.stage_one.buckets import Buckets
@@ -235,37 +237,71 @@ class StageOne:
         remedy = self.command("compute_embeddings.py", **self._text_flags(store))
         require_prompts(store, [of.prompt for of in classes], remedy)
 
-    def make_class_pictures(self) -> None:
+    def make_class_pictures(self, sizes: Mapping[PictureSize, int]) -> None:
         """Has the class pictures that are missing drawn, and those without latents encoded, each in another process.
+
+        Args:
+            sizes: of the crops of the subject's pictures, with how many there are.
 
         Raises:
             UserError: one of the two failed.
         """
         for of in self._class_folders():
-            lack = self._lack_of_class_pictures(of)
-            if lack is not None:
-                self._run("draw_class_pictures.py", self._drawing_flags(of), lack, "class pictures")
-            if self._lacks_class_latents(of):
-                lack = f"{self.data.latents_path} lacks class pictures of {of.folder}"
-                flags = {**self._flags("precompute_latents.py"), **self._class_flags(of)}
-                self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
+            if len(sizes) > 1:  # the sizes of those that are there decide those of the others
+                self._encode_class_pictures(of)
+            for lack, flags in self._missing_class_pictures(of, sizes):
+                self._run("draw_class_pictures.py", flags, lack, "class pictures")
+            self._encode_class_pictures(of)
 
-    def require_class_pictures(self) -> None:
+    def _encode_class_pictures(self, of: ClassFolder) -> None:
+        if self._lacks_class_latents(of):
+            lack = f"{self.data.latents_path} lacks class pictures of {of.folder}"
+            flags = {**self._flags("precompute_latents.py"), **self._class_flags(of)}
+            self._run("precompute_latents.py", flags, lack, "latents of the class pictures")
+
+    def require_class_pictures(self, sizes: Mapping[PictureSize, int]) -> None:
         """Checks that all class pictures are there: several processes would wait for rank 0 longer than they may.
+
+        Args:
+            sizes: as for `make_class_pictures`.
 
         Raises:
             UserError: some are missing; names the command that draws them.
         """
         for of in self._class_folders():
-            lack = self._lack_of_class_pictures(of)
-            if lack is not None:
-                typed = command("draw_class_pictures.py", **self._drawing_flags(of))
+            for lack, flags in self._missing_class_pictures(of, sizes):
+                typed = command("draw_class_pictures.py", **flags)
                 raise UserError(f"{lack}, which are drawn before several processes start: type `{typed}`")
 
-    def _lack_of_class_pictures(self, of: ClassFolder) -> str | None:
-        """How many are missing, in words; None where all are there."""
-        missing = self.prior.num_class_images - len(of.images(self.prior.num_class_images))
-        return f"{of.folder} lacks {missing} class picture{'s' if missing > 1 else ''}" if missing > 0 else None
+    def _missing_class_pictures(
+        self, of: ClassFolder, sizes: Mapping[PictureSize, int]
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """For each size in which some are to be drawn: how many, in words, and the flags that draw them."""
+        have = of.images(self.prior.num_class_images)
+        counts = Counter(size for size in self._sizes_of(have, self.open_latents()).values() if size)
+        count, wanted = len(have), shared_out(self.prior.num_class_images - len(have), sizes, counts)
+        drawings = []
+        for size, missing in wanted.items():
+            count += missing
+            is_square = size == PictureSize.square(self.resolution)
+            shape = {} if is_square else {"width": size.width, "height": size.height}
+            lack = f"{of.folder} lacks {missing} class picture{'s' if missing > 1 else ''}"
+            lack += "" if len(sizes) == 1 else f" of {size} px"
+            drawings.append((lack, {**self._drawing_flags(of), "num_class_images": count, **shape}))
+        return drawings
+
+    def _sizes_of(self, images: Sequence[InstanceImage], cache: LatentCache) -> dict[str, PictureSize | None]:
+        """Of each picture's crops, by its id; None where it has no latents that can be read."""
+        buckets = Buckets.of(self.data, self.files)
+
+        def size_of(image: InstanceImage) -> PictureSize | None:
+            try:
+                entry = cache.look(image.image_id)
+            except UserError:  # `variants` says what to do
+                return None
+            return buckets.size_for(*entry.size) if entry else None
+
+        return {image.image_id: size_of(image) for image in images}
 
     def _drawing_flags(self, of: ClassFolder) -> dict[str, Any]:
         """The flags of `draw_class_pictures.py`."""
@@ -297,19 +333,39 @@ class StageOne:
             return True
         return False
 
-    def find_class_images(self, images: Sequence[InstanceImage], cache: LatentCache) -> tuple[InstanceImage, ...]:
-        """The class pictures, none without --with_prior_preservation.
+    def find_class_images(
+        self, images: Sequence[InstanceImage], sizes: Mapping[PictureSize, int], cache: LatentCache
+    ) -> tuple[InstanceImage, ...]:
+        """The class pictures of the subject's sizes, none without --with_prior_preservation.
 
         Args:
             images: the subject's.
+            sizes: as for `make_class_pictures`.
             cache: of all.
 
         Raises:
-            UserError: one of them is the subject's, or none decodes.
+            UserError: one of them is the subject's; none decodes, or none has one of the sizes.
         """
         found = self._class_images()
         require_apart({image.image_id for image in images}, found)
-        return self._without_broken(found, cache) if found else ()
+        if not found:
+            return ()
+        whole = self._without_broken(found, cache)
+        size_of = self._sizes_of(whole, cache)
+        lacking = [size for size in sizes if size not in size_of.values()]
+        if lacking and None not in size_of.values():
+            enough = self.prior.num_class_images + len(lacking)
+            raise UserError(
+                f"no class picture has the shape {lacking[0]} of some of the subject's pictures, beside which only "
+                f"those of its shape are trained on: type --num_class_images {enough}, and it is drawn"
+            )
+        fitting = tuple(image for image in whole if size_of[image.image_id] in (None, *sizes))
+        if len(fitting) < len(whole):
+            print_in_rank_0(
+                f"note: {len(whole) - len(fitting)} class pictures have shapes that no picture of the subject has, and "
+                "are left out"
+            )
+        return fitting
 
     def find_images(self, store: EmbeddingStore, cache: LatentCache) -> tuple[InstanceImage, ...]:
         """The pictures with their prompts, each of which has its embedding; without those that do not decode.
@@ -423,6 +479,27 @@ class StageOne:
                 f"note: {tiled} of {len(images)} pictures were encoded in tiles, which differ a little from the whole"
             )
         return chosen
+
+
+def shared_out(
+    count: int, parts: Mapping[PictureSize, int], before: Mapping[PictureSize, int]
+) -> dict[PictureSize, int]:
+    """How many of `count` more pictures each size gets, so that all are in proportion as far as that goes.
+
+    A size of which there are none comes first.
+
+    Args:
+        count: of pictures; none where it is not positive.
+        parts: of each size, in proportion to the others.
+        before: how many there are of each size.
+    """
+    whole = sum(parts.values())
+    added = dict.fromkeys(parts, 0)
+    total = count + sum(before.get(size, 0) for size in parts)
+    for _ in range(count):
+        now = {size: before.get(size, 0) + added[size] for size in parts}
+        added[max(parts, key=lambda size: (now[size] == 0, total * parts[size] / whole - now[size]))] += 1
+    return {size: more for size, more in added.items() if more}
 
 
 def _picture_flags(recorded: dict[str, Any]) -> PictureFlags:
