@@ -320,3 +320,14 @@ def test_class_pictures_whose_prompt_is_not_embedded(user: User) -> None:
     assert "next, with a class prompt of your own: " in cached.out
     trained = user.follow_to_pictures(cached, EMBED, CACHE, TRAIN)
     assert "3 pictures and 2 class pictures at 64 px" in trained.out
+
+
+def test_captions_that_are_all_equal(user: User) -> None:
+    """They are one prompt, which may be the class's too."""
+    for number in range(3):
+        Path(f"d/{number:02d}.txt").write_text("a dog\na dog\n")
+    embedded = user.type(EMBED, "--instance_data_dir", "d", "--class_prompt", "a dog")
+    assert "2 prompts, 0 of them done before" in embedded.out
+    user.follow_to_pictures(embedded, CACHE, TRAIN)
+    again = user.type(TRAIN, "--instance_data_dir", "d", "--prior_term", "prediction", "--output_dir", "other")
+    assert "3 pictures at 64 px" in again.out

@@ -14,6 +14,7 @@ from sd3_lora.training.config import FlowConfig, PriorConfig
 from sd3_lora.training.draws import GlobalDraws
 from sd3_lora.training.flow import flow_matching_loss, prediction_loss, preference_loss
 from sd3_lora.training.prior_prompts import PriorPrompts
+from sd3_lora.transformer.lora import LoraKind, attach_lora, target_modules
 from sd3_lora.transformer.velocity import VelocityModel
 
 import pytest
@@ -387,3 +388,21 @@ def test_the_adapter_is_on_again_afterwards() -> None:
     with pytest.raises(TypeError):
         model.base_velocity(*words)
     assert not any(getattr(module, "_disable_adapters", False) for module in transformer.modules())
+
+
+@pytest.mark.parametrize("kind", [LoraKind(use_dora=True), LoraKind(start="pissa"), LoraKind(start="olora")])
+def test_the_base_of_every_kind_is_the_untouched_model(kind: LoraKind) -> None:
+    from small_transformer import CPU, WIDTH, inputs, smaller_transformer
+
+    torch.manual_seed(0)
+    sizes = {"in_channels": 4, "out_channels": 4, "joint_attention_dim": WIDTH, "pooled_projection_dim": 8}
+    transformer = smaller_transformer(**sizes, num_layers=2, pos_embed_max_size=8)
+    words = tuple(inputs(0, CPU).values())
+    expected = VelocityModel(transformer, torch.float32)(*words)
+    attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, 0, kind)
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1
+    model = VelocityModel(transformer, torch.float32)
+    assert torch.equal(model.base_velocity(*words), expected)
+    assert not torch.equal(model(*words), expected)
