@@ -35,13 +35,19 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, REFERENCE_PROMPT, say_miniature
+from sd3_lora.common.defaults import (
+    EMBEDDINGS_PATH,
+    LATENTS_PATH,
+    REFERENCE_CLASS_PROMPT,
+    REFERENCE_PROMPT,
+    say_miniature,
+)
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
@@ -49,8 +55,9 @@ from sd3_lora.stage_one.augmentation import Augmentation
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
+from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.data_sets import with_folder
-from sd3_lora.stage_one.embedding_store import find_embeddings
+from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
 from sd3_lora.stage_one.images import (
     BrokenImage,
     CropBox,
@@ -629,10 +636,17 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
     beside_latents = sorted(Path(config.output_path).parent.glob("*.parquet"))
     embeddings_path = find_embeddings([Path(EMBEDDINGS_PATH), *beside_latents], [image.image_id for image in images])
     if embeddings_path is None:
-        if all(image.prompt for image in images):
-            return "next: " + command("compute_embeddings.py", **shared)
-        shared["instance_prompt"] = REFERENCE_PROMPT
-        return "next, with a prompt of your own: " + command("compute_embeddings.py", **shared)
+        own = {} if all(image.prompt for image in images) else {"instance_prompt": REFERENCE_PROMPT}
+        if config.class_data_dir is not None and config.concepts_list is None:
+            own["class_prompt"] = REFERENCE_CLASS_PROMPT
+        whose = ("", ", with a prompt of your own", ", with prompts of your own")[len(own)]
+        return f"next{whose}: " + command("compute_embeddings.py", **{**shared, **own})
+    prior = prior_flags(config, embeddings_path)
+    if prior is None:
+        recorded = recorded_flags(embeddings_path.with_suffix(".json"), EmbeddingConfig)
+        typed = {**recorded, **{name: value for name, value in shared.items() if value}}
+        typed |= {"class_prompt": REFERENCE_CLASS_PROMPT, "output_path": embeddings_path}
+        return "next, with a class prompt of your own: " + command("compute_embeddings.py", **typed)
     flags = {
         "skip_broken": config.skip_broken,
         **config.crop_flags(),
@@ -641,8 +655,30 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
         "masked_loss": config.has_masks,
         "latents_path": None if config.output_path == LATENTS_PATH else config.output_path,
         "data_df_path": None if embeddings_path == Path(EMBEDDINGS_PATH) else embeddings_path,
+        **prior,
     }
     return "next: " + command("train_dreambooth_sd3_lora_miniature.py", **shared, **flags)
+
+
+def prior_flags(config: LatentConfig, embeddings_path: Path) -> dict[str, Any] | None:
+    """Training's flags of the class pictures, none where there are none; None where no class prompt is embedded."""
+    if config.class_data_dir is None:
+        return {}
+    if config.concepts_list is not None:
+        folders = {concept.class_folder for concept in concepts_of(config)}
+        if Path(config.class_data_dir) in folders:
+            return {"with_prior_preservation": True}
+    with EmbeddingStore(embeddings_path) as store:
+        prompts = store.prompts_with_role("class")
+    if not prompts:
+        return None
+    count = config.num_class_images
+    return {
+        "with_prior_preservation": True,
+        "class_prompt": prompts[0],
+        "class_data_dir": config.class_data_dir,
+        "num_class_images": None if count == LatentConfig.num_class_images else count,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

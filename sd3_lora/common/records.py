@@ -130,10 +130,11 @@ class StepInputs(NamedTuple):
         latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
         noise: likewise.
         sigmas: `(B, 1, 1, 1)` float32.
-        timesteps: `(B,)` float32.
-        prompt_embeds: `(B, S, D)` in the transformer's dtype.
-        pooled_prompt_embeds: `(B, P)` likewise.
+        timesteps: `(R,)` float32: R is B and, after these, the pictures that come once more with a prior prompt.
+        prompt_embeds: `(R, S, D)` in the transformer's dtype.
+        pooled_prompt_embeds: `(R, P)` likewise.
         loss_weights: `(B,)` or `(B, 1, H/8, W/8)` float32.
+        prior_rows: `(R - B,)` int64: which of the B pictures come once more.
     """
 
     latents: torch.Tensor
@@ -143,6 +144,12 @@ class StepInputs(NamedTuple):
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
+    prior_rows: torch.Tensor
+
+    @property
+    def conditions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The transformer's inputs beside the noisy latents."""
+        return self.timesteps, self.prompt_embeds, self.pooled_prompt_embeds
 
     @property
     def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:

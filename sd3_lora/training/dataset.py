@@ -35,6 +35,7 @@ class TrainingData:
         cache: the latent cache.
         unmasked_weight: of what the masks of the subject's pictures leave out, in the loss (see `mask_weights`); None
             for a loss without masks. With them each of these variants has one in the cache.
+        prior_prompts: with which pictures come once more, where a prior term asks for it.
 
     Raises:
         UserError: the crops of a picture show nothing of its mask.
@@ -47,7 +48,9 @@ class TrainingData:
         store: EmbeddingStore,
         cache: LatentCache,
         unmasked_weight: float | None = None,
+        prior_prompts: Sequence[str] = (),
     ):
+        self.prior_prompts = tuple(prior_prompts)
         self.pools = tuple(pools)
         self.images = tuple(image for pool in pools for image in pool.images)
         self._loss_weights = torch.tensor([pool.weight for pool in pools for _ in pool.images], dtype=torch.float32)
@@ -114,6 +117,10 @@ class TrainingData:
     def text(self) -> Provenance:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
+
+    def prior_embeddings(self) -> list[PromptEmbedding]:
+        """Of the prior prompts."""
+        return [self._embedding(prompt) for prompt in self.prior_prompts]
 
     def batch(
         self, indices: Sequence[int], variant_draws: torch.Tensor, prompts: Sequence[str] | None = None
