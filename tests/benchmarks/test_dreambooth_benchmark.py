@@ -223,15 +223,11 @@ def test_class_pictures_are_drawn_as_the_samples_are(tmp_path):
 
 
 def test_prior_prompts_are_embedded(tmp_path):
-    words = ["--train_flags", "--prior_term prediction --prior_prompts_file others.txt", "--output_dir", str(tmp_path)]
-    flags = dreambooth.make_parser().parse_args(words)
-    (_, embedded), *_, (_, trained) = dreambooth_trainers.our_words(flags, dreambooth.subject_of(flags, "fox"))
-    assert flag_values(embedded)["--prompts_file"] == "others.txt"
-    assert flag_values(trained)["--prior_prompts_file"] == "others.txt"
-    without = dreambooth_trainers.our_words(
-        dreambooth.make_parser().parse_args([]), dreambooth.subject_of(flags, "fox")
-    )
-    assert "--prompts_file" not in without[0][1]
+    """Of the file that methods name."""
+    flags = dreambooth.make_parser().parse_args(["--output_dir", str(tmp_path)])
+    (_, embedded), *_ = dreambooth_trainers.our_words(flags, dreambooth.subject_of(flags, "fox"))
+    assert flag_values(embedded)["--prompts_file"] == str(dreambooth_trainers.PRIOR_PROMPTS_FILE)
+    assert dreambooth_trainers.PRIOR_PROMPTS_FILE.is_file()
 
 
 def test_training_on_an_nf4_base_is_told_the_same_but_for_that(tmp_path):
