@@ -6,10 +6,10 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, ModelConfig
+from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ExportFormat, LoraStart, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.optimizer_kinds import (
@@ -487,6 +487,13 @@ class RunConfig:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "latest (or from the start where there is none), or a checkpoint's folder."}
     )
+    export: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Write the LoRA for other programs too, beside it: kohya (sd-scripts, Forge, ComfyUI), a1111.",
+        },
+    )
     report_to: str = field(
         default="tensorboard",
         metadata={"help": "tensorboard (when installed), wandb, comet_ml, all or none; comma-separated."},
@@ -510,6 +517,9 @@ class RunConfig:
         )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             yield f"--seed {self.seed} must be at least 0 and less than 2**63"
+        for name in self.exports:
+            if name not in get_args(ExportFormat):
+                yield f"--export {name} is unknown: type {' or '.join(get_args(ExportFormat))}"
         if os.path.normpath(self.logging_dir).split(os.sep)[0] == os.pardir:
             yield f"--logging_dir {self.logging_dir} leaves the output folder: type a name such as logs, or a full path"
         known = {"tensorboard", "wandb", "comet_ml", "all", "none"}
@@ -536,6 +546,12 @@ class RunConfig:
     def pictures_per_step(self, processes: int) -> int:
         """Pictures of an optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+    @property
+    def exports(self) -> list[str]:
+        """The formats of export, each once; commas separate them too."""
+        names = (name.strip() for entry in self.export for name in entry.split(","))
+        return list(dict.fromkeys(name for name in names if name))
 
     @property
     def trackers(self) -> list[str]:

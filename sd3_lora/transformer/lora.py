@@ -57,7 +57,7 @@ LAYER_PRESETS = {
 # PiSSA's singular vectors come from a randomized decomposition, as PEFT's pissa_niter_4: a full one takes minutes.
 _SVD_ITERATIONS, _OVERSAMPLED = 4, 8
 _ADAPTER = "default"
-_METADATA_KEY = "sd3_lora"
+METADATA_KEY = "sd3_lora"  # of what this project notes in a LoRA's file
 _PREFIX = "transformer."
 
 
@@ -465,7 +465,7 @@ def save_lora(
     metadata = {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()}),
-        _METADATA_KEY: json.dumps({**record, "rank": adapter["r"]}, ensure_ascii=False),
+        METADATA_KEY: json.dumps({**record, "rank": adapter["r"]}, ensure_ascii=False),
     }
     path = folder / file_name
     temporary = folder / f".{file_name}.{os.getpid()}"
@@ -505,6 +505,6 @@ def read_lora_record(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as handle:
-            return dict(json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}")))
+            return dict(json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: train again, or download it again") from error

@@ -16,11 +16,13 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.transformer.lora import LORA_FILE, LayerStart, peft_patterns, read_lora_record
 
 import torch
@@ -41,6 +43,8 @@ from safetensors import safe_open
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
+# In the record of a DoRA's export, whose magnitudes are over other norms.
+DORA_OF_BASE = "dora_scale_over_base_norm"
 _PREFIXES = (_PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_transformer.")
 _FLAT_PREFIXES = ("lora_transformer_", "lycoris_", "lora_unet_")  # before a name with underscores for dots
 _KEY = re.compile(
@@ -329,6 +333,20 @@ def _the_lora_of(name: str, files: Sequence[str], flag: str) -> str:
 # Reading
 
 
+def base_of(path: Path, model: ModelConfig) -> ModelFiles:
+    """The base model of a LoRA: the one that the flags name, else the one that its training noted.
+
+    Raises:
+        UserError: neither says it, or the model is not there.
+    """
+    if not model.is_miniature:
+        return ModelFiles(model)
+    base = read_lora_record(path).get("base_model")
+    if base is None:
+        raise UserError(f"{path} does not say its base model: add --pretrained_model_name_or_path")
+    return ModelFiles(replace(model, pretrained_model_name_or_path=None if base == "miniature" else base))
+
+
 def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFile:
     """Reads a LoRA's names, shapes and settings, and checks that each tensor fits the transformer and is finite.
 
@@ -340,9 +358,11 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
         UserError: the file is not whole, of another model, or of a format that is not drawn.
     """
     record = read_lora_record(path)
+    if record.get(DORA_OF_BASE):
+        raise UserError(f"{path} is an export of a DoRA for ComfyUI and Forge: give the LoRA that it was made from")
     with safe_open(path, "pt") as handle:
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        widths = _layer_widths(transformer_config)
+        widths = layer_widths(transformer_config)
         keys_of_layers = _keys_of_layers(path, shapes, widths)
         settings = _read_settings(path, handle.metadata() or {}, shapes)
         layers: dict[str, LoraLayer] = {}
@@ -362,7 +382,7 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
     return LoraFile(path, layers, record, has_effect)
 
 
-def _layer_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
+def layer_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
     """The transformer's modules: features in and out of linear layers, None for all others."""
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)

@@ -151,6 +151,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "test_resume.py",
     "vram_budget_gib": "test_memory_plan.py",
     "plan": "test_memory_plan.py",
+    "export": "test_export.py",
     "report_to": "test_trackers.py",
     "logging_dir": "test_trackers.py",
 }
@@ -318,6 +319,7 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--num_train_epochs", 0], "--num_train_epochs 0 must be at least 1"),
     (["--checkpointing_steps", 0], "--checkpointing_steps 0 must be at least 1"),
     (["--checkpoints_total_limit", 0], "--checkpoints_total_limit 0 must be at least 1"),
+    (["--export", "comfyui"], "--export comfyui is unknown: type kohya or a1111"),
     (["--logit_std", -1], "--logit_std must not be negative"),
     (["--timestep_shift", 0], "--timestep_shift must be positive: 3.0 is SD3's own"),
 ]
