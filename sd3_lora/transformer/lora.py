@@ -144,6 +144,13 @@ class LayerStart:
     up: torch.Tensor
     magnitudes: torch.Tensor | None
 
+    def added_to(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """The layer's weight with the LoRA in it, `(out, in)` in float32 (of a DoRA: arXiv 2402.09353, equation 5)."""
+        merged = weight.float() + scale * (self.up @ self.down)
+        if self.magnitudes is None:
+            return merged
+        return self.magnitudes[:, None] * merged / torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+
 
 def _ends_with(name: str, ending: str) -> bool:
     return f".{name}".endswith(f".{ending}")

@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ class LoraFile:
         with warnings.catch_warnings():  # PEFT's, that a second adapter makes several
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             transformer.add_adapter(self._config(), adapter_name=name)
-        tensors = self._tensors()
+        tensors = self._tensors(self.layers)
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
             raise RuntimeError(f"{self.path}: {result.unexpected_keys[0]} was not applied")
@@ -181,17 +181,18 @@ class LoraFile:
             magnitude = transformer.get_submodule(layer).lora_magnitude_vector[name].weight
             magnitude.data = tensors[f"{layer}.lora_magnitude_vector"].to(magnitude.device)
 
+    def start(self, name: str) -> LayerStart:
+        """The LoRA of one layer, with the strength folded in."""
+        layer, tensors = self.layers[name], self._tensors([name])
+        return LayerStart(
+            tensors[f"{name}.lora_A.weight"],
+            tensors[f"{name}.lora_B.weight"] * (layer.alpha / layer.rank),
+            tensors.get(f"{name}.lora_magnitude_vector"),
+        )
+
     def starts(self) -> dict[str, LayerStart]:
         """What training begins with, `start_from`, by the names of the transformer's modules."""
-        tensors = self._tensors()
-        return {
-            name: LayerStart(
-                tensors[f"{name}.lora_A.weight"],
-                tensors[f"{name}.lora_B.weight"] * (layer.alpha / layer.rank),
-                tensors.get(f"{name}.lora_magnitude_vector"),
-            )
-            for name, layer in self.layers.items()
-        }
+        return {name: self.start(name) for name in self.layers}
 
     def _config(self) -> LoraConfig:
         ranks = {name: layer.rank for name, layer in self.layers.items()}
@@ -209,10 +210,11 @@ class LoraFile:
         config._register_custom_module({torch.nn.Linear: Linear})
         return config
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         tensors = {}
         with safe_open(self.path, "pt") as handle:
-            for name, layer in self.layers.items():
+            for name in names:
+                layer = self.layers[name]
                 tensors[f"{name}.lora_A.weight"] = handle.get_tensor(layer.down).float()
                 tensors[f"{name}.lora_B.weight"] = handle.get_tensor(layer.up).float()
                 if layer.magnitude:
