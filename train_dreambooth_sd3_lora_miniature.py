@@ -122,7 +122,13 @@ from sd3_lora.transformer.lora import (
     target_modules,
 )
 from sd3_lora.transformer.lora_exports import export_lora, export_path, require_exportable
-from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
+from sd3_lora.transformer.lora_files import (
+    LoraFile,
+    find_lora,
+    read_lora_file,
+    require_lycoris_start,
+    require_start,
+)
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -385,7 +391,9 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 
 def lora_kind(lora: LoraFlags) -> LoraKind:
     """How the LoRA is scaled and started, as the flags say."""
-    return LoraKind(lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks)
+    return LoraKind(
+        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
+    )
 
 
 def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
@@ -396,11 +404,16 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     """
     if lora.init_lora is None:
         return None
-    config = files.read_config("transformer")
+    config, kind = files.read_config("transformer"), lora_kind(lora)
     start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
     blocks = chosen_blocks(lora.blocks, config["num_layers"])
-    targets = target_modules(make_hollow(config, torch.float32), lora.layers, blocks)
-    require_start(start, lora_kind(lora).ranks_of(targets, lora.rank), lora.use_dora)
+    hollow = make_hollow(config, torch.float32)
+    targets = target_modules(hollow, lora.layers, blocks)
+    require_start(start, kind.ranks_of(targets, lora.rank), kind)
+    if kind.type != "lora":
+        with torch.device("meta"):
+            attach_lora(hollow, targets, lora.rank, lora.alpha, 0.0, 0, kind)
+        require_lycoris_start(start, hollow)
     return start
 
 
@@ -676,7 +689,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     for form in flags.run.exports:
-        require_exportable(output_dir / LORA_FILE, flags.lora.use_dora, form)
+        require_exportable(output_dir / LORA_FILE, flags.lora.lora_type, flags.lora.use_dora, form)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it

@@ -13,6 +13,7 @@ from sd3_lora.common.placement_flags import Switch, is_on
 
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
 ExportFormat = Literal["kohya", "a1111"]
+LoraType = Literal["lora", "lokr", "loha"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 BUCKET_FLAGS = ("use_aspect_ratio_bucket", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale")

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, ExportFormat, LoraStart, ModelConfig
+from sd3_lora.common.config import (
+    BudgetConfig,
+    CropFlags,
+    DeviceConfig,
+    ExportFormat,
+    LoraStart,
+    LoraType,
+    ModelConfig,
+)
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.optimizer_kinds import (
@@ -200,6 +208,17 @@ class LoraFlags:
             "largest part of the weights, and save twice the rank."
         },
     )
+    lora_type: LoraType = field(
+        default="lora",
+        metadata={"help": "lora, or LyCORIS' lokr and loha, whose file ComfyUI and inference.py read."},
+    )
+    lokr_factor: int = field(
+        default=-1,
+        metadata={
+            "help": "Rows and columns of a LoKr's first matrix; the larger, the fewer numbers. -1 is about the square "
+            "root of the layer's."
+        },
+    )
 
     init_lora: str | None = field(
         default=None,
@@ -223,10 +242,28 @@ class LoraFlags:
                 yield f"{start} and --init_lora are two ways to start: leave one out"
             if self.lora_dropout:
                 yield f"{start} and --lora_dropout: it would drop a part of the model itself: leave one out"
+        yield from self._type_faults()
         for entry in self._split(self.rank_pattern) or ():
             layer, _, rank = entry.partition("=")
             if not layer.strip() or not rank.strip().isdecimal() or int(rank) < 1:
                 yield f"--rank_pattern {self.rank_pattern} cannot be read: type for example attn.to_q=8,ff.net.2=16"
+
+    def _type_faults(self) -> Iterator[str]:
+        if self.lokr_factor != -1 and self.lokr_factor < 1:
+            yield f"--lokr_factor {self.lokr_factor} must be at least 1, or -1 for about the square root"
+        if self.lokr_factor != -1 and self.lora_type != "lokr":
+            yield f"--lokr_factor {self.lokr_factor} is of --lora_type lokr: add that, or leave it out"
+        if self.lora_type == "lora":
+            return
+        of_plain_lora = {
+            "--use_dora": self.use_dora,
+            "--use_rslora": self.use_rslora,
+            f"--init_lora_weights {self.init_lora_weights}": self.init_lora_weights != "gaussian",
+            f"--lora_dropout {self.lora_dropout:g}": self.lora_dropout > 0,
+        }
+        for flag, typed in of_plain_lora.items():
+            if typed:
+                yield f"{flag} is of a plain LoRA, not of --lora_type {self.lora_type}: leave one out"
 
     @property
     def alpha(self) -> float:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, quoted
+from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 from sd3_lora.transformer.lora import METADATA_KEY, LayerStart
-from sd3_lora.transformer.lora_files import DORA_OF_BASE, LoraFile, layer_widths
+from sd3_lora.transformer.lora_files import DORA_OF_BASE, TYPE_NAMES, LoraFile, layer_widths
 from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
 import torch
@@ -44,19 +45,25 @@ def export_path(path: Path, form: str) -> Path:
     return path.with_name(f"{path.stem}_{form}.safetensors")
 
 
-def require_exportable(path: Path, is_dora: bool, form: str) -> None:
+def require_exportable(path: Path, type_: LoraType, is_dora: bool, form: str) -> None:
     """Checks that a format can hold a LoRA.
 
     Args:
         path: of the LoRA, or where it will be.
+        type_: of the LoRA.
         is_dora: whether it is a DoRA.
         form: the format.
 
     Raises:
         UserError: it cannot.
     """
+    merge = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
+    if type_ != "lora":
+        raise UserError(
+            f"a {TYPE_NAMES[type_]} has no form in {form}, where q, k and v are one layer: draw with {path} in ComfyUI "
+            f"as it is; `{merge}` makes a whole model of it and its base"
+        )
     if is_dora and form == "a1111":
-        merge = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
         raise UserError(f"A1111 reads no DoRA: leave out a1111; `{merge}` makes a whole model of {path} and its base")
 
 
@@ -72,7 +79,7 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
     Raises:
         UserError: the format cannot hold it.
     """
-    require_exportable(lora.path, lora.is_dora, form)
+    require_exportable(lora.path, lora.type, lora.is_dora, form)
     config = files.read_config("transformer")
     if lora.is_dora:
         files.component("transformer")

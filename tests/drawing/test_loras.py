@@ -174,4 +174,4 @@ def test_a_lora_before_its_first_step_is_noted(
     flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings, "--plan"]
     result = script("inference", *flags, "--prompt", PROMPT, "--lora", tmp_path / "lora")
     assert result.code == 0
-    assert f"note: {path} changes nothing: its lora_B or its alpha is zero" in result.out
+    assert f"note: {path} changes nothing: its last matrix or its alpha is zero" in result.out

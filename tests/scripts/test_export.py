@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
+from sd3_lora.transformer.lora_files import TYPE_NAMES
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_a_run_that_is_at_its_end_is_exported(script: Script, prepared: Prepared
 def test_a_dora_for_a1111_is_refused_before_training(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path / "out", "--use_dora", "--export", "kohya,a1111", code=2)
     assert "A1111 reads no DoRA: leave out a1111; `python -m sd3_lora.merge" in run.error
+    assert run.wrote_no_weights()
+
+
+@pytest.mark.parametrize("kind", ["lokr", "loha"])
+def test_lycoris_kinds_are_refused_before_training(
+    script: Script, prepared: Prepared, tmp_path: Path, kind: str
+) -> None:
+    run = train(script, prepared, tmp_path / "out", "--lora_type", kind, "--export", "kohya", code=2)
+    assert f"a {TYPE_NAMES[kind]} has no form in kohya, where q, k and v are one layer" in run.error
     assert run.wrote_no_weights()
 
 

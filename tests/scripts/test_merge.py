@@ -25,6 +25,8 @@ MERGE = "sd3_lora.merge"
 KINDS = {
     "LoRA": ["--lora_alpha", 6, "--rank_pattern", "attn.to_k=2"],
     "DoRA": ["--use_dora"],
+    "LoKr": ["--lora_type", "lokr", "--lora_alpha", 6],
+    "LoHa": ["--lora_type", "loha", "--rank", 2],
     "all layers": ["--lora_layers", "attention+mlp"],
 }
 
