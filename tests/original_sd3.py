@@ -1,19 +1,64 @@
 """The original SD3 (MMDiT) as other programs know it: its tensors by name, and how those programs apply a LoRA to them.
 
-Written from the readers' rules; nothing here knows the package.
+How they read is written from their rules, and knows nothing of the package.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
+from sd3_lora.transformer.lora_files import LoraFile
 
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+from small_transformer import inputs
 
 Tensors = dict[str, torch.Tensor]
 PREFIX = "lora_unet_"
+
+
+WIDTH = 32
+CONFIG = SD3Transformer2DModel.load_config(MINIATURE / "transformer") | {
+    **{"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": WIDTH},
+    **{"in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": WIDTH, "pooled_projection_dim": 8},
+    **{"pos_embed_max_size": 8, "dual_attention_layers": (0, 1)},
+}
+
+
+@dataclass
+class Base:
+    """A small SD3.5-Medium of random weights in the original's layout, and its files in diffusers'."""
+
+    original: Tensors
+    files: ModelFiles
+
+    @classmethod
+    def saved(cls, folder: Path) -> Base:
+        original = random_original(CONFIG)
+        in_diffusers(original, CONFIG).save_pretrained(folder / "transformer")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+        return cls(original, ModelFiles(ModelConfig(str(folder))))
+
+    def transformer(self) -> SD3Transformer2DModel:
+        return in_diffusers(self.original, CONFIG)
+
+    def drawn(self, lora: LoraFile) -> torch.Tensor:
+        """What we draw with a LoRA."""
+        transformer = self.transformer()
+        lora.attach(transformer, "lora_0")
+        return velocity(transformer)
+
+
+def velocity(transformer: SD3Transformer2DModel) -> torch.Tensor:
+    with torch.no_grad():
+        return transformer(**inputs(0, torch.device("cpu"))).sample
 
 
 def _linear(name: str, width_out: int, width_in: int) -> dict[str, tuple[int, ...]]:

@@ -152,19 +152,24 @@ class LayerStart:
         up: `(out, rank)` with the strength folded in; likewise.
         magnitudes: of a DoRA, `(out,)`.
         lycoris: of a LoKr or a LoHa its parts, the strength folded into the last; else empty.
+        bias: added to the layer's, `(out,)`.
+        scales_inputs: whether a DoRA's magnitudes are of the inputs, `(in,)`, as LyCORIS had them at first.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     magnitudes: torch.Tensor | None
     lycoris: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bias: torch.Tensor | None = None
+    scales_inputs: bool = False
 
     def added_to(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """The layer's weight with the LoRA in it, `(out, in)` in float32 (of a DoRA: arXiv 2402.09353, equation 5)."""
         merged = weight.float() + scale * (difference(self.lycoris) if self.lycoris else self.up @ self.down)
         if self.magnitudes is None:
             return merged
-        return self.magnitudes[:, None] * merged / torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+        axis = 0 if self.scales_inputs else 1
+        return merged * (self.magnitudes / torch.linalg.vector_norm(merged, dim=axis)).unsqueeze(axis)
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -314,6 +319,28 @@ class AddedLora(Linear):
         if adapter not in self.lora_A:
             return False
         return adapter in self.lora_magnitude_vector or adapter not in self.lora_variant
+
+
+@torch.no_grad()
+def scale_inputs(layer: Linear, adapter: str, start: LayerStart) -> None:
+    """Multiplies what peft's layer gets with `m / |W + s B A|`, by columns: a DoRA whose magnitudes are of the inputs.
+
+    Nothing of that is trained, so the norms are computed once. Where the adapter is off, the layer is the base's.
+    """
+    base = layer.get_base_layer()
+    weight = dequantize_module_weight(base) if hasattr(base.weight, "quant_state") else base.weight
+    merged = weight.float() + (start.up @ start.down).to(weight.device)
+    assert start.magnitudes is not None
+    factors = start.magnitudes.to(weight.device) / torch.linalg.vector_norm(merged, dim=0)
+    layer.register_buffer(f"input_factors_{adapter}", factors, persistent=False)
+
+    def multiply(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if module.disable_adapters or adapter not in module.active_adapters:
+            return inputs
+        x, *others = inputs
+        return (x * module.get_buffer(f"input_factors_{adapter}").to(x.dtype), *others)
+
+    layer.register_forward_pre_hook(multiply)
 
 
 def _spare_rank(rank: int, device: torch.device) -> int:

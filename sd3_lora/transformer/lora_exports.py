@@ -23,7 +23,8 @@ from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 from sd3_lora.transformer.lora import METADATA_KEY, LayerStart
-from sd3_lora.transformer.lora_files import DORA_OF_BASE, TYPE_NAMES, LoraFile, layer_widths
+from sd3_lora.transformer.lora_files import DORA_OF_BASE, TYPE_NAMES, LoraFile
+from sd3_lora.transformer.lora_keys import layer_widths
 from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
 import torch
@@ -57,14 +58,18 @@ def require_exportable(path: Path, type_: LoraType, is_dora: bool, form: str) ->
     Raises:
         UserError: it cannot.
     """
-    merge = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
     if type_ != "lora":
         raise UserError(
             f"a {TYPE_NAMES[type_]} has no form in {form}, where q, k and v are one layer: draw with {path} in ComfyUI "
-            f"as it is; `{merge}` makes a whole model of it and its base"
+            f"as it is; {_merge(path)}"
         )
     if is_dora and form == "a1111":
-        raise UserError(f"A1111 reads no DoRA: leave out a1111; `{merge}` makes a whole model of {path} and its base")
+        raise UserError(f"A1111 reads no DoRA: leave out a1111; {_merge(path)}")
+
+
+def _merge(path: Path) -> str:
+    command = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
+    return f"`{command}` makes a whole model of it and its base"
 
 
 def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> None:
@@ -80,6 +85,9 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
         UserError: the format cannot hold it.
     """
     require_exportable(lora.path, lora.type, lora.is_dora, form)
+    if lora.scales_inputs or lora.has_biases:
+        of = "magnitudes of the layers' inputs" if lora.scales_inputs else "biases"
+        raise UserError(f"{lora.path} has {of}, which are not exported: {_merge(lora.path)}")
     config = files.read_config("transformer")
     if lora.is_dora:
         files.component("transformer")

@@ -30,6 +30,8 @@ PARTS: dict[LoraType, tuple[str, ...]] = {
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_w2"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_b", "hada_w2_a"),
 }
+# Those whose rows are the layer's outputs: a third of them is that third of the layer (of a LoKr, if it can be cut so).
+ROW_PARTS = ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a")
 # As LyCORIS' own networks of a diffusers model are named, and SimpleTuner's; ComfyUI has both in its list for SD3.
 _FILE_PREFIX = "lycoris_"
 

@@ -50,8 +50,12 @@ def _write_file(lora: LoraFile, scale: float, base: TensorFiles, source: Path, p
         file.write(length + header)
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
             tensor = base.tensor(name)
-            layer = name.removesuffix(".weight")
-            if layer in lora.layers and name != layer:
-                tensor = lora.start(layer).added_to(tensor, scale).to(tensor.dtype)
+            layer, _, part = name.rpartition(".")
+            if layer in lora.layers:
+                start = lora.start(layer)
+                if part == "weight":
+                    tensor = start.added_to(tensor, scale).to(tensor.dtype)
+                elif start.bias is not None:
+                    tensor = (tensor.float() + scale * start.bias).to(tensor.dtype)
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             bar.update()

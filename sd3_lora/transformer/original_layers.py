@@ -65,6 +65,9 @@ class OriginalPlace:
         return torch.cat(tensor.chunk(2)[::-1]) if self.is_swapped else tensor
 
 
+WHOLE = OriginalPlace("")  # all rows, as they are
+
+
 def original_places(names: Iterable[str]) -> dict[str, OriginalPlace]:
     """The places of a transformer's layers, by diffusers' names; layers without one are left out.
 

@@ -53,6 +53,14 @@ def test_a_run_that_is_at_its_end_is_exported(script: Script, prepared: Prepared
     assert len(load_file(tmp_path / KOHYA)) == 3 * len({key.split(".attn")[0] for key in run.lora}) * 4 - 3
 
 
+def test_training_begins_with_an_export_as_with_the_lora(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    train(script, prepared, tmp_path, "--learning_rate", 0.01, "--export", "kohya", "--export", "a1111")
+    runs = [
+        train(script, prepared, tmp_path / f"from_{name}", "--init_lora", tmp_path / name) for name in (LORA_FILE, KOHYA, A1111)
+    ]
+    assert runs[0].losses == runs[1].losses == runs[2].losses
+
+
 def test_a_dora_for_a1111_is_refused_before_training(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path / "out", "--use_dora", "--export", "kohya,a1111", code=2)
     assert "A1111 reads no DoRA: leave out a1111; `python -m sd3_lora.merge" in run.error

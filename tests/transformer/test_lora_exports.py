@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.config import ModelConfig
-from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.transformer.lora import LORA_FILE, LoraKind, attach_lora, save_lora, target_modules
 from sd3_lora.transformer.lora_exports import export_lora, export_path
 from sd3_lora.transformer.lora_files import LoraFile, read_lora_file
@@ -20,17 +17,19 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from original_sd3 import (
+    CONFIG,
+    WIDTH,
+    Base,
     Tensors,
     apply_by_a1111,
     apply_by_comfyui,
     apply_by_sd_scripts,
     in_diffusers,
     original_shapes,
-    random_original,
+    velocity,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_transformer import inputs
 from test_lora_kinds import MODELS, SHARED
 
 READERS: dict[str, tuple[str, Callable[[Tensors, Tensors], Tensors]]] = {
@@ -38,36 +37,11 @@ READERS: dict[str, tuple[str, Callable[[Tensors, Tensors], Tensors]]] = {
     "ComfyUI and Forge": ("kohya", apply_by_comfyui),
     "A1111": ("a1111", apply_by_a1111),
 }
-WIDTH = 32
-CONFIG = SD3Transformer2DModel.load_config(MINIATURE / "transformer") | {
-    **{"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": WIDTH},
-    **{"in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": WIDTH, "pooled_projection_dim": 8},
-    **{"pos_embed_max_size": 8, "dual_attention_layers": (0, 1)},
-}
-
-
-@dataclass
-class Base:
-    """A small SD3.5-Medium in both layouts, and its files."""
-
-    original: Tensors
-    files: ModelFiles
-
-    def transformer(self) -> SD3Transformer2DModel:
-        return in_diffusers(self.original, CONFIG)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    folder, original = tmp_path_factory.mktemp("base"), random_original(CONFIG)
-    in_diffusers(original, CONFIG).save_pretrained(folder / "transformer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
-    return Base(original, ModelFiles(ModelConfig(str(folder))))
-
-
-def velocity(transformer: SD3Transformer2DModel) -> torch.Tensor:
-    with torch.no_grad():
-        return transformer(**inputs(0, torch.device("cpu"))).sample
+    return Base.saved(tmp_path_factory.mktemp("base"))
 
 
 def trained(base: Base, folder: Path, layers: list[str] | None, rank: int, alpha: float, kind: LoraKind) -> LoraFile:
@@ -88,12 +62,6 @@ def trained(base: Base, folder: Path, layers: list[str] | None, rank: int, alpha
         "seed": 0,
     }
     return read_lora_file(save_lora(folder, transformer, record), CONFIG)
-
-
-def drawn(base: Base, lora: LoraFile) -> torch.Tensor:
-    transformer = base.transformer()
-    lora.attach(transformer, "lora_0")
-    return velocity(transformer)
 
 
 def exported(base: Base, lora: LoraFile, form: str) -> Tensors:
@@ -122,7 +90,7 @@ def test_what_we_trained(base: Base, tmp_path: Path, reader: str, kind: str) -> 
     lora = trained(base, tmp_path, *KINDS[kind])
     form, apply = READERS[reader]
     merged = in_diffusers(apply(base.original, exported(base, lora, form)), CONFIG)
-    expected = drawn(base, lora)
+    expected = base.drawn(lora)
     torch.testing.assert_close(velocity(merged), expected, atol=2e-5, rtol=1e-4)
     assert (expected - velocity(base.transformer())).abs().max() > 0.1
 
@@ -141,7 +109,7 @@ def test_every_linear_layer(base: Base, tmp_path: Path, reader: str) -> None:
     lora = read_lora_file(tmp_path / LORA_FILE, CONFIG)
     form, apply = READERS[reader]
     merged = in_diffusers(apply(base.original, exported(base, lora, form)), CONFIG)
-    torch.testing.assert_close(velocity(merged), drawn(base, lora), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(velocity(merged), base.drawn(lora), atol=2e-5, rtol=1e-4)
 
 
 def test_joined_layers_are_block_diagonal(base: Base, tmp_path: Path) -> None:
@@ -163,7 +131,7 @@ def test_a_dora_for_comfyui(base: Base, tmp_path: Path, layers: list[str]) -> No
     """Where k and v are not trained, they have the magnitudes of the base."""
     lora = trained(base, tmp_path, layers, 4, 4, LoraKind(use_dora=True))
     merged = in_diffusers(apply_by_comfyui(base.original, exported(base, lora, "kohya")), CONFIG)
-    torch.testing.assert_close(velocity(merged), drawn(base, lora), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(velocity(merged), base.drawn(lora), atol=2e-5, rtol=1e-4)
 
 
 def test_the_export_of_a_dora_is_not_read_as_a_dora(base: Base, tmp_path: Path) -> None:
