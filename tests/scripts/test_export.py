@@ -55,9 +55,8 @@ def test_a_run_that_is_at_its_end_is_exported(script: Script, prepared: Prepared
 
 def test_training_begins_with_an_export_as_with_the_lora(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     train(script, prepared, tmp_path, "--learning_rate", 0.01, "--export", "kohya", "--export", "a1111")
-    runs = [
-        train(script, prepared, tmp_path / f"from_{name}", "--init_lora", tmp_path / name) for name in (LORA_FILE, KOHYA, A1111)
-    ]
+    names = (LORA_FILE, KOHYA, A1111)
+    runs = [train(script, prepared, tmp_path / f"from_{name}", "--init_lora", tmp_path / name) for name in names]
     assert runs[0].losses == runs[1].losses == runs[2].losses
 
 

@@ -290,6 +290,7 @@ def test_whole_differences_that_do_not_fit(tmp_path: Path, key: str, shape: tupl
         written(tmp_path / LORA_FILE, {f"{name}.diff": draw(WIDTH, WIDTH), f"{name}.{key}": torch.ones(shape)})
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape")  # PEFT's, of any bias
 def test_biases_that_peft_saved(base: Base, tmp_path: Path) -> None:
     layers = ["attn.to_add_out", "ff.net.2"]
     config = LoraConfig(r=2, lora_alpha=3, target_modules=layers, lora_bias=True)
