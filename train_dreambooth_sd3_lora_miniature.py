@@ -121,7 +121,7 @@ from sd3_lora.transformer.lora import (
     start_from,
     target_modules,
 )
-from sd3_lora.transformer.lora_exports import export_lora, export_path, require_exportable
+from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
 from sd3_lora.transformer.lora_files import (
     LoraFile,
     find_lora,
@@ -689,7 +689,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     for form in flags.run.exports:
-        require_exportable(output_dir / LORA_FILE, flags.lora.lora_type, flags.lora.use_dora, form)
+        require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it

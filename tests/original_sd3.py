@@ -129,17 +129,17 @@ def apply_by_sd_scripts(original: Tensors, lora: Tensors) -> Tensors:
 
 
 def apply_by_comfyui(original: Tensors, lora: Tensors) -> Tensors:
-    """As ComfyUI and Forge do: without an alpha the strength is 1, and a DoRA is over the norm of the base."""
+    """As ComfyUI and Forge do: without an alpha the strength is 1; `.diff` and `.diff_b` are added as they are."""
     lora, merged = dict(lora), dict(original)
     for name, weight in original.items():
         key = PREFIX + name.removesuffix(".weight").replace(".", "_")
-        alpha, scale = lora.pop(f"{key}.alpha", None), lora.pop(f"{key}.dora_scale", None)
+        alpha = lora.pop(f"{key}.alpha", None)
+        for part, changed in (("diff", name), ("diff_b", name.removesuffix("weight") + "bias")):
+            if f"{key}.{part}" in lora:
+                merged[changed] = merged[changed] + lora.pop(f"{key}.{part}").float()
         if f"{key}.lora_up.weight" in lora:
             up, down = lora.pop(f"{key}.lora_up.weight"), lora.pop(f"{key}.lora_down.weight")
             merged[name] = weight + up @ down * (1.0 if alpha is None else float(alpha) / len(down))
-            if scale is not None:
-                assert scale.shape == (len(weight), 1)
-                merged[name] *= scale / weight.norm(dim=1, keepdim=True)
     assert not lora, sorted(lora)
     return merged
 

@@ -5,6 +5,10 @@ Layers that are joined there (q, k, v) have one LoRA, whose `lora_up` is block-d
 
 The strength is folded into `lora_up`, so `.alpha` is the number of `lora_down`'s rows. sd-scripts fails without one;
 A1111 cuts a key at its last two dots and fails at `name.alpha`, so its format has none, and is read at strength 1.
+
+What is no plain LoRA (a DoRA, a LoKr, a LoHa, one with biases) becomes `.diff`, the differences of whole weights, and
+`.diff_b`: ComfyUI and Forge add them as they are. Of a DoRA's `dora_scale` they make something else: they divide by the
+norms of the base's rows, or, in a later ComfyUI, by those of the changed rows.
 """
 
 from __future__ import annotations
@@ -13,7 +17,6 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 from sd3_lora.transformer.lora import METADATA_KEY, LayerStart
-from sd3_lora.transformer.lora_files import DORA_OF_BASE, TYPE_NAMES, LoraFile
+from sd3_lora.transformer.lora_files import LoraFile
 from sd3_lora.transformer.lora_keys import layer_widths
 from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
@@ -32,75 +35,63 @@ import torch
 _PREFIX = "lora_unet_"
 
 
-@dataclass(frozen=True)
-class _JoinedLayer:
-    """The LoRA of one layer of the original: `(rows, in)`, `(out, rows)`, and of a DoRA `(out, 1)`."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    dora_scale: torch.Tensor | None
-
-
 def export_path(path: Path, form: str) -> Path:
     """Where a LoRA's export goes unless another place is named: beside it."""
     return path.with_name(f"{path.stem}_{form}.safetensors")
 
 
-def require_exportable(path: Path, type_: LoraType, is_dora: bool, form: str) -> None:
+def is_plain(type_: LoraType, is_dora: bool) -> bool:
+    """Whether a LoRA is two matrices a layer, as every program reads them."""
+    return type_ == "lora" and not is_dora
+
+
+def require_exportable(path: Path, is_plain: bool, form: str) -> None:
     """Checks that a format can hold a LoRA.
 
     Args:
         path: of the LoRA, or where it will be.
-        type_: of the LoRA.
-        is_dora: whether it is a DoRA.
+        is_plain: whether it is a plain one.
         form: the format.
 
     Raises:
         UserError: it cannot.
     """
-    if type_ != "lora":
+    if form == "a1111" and not is_plain:
+        command = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
         raise UserError(
-            f"a {TYPE_NAMES[type_]} has no form in {form}, where q, k and v are one layer: draw with {path} in ComfyUI "
-            f"as it is; {_merge(path)}"
+            f"A1111 reads plain LoRAs alone, and {path} is another kind: leave out a1111; `{command}` makes a whole "
+            "model of it and its base"
         )
-    if is_dora and form == "a1111":
-        raise UserError(f"A1111 reads no DoRA: leave out a1111; {_merge(path)}")
-
-
-def _merge(path: Path) -> str:
-    command = quoted(["python", "-m", "sd3_lora.merge", str(path), "--output_dir", "merged"])
-    return f"`{command}` makes a whole model of it and its base"
 
 
 def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> None:
-    """Writes a LoRA in kohya's names, float32, atomically.
+    """Writes a LoRA in kohya's names, atomically; matrices in float32, whole differences in float16.
 
     Args:
         lora: of any format that is read here.
         form: kohya or a1111.
         path: to write.
-        files: of its base, whose weights are read for a DoRA alone.
+        files: of its base, whose weights are read for what is no plain LoRA.
 
     Raises:
         UserError: the format cannot hold it.
     """
-    require_exportable(lora.path, lora.type, lora.is_dora, form)
-    if lora.scales_inputs or lora.has_biases:
-        of = "magnitudes of the layers' inputs" if lora.scales_inputs else "biases"
-        raise UserError(f"{lora.path} has {of}, which are not exported: {_merge(lora.path)}")
+    plain = is_plain(lora.type, lora.is_dora) and not lora.has_biases
+    require_exportable(lora.path, plain, form)
     config = files.read_config("transformer")
-    if lora.is_dora:
-        files.component("transformer")
-    with TensorFiles(files.weight_files("transformer") if lora.is_dora else ()) as base:
-        layers = _joined(lora.starts(), original_places(layer_widths(config)), base)
+    places = original_places(layer_widths(config))
+    names_of: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(places, key=lambda name: places[name].part):
+        names_of[places[name].layer].append(name)
     tensors: dict[str, torch.Tensor] = {}
-    for name, layer in layers.items():
-        key = _PREFIX + name.replace(".", "_")
-        tensors |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up}
-        if form == "kohya":
-            tensors[f"{key}.alpha"] = torch.tensor(float(len(layer.down)))
-        if layer.dora_scale is not None:
-            tensors[f"{key}.dora_scale"] = layer.dora_scale
+    if not plain:
+        files.component("transformer")
+    with TensorFiles([] if plain else files.weight_files("transformer")) as base:
+        for layer in dict.fromkeys(places[name].layer for name in lora.layers):
+            parts = {name: lora.start(name) if name in lora.layers else None for name in names_of[layer]}
+            found = _matrices(parts, places, form == "kohya") if plain else _differences(parts, places, base)
+            key = _PREFIX + layer.replace(".", "_")
+            tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write_tensors(temporary, tensors, _metadata(lora, config))
@@ -109,44 +100,37 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
         temporary.unlink(missing_ok=True)
 
 
-def _joined(
-    starts: Mapping[str, LayerStart], places: Mapping[str, OriginalPlace], base: TensorFiles
-) -> dict[str, _JoinedLayer]:
-    """The LoRA of each original layer that has a trained part."""
-    names_of: dict[str, list[str]] = defaultdict(list)
-    for name, place in places.items():
-        names_of[place.layer].append(name)
-    joined = {}
-    for layer in dict.fromkeys(places[name].layer for name in starts):
-        parts = sorted(names_of[layer], key=lambda name: places[name].part)
-        trained = [starts[name] for name in parts if name in starts]
-        down = torch.cat([start.down for start in trained])
-        height = len(trained[0].up)
-        up = torch.zeros(height * len(parts), len(down))
-        column = 0
-        for index, name in enumerate(parts):
-            if name in starts:
-                rank = len(starts[name].down)
-                rows = up[index * height : (index + 1) * height]
-                rows[:, column : column + rank] = places[name].reordered(starts[name].up)
-                column += rank
-        scales = None
-        if any(start.magnitudes is not None for start in trained):
-            scales = torch.cat([places[name].reordered(_dora_scale(name, starts.get(name), base)) for name in parts])
-        joined[layer] = _JoinedLayer(down, up, scales)
-    return joined
+def _matrices(
+    parts: Mapping[str, LayerStart | None], places: Mapping[str, OriginalPlace], with_alpha: bool
+) -> dict[str, torch.Tensor]:
+    """The plain LoRA of an original layer, whose parts are diffusers' layers; None of one that is not trained."""
+    trained = [start for start in parts.values() if start]
+    down = torch.cat([start.down for start in trained])
+    height, column = len(trained[0].up), 0
+    up = torch.zeros(height * len(parts), len(down))
+    for index, (name, start) in enumerate(parts.items()):
+        if start:
+            rank = len(start.down)
+            rows = slice(index * height, (index + 1) * height)
+            up[rows, column : column + rank] = places[name].reordered(start.up)
+            column += rank
+    alpha = {"alpha": torch.tensor(float(len(down)))} if with_alpha else {}
+    return {"lora_down.weight": down, "lora_up.weight": up, **alpha}
 
 
-def _dora_scale(name: str, start: LayerStart | None, base: TensorFiles) -> torch.Tensor:
-    """`(out, 1)`, such that ComfyUI and Forge draw the DoRA as it was trained.
-
-    A DoRA is `m (W + B A) / |W + B A|`, by rows. These programs divide by `|W|` instead.
-    """
-    weight = base.tensor(f"{name}.weight").float()
-    norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-    if start is None or start.magnitudes is None:
-        return norms
-    return start.magnitudes[:, None] * norms / torch.linalg.vector_norm(weight + start.up @ start.down, dim=1)[:, None]
+def _differences(
+    parts: Mapping[str, LayerStart | None], places: Mapping[str, OriginalPlace], base: TensorFiles
+) -> dict[str, torch.Tensor]:
+    """What is added to an original layer's weight, `(out, in)`, and maybe to its bias, `(out,)`; float16."""
+    weights, biases = [], []
+    for name, start in parts.items():
+        weight = base.tensor(f"{name}.weight").float()
+        change = start.added_to(weight) - weight if start else torch.zeros_like(weight)
+        bias = start.bias if start and start.bias is not None else torch.zeros(len(weight))
+        weights.append(places[name].reordered(change))
+        biases.append(places[name].reordered(bias))
+    found = {"diff": torch.cat(weights).half(), "diff_b": torch.cat(biases).half()}
+    return {part: tensor for part, tensor in found.items() if part == "diff" or tensor.any()}
 
 
 def _metadata(lora: LoraFile, config: Mapping[str, Any]) -> dict[str, str]:
@@ -173,7 +157,7 @@ def _metadata(lora: LoraFile, config: Mapping[str, Any]) -> dict[str, str]:
         "ss_resolution": resolution and f"({resolution}, {resolution})",
         "ss_steps": record.get("steps"),
         "ss_seed": record.get("seed"),
-        METADATA_KEY: json.dumps({**record, **({DORA_OF_BASE: True} if lora.is_dora else {})}, ensure_ascii=False),
+        METADATA_KEY: json.dumps(record, ensure_ascii=False),
     }
     return {name: str(value) for name, value in found.items() if value is not None}
 

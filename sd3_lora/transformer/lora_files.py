@@ -46,8 +46,6 @@ from safetensors import safe_open
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TYPE_NAMES: Mapping[LoraType, str] = {"lora": "plain LoRA", "lokr": "LoKr", "loha": "LoHa"}
-# In the record of a DoRA's export, whose magnitudes are over other norms.
-DORA_OF_BASE = "dora_scale_over_base_norm"
 # Settings of PEFT that change nothing in a picture, or that the tensors themselves show.
 _HARMLESS_SETTINGS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "init_lora_weights"),
@@ -436,8 +434,6 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
         UserError: the file is not whole, of another model, or of a format that is not drawn.
     """
     record = read_lora_record(path)
-    if record.get(DORA_OF_BASE):
-        raise UserError(f"{path} is an export of a DoRA for ComfyUI and Forge: give the LoRA that it was made from")
     with safe_open(path, "pt") as handle:
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
         widths = layer_widths(transformer_config)
@@ -481,10 +477,10 @@ def _read_layer(
     if any(part in keys for part in ROW_PARTS):
         _require_parts_of_rows(path, keys, shapes, place)
     elif "diff" in keys or place.parts > 1:
-        down, up = _matrices(handle, keys, place)
-        if place.parts > 1 and "magnitude" not in keys and not up.any() and handle.get_tensor(keys["up"]).any():
+        changed = handle.get_tensor(keys.get("diff") or keys["up"])
+        if not {"magnitude", "bias"} & keys.keys() and changed.any() and not place.rows(changed).any():
             return {}
-        rank = len(down)
+        rank = len(_matrices(handle, keys, place)[0])
     return {name: LoraLayer(keys, rank, strength * rank, in_features, out_features, place, scales_inputs)}
 
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
-from sd3_lora.transformer.lora_files import TYPE_NAMES
 
 import pytest
 import torch
@@ -60,19 +59,15 @@ def test_training_begins_with_an_export_as_with_the_lora(script: Script, prepare
     assert runs[0].losses == runs[1].losses == runs[2].losses
 
 
-def test_a_dora_for_a1111_is_refused_before_training(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    run = train(script, prepared, tmp_path / "out", "--use_dora", "--export", "kohya,a1111", code=2)
-    assert "A1111 reads no DoRA: leave out a1111; `python -m sd3_lora.merge" in run.error
+@pytest.mark.parametrize("words", [["--use_dora"], ["--lora_type", "lokr"], ["--lora_type", "loha"]])
+def test_other_kinds(script: Script, prepared: Prepared, tmp_path: Path, words: list[str]) -> None:
+    """For A1111 they are refused before training; for ComfyUI and Forge they are whole differences."""
+    run = train(script, prepared, tmp_path / "out", *words, "--export", "kohya,a1111", code=2)
+    assert "A1111 reads plain LoRAs alone" in run.error
+    assert f"`python -m sd3_lora.merge {tmp_path / 'out' / LORA_FILE} --output_dir merged`" in run.error
     assert run.wrote_no_weights()
-
-
-@pytest.mark.parametrize("kind", ["lokr", "loha"])
-def test_lycoris_kinds_are_refused_before_training(
-    script: Script, prepared: Prepared, tmp_path: Path, kind: str
-) -> None:
-    run = train(script, prepared, tmp_path / "out", "--lora_type", kind, "--export", "kohya", code=2)
-    assert f"a {TYPE_NAMES[kind]} has no form in kohya, where q, k and v are one layer" in run.error
-    assert run.wrote_no_weights()
+    train(script, prepared, tmp_path / "out", *words, "--export", "kohya", "--lora_layers", "attn.to_q")
+    assert names(tmp_path / "out" / KOHYA) == {"x_block_attn_qkv.diff"}
 
 
 def test_the_command_as_it_is_typed(prepared: Prepared, tmp_path: Path) -> None:

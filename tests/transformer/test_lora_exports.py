@@ -54,6 +54,8 @@ def trained(base: Base, folder: Path, layers: list[str] | None, rank: int, alpha
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
         if "lora_magnitude" in name:
             parameter.data *= 1 + 0.3 * torch.rand(parameter.shape, generator=generator)
+        if "lokr" in name or "hada" in name:
+            parameter.data = 0.5 * torch.randn(parameter.shape, generator=generator)
     record = {
         "base_model": "somebody/sd3",
         "trigger": "a photo of sks dog",
@@ -123,28 +125,37 @@ def test_joined_layers_are_block_diagonal(base: Base, tmp_path: Path) -> None:
     assert tensors["lora_unet_joint_blocks_1_x_block_attn_qkv.alpha"] == 6
 
 
-# DoRA
+# What is no plain LoRA
+
+OTHER_KINDS = {
+    "DoRA": LoraKind(use_dora=True),
+    "LoKr": LoraKind(type="lokr"),
+    "LoHa": LoraKind(type="loha"),
+}
 
 
-@pytest.mark.parametrize("layers", [["attention+mlp"], ["attn.to_q", "add_k_proj"]])
-def test_a_dora_for_comfyui(base: Base, tmp_path: Path, layers: list[str]) -> None:
-    """Where k and v are not trained, they have the magnitudes of the base."""
-    lora = trained(base, tmp_path, layers, 4, 4, LoraKind(use_dora=True))
-    merged = in_diffusers(apply_by_comfyui(base.original, exported(base, lora, "kohya")), CONFIG)
-    torch.testing.assert_close(velocity(merged), base.drawn(lora), atol=2e-5, rtol=1e-4)
+@pytest.mark.parametrize("layers", [["attention+mlp"], ["attn.to_q", "add_k_proj", "norm1_context.linear"]])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_are_whole_differences(base: Base, tmp_path: Path, kind: str, layers: list[str]) -> None:
+    """For ComfyUI and Forge, in 16 bits; and we read them ourselves."""
+    lora = trained(base, tmp_path, layers, 4, 4, OTHER_KINDS[kind])
+    tensors = exported(base, lora, "kohya")
+    assert {key.split(".")[-1] for key in tensors} == {"diff"}
+    merged = in_diffusers(apply_by_comfyui(base.original, tensors), CONFIG)
+    expected = base.drawn(lora)
+    torch.testing.assert_close(velocity(merged), expected, atol=2e-3, rtol=2e-3)
+    assert (expected - velocity(base.transformer())).abs().max() > 0.05
+    save_file(tensors, tmp_path / "again.safetensors")
+    again = base.drawn(read_lora_file(tmp_path / "again.safetensors", CONFIG))
+    torch.testing.assert_close(again, velocity(merged), atol=2e-5, rtol=1e-4)
 
 
-def test_the_export_of_a_dora_is_not_read_as_a_dora(base: Base, tmp_path: Path) -> None:
-    lora = trained(base, tmp_path, None, 4, 4, LoraKind(use_dora=True))
-    path = tmp_path / "exported.safetensors"
-    export_lora(lora, "kohya", path, base.files)
-    with pytest.raises(UserError, match=r"an export of a DoRA .*: give the LoRA that it was made from"):
-        read_lora_file(path, CONFIG)
-
-
-def test_a1111_reads_no_dora(base: Base, tmp_path: Path) -> None:
-    lora = trained(base, tmp_path, None, 4, 4, LoraKind(use_dora=True))
-    with pytest.raises(UserError, match=r"A1111 reads no DoRA: leave out a1111; `python -m sd3_lora\.merge .*` makes"):
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_a1111_reads_plain_loras_alone(base: Base, tmp_path: Path, kind: str) -> None:
+    lora = trained(base, tmp_path, None, 4, 4, OTHER_KINDS[kind])
+    with pytest.raises(
+        UserError, match=r"A1111 reads plain LoRAs alone, .*: leave out a1111; `python -m sd3_lora\.merge "
+    ):
         export_lora(lora, "a1111", tmp_path / "no.safetensors", base.files)
     assert not (tmp_path / "no.safetensors").exists()
 
