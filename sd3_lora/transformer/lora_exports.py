@@ -8,7 +8,7 @@ A1111 cuts a key at its last two dots and fails at `name.alpha`, so its format h
 
 What is no plain LoRA (a DoRA, a LoKr, a LoHa, one with biases) becomes `.diff`, the differences of whole weights, and
 `.diff_b`: ComfyUI and Forge add them as they are. Of a DoRA's `dora_scale` they make something else: they divide by the
-norms of the base's rows, or, in a later ComfyUI, by those of the changed rows.
+norms of the base's rows (a change of that is proposed there).
 """
 
 from __future__ import annotations
