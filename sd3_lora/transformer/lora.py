@@ -2,8 +2,8 @@
 
 A saved file is diffusers' `pytorch_lora_weights.safetensors`, of LoKr and LoHa with LyCORIS' names (`lycoris.py`). Its
 alpha is always its rank: the strength, alpha / rank or what the kind makes of it, is folded into `lora_B` on saving, so
-that a reader that ignores the metadata draws the same picture (but for a DoRA, which diffusers reads as a plain LoRA
-without them).
+that a reader that ignores the metadata draws the same picture. (Of a DoRA, one that passes over the magnitudes, as
+ComfyUI does, draws another.)
 
 Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (out, rank)`.
 """
