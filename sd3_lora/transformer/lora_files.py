@@ -22,7 +22,16 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType
-from sd3_lora.transformer.lora import LORA_FILE, LayerStart, LoraKind, peft_patterns, read_lora_record
+from sd3_lora.transformer.lora import (
+    LEAST_RANK_KEY,
+    LORA_FILE,
+    AddedLora,
+    LayerStart,
+    LoraKind,
+    follow_noise,
+    peft_patterns,
+    read_lora_record,
+)
 from sd3_lora.transformer.lycoris import PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
 
 import torch
@@ -62,6 +71,7 @@ _FOREIGN = (
     (r"\.(hada|lokr)_t\d$", "is a LyCORIS LoHa or LoKr with a Tucker decomposition, which is " + _IN_COMFYUI),
     (r"\.(oft_|boft_)", "is an OFT adapter, which is " + _IN_COMFYUI),
     (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "is a LyCORIS GLoRA, which is " + _IN_COMFYUI),
+    (r"\.(q_layer\.weight|p_layer\.weight|lambda_layer)$", "is a LyCORIS T-LoRA, which is " + _PLAIN),
     (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + _IN_COMFYUI),
     (r"\.(on_input|ia3_l)", "is an IA3 adapter, which is " + _PLAIN),
     (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "holds differences of whole weights, which are " + _IN_COMFYUI),
@@ -171,6 +181,11 @@ class LoraFile:
         return next(layer.type for layer in self.layers.values())
 
     @property
+    def least_rank(self) -> int | None:
+        """Of a T-LoRA of this project, how many ranks count in noise alone; else None."""
+        return self.record.get(LEAST_RANK_KEY)
+
+    @property
     def device_bytes(self) -> int:
         """The most that it takes on the device, in float32: its tensors, and what a layer works with.
 
@@ -205,6 +220,8 @@ class LoraFile:
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
             raise RuntimeError(f"{self.path}: {result.unexpected_keys[0]} was not applied")
+        if self.least_rank is not None:
+            follow_noise(transformer, name, self.least_rank)
         for layer in self.layers if self.is_dora else ():
             magnitude = transformer.get_submodule(layer).lora_magnitude_vector[name].weight
             magnitude.data = tensors[f"{layer}.lora_magnitude_vector"].to(magnitude.device)
@@ -259,7 +276,7 @@ class LoraFile:
             target_modules=list(self.layers),
         )
         # PEFT asks after quantized layers of other libraries first, and raises where an old torchao is installed.
-        config._register_custom_module({torch.nn.Linear: Linear})
+        config._register_custom_module({torch.nn.Linear: Linear if self.least_rank is None else AddedLora})
         return config
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -277,9 +294,11 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
     """Checks what is asked of a DoRA, whose magnitudes belong to the whole weight and not to what is added.
 
     Raises:
-        UserError: it is scaled, or beside another LoRA, or its weights are streamed.
+        UserError: it is scaled, or its weights are streamed; or it, or a T-LoRA, is beside another LoRA.
     """
     for lora, scale in zip(loras, scales, strict=True):
+        if lora.least_rank is not None and len(loras) > 1:
+            raise UserError(f"{lora.path} is a T-LoRA, which is not drawn with other LoRAs: give one --lora alone")
         if not lora.is_dora:
             continue
         if scale != 1:
@@ -326,6 +345,11 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
             f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
             f"{max(larger.values())} and leave out --rank_pattern"
         )
+    if lora.least_rank is None and kind.least_rank is not None:
+        raise UserError(f"{flag} is no T-LoRA: leave out --use_tlora")
+    if lora.least_rank != kind.least_rank:
+        typed = f"--use_tlora --tlora_min_rank {lora.least_rank}"
+        raise UserError(f"{flag} is a T-LoRA of which {lora.least_rank} ranks count in noise alone: type {typed}")
     if lora.is_dora and not kind.use_dora:
         raise UserError(f"{flag} is a DoRA: add --use_dora")
 

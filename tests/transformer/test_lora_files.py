@@ -354,6 +354,7 @@ KOHYA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
         ("diffusion_model.joint_blocks.3.context_block.attn.qkv.lokr_w1", "layer names of the original SD3"),
         (f"{KOHYA}.oft_blocks", "is an OFT adapter"),
         (f"{Q}.a1.weight", "is a LyCORIS GLoRA"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lambda_layer", "is a LyCORIS T-LoRA"),
         (f"{KOHYA}.lora_mid.weight", "is a LyCORIS LoCon with a Tucker decomposition"),
         (f"{Q}.diff", "holds differences of whole weights"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "text encoders.*diffusers"),
