@@ -392,7 +392,13 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 def lora_kind(lora: LoraFlags) -> LoraKind:
     """How the LoRA is scaled and started, as the flags say."""
     return LoraKind(
-        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
+        lora.use_rslora,
+        lora.use_dora,
+        lora.init_lora_weights,
+        lora.ranks,
+        lora.lora_type,
+        lora.lokr_factor,
+        lora.least_rank,
     )
 
 

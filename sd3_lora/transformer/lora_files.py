@@ -23,7 +23,17 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType, ModelConfig
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.transformer.lora import LORA_FILE, LayerStart, LoraKind, peft_patterns, read_lora_record, scale_inputs
+from sd3_lora.transformer.lora import (
+    LEAST_RANK_KEY,
+    LORA_FILE,
+    AddedLora,
+    LayerStart,
+    LoraKind,
+    follow_noise,
+    peft_patterns,
+    read_lora_record,
+    scale_inputs,
+)
 from sd3_lora.transformer.lora_keys import IN_COMFYUI, PEFT_PREFIX, PLAIN, LayerKeys, keys_of_layers, layer_widths
 from sd3_lora.transformer.lycoris import PARTS, ROW_PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
 from sd3_lora.transformer.original_layers import WHOLE, OriginalPlace
@@ -127,6 +137,11 @@ class LoraFile:
         return next(layer.type for layer in self.layers.values())
 
     @property
+    def least_rank(self) -> int | None:
+        """Of a T-LoRA of this project, how many ranks count in noise alone; else None."""
+        return self.record.get(LEAST_RANK_KEY)
+
+    @property
     def device_bytes(self) -> int:
         """The most that it takes on the device, in float32: its tensors, and what a layer works with.
 
@@ -163,6 +178,8 @@ class LoraFile:
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
             raise RuntimeError(f"{self.path}: {result.unexpected_keys[0]} was not applied")
+        if self.least_rank is not None:
+            follow_noise(transformer, name, self.least_rank)
         for layer in self.layers if self.is_dora else ():
             module = transformer.get_submodule(layer)
             if self.scales_inputs:
@@ -220,7 +237,7 @@ class LoraFile:
             target_modules=list(self.layers),
         )
         # PEFT asks after quantized layers of other libraries first, and raises where an old torchao is installed.
-        config._register_custom_module({torch.nn.Linear: Linear})
+        config._register_custom_module({torch.nn.Linear: Linear if self.least_rank is None else AddedLora})
         return config
 
     def _tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -264,9 +281,11 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
     """Checks what is asked of a DoRA, whose magnitudes belong to the whole weight and not to what is added.
 
     Raises:
-        UserError: it is scaled, or beside another LoRA, or its weights are streamed.
+        UserError: it is scaled, or its weights are streamed; or it, or a T-LoRA, is beside another LoRA.
     """
     for lora, scale in zip(loras, scales, strict=True):
+        if lora.least_rank is not None and len(loras) > 1:
+            raise UserError(f"{lora.path} is a T-LoRA, which is not drawn with other LoRAs: give one --lora alone")
         if not lora.is_dora:
             continue
         if scale != 1:
@@ -316,6 +335,11 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
             f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
             f"{max(larger.values())} and leave out --rank_pattern"
         )
+    if lora.least_rank is None and kind.least_rank is not None:
+        raise UserError(f"{flag} is no T-LoRA: leave out --use_tlora")
+    if lora.least_rank != kind.least_rank:
+        typed = f"--use_tlora --tlora_min_rank {lora.least_rank}"
+        raise UserError(f"{flag} is a T-LoRA of which {lora.least_rank} ranks count in noise alone: type {typed}")
     if lora.is_dora and not kind.use_dora:
         raise UserError(f"{flag} is a DoRA: add --use_dora")
 

@@ -39,6 +39,7 @@ _FOREIGN = (
     (r"\.(hada|lokr)_t\d$", "is a LyCORIS LoHa or LoKr with a Tucker decomposition, which is " + IN_COMFYUI),
     (r"\.(oft_|boft_)", "is an OFT adapter, which is " + IN_COMFYUI),
     (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "is a LyCORIS GLoRA, which is " + IN_COMFYUI),
+    (r"\.(q_layer\.weight|p_layer\.weight|lambda_layer)$", "is a LyCORIS T-LoRA, which is " + PLAIN),
     (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + IN_COMFYUI),
     (r"\.(on_input|ia3_l)", "is an IA3 adapter, which is " + PLAIN),
     (r"\.(w_norm|b_norm|set_weight)$", "holds weights of norms, or whole ones in place of the base's, " + IN_COMFYUI),

@@ -37,10 +37,11 @@ _FILE_PREFIX = "lycoris_"
 
 
 class _WithoutTheProduct:
-    """The forward of both kinds: peft's numbers, but for rounding, with no matrix `(out, in)` and no random draw.
+    """The forward of both kinds: peft's numbers, but for rounding, and no random draw.
 
-    peft makes that matrix in each forward, multiplies with it as with the base's, and keeps it for backward. It also
-    draws a number for a dropout that is not asked for, on the host, which a CUDA graph cannot hold.
+    It makes no matrix `(out, in)`, but for a LoHa of a high rank. peft makes it in each forward, multiplies with it as
+    with the base's, and keeps it for backward. It also draws a number for a dropout that is not asked for, on the host,
+    which a CUDA graph cannot hold.
     """
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

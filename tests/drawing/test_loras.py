@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import inference
+from sd3_lora.transformer.lora import LORA_FILE
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from conftest import PROMPT, Prepared, Result
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from training_runs import train
 
 Script = Callable[..., Result]
 LAYERS = tuple(f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_k", "to_v"))
@@ -104,6 +106,56 @@ def test_streamed_blocks_draw_the_same(
     for source in ("host", "files"):
         words = ["--lora", path, "--stream_blocks", 2, "--stream_from", source]
         assert np.array_equal(draw(script, prepared, tmp_path / source, *words), resident)
+
+
+@pytest.mark.parametrize("words", [[], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
+def test_lokr_and_loha(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[Any]
+) -> None:
+    """A LoKr whose first matrix is a one, and a LoHa whose first product is of ones, are a LoRA."""
+    lokr, loha = {}, {}
+    for name in LAYERS:
+        down, up = (tensors[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        flat = f"lycoris_{name.replace('.', '_')}"
+        shared = {f"{flat}.alpha": torch.tensor(2.0)}
+        lokr |= {f"{flat}.lokr_w1": torch.ones(1, 1), f"{flat}.lokr_w2_a": up, f"{flat}.lokr_w2_b": down, **shared}
+        ones = {f"{flat}.hada_w1_a": torch.ones(up.shape) / 4, f"{flat}.hada_w1_b": torch.ones(down.shape)}
+        loha |= {**ones, f"{flat}.hada_w2_a": up, f"{flat}.hada_w2_b": down, **shared}
+    base = draw(script, prepared, tmp_path / "base", *words)
+    plain = saved(tmp_path / "plain.safetensors", tensors)
+    expected = draw(script, prepared, tmp_path / "plain", "--lora", plain, "--lora_scale", 0.5, *words)
+    assert np.abs(expected - base).max() > 20
+    for name, own in (("lokr", lokr), ("loha", loha)):
+        path = saved(tmp_path / f"{name}.safetensors", own)
+        assert np.abs(draw(script, prepared, tmp_path / name, "--lora", path, *words) - expected).max() <= 2
+    # Beside the plain one, of which it takes half away.
+    both = ["--lora", plain, "--lora_scale", 1, "--lora", tmp_path / "lokr.safetensors", "--lora_scale", -1]
+    assert np.abs(draw(script, prepared, tmp_path / "both", *both, *words) - expected).max() <= 2
+
+
+def test_a_tlora_from_training_to_pictures(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """The flags change what is learned, and how it is drawn; half the rank is the default."""
+    words = ["--learning_rate", 0.1, "--rank", 8]
+    runs = {
+        name: train(script, prepared, tmp_path / name, *words, *more)
+        for name, more in (
+            ("plain", []),
+            ("half", ["--use_tlora"]),
+            ("four", ["--use_tlora", "--tlora_min_rank", 4]),
+            ("one", ["--use_tlora", "--tlora_min_rank", 1]),
+        )
+    }
+    losses = {name: [line["loss"] for line in run.losses] for name, run in runs.items()}
+    assert losses["half"] == losses["four"]
+    assert len({tuple(each[1:]) for each in losses.values()}) == 3
+    assert len({each[0] for each in losses.values()}) == 1  # nothing is learned yet
+    path = runs["one"].folder / LORA_FILE
+    as_trained = draw(script, prepared, tmp_path / "drawn", "--lora", path)
+    whole_path = saved(tmp_path / "whole.safetensors", load_file(path))  # without its metadata
+    whole = draw(script, prepared, tmp_path / "whole", "--lora", whole_path)
+    assert np.abs(as_trained - whole).max() > 1
+    streamed = draw(script, prepared, tmp_path / "streamed", "--lora", path, "--stream_blocks", 2)
+    assert np.array_equal(streamed, as_trained)
 
 
 @pytest.mark.parametrize("base", ["16bit", "nf4"])
