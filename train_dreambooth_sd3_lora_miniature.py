@@ -127,6 +127,7 @@ from sd3_lora.transformer.lora_files import (
     find_lora,
     read_lora_file,
     require_lycoris_start,
+    require_one_change,
     require_start,
 )
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -695,6 +696,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     for form in flags.run.exports:
+        require_one_change(output_dir / LORA_FILE, lora_kind(flags.lora).least_rank)
         require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)

@@ -299,6 +299,23 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
             )
 
 
+def require_one_change(path: Path, least_rank: int | None) -> None:
+    """Checks that a LoRA changes the weights in the same way at every noise level, as exports and merging need.
+
+    Args:
+        path: of the LoRA, or where it will be.
+        least_rank: of a T-LoRA; else None.
+
+    Raises:
+        UserError: it is a T-LoRA.
+    """
+    if least_rank is not None:
+        raise UserError(
+            f"{path} is a T-LoRA, whose ranks count by the noise level, which no other program's file and no merged "
+            "weight can hold: draw with inference.py --lora"
+        )
+
+
 def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> None:
     """Checks that training can begin with a LoRA.
 
