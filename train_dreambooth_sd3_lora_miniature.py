@@ -126,11 +126,13 @@ from sd3_lora.transformer.lora import (
     target_modules,
     trained_names,
 )
+from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
 from sd3_lora.transformer.lora_files import (
     LoraFile,
     find_lora,
     read_lora_file,
     require_lycoris_start,
+    require_one_change,
     require_start,
 )
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -422,7 +424,13 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 def lora_kind(lora: LoraFlags) -> LoraKind:
     """How the LoRA is scaled and started, as the flags say."""
     return LoraKind(
-        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
+        lora.use_rslora,
+        lora.use_dora,
+        lora.init_lora_weights,
+        lora.ranks,
+        lora.lora_type,
+        lora.lokr_factor,
+        lora.least_rank,
     )
 
 
@@ -716,6 +724,15 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     accelerator.end_training()
 
 
+def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
+    """Writes the LoRA, and its moving average if there is one, in the names of other programs."""
+    for name in (LORA_FILE, EMA_FILE) if flags.average.use_ema else (LORA_FILE,):
+        for form in flags.run.exports:
+            path = export_path(folder / name, form)
+            export_lora(read_lora_file(folder / name, files.read_config("transformer")), form, path, files)
+            print(f"wrote {path}")
+
+
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
     print(f"wrote {results.wrote}, read back and compared")
@@ -768,6 +785,9 @@ def run(argv: Sequence[str] | None) -> None:
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
+    for form in flags.run.exports:
+        require_one_change(output_dir / LORA_FILE, lora_kind(flags.lora).least_rank)
+        require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
@@ -803,6 +823,8 @@ def run(argv: Sequence[str] | None) -> None:
         say(f"resumed from {checkpoint}: step {training.step} of {steps}")
         if training.step >= steps:
             write_what_is_missing(outputs, training, accelerator)
+            if accelerator.is_main_process:
+                write_exports(output_dir, flags, files)
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
@@ -822,6 +844,7 @@ def run(argv: Sequence[str] | None) -> None:
             str(output_dir / LORA_FILE), reports, measured, training.step, ms_a_step, carried_out, loss, skipped
         )
         finish(outputs, flags, results)
+        write_exports(output_dir, flags, files)
     accelerator.end_training()
 
 

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "training": ["stage_one", "transformer", "common", "gpu"],
     "drawing": ["stage_one", "transformer", "common", "gpu"],
 }
+COMMANDS = ["export", "merge"]  # python -m sd3_lora.NAME
 FORBIDDEN = [(room, other) for room in ROOMS for other in ROOMS if other != room and other not in MAY_IMPORT[room]]
 
 
@@ -51,7 +52,7 @@ def test_every_room_imports_what_it_may() -> None:
 def test_there_are_no_other_rooms_and_no_exceptions() -> None:
     folders = [path.parent.name for path in (PROJECT / "sd3_lora").glob("*/__init__.py")]
     assert sorted(folders) == sorted(ROOMS)
-    assert sorted(path.name for path in (PROJECT / "sd3_lora").glob("*.py")) == ["__init__.py", "losses.py"]
+    assert sorted(path.stem for path in (PROJECT / "sd3_lora").glob("*.py")) == sorted([*COMMANDS, "__init__"])
     assert not [name for contract in CONFIG["contracts"] for name in contract if "ignore" in name or "allow" in name]
     (scripts,) = (contract for contract in CONFIG["contracts"] if contract["id"] == "scripts")
     assert sorted(scripts["forbidden_modules"]) == sorted(path.stem for path in PROJECT.glob("*.py"))
@@ -78,6 +79,11 @@ def test_a_forbidden_import_is_found(copy: Path, room: str, other: str) -> None:
 @pytest.mark.parametrize("script", [path.stem for path in PROJECT.glob("*.py")])
 def test_no_room_imports_a_script(copy: Path, script: str) -> None:
     assert f"sd3_lora.training -> {script}" in broken_by(copy, "training", f"import {script}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_room_imports_a_command(copy: Path, command: str) -> None:
+    assert f"sd3_lora.transformer -> sd3_lora.{command}" in broken_by(copy, "transformer", f"import sd3_lora.{command}")
 
 
 @pytest.mark.parametrize(("room", "other"), [("plan", "transformer"), ("drawing", "gpu"), ("training", "stage_one")])

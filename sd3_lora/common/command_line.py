@@ -37,6 +37,7 @@ PATH_FLAGS = {
     "logging_dir",
     "lora",
     "outdir",
+    "output",
     "output_dir",
     "output_path",
     "pretrained_model_name_or_path",
@@ -224,6 +225,7 @@ class CommandLine:
             under the first sentence of its docstring.
         refused: flags that diffusers' scripts know and this one does not have, each with what to do instead.
         harmless: flags of those that are taken with a note.
+        first: the flag whose value the first argument is, where that is no flag.
     """
 
     script: str
@@ -231,6 +233,7 @@ class CommandLine:
     groups: tuple[type, ...]
     refused: Mapping[str, str] = field(default_factory=dict)
     harmless: Mapping[str, HarmlessFlag] = field(default_factory=dict)
+    first: str | None = None
 
     def answer_at_once(self) -> None:
         """Ends the process, before anything heavy is imported, where the command line is wrong or asks for help.
@@ -259,7 +262,9 @@ class CommandLine:
         """
         parser = self._parser()
         faults: list[str] = []
-        given = sys.argv[1:] if argv is None else argv
+        given = list(sys.argv[1:] if argv is None else argv)
+        if self.first and given and not given[0].startswith("-"):
+            given.insert(0, f"--{self.first}")
         arguments = list(self._without_known_others(given, faults, report or print_in_rank_0))
         try:
             values, unknown = parser.parse_known_args(arguments)
@@ -295,7 +300,7 @@ class CommandLine:
         return Parser(
             list(self.groups),
             prog=self.script,
-            usage="python %(prog)s [flags]",
+            usage=f"python %(prog)s{' ' + self.first.upper() if self.first else ''} [flags]",
             description=self.description.splitlines()[0],
             formatter_class=_Help,
             allow_abbrev=False,

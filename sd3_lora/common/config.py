@@ -12,6 +12,7 @@ from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
 
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
+ExportFormat = Literal["kohya", "a1111"]
 LoraType = Literal["lora", "lokr", "loha"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -261,6 +262,16 @@ class ModelConfig:
             "variant": self.variant,
             "cache_dir": self.cache_dir,
         }
+
+
+@dataclass(frozen=True)
+class LoraBaseConfig(ModelConfig):
+    """Which base model; of the commands that change a LoRA's form."""
+
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of the LoRA's base model. Default: the one that its training noted."},
+    )
 
 
 @dataclass(frozen=True)

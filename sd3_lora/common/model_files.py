@@ -104,6 +104,11 @@ class ModelFiles:
         self._require_whole(name)
         return folder / name
 
+    def components(self) -> list[str]:
+        """The names of the pipeline's components."""
+        index = self._read_json("model_index.json")
+        return [name for name, value in index.items() if isinstance(value, list) and all(value)]
+
     def _require_whole(self, name: str) -> None:
         paths = self.weight_files(name)
         state = _state_of(paths)

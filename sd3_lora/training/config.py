@@ -7,10 +7,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, LoraType, ModelConfig
+from sd3_lora.common.config import (
+    BudgetConfig,
+    CropFlags,
+    DeviceConfig,
+    ExportFormat,
+    LoraStart,
+    LoraType,
+    ModelConfig,
+)
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.optimizer_kinds import (
@@ -356,6 +364,16 @@ class LoraFlags:
         },
     )
 
+    use_tlora: bool = field(
+        default=False,
+        metadata={
+            "help": "Train fewer ranks the more noise there is (T-LoRA); other programs than inference.py draw with "
+            "all of them."
+        },
+    )
+    tlora_min_rank: int | None = field(
+        default=None, metadata={"help": "How many ranks of a T-LoRA count in noise alone. Default: half the rank."}
+    )
     init_lora: str | None = field(
         default=None,
         metadata={"help": "Start from this LoRA: a folder, file or hub id, of this or another program."},
@@ -379,6 +397,7 @@ class LoraFlags:
             if self.lora_dropout:
                 yield f"{start} and --lora_dropout: it would drop a part of the model itself: leave one out"
         yield from self._type_faults()
+        yield from self._tlora_faults()
         for entry in self._split(self.rank_pattern) or ():
             layer, _, rank = entry.partition("=")
             if not layer.strip() or not rank.strip().isdecimal() or int(rank) < 1:
@@ -400,6 +419,26 @@ class LoraFlags:
         for flag, typed in of_plain_lora.items():
             if typed:
                 yield f"{flag} is of a plain LoRA, not of --lora_type {self.lora_type}: leave one out"
+
+    def _tlora_faults(self) -> Iterator[str]:
+        least = self.tlora_min_rank
+        if least is not None and not self.use_tlora:
+            yield f"--tlora_min_rank {least} is of --use_tlora: add that, or leave it out"
+        elif least is not None and not 1 <= least <= self.rank:
+            yield f"--tlora_min_rank {least} must be at least 1 and at most --rank, {self.rank}"
+        others = {
+            f"--lora_type {self.lora_type}": self.lora_type != "lora",
+            "--use_dora": self.use_dora,
+            f"--init_lora_weights {self.init_lora_weights}": self.init_lora_weights in ("pissa", "olora"),
+        }
+        for flag, typed in others.items():
+            if self.use_tlora and typed:
+                yield f"--use_tlora and {flag} are two kinds of LoRA: leave one out"
+
+    @property
+    def least_rank(self) -> int | None:
+        """tlora_min_rank, or half the rank; None where it is no T-LoRA."""
+        return (self.tlora_min_rank or max(1, self.rank // 2)) if self.use_tlora else None
 
     @property
     def alpha(self) -> float:
@@ -696,6 +735,13 @@ class RunConfig:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "latest (or from the start where there is none), or a checkpoint's folder."}
     )
+    export: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Write the LoRA for other programs too, beside it: kohya (sd-scripts, Forge, ComfyUI), a1111.",
+        },
+    )
     report_to: str = field(
         default="tensorboard",
         metadata={"help": "tensorboard (when installed), wandb, comet_ml, all or none; comma-separated."},
@@ -719,6 +765,9 @@ class RunConfig:
         )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             yield f"--seed {self.seed} must be at least 0 and less than 2**63"
+        for name in self.exports:
+            if name not in get_args(ExportFormat):
+                yield f"--export {name} is unknown: type {' or '.join(get_args(ExportFormat))}"
         if os.path.normpath(self.logging_dir).split(os.sep)[0] == os.pardir:
             yield f"--logging_dir {self.logging_dir} leaves the output folder: type a name such as logs, or a full path"
         known = {"tensorboard", "wandb", "comet_ml", "all", "none"}
@@ -745,6 +794,12 @@ class RunConfig:
     def pictures_per_step(self, processes: int) -> int:
         """Pictures of an optimizer step."""
         return self.train_batch_size * self.gradient_accumulation_steps * processes
+
+    @property
+    def exports(self) -> list[str]:
+        """The formats of export, each once; commas separate them too."""
+        names = (name.strip() for entry in self.export for name in entry.split(","))
+        return list(dict.fromkeys(name for name in names if name))
 
     @property
     def trackers(self) -> list[str]:

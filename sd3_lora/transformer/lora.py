@@ -2,8 +2,8 @@
 
 A saved file is diffusers' `pytorch_lora_weights.safetensors`, of LoKr and LoHa with LyCORIS' names (`lycoris.py`). Its
 alpha is always its rank: the strength, alpha / rank or what the kind makes of it, is folded into `lora_B` on saving, so
-that a reader that ignores the metadata draws the same picture (but for a DoRA, which diffusers reads as a plain LoRA
-without them).
+that a reader that ignores the metadata draws the same picture. (Of a DoRA, one that passes over the magnitudes, as
+ComfyUI does, draws another.)
 
 Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (out, rank)`.
 """
@@ -23,7 +23,8 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraStart, LoraType
 from sd3_lora.common.tensor_files import write_tensors
-from sd3_lora.transformer.lycoris import PARTS, add_lycoris, lycoris_file, lycoris_layers, parts_of
+from sd3_lora.transformer.lycoris import PARTS, add_lycoris, difference, lycoris_file, lycoris_layers, parts_of
+from sd3_lora.transformer.noise_ranks import NoiseRanks
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -62,7 +63,8 @@ LAYER_PRESETS = {
 _SVD_ITERATIONS, _OVERSAMPLED = 4, 8
 _ADAPTER = "default"
 _LYCORIS_PARTS = {part for parts in PARTS.values() for part in parts}
-_METADATA_KEY = "sd3_lora"
+METADATA_KEY = "sd3_lora"  # of what this project notes in a LoRA's file
+LEAST_RANK_KEY = "tlora_min_rank"  # in this project's metadata, of a T-LoRA alone
 _PREFIX = "transformer."
 
 
@@ -79,6 +81,7 @@ class LoraKind:
         ranks: ending of a layer's name → its rank. The first that fits counts; other layers have the usual rank.
         type: lora, or LyCORIS' lokr and loha, which have a start of their own and none of the above but the ranks.
         factor: of a LoKr, as `add_lycoris` takes it.
+        least_rank: of a T-LoRA, as `NoiseRanks` takes it; None for all ranks whatever the noise.
     """
 
     use_rslora: bool = False
@@ -87,6 +90,7 @@ class LoraKind:
     ranks: Mapping[str, int] = field(default_factory=dict)
     type: LoraType = "lora"
     factor: int = -1
+    least_rank: int | None = None
 
     @property
     def starts_from_weights(self) -> bool:
@@ -154,12 +158,24 @@ class LayerStart:
         up: `(out, rank)` with the strength folded in; likewise.
         magnitudes: of a DoRA, `(out,)`.
         lycoris: of a LoKr or a LoHa its parts, the strength folded into the last; else empty.
+        bias: added to the layer's, `(out,)`.
+        scales_inputs: whether a DoRA's magnitudes are of the inputs, `(in,)`, as LyCORIS had them at first.
     """
 
     down: torch.Tensor
     up: torch.Tensor
     magnitudes: torch.Tensor | None
     lycoris: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bias: torch.Tensor | None = None
+    scales_inputs: bool = False
+
+    def added_to(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """The layer's weight with the LoRA in it, `(out, in)` in float32 (of a DoRA: arXiv 2402.09353, equation 5)."""
+        merged = weight.float() + scale * (difference(self.lycoris) if self.lycoris else self.up @ self.down)
+        if self.magnitudes is None:
+            return merged
+        axis = 0 if self.scales_inputs else 1
+        return merged * (self.magnitudes / torch.linalg.vector_norm(merged, dim=axis)).unsqueeze(axis)
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -256,7 +272,12 @@ class AddedLora(Linear):
       `W x + s (B A - B₀ A₀) x`. So a 16-bit base is not rounded anew, and is what is left where the adapter is off.
     - DoRA's norms are computed in float32, without peft's identity `(in, in)`, and the difference to a magnitude is
       added: in 16 bits a new DoRA changes nothing.
+
+    Attributes:
+        noise_ranks: of a T-LoRA.
     """
+
+    noise_ranks: NoiseRanks | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -265,14 +286,17 @@ class AddedLora(Linear):
         (adapter,) = self.active_adapters
         product: torch.Tensor = self.base_layer(x)
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        rank = len(down)
         if self.start is not None:
             down, up = torch.cat((down, self.start[0])), torch.cat((up, -self.start[1]), dim=1)
         spare = _spare_rank(len(down), x.device)
         if spare:
             down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
-        low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
+        low = linear(self.lora_dropout[adapter](x), down)
+        if self.noise_ranks is not None:
+            low = self.noise_ranks(low, rank)
         # Not in place: bitsandbytes' result must not be changed.
-        rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
+        rows = torch.addmm(product.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[adapter])
         if adapter in self.lora_magnitude_vector:
             rows = self._with_magnitudes(rows, adapter)
         return rows.view(product.shape)
@@ -309,6 +333,28 @@ class AddedLora(Linear):
         if adapter not in self.lora_A:
             return False
         return adapter in self.lora_magnitude_vector or adapter not in self.lora_variant
+
+
+@torch.no_grad()
+def scale_inputs(layer: Linear, adapter: str, start: LayerStart) -> None:
+    """Multiplies what peft's layer gets with `m / |W + s B A|`, by columns: a DoRA whose magnitudes are of the inputs.
+
+    Nothing of that is trained, so the norms are computed once. Where the adapter is off, the layer is the base's.
+    """
+    base = layer.get_base_layer()
+    weight = dequantize_module_weight(base) if hasattr(base.weight, "quant_state") else base.weight
+    merged = weight.float() + (start.up @ start.down).to(weight.device)
+    assert start.magnitudes is not None
+    factors = start.magnitudes.to(weight.device) / torch.linalg.vector_norm(merged, dim=0)
+    layer.register_buffer(f"input_factors_{adapter}", factors, persistent=False)
+
+    def multiply(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        if module.disable_adapters or adapter not in module.active_adapters:
+            return inputs
+        x, *others = inputs
+        return (x * module.get_buffer(f"input_factors_{adapter}").to(x.dtype), *others)
+
+    layer.register_forward_pre_hook(multiply)
 
 
 def _spare_rank(rank: int, device: torch.device) -> int:
@@ -363,6 +409,8 @@ def attach_lora(
             layer.subtract_start()
         if kind.use_dora:
             layer.lora_magnitude_vector[_ADAPTER].weight.data = layer.row_norms(_ADAPTER)
+    if kind.least_rank is not None:
+        follow_noise(transformer, _ADAPTER, kind.least_rank)
     return parameters
 
 
@@ -370,6 +418,15 @@ def trained_names(transformer: SD3Transformer2DModel) -> list[str]:
     """What is trained, in the order of `attach_lora`'s parameters: names inside their blocks, as attn.to_q.lora_A."""
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     return [name.split(".", 2)[2].removesuffix(".weight").removesuffix(f".{_ADAPTER}") for name in names]
+
+
+def follow_noise(transformer: SD3Transformer2DModel, adapter: str, least_rank: int) -> None:
+    """Makes a LoRA of `AddedLora` layers a T-LoRA."""
+    layers = [module for module in transformer.modules() if isinstance(module, AddedLora)]
+    noise_ranks = NoiseRanks(least_rank)
+    noise_ranks.follow(transformer, {len(layer.lora_A[adapter].weight) for layer in layers})
+    for layer in layers:
+        layer.noise_ranks = noise_ranks
 
 
 @torch.no_grad()
@@ -545,8 +602,10 @@ def _file_of(
         adapter = _adapter_settings(plain)
         rank = adapter["r"]
         settings = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()})}
-    own = json.dumps({**record, "rank": rank}, ensure_ascii=False)
-    return tensors, {"format": "pt", **settings, _METADATA_KEY: own}
+    noise_ranks = next((layer.noise_ranks for layer in lora_layers(transformer).values()), None)  # of all the same
+    noted = {LEAST_RANK_KEY: noise_ranks.least} if noise_ranks else {}
+    own = json.dumps({**record, "rank": rank, **noted}, ensure_ascii=False)
+    return tensors, {"format": "pt", **settings, METADATA_KEY: own}
 
 
 def _most_common(ranks: Mapping[str, int]) -> int:
@@ -578,6 +637,6 @@ def read_lora_record(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as handle:
-            return dict(json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}")))
+            return dict(json.loads((handle.metadata() or {}).get(METADATA_KEY, "{}")))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: train again, or download it again") from error

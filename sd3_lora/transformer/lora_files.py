@@ -15,15 +15,28 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.config import LoraType
-from sd3_lora.transformer.lora import LORA_FILE, LayerStart, LoraKind, peft_patterns, read_lora_record
-from sd3_lora.transformer.lycoris import PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
+from sd3_lora.common.config import LoraType, ModelConfig
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.transformer.lora import (
+    LEAST_RANK_KEY,
+    LORA_FILE,
+    AddedLora,
+    LayerStart,
+    LoraKind,
+    follow_noise,
+    peft_patterns,
+    read_lora_record,
+    scale_inputs,
+)
+from sd3_lora.transformer.lora_keys import IN_COMFYUI, PEFT_PREFIX, PLAIN, LayerKeys, keys_of_layers, layer_widths
+from sd3_lora.transformer.lycoris import PARTS, ROW_PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
+from sd3_lora.transformer.original_layers import WHOLE, OriginalPlace
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -42,68 +55,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
-_PREFIXES = (_PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_transformer.")
-_FLAT_PREFIXES = ("lora_transformer_", "lycoris_", "lora_unet_")  # before a name with underscores for dots
-_KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:"
-    r"(?P<down>lora_A(\.[^.]+)?\.weight|lora_down\.weight|lora(_linear_layer)?\.down\.weight)|"
-    r"(?P<up>lora_B(\.[^.]+)?\.weight|lora_up\.weight|lora(_linear_layer)?\.up\.weight)|"
-    r"(?P<alpha>(lora\.)?alpha)|"
-    r"(?P<magnitude>lora_magnitude_vector(\.[^.]+){0,2}|dora_scale|magnitude)|"
-    r"(?P<lycoris>lokr_w[12](_[ab])?|hada_w[12]_[ab]))"
-)
-_PLAIN = "not drawn here: train a plain LoRA"
-_TYPE_NAMES: Mapping[LoraType, str] = {"lora": "plain LoRA", "lokr": "LoKr", "loha": "LoHa"}
-_IN_COMFYUI = "not drawn here: draw with it in ComfyUI, or train a plain LoRA"
-_TEXT_ENCODERS = "holds LoRA layers of text encoders, without which the picture would be another, and which are "
-# What a key that is not read says of its file, and what to do. The first that any such key fits is named.
-_FOREIGN = (
-    (r"\.(hada|lokr)_t\d$", "is a LyCORIS LoHa or LoKr with a Tucker decomposition, which is " + _IN_COMFYUI),
-    (r"\.(oft_|boft_)", "is an OFT adapter, which is " + _IN_COMFYUI),
-    (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "is a LyCORIS GLoRA, which is " + _IN_COMFYUI),
-    (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + _IN_COMFYUI),
-    (r"\.(on_input|ia3_l)", "is an IA3 adapter, which is " + _PLAIN),
-    (r"\.(diff|diff_b|w_norm|b_norm|set_weight)$", "holds differences of whole weights, which are " + _IN_COMFYUI),
-    (r"^lora_te\d?[._]", _TEXT_ENCODERS + _IN_COMFYUI + " without the text encoders"),
-    (
-        r"^(?=.*(lora|alpha)).*(text_encoder|clip_[lg]\.|t5xxl\.|text_model\.|encoder\.layers\.|encoder\.block\.)",
-        _TEXT_ENCODERS + "not drawn here: draw with it in diffusers (pipeline.load_lora_weights), or train it again "
-        "without --train_text_encoder",
-    ),
-    (
-        r"^bundle_emb|^emb_params$|^string_to_param|^(clip_[lg]|t5xxl)$",
-        "holds a textual inversion, which is not drawn here: draw with it in ComfyUI, or train a LoRA without it",
-    ),
-    (
-        r"single_transformer_blocks|single_blocks|double_blocks",
-        "was trained on Flux: give a LoRA of a Stable Diffusion 3 model",
-    ),
-    (
-        r"^unet\.|(down|up|mid|input|output|middle)_blocks?[._]",
-        "was trained on Stable Diffusion 1, 2 or XL: give a LoRA of a Stable Diffusion 3 model",
-    ),
-    (
-        r"^lora_unet_(joint_blocks|context_embedder|[xty]_embedder|final_layer)",
-        "has the layer names of sd-scripts (kohya), which are not read yet: draw with it in ComfyUI, or train it "
-        "again here or with one of the programs in docs/loras.md",
-    ),
-    (
-        r"^(diffusion_model\.|transformer\.)?(joint_blocks|[xty]_embedder|final_layer)\..*(lora|lokr|hada|alpha)",
-        "has the layer names of the original SD3 (MMDiT, as ComfyUI's), which are not read yet: draw with it in "
-        "ComfyUI, or train it again here or with one of the programs in docs/loras.md",
-    ),
-    (
-        r"\.lora_(B|up)(\.[^.]+)?\.bias$",
-        "has biases in its LoRA (PEFT's lora_bias), which are not drawn: train without",
-    ),
-    (
-        r"^(model\.diffusion_model|first_stage_model|text_encoders)\.|^joint_blocks\.|\.base_layer\.|"
-        r"^(base_model\.model\.|transformer\.)?[a-z_]+\.(?!.*lora).*(weight|bias)$",
-        "holds whole weights, of a model or of layers trained in full beside a LoRA (PEFT's modules_to_save): give a "
-        "LoRA alone as --lora; a whole model, in diffusers' format, is --pretrained_model_name_or_path",
-    ),
-)
+TYPE_NAMES: Mapping[LoraType, str] = {"lora": "plain LoRA", "lokr": "LoKr", "loha": "LoHa"}
 # Settings of PEFT that change nothing in a picture, or that the tensors themselves show.
 _HARMLESS_SETTINGS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "peft_type", "init_lora_weights"),
@@ -120,11 +72,13 @@ class LoraLayer:
     """The LoRA of one layer: the names of its tensors in the file, its strength `alpha / rank`, the layer's size.
 
     Attributes:
-        keys: by part: down, up and, in a DoRA, magnitude; or LyCORIS' own names.
-        rank: of it.
-        alpha: of it.
+        keys: by part, as `LayerKeys` has them.
+        rank: of it, when it is attached.
+        alpha: of it, likewise.
         in_features: of the layer.
         out_features: of the layer.
+        place: which rows of the tensors are the layer's.
+        scales_inputs: whether a DoRA's magnitudes are of the inputs.
     """
 
     keys: Mapping[str, str]
@@ -132,6 +86,8 @@ class LoraLayer:
     alpha: float
     in_features: int
     out_features: int
+    place: OriginalPlace = WHOLE
+    scales_inputs: bool = False
 
     @property
     def magnitude(self) -> str | None:
@@ -166,9 +122,24 @@ class LoraFile:
         return any(layer.magnitude for layer in self.layers.values())
 
     @property
+    def scales_inputs(self) -> bool:
+        """Whether its magnitudes are of the layers' inputs."""
+        return any(layer.scales_inputs for layer in self.layers.values())
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether it changes biases too."""
+        return any("bias" in layer.keys for layer in self.layers.values())
+
+    @property
     def type(self) -> LoraType:
         """That of its layers, which is one."""
         return next(layer.type for layer in self.layers.values())
+
+    @property
+    def least_rank(self) -> int | None:
+        """Of a T-LoRA of this project, how many ranks count in noise alone; else None."""
+        return self.record.get(LEAST_RANK_KEY)
 
     @property
     def device_bytes(self) -> int:
@@ -180,7 +151,9 @@ class LoraFile:
         layers = self.layers.values() if self.is_dora or self.type != "lora" else ()
         identity = int(self.is_dora)
         working = [layer.in_features * (identity * layer.in_features + 3 * layer.out_features) for layer in layers]
-        return self.path.stat().st_size + 4 * max(working, default=0)
+        # The parts of a joined layer share tensors in the file, and not on the device.
+        tensors = sum(4 * layer.rank * (layer.in_features + layer.out_features) for layer in self.layers.values())
+        return max(self.path.stat().st_size, tensors) + 4 * max(working, default=0)
 
     def identity(self) -> str:
         """Of its bytes; and of how they are read, where that is not plainly with alpha = rank."""
@@ -201,50 +174,54 @@ class LoraFile:
                 self._attach_lycoris(transformer, name)
                 return
             transformer.add_adapter(self._config(), adapter_name=name)
-        tensors = self._tensors()
+        tensors = self._tensors(self.layers)
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
             raise RuntimeError(f"{self.path}: {result.unexpected_keys[0]} was not applied")
+        if self.least_rank is not None:
+            follow_noise(transformer, name, self.least_rank)
         for layer in self.layers if self.is_dora else ():
-            magnitude = transformer.get_submodule(layer).lora_magnitude_vector[name].weight
+            module = transformer.get_submodule(layer)
+            if self.scales_inputs:
+                scale_inputs(module, name, self.start(layer))
+                continue
+            magnitude = module.lora_magnitude_vector[name].weight
             magnitude.data = tensors[f"{layer}.lora_magnitude_vector"].to(magnitude.device)
 
     def _attach_lycoris(self, transformer: SD3Transformer2DModel, name: str) -> None:
         settings = {"r": 1, "alpha": 1.0, "target_modules": list(self.layers)}
         add_lycoris(transformer, self.type, name, settings)
-        for layer, tensors in self._lycoris_tensors().items():
-            own = self.layers[layer]
-            set_parts(transformer.get_submodule(layer), name, tensors, own.rank, own.alpha)
+        for layer, own in self.layers.items():
+            set_parts(transformer.get_submodule(layer), name, self._lycoris_tensors(layer), own.rank, own.alpha)
 
-    def _lycoris_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Each layer's by part, in the order of `PARTS`."""
+    def _lycoris_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """A layer's by part, in the order of `PARTS`."""
+        layer = self.layers[name]
         with safe_open(self.path, "pt") as handle:
             return {
-                name: {
-                    part: handle.get_tensor(layer.keys[part]).float()
-                    for part in PARTS[layer.type]
-                    if part in layer.keys
-                }
-                for name, layer in self.layers.items()
+                part: _rows(handle, layer.keys[part], layer.place if part in ROW_PARTS else WHOLE)
+                for part in PARTS[layer.type]
+                if part in layer.keys
             }
+
+    def start(self, name: str) -> LayerStart:
+        """The LoRA of one layer, with the strength folded in."""
+        layer = self.layers[name]
+        if layer.type != "lora":
+            parts = self._lycoris_tensors(name)
+            parts[list(parts)[-1]] *= layer.alpha / layer.rank
+            return LayerStart(torch.empty(0), torch.empty(0), None, parts)
+        strength = layer.alpha / layer.rank
+        with safe_open(self.path, "pt") as handle:
+            down, up = _matrices(handle, layer.keys, layer.place)
+            bias = _rows(handle, layer.keys["bias"], layer.place) * strength if "bias" in layer.keys else None
+            of_inputs = layer.place if not layer.scales_inputs else WHOLE
+            magnitudes = _rows(handle, layer.magnitude, of_inputs).flatten() if layer.magnitude else None
+        return LayerStart(down, up * strength, magnitudes, bias=bias, scales_inputs=layer.scales_inputs)
 
     def starts(self) -> dict[str, LayerStart]:
         """What training begins with, `start_from`, by the names of the transformer's modules."""
-        if self.type != "lora":
-            starts = {}
-            for name, parts in self._lycoris_tensors().items():
-                parts[list(parts)[-1]] *= self.layers[name].alpha / self.layers[name].rank
-                starts[name] = LayerStart(torch.empty(0), torch.empty(0), None, parts)
-            return starts
-        tensors = self._tensors()
-        return {
-            name: LayerStart(
-                tensors[f"{name}.lora_A.weight"],
-                tensors[f"{name}.lora_B.weight"] * (layer.alpha / layer.rank),
-                tensors.get(f"{name}.lora_magnitude_vector"),
-            )
-            for name, layer in self.layers.items()
-        }
+        return {name: self.start(name) for name in self.layers}
 
     def _config(self) -> LoraConfig:
         ranks = {name: layer.rank for name, layer in self.layers.items()}
@@ -255,31 +232,60 @@ class LoraFile:
             lora_alpha=alpha,
             rank_pattern=peft_patterns(ranks, rank),
             alpha_pattern=peft_patterns(alphas, alpha),
-            use_dora=self.is_dora,
+            use_dora=self.is_dora and not self.scales_inputs,
+            lora_bias=self.has_biases,
             target_modules=list(self.layers),
         )
         # PEFT asks after quantized layers of other libraries first, and raises where an old torchao is installed.
-        config._register_custom_module({torch.nn.Linear: Linear})
+        config._register_custom_module({torch.nn.Linear: Linear if self.least_rank is None else AddedLora})
         return config
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
+    def _tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = {}
         with safe_open(self.path, "pt") as handle:
-            for name, layer in self.layers.items():
-                tensors[f"{name}.lora_A.weight"] = handle.get_tensor(layer.keys["down"]).float()
-                tensors[f"{name}.lora_B.weight"] = handle.get_tensor(layer.keys["up"]).float()
-                if layer.magnitude:
-                    tensors[f"{name}.lora_magnitude_vector"] = handle.get_tensor(layer.magnitude).float().flatten()
+            for name in names:
+                layer = self.layers[name]
+                down, up = _matrices(handle, layer.keys, layer.place)
+                tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+                if layer.magnitude and not layer.scales_inputs:
+                    tensors[f"{name}.lora_magnitude_vector"] = _rows(handle, layer.magnitude, layer.place).flatten()
+                if self.has_biases:
+                    has_bias = "bias" in layer.keys
+                    bias = _rows(handle, layer.keys["bias"], layer.place) if has_bias else torch.zeros(len(up))
+                    tensors[f"{name}.lora_B.bias"] = bias
         return tensors
+
+
+def _rows(handle: Any, key: str, place: OriginalPlace) -> torch.Tensor:
+    return place.rows(handle.get_tensor(key).float())
+
+
+def _matrices(handle: Any, keys: Mapping[str, str], place: OriginalPlace) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's `lora_A (rank, in)` and `lora_B (out, rank)`, float32; without what `lora_B` makes nothing of.
+
+    Of a joined layer, whose `lora_up` is zero where it concerns the other parts, this leaves the layer's own rank. A
+    whole difference is its own product with an identity.
+    """
+    if "diff" in keys:
+        difference = _rows(handle, keys["diff"], place)
+        identity = torch.eye(min(difference.shape))
+        return (identity, difference) if len(difference) >= difference.shape[1] else (difference, identity)
+    down, up = handle.get_tensor(keys["down"]).float(), _rows(handle, keys["up"], place)
+    used = up.any(dim=0)
+    if place.parts == 1 or used.all() or not used.any():
+        return down, up
+    return down[used], up[:, used]
 
 
 def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_streamed: bool) -> None:
     """Checks what is asked of a DoRA, whose magnitudes belong to the whole weight and not to what is added.
 
     Raises:
-        UserError: it is scaled, or beside another LoRA, or its weights are streamed.
+        UserError: it is scaled, or its weights are streamed; or it, or a T-LoRA, is beside another LoRA.
     """
     for lora, scale in zip(loras, scales, strict=True):
+        if lora.least_rank is not None and len(loras) > 1:
+            raise UserError(f"{lora.path} is a T-LoRA, which is not drawn with other LoRAs: give one --lora alone")
         if not lora.is_dora:
             continue
         if scale != 1:
@@ -291,6 +297,23 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
                 f"{lora.path} is a DoRA, whose layers cannot be streamed to the device: type --stream_blocks 0, or "
                 "--stream_blocks 0 --base_precision nf4 where that does not fit"
             )
+
+
+def require_one_change(path: Path, least_rank: int | None) -> None:
+    """Checks that a LoRA changes the weights in the same way at every noise level, as exports and merging need.
+
+    Args:
+        path: of the LoRA, or where it will be.
+        least_rank: of a T-LoRA; else None.
+
+    Raises:
+        UserError: it is a T-LoRA.
+    """
+    if least_rank is not None:
+        raise UserError(
+            f"{path} is a T-LoRA, whose ranks count by the noise level, which no other program's file and no merged "
+            "weight can hold: draw with inference.py --lora"
+        )
 
 
 def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> None:
@@ -305,9 +328,12 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
         UserError: it is of another kind; a layer of it is not trained, or has a larger rank.
     """
     flag = f"--init_lora {lora.path}"
+    if lora.scales_inputs or lora.has_biases:
+        of = "magnitudes of the layers' inputs" if lora.scales_inputs else "biases"
+        raise UserError(f"{flag} has {of}, which are not trained here: begin with another")
     if lora.type != kind.type:
         remedy = f"leave out --lora_type {kind.type}" if lora.type == "lora" else f"type --lora_type {lora.type}"
-        raise UserError(f"{flag} is a {_TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}")
+        raise UserError(f"{flag} is a {TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}")
     for name in lora.layers:
         if name in ranks:
             continue
@@ -326,6 +352,11 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
             f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
             f"{max(larger.values())} and leave out --rank_pattern"
         )
+    if lora.least_rank is None and kind.least_rank is not None:
+        raise UserError(f"{flag} is no T-LoRA: leave out --use_tlora")
+    if lora.least_rank != kind.least_rank:
+        typed = f"--use_tlora --tlora_min_rank {lora.least_rank}"
+        raise UserError(f"{flag} is a T-LoRA of which {lora.least_rank} ranks count in noise alone: type {typed}")
     if lora.is_dora and not kind.use_dora:
         raise UserError(f"{flag} is a DoRA: add --use_dora")
 
@@ -341,18 +372,17 @@ def require_lycoris_start(lora: LoraFile, transformer: SD3Transformer2DModel) ->
         UserError: its parts have other shapes.
     """
     layers = lycoris_layers(transformer)
-    with safe_open(lora.path, "pt") as handle:
-        for name, layer in lora.layers.items():
-            (trained,) = layers[name].active_adapters
-            wanted = {part: list(tensor.shape) for part, tensor in parts_of(layers[name], trained).items()}
-            found = {part: handle.get_slice(key).get_shape() for part, key in layer.keys.items() if part != "alpha"}
-            if wanted != found:
-                raise UserError(
-                    f"--init_lora {lora.path} has {_shapes_in_words(found)} on {name}, and this command "
-                    f"{_shapes_in_words(wanted)}: type the --rank"
-                    + (" and --lokr_factor" if lora.type == "lokr" else "")
-                    + " that it was trained with"
-                )
+    for name in lora.layers:
+        (trained,) = layers[name].active_adapters
+        wanted = {part: list(tensor.shape) for part, tensor in parts_of(layers[name], trained).items()}
+        found = {part: list(tensor.shape) for part, tensor in lora.start(name).lycoris.items()}
+        if wanted != found:
+            raise UserError(
+                f"--init_lora {lora.path} has {_shapes_in_words(found)} on {name}, and this command "
+                f"{_shapes_in_words(wanted)}: type the --rank"
+                + (" and --lokr_factor" if lora.type == "lokr" else "")
+                + " that it was trained with"
+            )
 
 
 def _shapes_in_words(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -420,6 +450,20 @@ def _the_lora_of(name: str, files: Sequence[str], flag: str) -> str:
 # Reading
 
 
+def base_of(path: Path, model: ModelConfig) -> ModelFiles:
+    """The base model of a LoRA: the one that the flags name, else the one that its training noted.
+
+    Raises:
+        UserError: neither says it, or the model is not there.
+    """
+    if not model.is_miniature:
+        return ModelFiles(model)
+    base = read_lora_record(path).get("base_model")
+    if base is None:
+        raise UserError(f"{path} does not say its base model: add --pretrained_model_name_or_path")
+    return ModelFiles(replace(model, pretrained_model_name_or_path=None if base == "miniature" else base))
+
+
 def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFile:
     """Reads a LoRA's names, shapes and settings, and checks that each tensor fits the transformer and is finite.
 
@@ -433,19 +477,14 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
     record = read_lora_record(path)
     with safe_open(path, "pt") as handle:
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        widths = _layer_widths(transformer_config)
-        keys_of_layers = _keys_of_layers(path, shapes, widths)
+        widths = layer_widths(transformer_config)
+        keyed = keys_of_layers(path, shapes, widths)
         settings = _read_settings(path, handle.metadata() or {}, shapes)
         layers: dict[str, LoraLayer] = {}
-        for name, keys in keys_of_layers.items():
-            in_features, out_features = _require_linear(path, name, widths[name])
-            _require_shapes(path, name, keys, shapes, (in_features, out_features))
-            rank = _rank_of(keys, shapes)
-            written = float(handle.get_tensor(keys["alpha"])) if "alpha" in keys and rank else None
-            alpha = settings.alpha(path, name, rank or 1, written)
-            layers[name] = LoraLayer(keys, rank or 1, alpha, in_features, out_features)
+        for name, layer in keyed.items():
+            layers |= _read_layer(path, handle, name, layer, shapes, widths[name], settings)
         if len({layer.type for layer in layers.values()}) > 1:
-            raise UserError(f"{path} has layers of several kinds, which are {_IN_COMFYUI}")
+            raise UserError(f"{path} has layers of several kinds, which are {IN_COMFYUI}")
         magnitudes = [layer.magnitude for layer in layers.values()]
         if not all(magnitudes) and (any(magnitudes) or settings.use_dora):
             raise UserError(f"{path} is a DoRA that lacks magnitudes of some layers: save or download it again")
@@ -453,62 +492,50 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
     return LoraFile(path, layers, record, has_effect)
 
 
-def _layer_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
-    """The transformer's modules: features in and out of linear layers, None for all others."""
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config)
-    return {
-        name: (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
-        for name, module in transformer.named_modules()
-        if name
-    }
+def _read_layer(
+    path: Path,
+    handle: Any,
+    name: str,
+    layer: LayerKeys,
+    shapes: Mapping[str, tuple[int, ...]],
+    widths: tuple[int, int] | None,
+    settings: _Settings,
+) -> dict[str, LoraLayer]:
+    """The layer by its name; nothing where it is a part of a joined layer that the file leaves as it is."""
+    in_features, out_features = _require_linear(path, name, widths)
+    keys, place = layer.keys, layer.place or WHOLE
+    _require_shapes(path, name, keys, shapes, (in_features, place.parts * out_features))
+    rank = _rank_of(keys, shapes)
+    written = float(handle.get_tensor(keys["alpha"])) if "alpha" in keys and rank else None
+    rank = rank or 1
+    strength = settings.alpha(path, name, rank, written) / rank
+    scales_inputs = "magnitude" in keys and shapes[keys["magnitude"]] == (1, in_features) and in_features > 1
+    if scales_inputs and place.parts > 1:
+        raise UserError(
+            f"{path} is a DoRA with magnitudes of the inputs of q, k and v as one layer ({keys['magnitude']}), which "
+            f"is {IN_COMFYUI}"
+        )
+    if any(part in keys for part in ROW_PARTS):
+        _require_parts_of_rows(path, keys, shapes, place)
+    elif "diff" in keys or place.parts > 1:
+        changed = handle.get_tensor(keys.get("diff") or keys["up"])
+        if not {"magnitude", "bias"} & keys.keys() and changed.any() and not place.rows(changed).any():
+            return {}
+        rank = len(_matrices(handle, keys, place)[0])
+    return {name: LoraLayer(keys, rank, strength * rank, in_features, out_features, place, scales_inputs)}
 
 
-def _keys_of_layers(
-    path: Path, keys: Mapping[str, Any], widths: Mapping[str, tuple[int, int] | None]
-) -> dict[str, dict[str, str]]:
-    """Each layer's keys by part: down, up, and maybe alpha and magnitude; or LyCORIS' own names, and maybe alpha."""
-    flat = {name.replace(".", "_"): name for name in widths}
-    layers: dict[str, dict[str, str]] = {}
-    unread = []
-    for key in keys:
-        match = _KEY.fullmatch(key)
-        name = _layer_name(match["layer"], widths, flat) if match else None
-        if match is None or name is None:
-            unread.append(key)
-            continue
-        part = match["lycoris"] or next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
-        if part in layers.setdefault(name, {}):
-            raise UserError(f"{path} has two tensors for one place ({layers[name][part]}, {key}): give one LoRA a file")
-        layers[name][part] = key
-    if unread:
-        raise UserError(f"{path} {_describe_foreign(unread)}")
-    if not layers:
-        raise UserError(f"{path} holds no tensor: it would have no effect")
-    return layers
-
-
-def _layer_name(written: str, widths: Mapping[str, Any], flat: Mapping[str, str]) -> str | None:
-    name = written
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    if name in widths:
-        return name
-    return next(
-        (flat.get(written.removeprefix(prefix)) for prefix in _FLAT_PREFIXES if written.startswith(prefix)), None
-    )
-
-
-def _describe_foreign(unread: Sequence[str]) -> str:
-    """What the keys that are not read say of the file, and the remedy."""
-    for pattern, sentence in _FOREIGN:
-        key = next((key for key in unread if re.search(pattern, key)), None)
-        if key:
-            return f"{sentence} (its tensor {key})"
-    key = unread[0]
-    if _KEY.fullmatch(key) and re.search(r"transformer_blocks[._]\d", key):
-        return f"was trained on another model ({key} does not fit): give its own base model"
-    return f"has the tensor {key}, which is of no LoRA format known here: docs/loras.md lists those that are drawn"
+def _require_parts_of_rows(
+    path: Path, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], place: OriginalPlace
+) -> None:
+    """Checks that a LoKr or a LoHa of a joined layer is one of each of its parts."""
+    pieces = place.parts * (2 if place.is_swapped else 1)
+    for key in (keys[part] for part in ROW_PARTS if part in keys):
+        if shapes[key][0] % pieces:
+            raise UserError(
+                f"{path} is a LoKr of q, k and v as one layer, and {key} is not made of {pieces} like parts, which is "
+                f"{IN_COMFYUI}"
+            )
 
 
 def _require_linear(path: Path, name: str, widths: tuple[int, int] | None) -> tuple[int, int]:
@@ -533,7 +560,7 @@ def _require_lycoris_shapes(
         if part in keys:
             of = "magnitudes (DoRA)" if part == "magnitude" else "a plain LoRA"
             key = next(keys[part] for parts in PARTS.values() for part in parts if part in keys)
-            raise UserError(f"{path} has a LyCORIS LoKr or LoHa with {of} ({key}), which is {_IN_COMFYUI}")
+            raise UserError(f"{path} has a LyCORIS LoKr or LoHa with {of} ({key}), which is {IN_COMFYUI}")
     parts = {part: shapes[key] for part, key in keys.items() if part != "alpha"}
     wrong = misfit(parts, *widths)
     if wrong:
@@ -556,6 +583,9 @@ def _require_shapes(
     if any(part in keys for parts in PARTS.values() for part in parts):
         _require_lycoris_shapes(path, keys, shapes, widths)
         return
+    if "diff" in keys:
+        _require_difference(path, keys, shapes, widths)
+        return
     if "down" not in keys or "up" not in keys:
         present = next(iter(keys.values()))
         raise UserError(f"{path} lacks a part of the LoRA of {name} (it has {present}): save or download it again")
@@ -565,12 +595,24 @@ def _require_shapes(
     if (down[1], up[0]) != widths:
         key = keys["down"] if down[1] != widths[0] else keys["up"]
         raise UserError(f"{path} was trained on another model ({key} does not fit): give its own base model")
-    magnitude = keys.get("magnitude")
-    if magnitude and shapes[magnitude] not in ((widths[1],), (widths[1], 1)):
-        raise UserError(
-            f"{path} is a DoRA with magnitudes of the layers' inputs ({magnitude}), as OneTrainer writes it by "
-            "default, and older LyCORIS, which is " + _IN_COMFYUI
-        )
+    magnitude, bias = keys.get("magnitude"), keys.get("bias")
+    if magnitude and shapes[magnitude] not in ((widths[1],), (widths[1], 1), (1, widths[0])):
+        raise UserError(f"{path} was trained on another model ({magnitude} does not fit): give its own base model")
+    if bias and (shapes[bias] != widths[1:] or magnitude or not bias.endswith("bias")):
+        raise UserError(f"{path} has {bias} beside its LoRA, which is {IN_COMFYUI}")
+
+
+def _require_difference(
+    path: Path, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], widths: tuple[int, int]
+) -> None:
+    """Checks a layer's whole difference, and its bias's."""
+    other = next((key for part, key in keys.items() if part not in ("diff", "bias", "alpha")), None)
+    if other:
+        raise UserError(f"{path} has {other} beside {keys['diff']}, which is {IN_COMFYUI}")
+    wanted = {"diff": widths[::-1], "bias": widths[1:]}
+    for part, shape in wanted.items():
+        if part in keys and shapes[keys[part]] != shape:
+            raise UserError(f"{path} was trained on another model ({keys[part]} does not fit): give its own base model")
 
 
 def _require_finite(path: Path, handle: Any, keys: Mapping[str, Any], layers: Mapping[str, LoraLayer]) -> bool:
@@ -632,7 +674,7 @@ def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, A
     Raises:
         UserError: it cannot be read, or asks for what is not drawn.
     """
-    is_adapter = any(key.startswith(_PEFT_PREFIX) for key in keys)
+    is_adapter = any(key.startswith(PEFT_PREFIX) for key in keys)
     beside = path.with_name(_PEFT_CONFIG)
     try:
         if (is_adapter or path.name == _PEFT_FILE) and beside.is_file():
@@ -668,7 +710,7 @@ def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, A
 def _require_plain(source: str, settings: Mapping[str, Any]) -> None:
     kind = str(settings.get("peft_type") or "LORA").rsplit(".", 1)[-1]
     if kind != "LORA":
-        raise UserError(f"{source} is of PEFT's {kind}, which is {_PLAIN}")
+        raise UserError(f"{source} is of PEFT's {kind}, which is {PLAIN}")
     start = str(settings.get("init_lora_weights", True)).lower()
     if start not in _PLAIN_STARTS:
         raise UserError(
@@ -678,4 +720,4 @@ def _require_plain(source: str, settings: Mapping[str, Any]) -> None:
     usual = LoraConfig().to_dict()
     for name, value in settings.items():
         if value and value != usual.get(name) and name not in _HARMLESS_SETTINGS:
-            raise UserError(f"{source} says {name} {value}, which is {_PLAIN}")
+            raise UserError(f"{source} says {name} {value}, which is {PLAIN}")

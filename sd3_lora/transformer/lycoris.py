@@ -30,6 +30,8 @@ PARTS: dict[LoraType, tuple[str, ...]] = {
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_w2"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_b", "hada_w2_a"),
 }
+# Those whose rows are the layer's outputs: a third of them is that third of the layer (of a LoKr, if it can be cut so).
+ROW_PARTS = ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a")
 # As LyCORIS' own networks of a diffusers model are named, and SimpleTuner's; ComfyUI has both in its list for SD3.
 _FILE_PREFIX = "lycoris_"
 
@@ -179,6 +181,17 @@ def lycoris_file(transformer: SD3Transformer2DModel, adapter: str) -> dict[str, 
         tensors |= {f"{flat}.{part}": tensor for part, tensor in parts.items()}
         tensors[f"{flat}.alpha"] = torch.tensor(float(layer.r[adapter]))
     return tensors
+
+
+def difference(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the parts of a layer add to its weight, `(out, in)`; without a strength."""
+
+    def product(name: str) -> torch.Tensor:
+        return parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+
+    if "hada_w1_a" in parts:
+        return product("hada_w1") * product("hada_w2")
+    return torch.kron(product("lokr_w1"), product("lokr_w2"))
 
 
 def misfit(parts: Mapping[str, Sequence[int]], in_features: int, out_features: int) -> str | None:

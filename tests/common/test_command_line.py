@@ -33,6 +33,7 @@ import torch
 from conftest import PROJECT
 
 SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
+COMMANDS = ("sd3_lora.export", "sd3_lora.merge")
 
 
 @dataclass(frozen=True)
@@ -229,10 +230,19 @@ def test_every_other_name_is_of_some_script() -> None:
 
 def test_flags_of_paths_are_known() -> None:
     """By their names, so that a new one is not forgotten."""
-    groups = {group for script in SCRIPTS for group in importlib.import_module(script).COMMAND_LINE.groups}
+    scripts = (*SCRIPTS, *COMMANDS)
+    groups = {group for script in scripts for group in importlib.import_module(script).COMMAND_LINE.groups}
     names = {flag.name for group in groups for flag in fields(group)}
     assert names >= PATH_FLAGS
     assert {name for name in names if re.search(r"(dir|path|file)$", name)} <= PATH_FLAGS
+
+
+def test_the_first_argument_may_have_a_flag() -> None:
+    line = CommandLine("script.py", "A script.", (Flags,), first="steps")
+    assert line.parse(["3"]) == line.parse(["--steps", "3"]) == (Flags(3, [], False),)
+    assert line.parse(["3", "--on"]) == (Flags(3, [], True),)
+    with pytest.raises(UserError, match="unknown argument 4"):
+        line.parse(["3", "4"])
 
 
 def test_the_help_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import inference
+from sd3_lora.transformer.lora import LORA_FILE
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from conftest import PROMPT, Prepared, Result
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from training_runs import train
 
 Script = Callable[..., Result]
 LAYERS = tuple(f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_k", "to_v"))
@@ -131,6 +133,31 @@ def test_lokr_and_loha(
     assert np.abs(draw(script, prepared, tmp_path / "both", *both, *words) - expected).max() <= 2
 
 
+def test_a_tlora_from_training_to_pictures(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """The flags change what is learned, and how it is drawn; half the rank is the default."""
+    words = ["--learning_rate", 0.1, "--rank", 8]
+    runs = {
+        name: train(script, prepared, tmp_path / name, *words, *more)
+        for name, more in (
+            ("plain", []),
+            ("half", ["--use_tlora"]),
+            ("four", ["--use_tlora", "--tlora_min_rank", 4]),
+            ("one", ["--use_tlora", "--tlora_min_rank", 1]),
+        )
+    }
+    losses = {name: [line["loss"] for line in run.losses] for name, run in runs.items()}
+    assert losses["half"] == losses["four"]
+    assert len({tuple(each[1:]) for each in losses.values()}) == 3
+    assert len({each[0] for each in losses.values()}) == 1  # nothing is learned yet
+    path = runs["one"].folder / LORA_FILE
+    as_trained = draw(script, prepared, tmp_path / "drawn", "--lora", path)
+    whole_path = saved(tmp_path / "whole.safetensors", load_file(path))  # without its metadata
+    whole = draw(script, prepared, tmp_path / "whole", "--lora", whole_path)
+    assert np.abs(as_trained - whole).max() > 1
+    streamed = draw(script, prepared, tmp_path / "streamed", "--lora", path, "--stream_blocks", 2)
+    assert np.array_equal(streamed, as_trained)
+
+
 @pytest.mark.parametrize("base", ["16bit", "nf4"])
 def test_a_dora(
     script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str
@@ -153,12 +180,54 @@ def test_a_dora(
     assert np.abs(longer - plain).mean() > 1
 
 
+def test_the_original_names_and_whole_differences(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    """The same LoRA as one of q, k and v joined, and as its whole difference; streamed too."""
+    expected = draw(script, prepared, tmp_path / "plain", "--lora", saved(tmp_path / "plain.safetensors", tensors))
+    joined, whole = {}, {}
+    for block in (0, 1):
+        names = [f"transformer.transformer_blocks.{block}.attn.to_{letter}" for letter in "qkv"]
+        key = f"lora_unet_joint_blocks_{block}_x_block_attn_qkv"
+        joined[f"{key}.lora_down.weight"] = torch.cat([tensors[f"{name}.lora_A.weight"] for name in names])
+        joined[f"{key}.lora_up.weight"] = torch.block_diag(*(tensors[f"{name}.lora_B.weight"] for name in names))
+        joined[f"{key}.alpha"] = torch.tensor(12.0)
+        for name in names:
+            product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+            whole[f"lycoris_{name.removeprefix('transformer.').replace('.', '_')}.diff"] = product
+    for form, file in (("joined", joined), ("whole", whole)):
+        path = saved(tmp_path / f"{form}.safetensors", file)
+        for words in ([], ["--stream_blocks", 2]):
+            outdir = tmp_path / f"{form}{len(words)}"
+            assert np.abs(draw(script, prepared, outdir, "--lora", path, *words) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("base", ["16bit", "nf4"])
+def test_a_dora_of_inputs(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str
+) -> None:
+    """With the lengths of the weights' columns as magnitudes and no change of direction, it is the base."""
+    transformer = SD3Transformer2DModel.from_pretrained(prepared.model / "transformer")
+    norms = {
+        f"transformer.{name}.dora_scale": transformer.get_submodule(name).weight.norm(dim=0, keepdim=True).detach()
+        for name in LAYERS
+    }
+    still = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+    words = ["--base_precision", base]
+    plain = draw(script, prepared, tmp_path / "plain", *words)
+    unchanged = saved(tmp_path / "unchanged.safetensors", {**still, **norms})
+    longer = saved(tmp_path / "long.safetensors", {**still, **{name: 9 * norm for name, norm in norms.items()}})
+    difference = np.abs(draw(script, prepared, tmp_path / "unchanged", *words, "--lora", unchanged) - plain).mean()
+    assert difference < 0.1  # the norms are of the weights before they were packed in 4 bits
+    assert np.abs(draw(script, prepared, tmp_path / "long", *words, "--lora", longer) - plain).mean() > 1
+
+
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("extra", "words", "says"),
     [
         ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", [], "holds LoRA layers of text encoders"),
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight", [], "layer names of sd-scripts (kohya)"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", [], "holds LoRA layers of text encoders"),
         ("transformer.pos_embed.proj.lora_A.weight", [], "no linear layer"),
         ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", [], "was trained on another model"),
         ("nan", [], "has NaN or infinity"),

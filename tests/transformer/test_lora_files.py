@@ -100,6 +100,7 @@ FORMS: dict[str, Callable[[str], tuple[str, str, str]]] = {
     "down and up": lambda name: (f"transformer.{name}", "lora_down.weight", "lora_up.weight"),
     "ComfyUI's prefix": lambda name: (f"diffusion_model.{name}", "lora_A.weight", "lora_B.weight"),
     "OneTrainer": lambda name: (f"lora_transformer_{name.replace('.', '_')}", "lora_down.weight", "lora_up.weight"),
+    "OneTrainer, with dots": lambda name: (f"lora_transformer.{name}", "lora_down.weight", "lora_up.weight"),
     "LyCORIS": lambda name: (f"lycoris_{name.replace('.', '_')}", "lora_down.weight", "lora_up.weight"),
 }
 
@@ -322,18 +323,20 @@ def test_a_dora_needs_room_for_its_largest_layer(transformer: SD3Transformer2DMo
     assert read_lora_file(dora, transformer.config).device_bytes == expected
 
 
-@pytest.mark.parametrize("kind", ["of inputs", "of some layers", "of no layer"])
+@pytest.mark.parametrize("kind", ["of another width", "of some layers", "of no layer"])
 def test_magnitudes_that_are_not_drawn(transformer: SD3Transformer2DModel, tmp_path: Path, kind: str) -> None:
     tensors = in_diffusers(pairs(transformer))
     name = LAYERS[0]
     width_out, width_in = transformer.get_submodule(name).weight.shape
-    if kind == "of inputs":
-        tensors[f"transformer.{name}.dora_scale"] = torch.ones(1, width_in)
+    if kind == "of another width":
+        tensors[f"transformer.{name}.dora_scale"] = torch.ones(1, width_in + 1)
     elif kind == "of some layers":
         tensors[f"transformer.{name}.dora_scale"] = torch.ones(width_out, 1)
     path = written(tmp_path / LORA_FILE, tensors, {"r": 4, "lora_alpha": 4, "use_dora": True})
-    says = "magnitudes of the layers' inputs" if kind == "of inputs" else "lacks magnitudes of some layers"
-    with pytest.raises(UserError, match=f"is a DoRA .*{says}"):
+    says = (
+        r"dora_scale does not fit" if kind == "of another width" else "is a DoRA that lacks magnitudes of some layers"
+    )
+    with pytest.raises(UserError, match=says):
         read_lora_file(path, transformer.config)
 
 
@@ -350,28 +353,21 @@ KOHYA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
         ("lycoris_transformer_blocks_0_attn_to_q.lokr_t2", "is a LyCORIS LoHa or LoKr with a Tucker decomposition"),
         ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "lacks a part|has a LyCORIS LoKr or LoHa with a plain LoRA"),
         ("lycoris_transformer_blocks_7_attn_to_q.lokr_w1", "was trained on another model"),
-        (f"{KOHYA}.hada_w2_b", r"layer names of sd-scripts \(kohya\).*draw with it in ComfyUI"),
-        ("diffusion_model.joint_blocks.3.context_block.attn.qkv.lokr_w1", "layer names of the original SD3"),
         (f"{KOHYA}.oft_blocks", "is an OFT adapter"),
         (f"{Q}.a1.weight", "is a LyCORIS GLoRA"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lambda_layer", "is a LyCORIS T-LoRA"),
         (f"{KOHYA}.lora_mid.weight", "is a LyCORIS LoCon with a Tucker decomposition"),
-        (f"{Q}.diff", "holds differences of whole weights"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "text encoders.*diffusers"),
         ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", "text encoders.*diffusers"),
         ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoders.*ComfyUI"),
         ("lora_te3_encoder_block_0_layer_0_SelfAttention_k.alpha", "text encoders.*ComfyUI"),
         ("base_model.model.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "text encoders"),
-        (f"{KOHYA}.lora_down.weight", r"layer names of sd-scripts \(kohya\).*draw with it in ComfyUI"),
-        ("lora_unet_final_layer_linear.alpha", r"layer names of sd-scripts \(kohya\)"),
-        ("diffusion_model.joint_blocks.3.context_block.attn.qkv.lora_A.weight", "layer names of the original SD3"),
-        ("joint_blocks.3.x_block.mlp.fc1.lora_up.weight", "layer names of the original SD3"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "was trained on Flux"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "was trained on Flux"),
         ("lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight", "was trained on Stable Diffusion 1, 2 or XL"),
         ("unet.mid_block.attentions.0.proj_in.lora.down.weight", "was trained on Stable Diffusion 1, 2 or XL"),
         ("clip_l", "holds a textual inversion"),
         ("bundle_emb.sks.clip_g", "holds a textual inversion"),
-        (f"{Q}.lora_B.bias", "has biases in its LoRA"),
         (f"base_model.model.{BLOCK}attn.to_q.base_layer.weight", "holds whole weights"),
         ("transformer.pos_embed.proj.weight", "holds whole weights"),
         (f"{BLOCK}attn.to_q.weight", "holds whole weights"),
@@ -380,6 +376,10 @@ KOHYA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
         ("transformer.transformer_blocks.2.attn.to_q.lora_A.weight", "was trained on another model"),
         ("lora_transformer_transformer_blocks_23_attn_to_q.alpha", "was trained on another model"),
         ("step", "has the tensor step, which is of no LoRA format known here: docs/loras.md"),
+        (f"{Q}.set_weight", "holds weights of norms, or whole ones in place of the base's"),
+        ("lycoris_transformer_blocks_0_norm1.w_norm", "holds weights of norms"),
+        ("diffusion_model.joint_blocks.3.context_block.attn.qkv.lora_A.weight", "was trained on another model"),
+        ("lora_unet_joint_blocks_23_x_block_mlp_fc1.alpha", "was trained on another model"),
         (f"{Q}.lora_C.weight", "which is of no LoRA format known here"),
     ],
 )

@@ -1,0 +1,139 @@
+"""A LoRA merged into its base model → a whole model in diffusers' layout, which needs no LoRA any more.
+
+Only the transformer is written, one tensor in memory at a time; what is beside it is linked or copied.
+
+    python -m sd3_lora.merge sd3-dreambooth-lora --output_dir merged
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import LoraBaseConfig
+
+
+@dataclass(frozen=True)
+class MergeFlags:
+    """Which LoRA, and where the model goes."""
+
+    lora: str = field(metadata={"help": "Folder, file or hub id of a LoRA; the first argument needs no --lora."})
+    output_dir: str = field(metadata={"help": "The new model's folder, which must not be there yet."})
+    lora_scale: float = field(default=1.0, metadata={"help": "Strength of the LoRA."})
+    copy: bool = field(
+        default=False,
+        metadata={
+            "help": "Copy the weights of the text encoders and the VAE. Default: hard links to the base's files where "
+            "both are on one disk, which take no space."
+        },
+    )
+
+
+COMMAND_LINE = CommandLine("-m sd3_lora.merge", __doc__, (MergeFlags, LoraBaseConfig), first="lora")
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.transformer.lora_files import (
+    LoraFile,
+    base_of,
+    find_lora,
+    read_lora_file,
+    require_drawable,
+    require_one_change,
+)
+from sd3_lora.transformer.merged_weights import write_merged
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
+
+
+def files_beside(files: ModelFiles) -> Iterator[str]:
+    """All files of the pipeline but the transformer's weights, by their paths in its folder.
+
+    Of weights, and of lists of weight files, those of the variant that was asked for.
+    """
+    yield "model_index.json"
+    variant = files.config.variant
+    for component in files.components():
+        folder = files.component(component)
+        kept = [] if component == "transformer" else files.weight_files(component)
+        for path in sorted(folder.rglob("*")):
+            is_of_variant = ".index." not in path.name or not variant or f".{variant}" in path.name
+            if path.is_file() and is_of_variant and (path.suffix not in _WEIGHTS or path in kept):
+                yield str(path.relative_to(files.folder))
+
+
+def link_or_copy(source: Path, path: Path, copies: bool) -> None:
+    """A hard link for weights, where that can be; else a copy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # in the hub's cache a file is a link
+    if path.suffix in _WEIGHTS and not copies:
+        try:
+            os.link(source, path)
+            return
+        except OSError:  # another disk, or one without links
+            pass
+    shutil.copyfile(source, path)
+
+
+def require_new_folder(folder: Path) -> None:
+    """Checks that nothing is replaced.
+
+    Raises:
+        UserError: the folder holds something, or cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: give another --output_dir")
+    require_writable_folder(folder)
+
+
+def write_model(lora: LoraFile, scale: float, files: ModelFiles, folder: Path, copies: bool) -> None:
+    """Writes the whole model under another name, and renames it; nothing is left of an attempt that failed."""
+    unfinished = folder.resolve().with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        for name in files_beside(files):
+            link_or_copy(files.folder / name, unfinished / name, copies)
+        write_merged(lora, scale, files.weight_files("transformer"), unfinished / "transformer")
+        folder.rmdir()  # it is empty
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Reads the LoRA, and writes the model."""
+    flags, model = COMMAND_LINE.parse(argv)
+    path = find_lora(flags.lora)
+    files = base_of(path, model)
+    lora = read_lora_file(path, files.read_config("transformer"))
+    require_one_change(lora.path, lora.least_rank)
+    require_drawable([lora], [flags.lora_scale], is_streamed=False)
+    folder = Path(flags.output_dir)
+    require_new_folder(folder)
+    write_model(lora, flags.lora_scale, files, folder, flags.copy)
+    print(f"wrote {folder}")
+    # What drawing reads in a LoRA's file, and no longer finds.
+    resolution = lora.record.get("resolution")
+    drawing = {
+        "prompt": lora.record.get("trigger"),
+        "max_sequence_length": lora.record.get("max_sequence_length"),
+        "height": resolution,
+        "width": resolution,
+    }
+    print("next: " + command("inference.py", pretrained_model_name_or_path=folder, variant=model.variant, **drawing))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    return exit_code(run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
