@@ -132,7 +132,6 @@ from sd3_lora.transformer.lora_files import (
     find_lora,
     read_lora_file,
     require_lycoris_start,
-    require_one_change,
     require_start,
 )
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -424,13 +423,7 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 def lora_kind(lora: LoraFlags) -> LoraKind:
     """How the LoRA is scaled and started, as the flags say."""
     return LoraKind(
-        lora.use_rslora,
-        lora.use_dora,
-        lora.init_lora_weights,
-        lora.ranks,
-        lora.lora_type,
-        lora.lokr_factor,
-        lora.least_rank,
+        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
     )
 
 
@@ -786,7 +779,6 @@ def run(argv: Sequence[str] | None) -> None:
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
     for form in flags.run.exports:
-        require_one_change(output_dir / LORA_FILE, lora_kind(flags.lora).least_rank)
         require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)

@@ -41,14 +41,7 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.transformer.lora_files import (
-    LoraFile,
-    base_of,
-    find_lora,
-    read_lora_file,
-    require_drawable,
-    require_one_change,
-)
+from sd3_lora.transformer.lora_files import LoraFile, base_of, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.merged_weights import write_merged
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
@@ -113,7 +106,6 @@ def run(argv: Sequence[str] | None) -> None:
     path = find_lora(flags.lora)
     files = base_of(path, model)
     lora = read_lora_file(path, files.read_config("transformer"))
-    require_one_change(lora.path, lora.least_rank)
     require_drawable([lora], [flags.lora_scale], is_streamed=False)
     folder = Path(flags.output_dir)
     require_new_folder(folder)

@@ -364,16 +364,6 @@ class LoraFlags:
         },
     )
 
-    use_tlora: bool = field(
-        default=False,
-        metadata={
-            "help": "Train fewer ranks the more noise there is (T-LoRA); other programs than inference.py draw with "
-            "all of them."
-        },
-    )
-    tlora_min_rank: int | None = field(
-        default=None, metadata={"help": "How many ranks of a T-LoRA count in noise alone. Default: half the rank."}
-    )
     init_lora: str | None = field(
         default=None,
         metadata={"help": "Start from this LoRA: a folder, file or hub id, of this or another program."},
@@ -397,7 +387,6 @@ class LoraFlags:
             if self.lora_dropout:
                 yield f"{start} and --lora_dropout: it would drop a part of the model itself: leave one out"
         yield from self._type_faults()
-        yield from self._tlora_faults()
         for entry in self._split(self.rank_pattern) or ():
             layer, _, rank = entry.partition("=")
             if not layer.strip() or not rank.strip().isdecimal() or int(rank) < 1:
@@ -419,26 +408,6 @@ class LoraFlags:
         for flag, typed in of_plain_lora.items():
             if typed:
                 yield f"{flag} is of a plain LoRA, not of --lora_type {self.lora_type}: leave one out"
-
-    def _tlora_faults(self) -> Iterator[str]:
-        least = self.tlora_min_rank
-        if least is not None and not self.use_tlora:
-            yield f"--tlora_min_rank {least} is of --use_tlora: add that, or leave it out"
-        elif least is not None and not 1 <= least <= self.rank:
-            yield f"--tlora_min_rank {least} must be at least 1 and at most --rank, {self.rank}"
-        others = {
-            f"--lora_type {self.lora_type}": self.lora_type != "lora",
-            "--use_dora": self.use_dora,
-            f"--init_lora_weights {self.init_lora_weights}": self.init_lora_weights in ("pissa", "olora"),
-        }
-        for flag, typed in others.items():
-            if self.use_tlora and typed:
-                yield f"--use_tlora and {flag} are two kinds of LoRA: leave one out"
-
-    @property
-    def least_rank(self) -> int | None:
-        """tlora_min_rank, or half the rank; None where it is no T-LoRA."""
-        return (self.tlora_min_rank or max(1, self.rank // 2)) if self.use_tlora else None
 
     @property
     def alpha(self) -> float:

@@ -24,7 +24,6 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraStart, LoraType
 from sd3_lora.common.tensor_files import write_tensors
 from sd3_lora.transformer.lycoris import PARTS, add_lycoris, difference, lycoris_file, lycoris_layers, parts_of
-from sd3_lora.transformer.noise_ranks import NoiseRanks
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -64,7 +63,6 @@ _SVD_ITERATIONS, _OVERSAMPLED = 4, 8
 _ADAPTER = "default"
 _LYCORIS_PARTS = {part for parts in PARTS.values() for part in parts}
 METADATA_KEY = "sd3_lora"  # of what this project notes in a LoRA's file
-LEAST_RANK_KEY = "tlora_min_rank"  # in this project's metadata, of a T-LoRA alone
 _PREFIX = "transformer."
 
 
@@ -81,7 +79,6 @@ class LoraKind:
         ranks: ending of a layer's name → its rank. The first that fits counts; other layers have the usual rank.
         type: lora, or LyCORIS' lokr and loha, which have a start of their own and none of the above but the ranks.
         factor: of a LoKr, as `add_lycoris` takes it.
-        least_rank: of a T-LoRA, as `NoiseRanks` takes it; None for all ranks whatever the noise.
     """
 
     use_rslora: bool = False
@@ -90,7 +87,6 @@ class LoraKind:
     ranks: Mapping[str, int] = field(default_factory=dict)
     type: LoraType = "lora"
     factor: int = -1
-    least_rank: int | None = None
 
     @property
     def starts_from_weights(self) -> bool:
@@ -272,12 +268,7 @@ class AddedLora(Linear):
       `W x + s (B A - B₀ A₀) x`. So a 16-bit base is not rounded anew, and is what is left where the adapter is off.
     - DoRA's norms are computed in float32, without peft's identity `(in, in)`, and the difference to a magnitude is
       added: in 16 bits a new DoRA changes nothing.
-
-    Attributes:
-        noise_ranks: of a T-LoRA.
     """
-
-    noise_ranks: NoiseRanks | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`(..., in_features)` to `(..., out_features)`."""
@@ -286,17 +277,14 @@ class AddedLora(Linear):
         (adapter,) = self.active_adapters
         product: torch.Tensor = self.base_layer(x)
         down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        rank = len(down)
         if self.start is not None:
             down, up = torch.cat((down, self.start[0])), torch.cat((up, -self.start[1]), dim=1)
         spare = _spare_rank(len(down), x.device)
         if spare:
             down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
-        low = linear(self.lora_dropout[adapter](x), down)
-        if self.noise_ranks is not None:
-            low = self.noise_ranks(low, rank)
+        low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
         # Not in place: bitsandbytes' result must not be changed.
-        rows = torch.addmm(product.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[adapter])
+        rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
         if adapter in self.lora_magnitude_vector:
             rows = self._with_magnitudes(rows, adapter)
         return rows.view(product.shape)
@@ -409,8 +397,6 @@ def attach_lora(
             layer.subtract_start()
         if kind.use_dora:
             layer.lora_magnitude_vector[_ADAPTER].weight.data = layer.row_norms(_ADAPTER)
-    if kind.least_rank is not None:
-        follow_noise(transformer, _ADAPTER, kind.least_rank)
     return parameters
 
 
@@ -418,15 +404,6 @@ def trained_names(transformer: SD3Transformer2DModel) -> list[str]:
     """What is trained, in the order of `attach_lora`'s parameters: names inside their blocks, as attn.to_q.lora_A."""
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     return [name.split(".", 2)[2].removesuffix(".weight").removesuffix(f".{_ADAPTER}") for name in names]
-
-
-def follow_noise(transformer: SD3Transformer2DModel, adapter: str, least_rank: int) -> None:
-    """Makes a LoRA of `AddedLora` layers a T-LoRA."""
-    layers = [module for module in transformer.modules() if isinstance(module, AddedLora)]
-    noise_ranks = NoiseRanks(least_rank)
-    noise_ranks.follow(transformer, {len(layer.lora_A[adapter].weight) for layer in layers})
-    for layer in layers:
-        layer.noise_ranks = noise_ranks
 
 
 @torch.no_grad()
@@ -602,9 +579,7 @@ def _file_of(
         adapter = _adapter_settings(plain)
         rank = adapter["r"]
         settings = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()})}
-    noise_ranks = next((layer.noise_ranks for layer in lora_layers(transformer).values()), None)  # of all the same
-    noted = {LEAST_RANK_KEY: noise_ranks.least} if noise_ranks else {}
-    own = json.dumps({**record, "rank": rank, **noted}, ensure_ascii=False)
+    own = json.dumps({**record, "rank": rank}, ensure_ascii=False)
     return tensors, {"format": "pt", **settings, METADATA_KEY: own}
 
 

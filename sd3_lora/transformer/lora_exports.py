@@ -26,7 +26,7 @@ from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 from sd3_lora.transformer.lora import METADATA_KEY, LayerStart
-from sd3_lora.transformer.lora_files import LoraFile, require_one_change
+from sd3_lora.transformer.lora_files import LoraFile
 from sd3_lora.transformer.lora_keys import layer_widths
 from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
@@ -77,7 +77,6 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
         UserError: the format cannot hold it.
     """
     plain = is_plain(lora.type, lora.is_dora) and not lora.has_biases
-    require_one_change(lora.path, lora.least_rank)
     require_exportable(lora.path, plain, form)
     config = files.read_config("transformer")
     places = original_places(layer_widths(config))

@@ -24,12 +24,9 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType, ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.transformer.lora import (
-    LEAST_RANK_KEY,
     LORA_FILE,
-    AddedLora,
     LayerStart,
     LoraKind,
-    follow_noise,
     peft_patterns,
     read_lora_record,
     scale_inputs,
@@ -137,11 +134,6 @@ class LoraFile:
         return next(layer.type for layer in self.layers.values())
 
     @property
-    def least_rank(self) -> int | None:
-        """Of a T-LoRA of this project, how many ranks count in noise alone; else None."""
-        return self.record.get(LEAST_RANK_KEY)
-
-    @property
     def device_bytes(self) -> int:
         """The most that it takes on the device, in float32: its tensors, and what a layer works with.
 
@@ -178,8 +170,6 @@ class LoraFile:
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
             raise RuntimeError(f"{self.path}: {result.unexpected_keys[0]} was not applied")
-        if self.least_rank is not None:
-            follow_noise(transformer, name, self.least_rank)
         for layer in self.layers if self.is_dora else ():
             module = transformer.get_submodule(layer)
             if self.scales_inputs:
@@ -237,7 +227,7 @@ class LoraFile:
             target_modules=list(self.layers),
         )
         # PEFT asks after quantized layers of other libraries first, and raises where an old torchao is installed.
-        config._register_custom_module({torch.nn.Linear: Linear if self.least_rank is None else AddedLora})
+        config._register_custom_module({torch.nn.Linear: Linear})
         return config
 
     def _tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -281,11 +271,9 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
     """Checks what is asked of a DoRA, whose magnitudes belong to the whole weight and not to what is added.
 
     Raises:
-        UserError: it is scaled, or its weights are streamed; or it, or a T-LoRA, is beside another LoRA.
+        UserError: it is scaled, or beside another LoRA, or its weights are streamed.
     """
     for lora, scale in zip(loras, scales, strict=True):
-        if lora.least_rank is not None and len(loras) > 1:
-            raise UserError(f"{lora.path} is a T-LoRA, which is not drawn with other LoRAs: give one --lora alone")
         if not lora.is_dora:
             continue
         if scale != 1:
@@ -297,23 +285,6 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
                 f"{lora.path} is a DoRA, whose layers cannot be streamed to the device: type --stream_blocks 0, or "
                 "--stream_blocks 0 --base_precision nf4 where that does not fit"
             )
-
-
-def require_one_change(path: Path, least_rank: int | None) -> None:
-    """Checks that a LoRA changes the weights in the same way at every noise level, as exports and merging need.
-
-    Args:
-        path: of the LoRA, or where it will be.
-        least_rank: of a T-LoRA; else None.
-
-    Raises:
-        UserError: it is a T-LoRA.
-    """
-    if least_rank is not None:
-        raise UserError(
-            f"{path} is a T-LoRA, whose ranks count by the noise level, which no other program's file and no merged "
-            "weight can hold: draw with inference.py --lora"
-        )
 
 
 def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> None:
@@ -352,11 +323,6 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
             f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
             f"{max(larger.values())} and leave out --rank_pattern"
         )
-    if lora.least_rank is None and kind.least_rank is not None:
-        raise UserError(f"{flag} is no T-LoRA: leave out --use_tlora")
-    if lora.least_rank != kind.least_rank:
-        typed = f"--use_tlora --tlora_min_rank {lora.least_rank}"
-        raise UserError(f"{flag} is a T-LoRA of which {lora.least_rank} ranks count in noise alone: type {typed}")
     if lora.is_dora and not kind.use_dora:
         raise UserError(f"{flag} is a DoRA: add --use_dora")
 

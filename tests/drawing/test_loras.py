@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import inference
-from sd3_lora.transformer.lora import LORA_FILE
 
 import numpy as np
 import pytest
@@ -15,8 +14,7 @@ import torch
 from conftest import PROMPT, Prepared, Result
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from training_runs import train
+from safetensors.torch import save_file
 
 Script = Callable[..., Result]
 LAYERS = tuple(f"transformer_blocks.{block}.attn.{layer}" for block in (0, 1) for layer in ("to_q", "to_k", "to_v"))
@@ -131,31 +129,6 @@ def test_lokr_and_loha(
     # Beside the plain one, of which it takes half away.
     both = ["--lora", plain, "--lora_scale", 1, "--lora", tmp_path / "lokr.safetensors", "--lora_scale", -1]
     assert np.abs(draw(script, prepared, tmp_path / "both", *both, *words) - expected).max() <= 2
-
-
-def test_a_tlora_from_training_to_pictures(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    """The flags change what is learned, and how it is drawn; half the rank is the default."""
-    words = ["--learning_rate", 0.1, "--rank", 8]
-    runs = {
-        name: train(script, prepared, tmp_path / name, *words, *more)
-        for name, more in (
-            ("plain", []),
-            ("half", ["--use_tlora"]),
-            ("four", ["--use_tlora", "--tlora_min_rank", 4]),
-            ("one", ["--use_tlora", "--tlora_min_rank", 1]),
-        )
-    }
-    losses = {name: [line["loss"] for line in run.losses] for name, run in runs.items()}
-    assert losses["half"] == losses["four"]
-    assert len({tuple(each[1:]) for each in losses.values()}) == 3
-    assert len({each[0] for each in losses.values()}) == 1  # nothing is learned yet
-    path = runs["one"].folder / LORA_FILE
-    as_trained = draw(script, prepared, tmp_path / "drawn", "--lora", path)
-    whole_path = saved(tmp_path / "whole.safetensors", load_file(path))  # without its metadata
-    whole = draw(script, prepared, tmp_path / "whole", "--lora", whole_path)
-    assert np.abs(as_trained - whole).max() > 1
-    streamed = draw(script, prepared, tmp_path / "streamed", "--lora", path, "--stream_blocks", 2)
-    assert np.array_equal(streamed, as_trained)
 
 
 @pytest.mark.parametrize("base", ["16bit", "nf4"])

@@ -70,20 +70,6 @@ def test_other_kinds(script: Script, prepared: Prepared, tmp_path: Path, words: 
     assert names(tmp_path / "out" / KOHYA) == {"x_block_attn_qkv.diff"}
 
 
-def test_a_tlora_is_refused(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    """Before training, by the command, and by the merge."""
-    says = "is a T-LoRA, whose ranks count by the noise level"
-    run = train(script, prepared, tmp_path / "refused", "--use_tlora", "--export", "kohya", code=2)
-    assert says in run.error
-    assert run.wrote_no_weights()
-    train(script, prepared, tmp_path / "lora", "--use_tlora")
-    for command, words in ((EXPORT, []), ("sd3_lora.merge", ["--output_dir", tmp_path / "merged"])):
-        result = script(command, tmp_path / "lora", *words)
-        assert result.code == 2
-        assert says in result.err
-    assert not (tmp_path / "merged").exists()
-
-
 def test_the_command_as_it_is_typed(prepared: Prepared, tmp_path: Path) -> None:
     """In a process of its own, from another folder, with the LoRA as the first argument."""
     transformer = load_file(next((prepared.model / "transformer").glob("*.safetensors")))

@@ -137,8 +137,6 @@ ELSEWHERE = {
     "prodigy_safeguard_warmup": "test_optimizers_by_name.py",
     "use_ema": "test_ema.py",
     "init_lora": "test_kinds.py",
-    "use_tlora": "test_loras.py",
-    "tlora_min_rank": "test_loras.py",
     "ema_decay": "test_ema.py",
     "lr_scheduler": "here",
     "lr_warmup_steps": "here",

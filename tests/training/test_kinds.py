@@ -69,14 +69,6 @@ REFUSED: list[tuple[list[Any], str]] = [
     (["--lora_type", "lokr", "--lora_dropout", 0.1], "--lora_dropout 0.1 is of a plain LoRA, not of --lora_type lokr"),
     (["--lora_type", "loha", "--init_lora_weights", "default"], "--init_lora_weights default is of a plain LoRA, not"),
     (["--lora_type", "lokr", "--init_lora_weights", "pissa"], "--init_lora_weights pissa is of a plain LoRA, not of"),
-    (["--use_tlora", "--use_dora"], "--use_tlora and --use_dora are two kinds of LoRA: leave one out"),
-    (
-        ["--use_tlora", "--init_lora_weights", "pissa"],
-        "--use_tlora and --init_lora_weights pissa are two kinds of LoRA",
-    ),
-    (["--use_tlora", "--lora_type", "lokr"], "--use_tlora and --lora_type lokr are two kinds of LoRA: leave one out"),
-    (["--tlora_min_rank", 2], "--tlora_min_rank 2 is of --use_tlora: add that, or leave it out"),
-    (["--use_tlora", "--tlora_min_rank", 5], "--tlora_min_rank 5 must be at least 1 and at most --rank, 4"),
     (["--lokr_factor", 8], "--lokr_factor 8 is of --lora_type lokr: add that, or leave it out"),
     (
         ["--lora_type", "lokr", "--lokr_factor", 0],
@@ -101,7 +93,6 @@ RESUMED: list[list[Any]] = [
     ["--lora_type", "lokr"],
     ["--lora_type", "lokr", "--lokr_factor", 2, "--rank_pattern", "attn.to_k=20", "--use_ema"],
     ["--lora_type", "loha", "--use_ema"],
-    ["--use_tlora", "--train_batch_size", 2],
 ]
 
 

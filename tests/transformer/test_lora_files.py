@@ -355,7 +355,6 @@ KOHYA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
         ("lycoris_transformer_blocks_7_attn_to_q.lokr_w1", "was trained on another model"),
         (f"{KOHYA}.oft_blocks", "is an OFT adapter"),
         (f"{Q}.a1.weight", "is a LyCORIS GLoRA"),
-        ("lycoris_transformer_blocks_0_attn_to_q.lambda_layer", "is a LyCORIS T-LoRA"),
         (f"{KOHYA}.lora_mid.weight", "is a LyCORIS LoCon with a Tucker decomposition"),
         ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "text encoders.*diffusers"),
         ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", "text encoders.*diffusers"),
