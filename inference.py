@@ -36,16 +36,16 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size,
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.config import InferenceConfig
+from sd3_lora.drawing.config import SKIP_LAYER_DEFAULTS, InferenceConfig
 from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
-from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
+from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, SkipLayerGuidance, decode
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.prompts import read_prompts
+from sd3_lora.stage_one.prompts import read_prompts, with_subject
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
@@ -139,7 +139,7 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     """The prompts to draw: as given, else the examples' on the miniature, else each LoRA's trigger.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one lacks its subject.
     """
     prompts = list(config.prompt)
     if config.prompts_file is not None:
@@ -149,7 +149,7 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')
-    return prompts
+    return with_subject(prompts, config.subject)
 
 
 def read_known(
@@ -215,6 +215,7 @@ def plan_drawing(
         sum(lora.file.device_bytes for lora in loras),
     )
     blocks = files.read_config("transformer")["num_layers"]
+    check_skipped_layers(config.skip_guidance_layers, blocks)
     asked = AskedPlacement.of(flags.base, None, blocks)
     asked.check(blocks)
     plan = plan_denoising(files, shape, budget, asked)
@@ -225,14 +226,33 @@ def plan_drawing(
 
 def sampling_of(config: InferenceConfig) -> SamplingSettings:
     """How pictures are denoised."""
-    return SamplingSettings(config.num_steps, config.guidance, config.negative_prompt)
+    skipping = None
+    if config.skip_guidance_layers:
+        given = {name: getattr(config, f"skip_layer_guidance_{name}") for name in SKIP_LAYER_DEFAULTS}
+        given = {name: value for name, value in given.items() if value is not None}
+        layers = tuple(sorted(set(config.skip_guidance_layers)))
+        skipping = SkipLayerGuidance(layers, **{**SKIP_LAYER_DEFAULTS, **given})
+    return SamplingSettings(
+        config.num_steps, config.guidance, config.negative_prompt, config.scheduler, config.timestep_shift, skipping
+    )
+
+
+def check_skipped_layers(layers: Sequence[int], blocks: int) -> None:
+    """Checks that the model has these blocks.
+
+    Raises:
+        UserError: it has not.
+    """
+    for layer in layers:
+        if not 0 <= layer < blocks:
+            raise UserError(f"--skip_guidance_layers {layer}: this model's blocks are 0 to {blocks - 1}")
 
 
 def picture_settings(
     config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[Lora], precision: str
 ) -> dict[str, Any]:
     """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the PNG."""
-    packed = drawing.plan.placement.precision
+    packed, sampling = drawing.plan.placement.precision, sampling_of(config)
     return {
         "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
         "scheduler": files.scheduler_hash(),
@@ -246,6 +266,10 @@ def picture_settings(
         "max_sequence_length": drawing.length,
         "precision": precision + (f", base {packed}" if packed else ""),
         "vae_precision": config.vae_precision,
+        # Only where they are asked for: pictures of earlier builds do not note them.
+        **({"sampler": sampling.scheduler} if sampling.scheduler != "euler" else {}),
+        **({} if sampling.timestep_shift is None else {"timestep_shift": sampling.timestep_shift}),
+        **({"skip_layer_guidance": sampling.skip_layers.to_dict()} if sampling.skip_layers else {}),
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
         **({"t5_precision": config.t5_precision} if config.t5_precision else {}),
         **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
