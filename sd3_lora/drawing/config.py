@@ -15,6 +15,7 @@ from sd3_lora.common.placement_flags import BaseFlags
 SchedulerName = Literal["euler", "heun", "dpmpp_2m", "unipc"]
 # By name: what other programs call it.
 SCHEDULERS: dict[SchedulerName, str] = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC"}
+PictureFormat = Literal["png", "jpg", "webp"]
 SKIP_LAYER_DEFAULTS = {"scale": 2.8, "start": 0.01, "stop": 0.2}  # diffusers' and SD3.5-Medium's
 
 
@@ -31,7 +32,15 @@ class InferenceConfig:
         },
     )
     lora_scale: list[float] = field(
-        default_factory=list, metadata={"action": "extend", "help": "Strength of each --lora; default 1."}
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Strength of each --lora; default 1. Several for one --lora, such as 0 0.5 1: all is drawn with "
+            "each of them.",
+        },
+    )
+    compare: bool = field(
+        default=False, metadata={"help": "Draw without the LoRA too, from the same noise, and put both side by side."}
     )
     prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
@@ -102,6 +111,9 @@ class InferenceConfig:
             "help": "Where the pictures go. Pictures of other settings that are there keep their names.",
         },
     )
+    format: PictureFormat = field(
+        default="png", metadata={"help": "Of the pictures and of the contact sheet; settings are noted in each."}
+    )
     data_df_path: str = field(
         default=EMBEDDINGS_PATH, metadata={"help": "An embeddings file; its prompts need no text encoder."}
     )
@@ -136,7 +148,7 @@ class InferenceConfig:
             yield from (f"--{name} {value:g} must be a finite number" for value in values if not math.isfinite(value))
         yield from self._schedule_faults()
         yield from (f"--lora: {fault}" for fault in map(missing_path, self.lora) if fault)
-        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+        if self.lora_scale and len(self.lora) != 1 and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
 
     def _schedule_faults(self) -> Iterator[str]:

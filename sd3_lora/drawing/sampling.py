@@ -134,7 +134,7 @@ class Sampler:
     """Denoises, as diffusers' pipeline does, with the transformer alone.
 
     Args:
-        transformer: that draws.
+        transformer: that draws; its adapters may change between two calls.
         scheduler_config: of the model's scheduler.
         precision: the autocast under which the transformer is called; none where its adapters have its dtype.
         dtype_flag: that chose the transformer's dtype, for a message.
@@ -147,7 +147,7 @@ class Sampler:
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         dtype_flag: str = "--mixed_precision",
     ):
-        self._transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
+        self.transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
         self._scheduler_config = scheduler_config
 
     @classmethod
@@ -174,16 +174,16 @@ class Sampler:
         Raises:
             UserError: they are not finite.
         """
-        dtype, device = self._transformer.dtype, self._transformer.device
+        dtype, device = self.transformer.dtype, self.transformer.device
         names = [*([settings.negative_prompt] * len(prompts) if settings.guidance > 1 else []), *prompts]
         parts = zip(*(embeddings[name] for name in names), strict=True)
         prompt_embeds, pooled = (torch.stack(part).to(device, dtype) for part in parts)
-        velocity = _GuidedVelocity(self._transformer, prompt_embeds, pooled, settings)
+        velocity = _GuidedVelocity(self.transformer, prompt_embeds, pooled, settings)
         # Its own, since drawing changes a scheduler's state.
         scheduler = make_scheduler(settings.scheduler, self._scheduler_config, settings.timestep_shift)
         latents = noise.to(device, dtype)
-        tokens = noise.shape[2] * noise.shape[3] // self._transformer.config.patch_size**2
-        with left_as_found(self._transformer), self._precision():
+        tokens = noise.shape[2] * noise.shape[3] // self.transformer.config.patch_size**2
+        with left_as_found(self.transformer), self._precision():
             for timestep, level in set_noise_levels(scheduler, settings.num_steps, device, tokens):
                 step = scheduler.step(velocity.at(latents, timestep, level), timestep, latents, return_dict=False)
                 latents = step[0]

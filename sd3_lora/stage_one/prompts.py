@@ -65,7 +65,7 @@ def with_subject(prompts: Sequence[str], subject: str | None) -> list[str]:
     first = next((prompt for prompt in prompts if SUBJECT_PLACE in prompt), None)
     if subject is None and first is not None:
         raise UserError(
-            f'{first!r} has {SUBJECT_PLACE} where the subject belongs: add --subject "sks dog", or what it is'
+            f'{first!r} has {SUBJECT_PLACE} in place of the subject: add --subject "sks dog", or what it is'
         )
     if subject is not None and first is None:
         raise UserError(f"--subject changes nothing, since no prompt has {SUBJECT_PLACE}: leave it out")
