@@ -37,7 +37,7 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
-from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet
+from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
 from sd3_lora.drawing.pictures import FileStyle, PicturePlan, plan_pictures
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, SkipLayerGuidance, decode
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
@@ -57,6 +57,7 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
 from tqdm import tqdm
 
 
@@ -375,21 +376,26 @@ def denoise_all(
     return latents, None
 
 
-def decode_and_save(vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
-    """Decodes one picture at a time and writes it.
+def decode_and_save(
+    vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]
+) -> dict[Path, Image.Image]:
+    """Decodes one picture at a time and writes it; returns small ones for the contact sheet.
 
     Raises:
         UserError: pictures were NaN; all others are written.
     """
-    errors = []
+    errors, thumbnails = [], {}
     for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
         try:
-            plan.save(decode(vae, latent))
+            picture = decode(vae, latent)
+            plan.save(picture)
+            thumbnails[plan.path] = thumbnail_of(picture)
         except UserError as error:
             errors.append(error)
     if errors:
         others = f" ({len(errors)} of {len(plans)} pictures)" if len(plans) > 1 else ""
         raise UserError(f"{errors[0]}{others}")
+    return thumbnails
 
 
 def draw(
@@ -400,8 +406,8 @@ def draw(
     loras: Sequence[LoraFile],
     by_variant: Mapping[Variant, Sequence[PicturePlan]],
     context: DeviceContext,
-) -> None:
-    """Encode, free, denoise, free, decode."""
+) -> dict[Path, Image.Image]:
+    """Encode, free, denoise, free, decode; returns small pictures for the contact sheet."""
     config, device, reports = flags.drawing, context.device, context.reports
     to_draw = [picture for pictures in by_variant.values() for picture in pictures]
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
@@ -417,11 +423,12 @@ def draw(
 
     with memory_stage(f"decode ({config.vae_precision})", device, reports):
         vae = load_vae(files, config.vae_precision, device, tile)
-        decode_and_save(vae, to_draw[: len(latents)], latents)
+        thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
     if ended_by:
         print(f"drew {len(latents)} of {len(to_draw)} pictures")
         raise ended_by
+    return thumbnails
 
 
 def plan_variants(
@@ -472,10 +479,11 @@ def write_sheet(
     drawing: Drawing,
     files: ModelFiles,
     loras: Sequence[LoraFile],
+    thumbnails: Mapping[Path, Image.Image],
 ) -> None:
     """A contact sheet of all pictures of the run: those of one prompt, or of one noise, side by side."""
     pictures = [
-        SheetPicture(plan.path, plan.prompt, plan.image_index, variant.label)
+        SheetPicture(plan.path, plan.prompt, plan.image_index, variant.label, thumbnails.get(plan.path))
         for row in zip(*plans.values(), strict=True)
         for variant, plan in zip(plans, row, strict=True)
     ]
@@ -523,9 +531,9 @@ def run(argv: Sequence[str] | None) -> None:
         forecast = print_memory(drawing, tile, chosen.name, config.vae_precision, budget)
     if is_plan:
         return
-    measured = 0
+    measured, thumbnails = 0, dict[Path, Image.Image]()
     if count:
-        draw(flags, files, drawing, tile, loras, to_draw, context)
+        thumbnails = draw(flags, files, drawing, tile, loras, to_draw, context)
     if budget and count:  # of the last two stages: that of encoding is printed before
         measured = budget.used_bytes(context.reports[-2:])
         print(compared(forecast.peak_bytes, measured))
@@ -542,7 +550,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
     RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
-    write_sheet(config, plans, drawing, files, loras)
+    write_sheet(config, plans, drawing, files, loras, thumbnails)
     print(f"wrote {count} pictures to {outdir}")
 
 

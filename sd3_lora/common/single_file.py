@@ -30,6 +30,7 @@ _PREFIXES = {
 }
 # What no part of the pipeline reads.
 _IDLE_ENDINGS = (".logit_scale", ".position_ids", "model_ema.decay", "model_ema.num_updates")
+_SCALED_ENDINGS = (".scale_weight", ".scale_input", "scaled_fp8", ".weight_scale", ".input_scale")
 _SHARD_BYTES = 1024**3
 _NARROW = {torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16}  # which nothing here computes in
 
@@ -85,6 +86,8 @@ class SingleFile:
         for name in self.shapes:
             if name.endswith(_IDLE_ENDINGS):
                 continue
+            if name.endswith(_SCALED_ENDINGS):
+                raise UserError(f"{path} holds scaled 8-bit weights ({name}): give the file in 16 bits")
             component, inner = _place_of(name)
             if component is None:
                 raise UserError(
@@ -140,20 +143,29 @@ class SingleFile:
         Args:
             component: one of `components`.
             config: of the component.
+
+        Raises:
+            UserError: there are tensors that it does not have.
         """
         from diffusers.loaders import single_file_utils as diffusers_names
 
         inner = {name: self._tensors.tensor(full) for name, full in self.components[component].items()}
         if component == TRANSFORMER:
-            return diffusers_names.convert_sd3_transformer_checkpoint_to_diffusers(inner)
-        if component == VAE:
-            prefixed = {f"first_stage_model.{name}": tensor for name, tensor in inner.items()}
-            return diffusers_names.convert_ldm_vae_checkpoint(prefixed, config)
+            made = diffusers_names.convert_sd3_transformer_checkpoint_to_diffusers(inner)
+            left = list(inner)  # it has taken what it knows
+        elif component == VAE:
+            made = diffusers_names.convert_ldm_vae_checkpoint(inner, config)
+            taken = {tensor.data_ptr() for tensor in made.values()}  # as it is, or as a view
+            left = [name for name, tensor in inner.items() if tensor.data_ptr() not in taken]
+        else:
+            made, left = inner, []
+        if left:
+            raise UserError(f"{self.path} holds {left[0]}, which the {component} of Stable Diffusion 3 has not")
         if component == "text_encoder":  # SD3 projects CLIP-L's pooled vector by itself
-            inner.setdefault("text_projection.weight", torch.eye(config["hidden_size"], dtype=torch.float16))
-        if component == "text_encoder_3" and "shared.weight" in inner:
-            inner.pop("encoder.embed_tokens.weight", None)  # the same
-        return inner
+            made.setdefault("text_projection.weight", torch.eye(config["hidden_size"], dtype=torch.float16))
+        if component == "text_encoder_3" and "shared.weight" in made:
+            made.pop("encoder.embed_tokens.weight", None)  # the same
+        return made
 
     def write(self, component: str, folder: Path, config: Mapping[str, Any]) -> None:
         """Writes a component's configuration and weights, a shard at a time."""

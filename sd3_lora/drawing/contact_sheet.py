@@ -50,12 +50,20 @@ class SheetPicture:
         prompt: that it was drawn from.
         index: which picture of the prompt, from 0.
         variant: how it was drawn, where the same picture was drawn in several ways.
+        thumbnail: `thumbnail_of` it, where it was at hand: to read a large picture again takes longer.
     """
 
     path: Path
     prompt: str
     index: int
     variant: str = ""
+    thumbnail: Image.Image | None = None
+
+    def at_height(self, height_px: int) -> Image.Image:
+        """The picture, scaled."""
+        if self.thumbnail is None:
+            return load_picture(self.path, height_px)
+        return _scaled(self.thumbnail, height_px)
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -70,8 +78,17 @@ def load_picture(path: Path, height_px: int) -> Image.Image:
         picture = ImageOps.exif_transpose(opened).convert("RGBA")
     on_paper = Image.new("RGBA", picture.size, PAPER)
     on_paper.alpha_composite(picture)
+    return _scaled(on_paper.convert("RGB"), height_px)
+
+
+def thumbnail_of(picture: Image.Image) -> Image.Image:
+    """An RGB picture as large as a run's sheet shows it at most."""
+    return _scaled(picture, PICTURE_PX)
+
+
+def _scaled(picture: Image.Image, height_px: int) -> Image.Image:
     width_px = max(1, round(picture.width * height_px / picture.height))
-    return on_paper.convert("RGB").resize((width_px, height_px), Image.Resampling.LANCZOS)
+    return picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
 
 
 def load_row(heading: str, folder: Path, height_px: int, most: int) -> Row:
@@ -107,7 +124,7 @@ def rows_of_run(pictures: Sequence[SheetPicture]) -> tuple[list[Row], str]:
         layout = [(prompt, row, [_caption(picture, is_numbered) for picture in row]) for prompt, row in rows_of_prompts]
     height_px = min(PICTURE_PX, ROW_PX // max(len(row) for _, row, _ in layout))
     rows = [
-        Row(heading, tuple(load_picture(picture.path, height_px) for picture in row), tuple(captions))
+        Row(heading, tuple(picture.at_height(height_px) for picture in row), tuple(captions))
         for heading, row, captions in layout[:MOST_ROWS]
     ]
     hidden = sum(len(row) for _, row, _ in layout[MOST_ROWS:])

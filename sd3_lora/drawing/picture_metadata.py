@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 
 _TEXT_KEY = "sd3_lora"
 _NOTE_MARK, _COMMENT_MARK = b"sd3_lora\0", b"UNICODE\0"  # the latter by EXIF 2.3, before UTF-16
+_EXIF_BYTES = 64_000  # of both: JPEG has room for 64 KiB
 # What Pillow is told of each format. JPEG without chroma subsampling, which would blur red edges.
 _SAVE: dict[PictureFormat, dict[str, Any]] = {
     "png": {"format": "PNG"},
@@ -48,8 +49,12 @@ def picture_file(
     else:
         exif = Image.Exif()
         fields = exif.get_ifd(ExifTags.IFD.Exif)
-        fields[ExifTags.Base.UserComment] = _COMMENT_MARK + parameters.encode("utf-16-be")
-        fields[ExifTags.Base.MakerNote] = _NOTE_MARK + own.encode()
+        note = _NOTE_MARK + own.encode()
+        room = _EXIF_BYTES - len(note)
+        if room >= 0:  # else the next run draws it again
+            fields[ExifTags.Base.MakerNote] = note
+        comment = parameters.encode("utf-16-be")[: max(room, 0) // 2 * 2]
+        fields[ExifTags.Base.UserComment] = _COMMENT_MARK + comment
         more["exif"] = exif
     return encoded(picture, kind, **more)
 

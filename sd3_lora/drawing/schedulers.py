@@ -7,36 +7,39 @@ to the exact solution than what is here, with as many calls of the transformer (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing.config import SCHEDULERS, SchedulerName
 
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
+import diffusers
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A scheduler's class, and what it calls the shift of the noise levels."""
+    """The name of diffusers' class, and what it calls the shift of the noise levels.
 
-    make: Callable[..., Any]
+    A class is imported when it is used: some import scipy, where that is installed.
+    """
+
+    class_name: str
     shift_name: str
     fixed: Mapping[str, Any]
+
+    @property
+    def make(self) -> Any:
+        """The class."""
+        return getattr(diffusers, self.class_name)
 
 
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 _KINDS: dict[SchedulerName, _Kind] = {
-    "euler": _Kind(FlowMatchEulerDiscreteScheduler, "shift", {}),
-    "heun": _Kind(FlowMatchHeunDiscreteScheduler, "shift", {}),
-    "dpmpp_2m": _Kind(DPMSolverMultistepScheduler, "flow_shift", {**_FLOW, "solver_order": 2}),
-    "unipc": _Kind(UniPCMultistepScheduler, "flow_shift", {**_FLOW, "solver_order": 2}),
+    "euler": _Kind("FlowMatchEulerDiscreteScheduler", "shift", {}),
+    "heun": _Kind("FlowMatchHeunDiscreteScheduler", "shift", {}),
+    "dpmpp_2m": _Kind("DPMSolverMultistepScheduler", "flow_shift", {**_FLOW, "solver_order": 2}),
+    "unipc": _Kind("UniPCMultistepScheduler", "flow_shift", {**_FLOW, "solver_order": 2}),
 }
 assert tuple(_KINDS) == tuple(SCHEDULERS)
 
@@ -59,10 +62,10 @@ def make_scheduler(name: SchedulerName, config: Mapping[str, Any], shift: float 
                 "this model's noise levels shift with the size of a picture, which is --scheduler euler without "
                 "--timestep_shift: leave both out"
             )
-        return kind.make.from_config(dict(config))  # type: ignore[attr-defined]
+        return kind.make.from_config(dict(config))
     shift = config.get("shift", 1.0) if shift is None else shift
     if name == "euler":  # with whatever else the model's configuration asks of it
-        return kind.make.from_config(dict(config), shift=shift)  # type: ignore[attr-defined]
+        return kind.make.from_config(dict(config), shift=shift)
     steps = config.get("num_train_timesteps", 1000)
     return kind.make(num_train_timesteps=steps, **{kind.shift_name: shift}, **kind.fixed)
 

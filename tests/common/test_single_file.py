@@ -222,6 +222,10 @@ def test_what_is_wrong_is_one_sentence(
     assert "there is no file" in refusal(None)
     assert "holds no transformer of Stable Diffusion 3" in refusal({"first_stage_model.x": torch.ones(1)})
     assert "which is no part of a Stable Diffusion 3 model" in refusal({**tensors, "lora.up": torch.ones(1)})
+    name = "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.scale_weight"
+    assert "holds scaled 8-bit weights" in refusal({**tensors, name: torch.ones(())})
+    for name in ("model.diffusion_model.joint_blocks.0.x_block.extra.weight", "first_stage_model.encoder.extra.bias"):
+        assert "extra" in refusal({**tensors, name: torch.ones(2)})
     lacking = {name: tensor for name, tensor in tensors.items() if "y_embedder.mlp.0" not in name}
     assert "lacks y_embedder.mlp.0.weight" in refusal(lacking)
     other = Path(shutil.copytree(tiny_sd3, tmp_path.parent / f"{tmp_path.name}-other"))

@@ -15,6 +15,7 @@ from sd3_lora.drawing.contact_sheet import (
     load_row,
     rows_of_run,
     save_sheet,
+    thumbnail_of,
     wrap,
 )
 from sd3_lora.drawing.picture_metadata import picture_file
@@ -63,6 +64,18 @@ def test_the_same_picture_in_several_ways_stands_side_by_side(tmp_path: Path) ->
         ("1: a", "1: b", "1: c", "2: a", "2: b", "2: c"),
         ("3: a", "3: b", "3: c"),
     ]
+
+
+def test_a_thumbnail_stands_for_the_file(tmp_path: Path) -> None:
+    drawn = Image.new("RGB", (900, 600), (1, 2, 3))
+    for count in (1, 7):
+        pictures = [SheetPicture(tmp_path / "none", "prompt", i, "", thumbnail_of(drawn)) for i in range(count)]
+        (row,) = rows_of_run(pictures)[0]
+        assert {picture.size for picture in row.pictures} == {(336, 224)}
+    pictures = [SheetPicture(tmp_path / "none", "prompt", i, "", thumbnail_of(drawn)) for i in range(8)]
+    (row,) = rows_of_run(pictures)[0]
+    assert {picture.size for picture in row.pictures} == {(294, 196)}
+    assert row.pictures[0].getpixel((5, 5)) == (1, 2, 3)
 
 
 def test_what_is_left_out_of_a_large_run_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

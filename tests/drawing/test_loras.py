@@ -107,6 +107,18 @@ def test_streamed_blocks_draw_the_same(
         assert np.array_equal(draw(script, prepared, tmp_path / source, *words), resident)
 
 
+def test_streamed_blocks_draw_the_base_beside_the_lora(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    path = saved(tmp_path / "lora.safetensors", tensors)
+    with_it = draw(script, prepared, tmp_path / "with", "--lora", path)
+    without = draw(script, prepared, tmp_path / "without")
+    draw(script, prepared, tmp_path / "both", "--lora", path, "--compare", "--stream_blocks", 2)
+    for name, expected in (("img_00", with_it), ("img_00_base", without)):
+        (drawn,) = (tmp_path / "both").glob(f"*/{name}.png")
+        assert np.array_equal(np.asarray(Image.open(drawn)).astype(int), expected)
+
+
 @pytest.mark.parametrize("base", ["16bit", "nf4"])
 def test_a_dora(
     script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str

@@ -72,3 +72,12 @@ def test_a_picture_of_another_program_has_no_settings(tmp_path: Path, kind: Pict
     path.write_bytes(b"no picture")
     assert read_settings(path) is None
     assert read_settings(tmp_path / "missing.png") is None
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_prompt_longer_than_exif_costs_no_picture(tmp_path: Path, kind: PictureFormat) -> None:
+    path = tmp_path / f"picture.{kind}"
+    for length, is_read in ((20_000, True), (70_000, kind == "png")):
+        settings = {**SETTINGS, "prompt": "ü" + "x" * length}
+        path.write_bytes(picture_file(picture(), kind, settings, READABLE))
+        assert read_settings(path) == (settings if is_read else None)
