@@ -135,7 +135,9 @@ def stream_transformer(
     for tensor in (*transformer.parameters(), *transformer.buffers()):
         if id(tensor) not in streamed_blocks:
             tensor.data = tensor.data.to(device)
-    transformer.register_forward_pre_hook(lambda *_: streamed.begin_pass())
+    transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: streamed.begin_pass(skipped_blocks=kwargs.get("skip_layers") or ()), with_kwargs=True
+    )
     return streamed
 
 
@@ -230,8 +232,9 @@ class StreamedBlocks:
 
         self._copy_stream.start(make_slots)
         self._current: _Slot | None = None
-        # By whether there is a gradient: the pieces that the last such pass requested.
-        self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
+        # By whether there is a gradient, and by the blocks left out: the pieces that the last such pass requested.
+        self._all = list(range(len(pieces)))
+        self._remembered: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
         self._expected: list[int] = []
         self._asked: list[int] = []
         self._is_as_expected = True
@@ -255,11 +258,12 @@ class StreamedBlocks:
                     forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
                 layer.forward = forward  # type: ignore[method-assign]
 
-    def begin_pass(self, prefetch: bool = True) -> None:
+    def begin_pass(self, prefetch: bool = True, skipped_blocks: Sequence[int] = ()) -> None:
         """To be called before each pass.
 
         Args:
             prefetch: whether pieces are prefetched: for the transformer. Without it no copy is under way at the end.
+            skipped_blocks: that this pass leaves out, as skip-layer guidance does in every second one.
         """
         is_captured = _is_capturing(self._device)
         if is_captured or self._may_be_replayed:
@@ -272,9 +276,9 @@ class StreamedBlocks:
         self._asked, self._expected = [], []
         self._is_as_expected = True
         if prefetch:
-            has_gradient = torch.is_grad_enabled()
-            self._expected = self._remembered[has_gradient]
-            self._remembered[has_gradient] = self._asked  # backward's requests follow
+            kind = torch.is_grad_enabled(), tuple(skipped_blocks)
+            self._expected = self._remembered.get(kind, self._all)
+            self._remembered[kind] = self._asked  # backward's requests follow
 
     def _note_graphs(self, is_captured: bool) -> None:
         """Notes who captures this pass, and whether a graph of this or of an earlier pass may be replayed."""

@@ -336,7 +336,27 @@ def test_an_unexpected_order_costs_copies_and_nothing_else() -> None:
         assert all(map(torch.equal, run(transformer), expected))
         before = streamed.copies
         draw(transformer, passes=2)
-    assert streamed.copies == before + 1 + 2 * PIECES
+    assert streamed.copies == before + 2 * PIECES  # the last pass was whole, and as expected
+
+
+def test_passes_that_leave_out_blocks_are_prefetched_too() -> None:
+    """Skip-layer guidance: each second pass is shorter, and both are as they were the last time."""
+    plain, transformer = make_transformer(), make_transformer()
+    streamed = stream_poisoned(transformer)
+    as_expected = []
+    with torch.no_grad(), late_copies():
+        for step in range(3):
+            for skipped in (None, [1, 3]):
+                drawn = transformer(**inputs(0, CPU), skip_layers=skipped).sample
+                assert torch.equal(drawn, plain(**inputs(0, CPU), skip_layers=skipped).sample)
+                as_expected.append(streamed._is_as_expected)
+            if step == 0:
+                before = streamed.copies
+    assert as_expected == [True, False, True, True, True, True]
+    left_out = sum(
+        ".1." in name or ".3." in name for piece in pieces_of(plain.transformer_blocks) for name in piece.names[:1]
+    )
+    assert streamed.copies - before <= 2 * (2 * PIECES - left_out) + 1
 
 
 @pytest.mark.parametrize("count", [0, BLOCKS])
