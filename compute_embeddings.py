@@ -52,7 +52,7 @@ from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
-from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
+from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 from sd3_lora.stage_one.text_encoder_plan import (
     CLIP_BATCH_SIZE,
     TextEncoderPlan,
@@ -80,7 +80,7 @@ def collect_prompts(
         validation += read_prompts(Path(config.prompts_file))
     elif subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT and not validation:
         validation = read_prompts(EXAMPLE_PROMPTS_FILE)
-    asked += [(prompt, "validation") for prompt in validation]
+    asked += [(prompt, "validation") for prompt in with_subject(validation, config.subject)]
     asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
     roles: dict[str, tuple[str, ...]] = {}
     for prompt, role in asked:

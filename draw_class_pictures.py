@@ -195,7 +195,7 @@ def decode_all(
         latents = waiting.read(picture)
         if latents is None:
             raise UserError(f"{waiting.folder} was changed meanwhile: type the same command again")
-        keep(picture, latents, picture.png(decode(vae, latents)), vae.config, cache)
+        keep(picture, latents, picture.file_bytes(decode(vae, latents)), vae.config, cache)
         waiting.remove(picture)
 
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     import_diffusers(without=("bitsandbytes",))
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,17 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size,
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.config import InferenceConfig
-from sd3_lora.drawing.pictures import PicturePlan, plan_pictures
-from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
+from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
+from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
+from sd3_lora.drawing.pictures import FileStyle, PicturePlan, plan_pictures
+from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, SkipLayerGuidance, decode
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
-from sd3_lora.gpu.forecast import Phase
+from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.prompts import read_prompts
+from sd3_lora.stage_one.prompts import read_prompts, with_subject
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
 from sd3_lora.stage_one.text_encoders import encode_prompts
 from sd3_lora.stage_one.vae import load_vae
@@ -56,29 +57,33 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
 from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Lora:
-    """A LoRA file with its strength and what its training noted."""
+class Variant:
+    """One way to draw all pictures: with these strengths of the LoRAs, from the same noise as the others.
 
-    file: LoraFile
-    scale: float
+    Attributes:
+        scales: one for each LoRA; None for the base alone.
+        label: on the contact sheet; empty where there is one way.
+        suffix: of the pictures' names, likewise; empty for the plain ones beside the base's.
+    """
 
-    @property
-    def path(self) -> Path:
-        """The file's."""
-        return self.file.path
+    scales: tuple[float, ...] | None
+    label: str = ""
+    suffix: str = ""
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What this project's training noted."""
-        return self.file.record
-
-    def identity(self) -> str:
+    def identity(self, loras: Sequence[LoraFile]) -> list[str]:
         """For the settings in the picture."""
-        return f"{self.file.identity()}@{self.scale:g}"
+        scales = zip(loras, self.scales or (), strict=self.scales is not None)
+        return [f"{lora.identity()}@{scale:g}" for lora, scale in scales]
+
+    def readable(self, loras: Sequence[LoraFile]) -> str:
+        """For other programs: the LoRAs' names and strengths."""
+        scales = zip(loras, self.scales or (), strict=self.scales is not None)
+        return ", ".join(f"{name_of(lora)}: {scale:g}" for lora, scale in scales)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class DeviceContext:
     reports: list[StageReport] = field(default_factory=list)
 
 
-def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -> list[Lora]:
+def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -> list[LoraFile]:
     """The LoRAs that the flags name, checked against the model's configuration before anything of it is loaded."""
     names = list(config.lora)
     if not names and is_miniature and (Path(LORA_FOLDER) / LORA_FILE).is_file():
@@ -131,15 +136,37 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
     for file in found:
         if not file.has_effect:
             print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
-    scales = config.lora_scale or [1.0] * len(found)
-    return [Lora(file, scale) for file, scale in zip(found, scales, strict=True)]
+    return found
 
 
-def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: bool) -> list[str]:
+def name_of(lora: LoraFile) -> str:
+    """By which the user knows a LoRA: its folder's name where that is all that names it."""
+    return lora.path.resolve().parent.name if lora.path.name == LORA_FILE else lora.path.stem
+
+
+def find_variants(config: InferenceConfig, loras: Sequence[LoraFile]) -> list[Variant]:
+    """In which ways all pictures are drawn; one, unless flags ask for several.
+
+    Raises:
+        UserError: there is no LoRA to compare with the base.
+    """
+    if config.compare and not loras:
+        raise UserError("--compare draws with a LoRA and without: add --lora")
+    scales = dict.fromkeys(config.lora_scale)
+    if len(loras) == 1 and len(scales) > 1:
+        variants = [Variant((scale,), f"LoRA at {scale:g}", f"scale{scale:g}") for scale in scales]
+    else:
+        label = "with the LoRA" + ("s" if len(loras) > 1 else "") if config.compare else ""
+        variants = [Variant(tuple(config.lora_scale) or (1.0,) * len(loras), label)]
+    has_base = any(not any(variant.scales or ()) for variant in variants)
+    return [Variant(None, "base", "base"), *variants] if config.compare and not has_base else variants
+
+
+def find_prompts(config: InferenceConfig, loras: Sequence[LoraFile], is_miniature: bool) -> list[str]:
     """The prompts to draw: as given, else the examples' on the miniature, else each LoRA's trigger.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or one lacks its subject.
     """
     prompts = list(config.prompt)
     if config.prompts_file is not None:
@@ -149,7 +176,7 @@ def find_prompts(config: InferenceConfig, loras: Sequence[Lora], is_miniature: b
     prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')
-    return prompts
+    return with_subject(prompts, config.subject)
 
 
 def read_known(
@@ -182,7 +209,7 @@ def embed(
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
 
 
-def size_of(config: InferenceConfig, loras: Sequence[Lora], files: ModelFiles) -> PictureSize:
+def size_of(config: InferenceConfig, loras: Sequence[LoraFile], files: ModelFiles) -> PictureSize:
     """The picture's size: as given, else the resolution of the LoRA's training, else the model's."""
     trained = next((lora.record["resolution"] for lora in loras if "resolution" in lora.record), None)
     vae_scale = files.latent_channels_and_scale()[1]
@@ -195,7 +222,12 @@ def size_of(config: InferenceConfig, loras: Sequence[Lora], files: ModelFiles) -
 
 
 def plan_drawing(
-    flags: DrawingFlags, files: ModelFiles, loras: Sequence[Lora], dtype: torch.dtype, budget: DeviceBudget | None
+    flags: DrawingFlags,
+    files: ModelFiles,
+    loras: Sequence[LoraFile],
+    variants: Sequence[Variant],
+    dtype: torch.dtype,
+    budget: DeviceBudget | None,
 ) -> Drawing:
     """What is drawn, and what of the model is kept where meanwhile.
 
@@ -212,31 +244,53 @@ def plan_drawing(
         latent_size,
         files.clip_tokens() + length,
         dtype,
-        sum(lora.file.device_bytes for lora in loras),
+        sum(lora.device_bytes for lora in loras),
     )
     blocks = files.read_config("transformer")["num_layers"]
+    check_skipped_layers(config.skip_guidance_layers, blocks)
     asked = AskedPlacement.of(flags.base, None, blocks)
     asked.check(blocks)
     plan = plan_denoising(files, shape, budget, asked)
-    require_drawable([lora.file for lora in loras], [lora.scale for lora in loras], bool(plan.placement.streamed))
+    for variant in variants:
+        if variant.scales is not None:
+            require_drawable(loras, variant.scales, bool(plan.placement.streamed))
     asked_tile = read_asked_tile(config.vae_tile, size, vae_scale)
     return Drawing(size, (channels, *latent_size), length, dtype, asked, plan, asked_tile)
 
 
 def sampling_of(config: InferenceConfig) -> SamplingSettings:
     """How pictures are denoised."""
-    return SamplingSettings(config.num_steps, config.guidance, config.negative_prompt)
+    skipping = None
+    if config.skip_guidance_layers:
+        given = {name: getattr(config, f"skip_layer_guidance_{name}") for name in SKIP_LAYER_DEFAULTS}
+        given = {name: value for name, value in given.items() if value is not None}
+        layers = tuple(sorted(set(config.skip_guidance_layers)))
+        skipping = SkipLayerGuidance(layers, **{**SKIP_LAYER_DEFAULTS, **given})
+    return SamplingSettings(
+        config.num_steps, config.guidance, config.negative_prompt, config.scheduler, config.timestep_shift, skipping
+    )
+
+
+def check_skipped_layers(layers: Sequence[int], blocks: int) -> None:
+    """Checks that the model has these blocks.
+
+    Raises:
+        UserError: it has not.
+    """
+    for layer in layers:
+        if not 0 <= layer < blocks:
+            raise UserError(f"--skip_guidance_layers {layer}: this model's blocks are 0 to {blocks - 1}")
 
 
 def picture_settings(
-    config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[Lora], precision: str
+    config: InferenceConfig, drawing: Drawing, files: ModelFiles, loras: Sequence[str], precision: str
 ) -> dict[str, Any]:
-    """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the PNG."""
-    packed = drawing.plan.placement.precision
+    """All that decides a picture's pixels beside the model, its prompt and its index; it is kept in the file."""
+    packed, sampling = drawing.plan.placement.precision, sampling_of(config)
     return {
         "text_encoders": files.provenance(TEXT_COMPONENTS, "", 0).identity,
         "scheduler": files.scheduler_hash(),
-        "lora": [lora.identity() for lora in loras],
+        "lora": list(loras),
         "negative_prompt": config.negative_prompt,
         "steps": config.num_steps,
         "guidance": config.guidance,
@@ -246,6 +300,10 @@ def picture_settings(
         "max_sequence_length": drawing.length,
         "precision": precision + (f", base {packed}" if packed else ""),
         "vae_precision": config.vae_precision,
+        # Only where they are asked for: pictures of earlier builds do not note them.
+        **({"sampler": sampling.scheduler} if sampling.scheduler != "euler" else {}),
+        **({} if sampling.timestep_shift is None else {"timestep_shift": sampling.timestep_shift}),
+        **({"skip_layer_guidance": sampling.skip_layers.to_dict()} if sampling.skip_layers else {}),
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
         **({"t5_precision": config.t5_precision} if config.t5_precision else {}),
         **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
@@ -261,15 +319,12 @@ def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
 
 
-def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, loras: Sequence[Lora]) -> Sampler:
+def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, loras: Sequence[LoraFile]) -> Sampler:
     """The transformer with its LoRAs, ready to denoise."""
-    names = [f"lora_{index}" for index in range(len(loras))]
 
     def add_loras(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        for name, lora in zip(names, loras, strict=True):
-            lora.file.attach(transformer, name)
-        if names:
-            transformer.set_adapters(names, [lora.scale for lora in loras])
+        for index, lora in enumerate(loras):
+            lora.attach(transformer, f"lora_{index}")
         return []
 
     latent_size = (drawing.latent_shape[1], drawing.latent_shape[2])
@@ -277,17 +332,39 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
     return Sampler(arranged.transformer, files.read_scheduler_config())
 
 
+def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
+    """Gives the LoRAs their strengths, or leaves them out."""
+    if variant.scales is None:
+        transformer.disable_adapters()
+    elif variant.scales:
+        transformer.enable_adapters()
+        transformer.set_adapters([f"lora_{index}" for index in range(len(variant.scales))], list(variant.scales))
+
+
 def denoise_all(
-    sampler: Sampler, to_draw: Sequence[PicturePlan], embeddings: Embeddings, drawing: Drawing, config: InferenceConfig
+    sampler: Sampler,
+    by_variant: Mapping[Variant, Sequence[PicturePlan]],
+    embeddings: Embeddings,
+    drawing: Drawing,
+    config: InferenceConfig,
 ) -> tuple[list[torch.Tensor], BaseException | None]:
     """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and the interruption or NaN that ended it.
 
     What was denoised by then is decoded all the same.
     """
     latents: list[torch.Tensor] = []
+    size = config.batch_size
+    batches = [
+        (variant, pictures[start : start + size])
+        for variant, pictures in by_variant.items()
+        for start in range(0, len(pictures), size)
+    ]
+    used: Variant | None = None
     try:
-        for start in tqdm(range(0, len(to_draw), config.batch_size), desc="denoising", unit="batch"):
-            batch = to_draw[start : start + config.batch_size]
+        for variant, batch in tqdm(batches, desc="denoising", unit="batch"):
+            if variant is not used:
+                use_variant(sampler.transformer, variant)
+                used = variant
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch])
             latents += sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, sampling_of(config))
     except (KeyboardInterrupt, UserError) as error:
@@ -299,21 +376,26 @@ def denoise_all(
     return latents, None
 
 
-def decode_and_save(vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
-    """Decodes one picture at a time and writes it.
+def decode_and_save(
+    vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]
+) -> dict[Path, Image.Image]:
+    """Decodes one picture at a time and writes it; returns small ones for the contact sheet.
 
     Raises:
         UserError: pictures were NaN; all others are written.
     """
-    errors = []
+    errors, thumbnails = [], {}
     for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
         try:
-            plan.save(decode(vae, latent))
+            picture = decode(vae, latent)
+            plan.save(picture)
+            thumbnails[plan.path] = thumbnail_of(picture)
         except UserError as error:
             errors.append(error)
     if errors:
         others = f" ({len(errors)} of {len(plans)} pictures)" if len(plans) > 1 else ""
         raise UserError(f"{errors[0]}{others}")
+    return thumbnails
 
 
 def draw(
@@ -321,12 +403,13 @@ def draw(
     files: ModelFiles,
     drawing: Drawing,
     tile: VaeTile,
-    loras: Sequence[Lora],
-    to_draw: Sequence[PicturePlan],
+    loras: Sequence[LoraFile],
+    by_variant: Mapping[Variant, Sequence[PicturePlan]],
     context: DeviceContext,
-) -> int:
-    """Encode, free, denoise, free, decode; returns how many pictures were drawn, all unless it was interrupted."""
+) -> dict[Path, Image.Image]:
+    """Encode, free, denoise, free, decode; returns small pictures for the contact sheet."""
     config, device, reports = flags.drawing, context.device, context.reports
+    to_draw = [picture for pictures in by_variant.values() for picture in pictures]
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
         files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
@@ -335,17 +418,84 @@ def draw(
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
     with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
         sampler = load_sampler(files, drawing, device, loras)
-        latents, ended_by = denoise_all(sampler, to_draw, embeddings, drawing, config)
+        latents, ended_by = denoise_all(sampler, by_variant, embeddings, drawing, config)
         del sampler
 
     with memory_stage(f"decode ({config.vae_precision})", device, reports):
         vae = load_vae(files, config.vae_precision, device, tile)
-        decode_and_save(vae, to_draw[: len(latents)], latents)
+        thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
     if ended_by:
         print(f"drew {len(latents)} of {len(to_draw)} pictures")
         raise ended_by
-    return len(latents)
+    return thumbnails
+
+
+def plan_variants(
+    config: InferenceConfig,
+    prompts: Sequence[str],
+    drawing: Drawing,
+    files: ModelFiles,
+    loras: Sequence[LoraFile],
+    variants: Sequence[Variant],
+    precision: str,
+) -> dict[Variant, list[PicturePlan]]:
+    """Every picture of the run, drawn before or not."""
+    model, plans = files.provenance(["transformer", "vae"], "", 0), {}
+    for variant in variants:
+        settings = picture_settings(config, drawing, files, variant.identity(loras), precision)
+        names = {"Model": Path(files.name).name, "Lora": variant.readable(loras)}
+        style = FileStyle(config.format, variant.suffix, {name: value for name, value in names.items() if value})
+        plans[variant] = plan_pictures(
+            Path(config.outdir),
+            prompts,
+            config.num_images,
+            settings | {"model": model.identity},
+            model.other_identities,
+            style,
+        )
+    return plans
+
+
+def print_memory(
+    drawing: Drawing, tile: VaeTile, precision: str, vae_precision: str, budget: DeviceBudget | None
+) -> Forecast:
+    """Prints what is kept where, and what that takes; returns the forecast of the whole run."""
+    forecast = drawing.plan.forecast
+    if budget:
+        decoding = Phase("decode", tile.predicted_parts(budget))
+        forecast = replace(forecast, phases=(*forecast.phases, decoding))
+        print(f"transformer in {precision}, {drawing.plan.base_sentence()}: {forecast.phases[0].sentence()}")
+        print(f"VAE in {vae_precision}, {tile.describe()}: {decoding.sentence()}")
+    note = drawing.asked.without_effect(drawing.plan.placement)
+    if note:
+        print(note)
+    return forecast
+
+
+def write_sheet(
+    config: InferenceConfig,
+    plans: Mapping[Variant, Sequence[PicturePlan]],
+    drawing: Drawing,
+    files: ModelFiles,
+    loras: Sequence[LoraFile],
+    thumbnails: Mapping[Path, Image.Image],
+) -> None:
+    """A contact sheet of all pictures of the run: those of one prompt, or of one noise, side by side."""
+    pictures = [
+        SheetPicture(plan.path, plan.prompt, plan.image_index, variant.label, thumbnails.get(plan.path))
+        for row in zip(*plans.values(), strict=True)
+        for variant, plan in zip(plans, row, strict=True)
+    ]
+    sampling, size = sampling_of(config), f"{drawing.size.width} x {drawing.size.height} px"
+    facts = [SCHEDULERS[sampling.scheduler], f"{sampling.num_steps} steps", f"guidance {sampling.guidance:g}"]
+    facts += [f"shift {sampling.timestep_shift:g}"] if sampling.timestep_shift is not None else []
+    facts += ["without blocks " + " ".join(map(str, sampling.skip_layers.layers))] if sampling.skip_layers else []
+    facts += [f"seed {config.seed}", size, *([f"not: {config.negative_prompt}"] if config.negative_prompt else [])]
+    title = " + ".join([Path(files.name).name, *map(name_of, loras)])
+    rows, left_out = rows_of_run(pictures)
+    sheet = draw_sheet(title, rows, ", ".join([*facts, *([left_out] if left_out else [])]))
+    print(f"wrote {save_sheet(sheet, Path(config.outdir), config.format)}")
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -362,36 +512,29 @@ def run(argv: Sequence[str] | None) -> None:
         budget.cap()
     files = ModelFiles(flags.model)
     loras = find_loras(config, files, flags.model.is_miniature)
+    variants = find_variants(config, loras)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
     outdir = Path(config.outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))
-    drawing = plan_drawing(flags, files, loras, chosen.dtype, budget)
+    drawing = plan_drawing(flags, files, loras, variants, chosen.dtype, budget)
     head_width = files.read_config("transformer")["attention_head_dim"]
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    model = files.provenance(["transformer", "vae"], "", 0)
-    settings = picture_settings(config, drawing, files, loras, chosen.name) | {"model": model.identity}
-    plans = plan_pictures(outdir, prompts, config.num_images, settings, model.other_identities)
-    to_draw = [picture for picture in plans if not picture.is_drawn]
-    print_plans(plans, drawing.size)
+    plans = plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
+    to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
+    count = sum(map(len, to_draw.values()))
+    print_plans([plan for each in plans.values() for plan in each], drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
-    if to_draw or is_plan:
+    if count or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
-        if budget:
-            decoding = Phase("decode", tile.predicted_parts(budget))
-            forecast = replace(forecast, phases=(*forecast.phases, decoding))
-            print(f"transformer in {chosen.name}, {drawing.plan.base_sentence()}: {forecast.phases[0].sentence()}")
-            print(f"VAE in {config.vae_precision}, {tile.describe()}: {decoding.sentence()}")
-        note = drawing.asked.without_effect(drawing.plan.placement)
-        if note:
-            print(note)
+        forecast = print_memory(drawing, tile, chosen.name, config.vae_precision, budget)
     if is_plan:
         return
-    measured = 0
-    if to_draw:
-        draw(flags, files, drawing, tile, loras, to_draw, context)
-    if budget and to_draw:  # of the last two stages: that of encoding is printed before
+    measured, thumbnails = 0, dict[Path, Image.Image]()
+    if count:
+        thumbnails = draw(flags, files, drawing, tile, loras, to_draw, context)
+    if budget and count:  # of the last two stages: that of encoding is printed before
         measured = budget.used_bytes(context.reports[-2:])
         print(compared(forecast.peak_bytes, measured))
     facts = RunFacts(
@@ -405,9 +548,10 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{len(to_draw)} pictures in {outdir}", context.reports, measured)
+    results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
     RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
-    print(f"wrote {len(to_draw)} pictures to {outdir}")
+    write_sheet(config, plans, drawing, files, loras, thumbnails)
+    print(f"wrote {count} pictures to {outdir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "training": ["stage_one", "transformer", "common", "gpu"],
     "drawing": ["stage_one", "transformer", "common", "gpu"],
 }
-COMMANDS = ["export", "losses", "merge"]  # python -m sd3_lora.NAME
+COMMANDS = ["convert", "export", "losses", "merge"]  # python -m sd3_lora.NAME
 FORBIDDEN = [(room, other) for room in ROOMS for other in ROOMS if other != room and other not in MAY_IMPORT[room]]
 
 

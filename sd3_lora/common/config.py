@@ -241,8 +241,8 @@ class ModelConfig:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or hub id of an SD3 pipeline, such as stabilityai/stable-diffusion-3-medium-diffusers. "
-            "Without it: the bundled miniature."
+            "help": "Folder or hub id of an SD3 pipeline, such as stabilityai/stable-diffusion-3-medium-diffusers; or "
+            "one safetensors file that `python -m sd3_lora.convert` has laid out. Without it: the bundled miniature."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub model."})

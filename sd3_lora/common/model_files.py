@@ -15,6 +15,7 @@ from sd3_lora.common.component_weights import missing_shards, require_whole, ten
 from sd3_lora.common.config import ModelConfig, missing_path
 from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.records import Provenance
+from sd3_lora.common.single_file import require_converted
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -72,7 +73,7 @@ class ModelFiles:
                 raise UserError(f"{folder} has no model_index.json: give the folder of a diffusers SD3 pipeline")
             return folder
         if folder.is_file():
-            raise UserError(f"{folder} is one file: give the folder or hub id of a diffusers SD3 pipeline")
+            return require_converted(folder)
         fault = missing_path(str(folder))
         if fault:
             raise UserError(f"--pretrained_model_name_or_path: {fault}")

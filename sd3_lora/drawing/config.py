@@ -12,6 +12,12 @@ from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, miss
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags
 
+SchedulerName = Literal["euler", "heun", "dpmpp_2m", "unipc"]
+# By name: what other programs call it.
+SCHEDULERS: dict[SchedulerName, str] = {"euler": "Euler", "heun": "Heun", "dpmpp_2m": "DPM++ 2M", "unipc": "UniPC"}
+PictureFormat = Literal["png", "jpg", "webp"]
+SKIP_LAYER_DEFAULTS = {"scale": 2.8, "start": 0.01, "stop": 0.2}  # diffusers' and SD3.5-Medium's
+
 
 @dataclass(frozen=True)
 class InferenceConfig:
@@ -26,13 +32,29 @@ class InferenceConfig:
         },
     )
     lora_scale: list[float] = field(
-        default_factory=list, metadata={"action": "extend", "help": "Strength of each --lora; default 1."}
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Strength of each --lora; default 1. Several for one --lora, such as 0 0.5 1: all is drawn with "
+            "each of them.",
+        },
+    )
+    compare: bool = field(
+        default=False, metadata={"help": "Draw without the LoRA too, from the same noise, and put both side by side."}
     )
     prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
     )
     prompts_file: str | None = field(
-        default=None, metadata={"help": "Text file with prompts, one a line; # begins a comment."}
+        default=None,
+        metadata={
+            "help": "Text file with prompts, one a line; # begins a comment. Three sets are in examples/prompts: "
+            "recontextualization.txt, art.txt and property.txt."
+        },
+    )
+    subject: str | None = field(
+        default=None,
+        metadata={"help": "What stands for {} in the prompts, such as those of examples/prompts: 'sks dog'."},
     )
     negative_prompt: str = field(default="", metadata={"help": "What not to draw."})
     num_images: int = field(
@@ -53,6 +75,31 @@ class InferenceConfig:
             "help": "Classifier-free guidance; 1 or less is without.",
         },
     )
+    scheduler: SchedulerName = field(
+        default="euler",
+        metadata={
+            "help": "Which steps lead from noise to a picture. heun calls the transformer twice a step; dpmpp_2m and "
+            "unipc are as exact in fewer steps."
+        },
+    )
+    timestep_shift: float | None = field(
+        default=None, metadata={"help": "Shift of the noise levels. Default: the model's own, 3.0 in SD3."}
+    )
+    skip_guidance_layers: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Skip-layer guidance, for SD3.5-Medium: the blocks to leave out, such as 7 8 9."},
+    )
+    skip_layer_guidance_scale: float | None = field(
+        default=None, metadata={"help": f"Its strength; {SKIP_LAYER_DEFAULTS['scale']:g} where none is given."}
+    )
+    skip_layer_guidance_start: float | None = field(
+        default=None,
+        metadata={"help": f"After which share of the steps; {SKIP_LAYER_DEFAULTS['start']:g} where none is given."},
+    )
+    skip_layer_guidance_stop: float | None = field(
+        default=None,
+        metadata={"help": f"Until which share of the steps; {SKIP_LAYER_DEFAULTS['stop']:g} where none is given."},
+    )
     height: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
     width: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
     seed: int = field(default=0, metadata={"help": "Of the starting noise, which all prompts share."})
@@ -63,6 +110,9 @@ class InferenceConfig:
             "aliases": ["--output_dir", "--output-dir"],
             "help": "Where the pictures go. Pictures of other settings that are there keep their names.",
         },
+    )
+    format: PictureFormat = field(
+        default="png", metadata={"help": "Of the pictures and of the contact sheet; settings are noted in each."}
     )
     data_df_path: str = field(
         default=EMBEDDINGS_PATH, metadata={"help": "An embeddings file; its prompts need no text encoder."}
@@ -96,9 +146,25 @@ class InferenceConfig:
             yield f"--seed {self.seed} must be at least 0: there is no random seed here, so type any number"
         for name, values in (("guidance", [self.guidance]), ("lora_scale", self.lora_scale)):
             yield from (f"--{name} {value:g} must be a finite number" for value in values if not math.isfinite(value))
+        yield from self._schedule_faults()
         yield from (f"--lora: {fault}" for fault in map(missing_path, self.lora) if fault)
-        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+        if self.lora_scale and len(self.lora) != 1 and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
+
+    def _schedule_faults(self) -> Iterator[str]:
+        if self.timestep_shift is not None and not 0 < self.timestep_shift < math.inf:
+            yield f"--timestep_shift {self.timestep_shift:g} must be a positive number: 3.0 is SD3's own"
+        flags = {name: getattr(self, f"skip_layer_guidance_{name}") for name in SKIP_LAYER_DEFAULTS}
+        given = [f"--skip_layer_guidance_{name}" for name, value in flags.items() if value is not None]
+        if given and not self.skip_guidance_layers:
+            yield f"{given[0]} needs --skip_guidance_layers: type the blocks to leave out, such as 7 8 9"
+        if self.skip_guidance_layers and self.guidance <= 1:
+            yield f"--skip_guidance_layers needs --guidance above 1, not {self.guidance:g}"
+        if flags["scale"] is not None and not math.isfinite(flags["scale"]):
+            yield f"--skip_layer_guidance_scale {flags['scale']:g} must be a finite number"
+        start, stop = (SKIP_LAYER_DEFAULTS[name] if flags[name] is None else flags[name] for name in ("start", "stop"))
+        if self.skip_guidance_layers and not 0 <= start < stop <= 1:
+            yield f"skip-layer guidance from {start:g} to {stop:g} of the steps: both are shares, the first the smaller"
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,44 @@
-"""Drawn pictures on disk: names, noise, and the settings inside the PNG."""
+"""Drawn pictures on disk: names, noise, and which of them are there."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
-import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from sd3_lora.drawing.config import PictureFormat
+from sd3_lora.drawing.picture_metadata import picture_file, read_settings
 
-_TEXT_KEY = "sd3_lora"
+import torch
+from PIL import Image
+
 # Settings that pictures of earlier builds do not note; there they are not compared.
 _LATER_SETTINGS = ("text_encoders", "scheduler")
+
+
+@dataclass(frozen=True)
+class FileStyle:
+    """How picture files are named and written.
+
+    Attributes:
+        format: of the files, and their suffix.
+        variant: ends their names where the same pictures are drawn in several ways, such as "base".
+        readable: what they tell other programs beside their settings.
+    """
+
+    format: PictureFormat = "png"
+    variant: str = ""
+    readable: Mapping[str, str] = field(default_factory=dict)
+
+    def file_name(self, image_index: int, number: int = 1) -> str:
+        """A picture's name, the first one or one beside others."""
+        parts = [f"img_{image_index:02d}", *([self.variant] if self.variant else [])]
+        return "_".join([*parts, *([str(number)] if number > 1 else [])]) + f".{self.format}"
 
 
 @dataclass(frozen=True)
@@ -29,9 +48,11 @@ class PicturePlan:
     Attributes:
         prompt: the text.
         image_index: which picture of the prompt, from 0.
-        path: the PNG to write; no file has this name, unless it is this very picture.
+        path: the file to write; no file has this name, unless it is this very picture.
         settings: all that decides its pixels, as plain JSON types.
         is_drawn: whether the file is there, whole, with these very settings.
+        is_beside_another: whether pictures of other settings have the name that it would have had.
+        style: of the file.
     """
 
     prompt: str
@@ -39,6 +60,8 @@ class PicturePlan:
     path: Path
     settings: dict[str, Any]
     is_drawn: bool
+    is_beside_another: bool = False
+    style: FileStyle = field(default_factory=FileStyle)
 
     def noise(self, shape: Sequence[int]) -> torch.Tensor:
         """The starting noise, `shape` float32 on the CPU.
@@ -50,29 +73,20 @@ class PicturePlan:
         seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big", signed=True)
         return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
-    @property
-    def is_beside_another(self) -> bool:
-        """Whether pictures of other settings have the name that it would have had."""
-        return self.path.name != _file_name(self.image_index)
-
-    def png(self, picture: Image.Image) -> bytes:
-        """The PNG with its settings as text."""
-        text, file = PngInfo(), io.BytesIO()
-        _add_text(text, "parameters", parameters_text(self.settings))
-        _add_text(text, _TEXT_KEY, json.dumps(self.settings, ensure_ascii=False))
-        picture.save(file, format="PNG", pnginfo=text)
-        return file.getvalue()
+    def file_bytes(self, picture: Image.Image) -> bytes:
+        """The file, with the settings in it."""
+        return picture_file(picture, self.style.format, self.settings, self.style.readable)
 
     def save(self, picture: Image.Image) -> None:
-        """Writes the PNG, atomically."""
-        self.write(self.png(picture))
+        """Writes the file, atomically."""
+        self.write(self.file_bytes(picture))
 
-    def write(self, png: bytes) -> None:
-        """Writes what `png` gave, atomically."""
+    def write(self, content: bytes) -> None:
+        """Writes what `file_bytes` gave, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            temporary.write_bytes(png)
+            temporary.write_bytes(content)
             os.replace(temporary, self.path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -84,8 +98,11 @@ def plan_pictures(
     num_images: int,
     settings: Mapping[str, Any],
     same_models: Collection[str] = (),
+    style: FileStyle | None = None,
 ) -> list[PicturePlan]:
     """All pictures of a run: `NNN_<prompt>/img_XX.png`, or `img_XX_2.png` and so on beside pictures of other settings.
+
+    A picture that is there under any of these names, with these settings, is known again.
 
     A prompt that is given twice gets twice as many pictures.
 
@@ -95,41 +112,30 @@ def plan_pictures(
         num_images: of each prompt.
         settings: all that decides their pixels beside prompt and index.
         same_models: what other builds note as `settings["model"]` where it is the same model.
+        style: of the files.
     """
-    plans, places = [], dict[str, list[int]]()
+    plans, places, style = [], dict[str, list[int]](), style or FileStyle()
     for place, prompt in enumerate(prompts):
         places.setdefault(prompt, []).append(place)
     for prompt, its_places in places.items():
         folder = outdir / f"{its_places[0]:03d}_{folder_name(prompt)}"
         for index in range(num_images * len(its_places)):
             own = {**settings, "prompt": prompt, "image_index": index}
-            path, is_drawn = _find_place(folder, index, own, same_models)
-            plans.append(PicturePlan(prompt, index, path, own, is_drawn))
+            drawn = _find_drawn(folder, own, same_models, style)
+            names = (style.file_name(index, number) for number in itertools.count(1))
+            path = drawn or next(folder / name for name in names if not (folder / name).exists())
+            beside = path.name != style.file_name(index)
+            plans.append(PicturePlan(prompt, index, path, own, drawn is not None, beside, style))
     return plans
 
 
-def _find_place(
-    folder: Path, index: int, settings: Mapping[str, Any], same_models: Collection[str]
-) -> tuple[Path, bool]:
-    """The name of a picture, and whether it is there: nothing else that is there is ever replaced."""
-    paths = (folder / _file_name(index, number) for number in itertools.count(1))
-    path = next(p for p in paths if not p.exists() or _is_same(_read_settings(p), settings, same_models))
-    return path, path.exists()
-
-
-def _file_name(index: int, number: int = 1) -> str:
-    return f"img_{index:02d}.png" if number == 1 else f"img_{index:02d}_{number}.png"
-
-
-def _read_settings(path: Path) -> dict[str, Any] | None:
-    """The settings in a PNG of this project; None where it is another file or not whole."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            settings = json.loads(picture.text[_TEXT_KEY])  # type: ignore[attr-defined]
-            return settings if isinstance(settings, dict) else None
-    except (OSError, UnidentifiedImageError, AttributeError, KeyError, ValueError, SyntaxError):
-        return None
+def _find_drawn(
+    folder: Path, settings: Mapping[str, Any], same_models: Collection[str], style: FileStyle
+) -> Path | None:
+    """The file of this very picture, if it is there; nothing else that is there is ever replaced."""
+    first = FileStyle(style.format).file_name(settings["image_index"])
+    paths = [folder / first, *sorted(folder.glob(f"{Path(first).stem}_*.{style.format}"))]
+    return next((path for path in paths if _is_same(read_settings(path), settings, same_models)), None)
 
 
 def _is_same(drawn: dict[str, Any] | None, wanted: Mapping[str, Any], same_models: Collection[str]) -> bool:
@@ -139,32 +145,6 @@ def _is_same(drawn: dict[str, Any] | None, wanted: Mapping[str, Any], same_model
     if drawn.get("model") in same_models:
         drawn["model"] = wanted["model"]
     return drawn == {key: value for key, value in wanted.items() if key in drawn or key not in _LATER_SETTINGS}
-
-
-def _add_text(text: PngInfo, key: str, value: str) -> None:
-    """As tEXt where every reader agrees on what the bytes mean, else as iTXt, which is UTF-8."""
-    (text.add_text if value.isascii() else text.add_itxt)(key, value)
-
-
-def parameters_text(settings: Mapping[str, Any]) -> str:
-    """The settings as the picture viewers of other programs show them, under the key `parameters`.
-
-    The form is that of AUTOMATIC1111's web interface. (A key `prompt` would be read as ComfyUI's workflow.)
-    """
-    values = {
-        "Steps": settings.get("steps"),
-        "Sampler": "Euler",
-        "CFG scale": settings.get("guidance"),
-        "Seed": settings.get("seed"),
-        "Size": f"{settings.get('width')}x{settings.get('height')}",
-    }
-    negative = settings.get("negative_prompt")
-    lines: Iterable[str] = (
-        settings["prompt"],
-        *([f"Negative prompt: {negative}"] if negative else []),
-        ", ".join(f"{name}: {value}" for name, value in values.items()),
-    )
-    return "\n".join(lines)
 
 
 def folder_name(prompt: str) -> str:

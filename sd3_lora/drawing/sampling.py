@@ -7,20 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.drawing.config import SchedulerName
+from sd3_lora.drawing.schedulers import make_scheduler, set_noise_levels
 from sd3_lora.stage_one.latent_cache import denormalize_latents
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 # A prompt's `(S, D)` and `(P,)` embeddings, by prompt.
 Embeddings = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class SkipLayerGuidance:
+    """Guidance away from what the transformer would draw without some of its blocks, as SD3.5-Medium was made for.
+
+    `velocity += scale · (velocity of the prompt - velocity of the prompt without the blocks)`, at the noise levels
+    between two of the steps. A level counts once, also where Heun's method calls the transformer twice: diffusers'
+    pipeline counts calls, and so ends halfway.
+
+    Attributes:
+        layers: indices of the blocks.
+        scale: of the difference.
+        start: the share of the steps after which it begins.
+        stop: the share of the steps before which it ends.
+    """
+
+    layers: tuple[int, ...]
+    scale: float = 2.8
+    start: float = 0.01
+    stop: float = 0.2
+
+    def is_on(self, level: int, num_steps: int) -> bool:
+        """Whether it guides at the noise level of this index."""
+        return num_steps * self.start < level < num_steps * self.stop
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a picture's settings, as plain JSON types."""
+        return {**asdict(self), "layers": list(self.layers)}
 
 
 @dataclass(frozen=True)
@@ -31,25 +62,79 @@ class SamplingSettings:
         num_steps: denoising steps.
         guidance: of classifier-free guidance; 1 or less is without.
         negative_prompt: what not to draw.
+        scheduler: by name.
+        timestep_shift: of its noise levels; None for the model's.
+        skip_layers: what is guided away from, beside the negative prompt.
     """
 
     num_steps: int
     guidance: float
     negative_prompt: str = ""
+    scheduler: SchedulerName = "euler"
+    timestep_shift: float | None = None
+    skip_layers: SkipLayerGuidance | None = None
 
     @property
     def rows(self) -> int:
-        """Rows of a forward for each picture."""
+        """Rows of a forward for each picture. Without layers there are fewer, in a forward of their own."""
         return 2 if self.guidance > 1 else 1
 
 
-class Sampler:
-    """Denoises by diffusers' pipeline, with the transformer and a scheduler alone.
+@dataclass(frozen=True)
+class _GuidedVelocity:
+    """The velocity of noisy latents under classifier-free and skip-layer guidance.
 
-    Has a scheduler of its own, since drawing changes a scheduler's state.
+    Attributes:
+        transformer: that gives it.
+        prompt_embeds: `(B, S, D)`; under guidance `(2B, S, D)`, the negative prompt's first.
+        pooled: `(B, P)` or `(2B, P)`.
+        settings: of the guidance.
+    """
+
+    transformer: SD3Transformer2DModel
+    prompt_embeds: torch.Tensor
+    pooled: torch.Tensor
+    settings: SamplingSettings
+
+    def at(self, latents: torch.Tensor, timestep: torch.Tensor, level: int) -> torch.Tensor:
+        """`(B, 16, H/8, W/8)`.
+
+        Args:
+            latents: of that shape.
+            timestep: of all pictures.
+            level: the noise level's index.
+        """
+        settings = self.settings
+        if settings.guidance <= 1:
+            return self._call(latents, timestep)
+        negative, positive = self._call(torch.cat([latents] * 2), timestep).chunk(2)
+        velocity = negative + settings.guidance * (positive - negative)
+        skipping = settings.skip_layers
+        if skipping and skipping.is_on(level, settings.num_steps):
+            without = self._call(latents, timestep, list(skipping.layers))
+            velocity = velocity + (positive - without) * skipping.scale
+        return velocity
+
+    def _call(
+        self, latents: torch.Tensor, timestep: torch.Tensor, skip_layers: list[int] | None = None
+    ) -> torch.Tensor:
+        rows = len(latents)  # the prompts' are the last
+        velocity: torch.Tensor = self.transformer(
+            hidden_states=latents,
+            timestep=timestep.expand(rows),
+            encoder_hidden_states=self.prompt_embeds[-rows:],
+            pooled_projections=self.pooled[-rows:],
+            skip_layers=skip_layers,
+            return_dict=False,
+        )[0]
+        return velocity
+
+
+class Sampler:
+    """Denoises, as diffusers' pipeline does, with the transformer alone.
 
     Args:
-        transformer: that draws.
+        transformer: that draws; its adapters may change between two calls.
         scheduler_config: of the model's scheduler.
         precision: the autocast under which the transformer is called; none where its adapters have its dtype.
         dtype_flag: that chose the transformer's dtype, for a message.
@@ -62,21 +147,8 @@ class Sampler:
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         dtype_flag: str = "--mixed_precision",
     ):
-        from diffusers import StableDiffusion3Pipeline  # its import takes a second
-
-        self._transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
-        self._pipeline = StableDiffusion3Pipeline(
-            transformer=transformer,
-            scheduler=FlowMatchEulerDiscreteScheduler.from_config(dict(scheduler_config)),
-            vae=None,
-            text_encoder=None,
-            text_encoder_2=None,
-            text_encoder_3=None,
-            tokenizer=None,
-            tokenizer_2=None,
-            tokenizer_3=None,
-        )
-        self._pipeline.set_progress_bar_config(disable=True)
+        self.transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
+        self._scheduler_config = scheduler_config
 
     @classmethod
     def of_live(cls, model: VelocityModel, scheduler_config: Mapping[str, Any]) -> Sampler:
@@ -102,27 +174,20 @@ class Sampler:
         Raises:
             UserError: they are not finite.
         """
-        dtype, device = self._transformer.dtype, self._transformer.device
-
-        def stack(names: Sequence[str]) -> list[torch.Tensor]:
-            return [torch.stack(part).to(device, dtype) for part in zip(*(embeddings[p] for p in names), strict=True)]
-
-        prompt_embeds, pooled = stack(prompts)  # (B, S, D), (B, P)
-        negative_embeds, negative_pooled = stack([settings.negative_prompt] * len(prompts))
-        scale = self._pipeline.vae_scale_factor
-        with left_as_found(self._transformer), self._precision():
-            latents: torch.Tensor = self._pipeline(
-                prompt_embeds=prompt_embeds,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=negative_embeds,
-                negative_pooled_prompt_embeds=negative_pooled,
-                latents=noise.to(device, dtype),
-                num_inference_steps=settings.num_steps,
-                guidance_scale=settings.guidance,
-                height=scale * noise.shape[2],
-                width=scale * noise.shape[3],
-                output_type="latent",
-            ).images.cpu()
+        dtype, device = self.transformer.dtype, self.transformer.device
+        names = [*([settings.negative_prompt] * len(prompts) if settings.guidance > 1 else []), *prompts]
+        parts = zip(*(embeddings[name] for name in names), strict=True)
+        prompt_embeds, pooled = (torch.stack(part).to(device, dtype) for part in parts)
+        velocity = _GuidedVelocity(self.transformer, prompt_embeds, pooled, settings)
+        # Its own, since drawing changes a scheduler's state.
+        scheduler = make_scheduler(settings.scheduler, self._scheduler_config, settings.timestep_shift)
+        latents = noise.to(device, dtype)
+        tokens = noise.shape[2] * noise.shape[3] // self.transformer.config.patch_size**2
+        with left_as_found(self.transformer), self._precision():
+            for timestep, level in set_noise_levels(scheduler, settings.num_steps, device, tokens):
+                step = scheduler.step(velocity.at(latents, timestep, level), timestep, latents, return_dict=False)
+                latents = step[0]
+        latents = latents.cpu()
         if not torch.isfinite(latents).all():
             raise UserError(f"the picture came out as NaN (it would be black): {_remedy(dtype, self._dtype_flag)}")
         return latents

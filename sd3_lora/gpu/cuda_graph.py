@@ -8,7 +8,8 @@ all at once. They are the same kernels, so the numbers are the same.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
@@ -63,6 +64,7 @@ class CapturedCall:
     Attributes:
         captured: whether it has been captured and replayed at least once.
         refusal: why it could not be captured; None where it was, or was not tried.
+        gave_up: whether it computes plainly from now on, so that no graph of it is ever replayed again.
     """
 
     def __init__(
@@ -82,14 +84,14 @@ class CapturedCall:
         self._graphs: dict[_Shapes, _Captured] = {}  # in one pool, the largest first
         self._inputs: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by position; graphs share those of one shape
         self._aside: torch.cuda.Stream | None = None
-        self._may_capture = True
         self.captured = False
+        self.gave_up = False
         self.refusal: str | None = None
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         """The result of `compute`."""
         shapes = tuple(tensor.shape for tensor in inputs)
-        if self._may_capture and shapes not in self._graphs:
+        if not self.gave_up and shapes not in self._graphs:
             if shapes in self._compared or len(self._compared) < self._most_shapes:
                 self._capture(shapes, inputs)
             else:
@@ -170,7 +172,7 @@ class CapturedCall:
     def _record(self, inputs: tuple[torch.Tensor, ...], aside: torch.cuda.Stream) -> _Captured:
         graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, stream=aside):
+        with torch.cuda.graph(graph, pool=pool, stream=aside), _noted(self):
             try:
                 result = self._compute(*inputs)
             except BaseException:
@@ -199,9 +201,26 @@ class CapturedCall:
 
     def _give_up(self) -> None:
         self._destroy_graphs()
-        self._may_capture, self._inputs = False, {}
+        self.gave_up, self._inputs = True, {}
         drop_workspaces(self._device)
         free_memory(self._device)
+
+
+_in_capture: list[CapturedCall] = []
+
+
+@contextmanager
+def _noted(call: CapturedCall) -> Iterator[None]:
+    _in_capture.append(call)
+    try:
+        yield
+    finally:
+        _in_capture.remove(call)
+
+
+def call_in_capture() -> CapturedCall | None:
+    """The computation that is captured now; None where there is none, or where another program captures it."""
+    return _in_capture[-1] if _in_capture else None
 
 
 def _is_equal(actual: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -27,6 +27,10 @@ class EmbeddingConfig(PictureFlags):
     prompts_file: str | None = field(
         default=None, metadata={"help": "Text file with more such prompts, one a line; # begins a comment."}
     )
+    subject: str | None = field(
+        default=None,
+        metadata={"help": "What stands for {} in these prompts, such as those of examples/prompts: 'sks dog'."},
+    )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "The negative prompt for inference.py; the empty prompt is always embedded."}
     )

@@ -1,9 +1,9 @@
-"""Prompts before they are encoded: read from a file, and what their words are to the tokenizers."""
+"""Prompts before they are encoded: read from a file, the subject put in, and what their words are to the tokenizers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines, shown
@@ -23,6 +23,7 @@ _SD_SCRIPTS_OPTIONS = {
     "w": "--width",
 }
 _OPTION = re.compile(r"(?:^|\s)--([a-z]{1,3})(?=\s|$)")
+SUBJECT_PLACE = "{}"
 _IN_BRACKETS = re.compile(r"\[[^\s\]]+\]|<[^\s>]+>|\{[^\s}]+\}")
 
 
@@ -46,6 +47,29 @@ def read_prompts(path: Path) -> list[str]:
     if faults:
         raise UserError(all_of(faults, path.name, MOST_SHOWN))
     return prompts
+
+
+def with_subject(prompts: Sequence[str], subject: str | None) -> list[str]:
+    """The prompts, with the subject in place of each `{}`.
+
+    Args:
+        prompts: with places or without.
+        subject: `--subject`, such as "sks dog".
+
+    Raises:
+        UserError: a prompt has a place, and there is no subject; or the other way round.
+
+    >>> with_subject(["a photo of {} in the snow", "a forest"], "sks dog")
+    ['a photo of sks dog in the snow', 'a forest']
+    """
+    first = next((prompt for prompt in prompts if SUBJECT_PLACE in prompt), None)
+    if subject is None and first is not None:
+        raise UserError(
+            f'{first!r} has {SUBJECT_PLACE} in place of the subject: add --subject "sks dog", or what it is'
+        )
+    if subject is not None and first is None:
+        raise UserError(f"--subject changes nothing, since no prompt has {SUBJECT_PLACE}: leave it out")
+    return [prompt.replace(SUBJECT_PLACE, subject or "") for prompt in prompts]
 
 
 def identifier_of(files: ModelFiles, prompt: str, class_prompt: str | None) -> list[str]:

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.copy_stream import Copy, CopyStream
+from sd3_lora.gpu.cuda_graph import CapturedCall, call_in_capture
 from sd3_lora.gpu.packed_tensors import layout, views
 from sd3_lora.gpu.pinned_memory import pinned_buffers, pinned_bytes
 
@@ -133,7 +135,9 @@ def stream_transformer(
     for tensor in (*transformer.parameters(), *transformer.buffers()):
         if id(tensor) not in streamed_blocks:
             tensor.data = tensor.data.to(device)
-    transformer.register_forward_pre_hook(lambda *_: streamed.begin_pass())
+    transformer.register_forward_pre_hook(
+        lambda _, __, kwargs: streamed.begin_pass(skipped_blocks=kwargs.get("skip_layers") or ()), with_kwargs=True
+    )
     return streamed
 
 
@@ -228,12 +232,15 @@ class StreamedBlocks:
 
         self._copy_stream.start(make_slots)
         self._current: _Slot | None = None
-        # By whether there is a gradient: the pieces that the last such pass requested.
-        self._remembered = {False: list(range(len(pieces))), True: list(range(len(pieces)))}
+        # By whether there is a gradient, and by the blocks left out: the pieces that the last such pass requested.
+        self._all = list(range(len(pieces)))
+        self._remembered: dict[tuple[bool, tuple[int, ...]], list[int]] = {}
         self._expected: list[int] = []
         self._asked: list[int] = []
         self._is_as_expected = True
-        self._was_captured = False
+        self._captured_by: WeakSet[CapturedCall] = WeakSet()  # it holds what holds this
+        self._is_captured_elsewhere = False
+        self._may_be_replayed = False
         self.device_bytes = count * largest
         self.host_bytes = self._source.host_bytes
         self.copies = 0
@@ -251,26 +258,35 @@ class StreamedBlocks:
                     forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
                 layer.forward = forward  # type: ignore[method-assign]
 
-    def begin_pass(self, prefetch: bool = True) -> None:
+    def begin_pass(self, prefetch: bool = True, skipped_blocks: Sequence[int] = ()) -> None:
         """To be called before each pass.
 
         Args:
             prefetch: whether pieces are prefetched: for the transformer. Without it no copy is under way at the end.
+            skipped_blocks: that this pass leaves out, as skip-layer guidance does in every second one.
         """
         is_captured = _is_capturing(self._device)
-        if is_captured or self._was_captured:
+        if is_captured or self._may_be_replayed:
             # A graph copies all that it needs, whatever the buffers hold when it is replayed. Nothing outside of it can
             # wait for its copies, and each replay leaves other pieces in the buffers than are noted here.
             for slot in self._slots:
                 slot.index = None
+        self._note_graphs(is_captured)
         self._current = None
         self._asked, self._expected = [], []
         self._is_as_expected = True
         if prefetch:
-            self._was_captured = is_captured
-            has_gradient = torch.is_grad_enabled()
-            self._expected = self._remembered[has_gradient]
-            self._remembered[has_gradient] = self._asked  # backward's requests follow
+            kind = torch.is_grad_enabled(), tuple(skipped_blocks)
+            self._expected = self._remembered.get(kind, self._all)
+            self._remembered[kind] = self._asked  # backward's requests follow
+
+    def _note_graphs(self, is_captured: bool) -> None:
+        """Notes who captures this pass, and whether a graph of this or of an earlier pass may be replayed."""
+        call = call_in_capture()
+        if is_captured and call:
+            self._captured_by.add(call)
+        self._is_captured_elsewhere |= is_captured and call is None
+        self._may_be_replayed = self._is_captured_elsewhere or any(not call.gave_up for call in self._captured_by)
 
     def _weight(self, index: int, position: int) -> torch.Tensor:
         """A matrix on the device, for what is queued now."""
@@ -301,7 +317,8 @@ class StreamedBlocks:
         if not self._is_as_expected:
             return []
         coming = self._expected[at + 1 : at + 1 + len(self._slots)]
-        if not _is_capturing(self._device):  # a graph ends with no copy under way
+        # A graph ends with no copy under way; nor may one be under way into a buffer when a graph is replayed.
+        if not self._may_be_replayed:
             coming += itertools.islice(itertools.cycle(self._expected), len(self._slots) - len(coming))
         return coming
 

@@ -74,7 +74,9 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model_index.json: give the folder of a diffusers SD3 pipeline"):
         files_of(tmp_path)
     (tmp_path / "sd3_medium.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="is one file: give the folder or hub id"):
+    with pytest.raises(
+        UserError, match=r"is one file, which is first laid out as a diffusers folder: type `python -m sd3_lora"
+    ):
         files_of(tmp_path / "sd3_medium.safetensors")
 
 

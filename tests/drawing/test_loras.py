@@ -92,6 +92,7 @@ def test_a_picture_drawn_without_the_alpha_is_drawn_again(
         patch.setattr(inference.LoraFile, "identity", lambda self: identity(self).split("/")[0])
         patch.setattr(inference.LoraFile, "attach", lambda *_: None)
         patch.setattr(SD3Transformer2DModel, "set_adapters", lambda *_: None)
+        patch.setattr(SD3Transformer2DModel, "enable_adapters", lambda *_: None)
         before = draw(script, prepared, tmp_path / "out", "--lora", path)
     assert not np.array_equal(draw(script, prepared, tmp_path / "out", "--lora", path), before)
 
@@ -129,6 +130,18 @@ def test_lokr_and_loha(
     # Beside the plain one, of which it takes half away.
     both = ["--lora", plain, "--lora_scale", 1, "--lora", tmp_path / "lokr.safetensors", "--lora_scale", -1]
     assert np.abs(draw(script, prepared, tmp_path / "both", *both, *words) - expected).max() <= 2
+
+
+def test_streamed_blocks_draw_the_base_beside_the_lora(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    path = saved(tmp_path / "lora.safetensors", tensors)
+    with_it = draw(script, prepared, tmp_path / "with", "--lora", path)
+    without = draw(script, prepared, tmp_path / "without")
+    draw(script, prepared, tmp_path / "both", "--lora", path, "--compare", "--stream_blocks", 2)
+    for name, expected in (("img_00", with_it), ("img_00_base", without)):
+        (drawn,) = (tmp_path / "both").glob(f"*/{name}.png")
+        assert np.array_equal(np.asarray(Image.open(drawn)).astype(int), expected)
 
 
 @pytest.mark.parametrize("base", ["16bit", "nf4"])

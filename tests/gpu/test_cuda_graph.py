@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from unittest.mock import MagicMock
 
 from sd3_lora.common.memory import drop_workspaces, free_memory
-from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.gpu.cuda_graph import CapturedCall, call_in_capture
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import stream_transformer
@@ -62,7 +62,7 @@ def test_a_step_that_cannot_be_captured_is_computed(
     assert [step(torch.full((3,), value)).item() for value in (1.0, 2.0)] == [3.0, 6.0]
     assert gradient.tolist() == [3.0] * 3
     assert said == [f"not captured as a CUDA graph ({reason}): kernels are launched one by one"]
-    assert (step.captured, step.refusal) == (False, reason)
+    assert (step.captured, step.gave_up, step.refusal) == (False, True, reason)
     with pytest.raises(RuntimeError, match="capturing"):
         CapturedCall(compute, CPU, [gradient], asked=True)(torch.ones(3))
 
@@ -264,14 +264,29 @@ def test_a_graph_that_is_replayed_is_not_freed(most_shapes: int, monkeypatch: py
     assert fake.events[:4] == ["replay 4", "waited", "freed", "compute 3"]
 
 
+def test_who_is_captured_is_known_while_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        seen.append(call_in_capture())
+        return 2 * x
+
+    double = CapturedCall(FakeCuda(monkeypatch, compute), CPU)
+    double(torch.ones(2))
+    assert seen[:2] == [None, double]  # plainly, then captured
+    assert call_in_capture() is None
+
+
 def test_one_shape_too_many_ends_the_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch, lambda x: 2 * x)
     double = CapturedCall(fake, CPU, most_shapes=2)
     for size in (4, 3, 4, 3):
         assert double(torch.ones(size)).tolist() == [2.0] * size
+        assert not double.gave_up
     fake.events.clear()
     for size in (5, 4, 3):
         assert double(torch.ones(size)).tolist() == [2.0] * size
+        assert double.gave_up
     assert fake.events == ["freed", "compute 5", "compute 4", "compute 3"]
 
 

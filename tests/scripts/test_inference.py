@@ -206,7 +206,8 @@ def test_the_png_s_text_does_no_harm_elsewhere(script, prepared: Prepared, tmp_p
             assert set(picture.info) == {"parameters", "sd3_lora"}
             lines = picture.info["parameters"].splitlines()
         assert lines == [
-            prompt, "Negative prompt: blurry", "Steps: 3, Sampler: Euler, CFG scale: 7.0, Seed: 3, Size: 64x64"
+            prompt, "Negative prompt: blurry", "Steps: 3, Sampler: Euler, CFG scale: 7.0, Seed: 3, Size: 64x64, "
+            f"Model: {Path(prepared.model).name}",
         ]  # fmt: skip
 
 
@@ -224,6 +225,106 @@ def test_lora_scales(script, prepared: Prepared, lora: Path, tmp_path: Path) -> 
     assert np.abs(drawn["none"] - drawn["zero"]).max() <= 1
     assert np.abs(drawn["one"] - drawn["halves"]).max() <= 1
     assert np.abs(drawn["one"] - drawn["none"]).mean() > 1
+
+
+def test_the_base_and_the_lora_side_by_side(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    """The base's pictures are those of a run without the LoRA, exactly, and are known by it; so are the LoRA's."""
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT, "--num_images", 2]
+    compared = script("inference", *flags, "--lora", lora, "--compare", "--batch_size", 2)
+    assert "4 pictures of 64×64, 0 of them drawn before" in compared.out
+    (folder,) = tmp_path.glob("000_*")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["img_00.png", "img_00_base.png", "img_01.png", "img_01_base.png"]
+    with Image.open(tmp_path / "contact_sheet.png") as sheet:
+        sheet.load()
+    assert "2 of them drawn before" in script("inference", *flags).out
+    assert "2 of them drawn before" in script("inference", *flags, "--lora", lora).out
+    assert "4 of them drawn before" in script("inference", *flags, "--lora", lora, "--compare").out
+    assert sorted(path.name for path in folder.iterdir()) == names
+    alone = [*base_flags(prepared, tmp_path / "alone"), "--prompt", PROMPT, "--num_images", 2, "--batch_size", 2]
+    assert script("inference", *alone).code == 0
+    for number in range(2):
+        base = pixels(next((tmp_path / "alone").glob(f"*/img_0{number}.png")))
+        assert np.array_equal(pixels(folder / f"img_0{number}_base.png"), base)
+        assert np.abs(pixels(folder / f"img_0{number}.png") - base).mean() > 1
+
+
+def test_several_scales_of_one_lora_are_a_sweep(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--lora", lora, "--prompt", PROMPT]
+    assert script("inference", *flags, "--lora_scale", 0.5).code == 0  # with a name of its own
+    swept = script("inference", *flags, "--lora_scale", 0, 0.5, "--lora_scale", 1, "--compare")
+    assert "3 pictures of 64×64, 1 of them drawn before" in swept.out  # and no base beside a LoRA at 0
+    (folder,) = tmp_path.glob("000_*")
+    names = ["img_00.png", "img_00_scale0.png", "img_00_scale1.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    half, none, whole = (pixels(folder / name) for name in names)
+    assert np.abs(half - none).mean() > 0.5
+    assert np.abs(half - whole).mean() > 0.5
+    assert "3 of them drawn before" in script("inference", *flags, "--lora_scale", 0, 0.5, 1).out
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_other_formats_are_known_again(script, prepared: Prepared, lora: Path, tmp_path: Path, kind: str) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--lora", lora, "--prompt", "ein grüner Hund"]
+    assert script("inference", *flags).code == 0
+    assert "0 of them drawn before" in script("inference", *flags, "--format", kind).out
+    assert "1 of them drawn before" in script("inference", *flags, "--format", kind).out
+    (path,) = tmp_path.glob(f"*/img_00.{kind}")
+    assert np.abs(pixels(path) - pixels(path.with_suffix(".png"))).mean() < 12  # of a picture that is nearly noise
+    with Image.open(tmp_path / f"contact_sheet.{kind}") as sheet:
+        assert sheet.format == {"jpg": "JPEG", "webp": "WEBP"}[kind]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(["--scheduler", name] for name in ("heun", "dpmpp_2m", "unipc")),
+        ["--timestep_shift", 1],
+        ["--skip_guidance_layers", 1, "--skip_layer_guidance_stop", 1],
+    ],
+    ids=lambda more: str(more[1]),
+)
+def test_how_it_is_denoised_changes_the_picture(script, prepared: Prepared, tmp_path: Path, more) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT]
+    assert script("inference", *flags).code == 0
+    assert "0 of them drawn before" in script("inference", *flags, *more).out
+    assert "1 of them drawn before" in script("inference", *flags, *more).out
+    first, second = (pixels(path) for path in sorted(tmp_path.glob("*/*.png")))
+    assert not np.array_equal(first, second)
+
+
+def test_the_numbers_of_skip_layer_guidance(script, prepared: Prepared, tmp_path: Path) -> None:
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT, "--skip_guidance_layers", 1, 0, "--num_steps", 4]
+    numbers = [(2.8, 0.01, 0.5), (5.0, 0.01, 0.5), (2.8, 0.3, 0.9), (2.8, 0.01, 0.9)]
+    names = [f"--skip_layer_guidance_{name}" for name in ("scale", "start", "stop")]
+    for values in numbers:
+        assert (
+            script("inference", *flags, *(word for pair in zip(names, values, strict=True) for word in pair)).code == 0
+        )
+    drawn = [pixels(path) for path in sorted(tmp_path.glob("*/*.png"))]
+    assert all(not np.array_equal(drawn[i], drawn[j]) for i in range(len(numbers)) for j in range(i))
+    with Image.open(sorted(tmp_path.glob("*/*.png"))[0]) as picture:
+        noted = json.loads(picture.text["sd3_lora"])["skip_layer_guidance"]
+    assert noted == {"layers": [0, 1], "scale": 2.8, "start": 0.01, "stop": 0.5}
+
+
+@pytest.mark.parametrize("name", ["recontextualization", "art", "property"])
+def test_a_prompt_set_that_ships(script, prepared: Prepared, tmp_path: Path, name: str, monkeypatch) -> None:
+    """Its prompts are embedded with the subject in them."""
+    from inference import COMMAND_LINE, find_prompts
+
+    from conftest import PROJECT
+
+    path = PROJECT / "examples" / "prompts" / f"{name}.txt"
+    config = COMMAND_LINE.parse(["--prompts_file", str(path), "--subject", "sks robot"])[0]
+    prompts = find_prompts(config, [], is_miniature=False)
+    assert len(prompts) == len(set(prompts)) == 12
+    assert all(prompt.count("sks robot") == 1 and "{" not in prompt and "#" not in prompt for prompt in prompts)
+    (tmp_path / "two.txt").write_text(path.read_text(encoding="utf-8").split("\n", 3)[0] + "\na red {}\n{} at sea\n")
+    flags = [*base_flags(prepared, tmp_path / "out"), "--prompts_file", tmp_path / "two.txt", "--guidance", 1]
+    assert script("inference", *flags, "--subject", "sks robot", "--num_steps", 1).code == 0
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert folders == ["000_a-red-sks-robot", "001_sks-robot-at-sea"]
 
 
 def test_length_resolution_and_prompt_come_from_the_lora(
@@ -245,7 +346,7 @@ def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path
     denoise, decode = inference.denoise_all, inference.decode_and_save
 
     def denoise_spy(sampler, *rest):
-        seen["transformer"] = sampler._transformer.dtype
+        seen["transformer"] = sampler.transformer.dtype
         return denoise(sampler, *rest)
 
     def decode_spy(vae, *rest):
@@ -293,6 +394,19 @@ def test_the_flags_of_diffusers_are_taken(script, prepared: Prepared, tmp_path: 
         (["--prompt", "a", "--lora_scale", "0.5"], "give one for each"),
         (["--prompt", "a", "--prompts_file", "missing.txt"], "cannot read missing.txt"),
         (["--prompt", "a", "--no_such_flag"], "--no_such_flag"),
+        (["--prompt", "a {}"], """'a {}' has {} in place of the subject: add --subject "sks dog\""""),
+        (["--prompt", "a", "--subject", "sks dog"], "--subject changes nothing, since no prompt has {}: leave it out"),
+        (["--prompt", "a", "--compare"], "--compare draws with a LoRA and without: add --lora"),
+        (["--prompt", "a", "--scheduler", "ddim"], "--scheduler: invalid choice: 'ddim'"),
+        (["--prompt", "a", "--timestep_shift", "0"], "--timestep_shift 0 must be a positive number"),
+        (["--prompt", "a", "--skip_guidance_layers", "7"], "--skip_guidance_layers 7: this model's blocks are 0 to 1"),
+        (["--prompt", "a", "--skip_guidance_layers", "1", "--guidance", "1"], "needs --guidance above 1, not 1"),
+        (["--prompt", "a", "--skip_layer_guidance_stop", "0.5"], "stop needs --skip_guidance_layers: type the blocks"),
+        (
+            ["--prompt", "a", "--skip_guidance_layers", "1", "--skip_layer_guidance_start", "0.3"],
+            "skip-layer guidance from 0.3 to 0.2 of the steps",
+        ),
+        (["--prompt", "a", "--format", "gif"], "--format: invalid choice: 'gif'"),
         (["--prompt", "a", "--height", "0"], "--height 0 must be at least 1"),
         (["--prompt", "a", "--seed", "-1"], "there is no random seed here, so type any number"),
         (["--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
@@ -328,7 +442,7 @@ def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path
 
     def broken(*args: object) -> object:
         sampler = load(*args)
-        sampler._transformer.proj_out.bias.data.fill_(float("nan"))
+        sampler.transformer.proj_out.bias.data.fill_(float("nan"))
         return sampler
 
     monkeypatch.setattr(inference, "load_sampler", broken)

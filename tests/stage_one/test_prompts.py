@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, split_prompt
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words
+from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 
 import pytest
 
@@ -34,6 +34,19 @@ def test_the_options_of_sd_scripts_are_refused(tmp_path: Path) -> None:
     assert robot == said + "--width, --height, --seed for all prompts"
     said = f"  {path} has --n, --am behind 'a dog': delete the options; inference.py takes "
     assert dog == said + "--negative_prompt for all prompts"
+
+
+def test_the_subject_stands_in_its_place() -> None:
+    assert with_subject(["a {}", "{} and {}", "a forest"], "sks dog") == [
+        "a sks dog",
+        "sks dog and sks dog",
+        "a forest",
+    ]
+    assert with_subject(["a {x} {y}"], None) == ["a {x} {y}"]
+    with pytest.raises(UserError, match=r"^'a {}' has {} in place of the subject: add --subject"):
+        with_subject(["a forest", "a {}"], None)
+    with pytest.raises(UserError, match=r"^--subject changes nothing, since no prompt has {}: leave it out$"):
+        with_subject(["a forest"], "sks dog")
 
 
 def test_a_word_in_brackets_is_the_identifier(miniature_files: ModelFiles) -> None:

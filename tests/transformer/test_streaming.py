@@ -10,6 +10,7 @@ from functools import partial, partialmethod
 from typing import Any
 
 import sd3_lora.transformer.streaming
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.packed_tensors import layout
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.transformer.recompute import recompute_blocks
@@ -335,7 +336,27 @@ def test_an_unexpected_order_costs_copies_and_nothing_else() -> None:
         assert all(map(torch.equal, run(transformer), expected))
         before = streamed.copies
         draw(transformer, passes=2)
-    assert streamed.copies == before + 1 + 2 * PIECES
+    assert streamed.copies == before + 2 * PIECES  # the last pass was whole, and as expected
+
+
+def test_passes_that_leave_out_blocks_are_prefetched_too() -> None:
+    """Skip-layer guidance: each second pass is shorter, and both are as they were the last time."""
+    plain, transformer = make_transformer(), make_transformer()
+    streamed = stream_poisoned(transformer)
+    as_expected = []
+    with torch.no_grad(), late_copies():
+        for step in range(3):
+            for skipped in (None, [1, 3]):
+                drawn = transformer(**inputs(0, CPU), skip_layers=skipped).sample
+                assert torch.equal(drawn, plain(**inputs(0, CPU), skip_layers=skipped).sample)
+                as_expected.append(streamed._is_as_expected)
+            if step == 0:
+                before = streamed.copies
+    assert as_expected == [True, False, True, True, True, True]
+    left_out = sum(
+        ".1." in name or ".3." in name for piece in pieces_of(plain.transformer_blocks) for name in piece.names[:1]
+    )
+    assert streamed.copies - before <= 2 * (2 * PIECES - left_out) + 1
 
 
 @pytest.mark.parametrize("count", [0, BLOCKS])
@@ -471,21 +492,88 @@ def test_what_is_dropped_is_gone_at_once(make: Callable[[], SD3Transformer2DMode
         assert [reference() for reference in held] == [None] * len(held)
 
 
-def test_a_recorded_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    transformer = make_transformer()
-    streamed = stream_transformer(transformer, CPU)
-    recompute_blocks(transformer, range(BLOCKS))
-    copies, loaded = [], []
-    source: Any = streamed._source
-    monkeypatch.setattr(
-        source, "fill", lambda index, place: loaded.append(index) or PinnedPieces.fill(source, index, place)
-    )
-    for recorded in (False, False, False, True, True, False, False):
-        monkeypatch.setattr(sd3_lora.transformer.streaming, "_is_capturing", lambda _, recorded=recorded: recorded)
-        before = len(loaded)
-        transformer(**inputs(0, CPU)).sample.square().mean().backward()
-        copies.append(loaded[before:])
-    _, _, steady, first, second, after, again = copies
-    assert again == steady
+class Captures:
+    """Counts the copies of passes of which some are captured, and replayed between the others.
+
+    A replay, for which nothing here stands but this, leaves rubbish in the buffers.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.transformer = make_transformer()
+        self.streamed = stream_transformer(self.transformer, CPU)
+        recompute_blocks(self.transformer, range(BLOCKS))
+        self.loaded: list[int] = []
+        self._patch, source = monkeypatch, self.streamed._source
+
+        def fill(index: int, place: torch.Tensor) -> None:
+            self.loaded.append(index)
+            PinnedPieces.fill(source, index, place)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(source, "fill", fill)
+
+    def step(self, captured: bool = False) -> list[int]:
+        """The pieces that a pass copies."""
+        self._patch.setattr(sd3_lora.transformer.streaming, "_is_capturing", lambda _: captured)
+        before = len(self.loaded)
+        self.transformer(**inputs(0, CPU)).sample.square().mean().backward()
+        return self.loaded[before:]
+
+    def draw(self) -> torch.Tensor:
+        """What the transformer computes without a gradient."""
+        self._patch.setattr(sd3_lora.transformer.streaming, "_is_capturing", lambda _: False)
+        with torch.no_grad():
+            return self.transformer(**inputs(0, CPU)).sample
+
+    def replay(self) -> None:
+        """Whatever a graph copies."""
+        for slot in self.streamed._slots:
+            slot.buffer.fill_(7)
+
+
+def test_a_captured_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a pass between replays: the graph would write where its copy goes."""
+    passes = Captures(monkeypatch)
+    _, _, steady, first, second, after, again = [
+        passes.step(captured) for captured in (False, False, False, True, True, False, False)
+    ]
     assert first == second == [0, *steady[:-1]]  # nothing from before; nothing for what comes after
-    assert after == [0, *steady]
+    assert after == again == first
+
+
+def test_passes_between_replays_find_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is captured and replayed, and a picture of several passes is drawn after each replay."""
+    passes = Captures(monkeypatch)
+    expected = passes.draw()
+    passes.step(captured=True)
+    for _ in range(3):
+        passes.replay()
+        assert all(torch.equal(passes.draw(), expected) for _ in range(3))
+
+
+def test_buffers_are_kept_again_after_the_graph_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Captures(monkeypatch)
+    steady = [passes.step() for _ in range(3)][-1]
+    expected = passes.draw()
+    call = CapturedCall(passes.step, CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(sd3_lora.transformer.streaming, "call_in_capture", lambda: call)
+        passes.step(captured=True)
+    passes.replay()
+    call._give_up()
+    assert torch.equal(passes.draw(), expected)
+    assert [passes.step() for _ in range(3)][-1] == steady
+
+
+def test_a_call_that_is_dropped_is_replayed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what streams does not keep it, which would keep all."""
+    passes = Captures(monkeypatch)
+    calls = [CapturedCall(passes.step, CPU)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sd3_lora.transformer.streaming, "call_in_capture", lambda: calls[-1])
+        passes.step(captured=True)
+    assert passes.streamed._may_be_replayed
+    reference = weakref.ref(calls.pop())
+    gc.collect()
+    assert reference() is None
+    passes.step()
+    assert not passes.streamed._may_be_replayed
