@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ from sd3_lora.common.devices import (
     planned_device,
 )
 from sd3_lora.common.model_files import ModelFiles, library_versions
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
@@ -68,17 +69,28 @@ from sd3_lora.common.run_record import (
     flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.drawing.sampling import Embeddings, SamplingSettings, left_as_found
+from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
-from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
+from sd3_lora.plan.memory_plan import (
+    DrawingBetween,
+    Plan,
+    TrainingTask,
+    drawn_together,
+    plain_placement,
+    plan_training,
+    recompute_note,
+)
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
-from sd3_lora.plan.step_memory import StepShape, make_hollow
+from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
 from sd3_lora.training.config import (
@@ -111,7 +123,8 @@ from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup
-from sd3_lora.transformer.compiled import start_compile_workers
+from sd3_lora.training.watch_flags import WatchFlags
+from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.lora import (
     EMA_FILE,
     LORA_FILE,
@@ -302,12 +315,56 @@ def accumulate(
     return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What looks at the run between its steps.
+
+    Attributes:
+        log: of the losses.
+        trackers: that are sent the pictures.
+        validation: draws them, if any are asked for.
+        steps_of_epoch: optimizer steps of a pass over the pictures.
+        compiled: how the blocks are.
+        release: frees what the captured step keeps, until the next one.
+    """
+
+    log: LossLog
+    trackers: Trackers
+    validation: Validation | None
+    steps_of_epoch: float
+    compiled: Compiled
+    release: Callable[[], None]
+
+
+def validate(training: Training, watch: Watch, accelerator: Accelerator) -> float:
+    """Draws the validation pictures on rank 0, while the others wait; returns the seconds that it took.
+
+    A failure costs a sentence. The next step has the numbers that it would have had without.
+    """
+    start, validation = time.perf_counter(), watch.validation
+    if validation and accelerator.is_main_process:
+        watch.release()
+        try:
+            with left_as_found(training.transformer), training.ready_to_draw(), uncompiled(watch.compiled):
+                drawn = validation.draw(training.model, accelerator.device, training.step)
+        except Exception as error:  # whatever it is: the run is worth more than its pictures
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            tqdm.write(f"note: the pictures of step {training.step} failed ({reason}): training goes on")
+        else:
+            watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
+            elapsed_s = time.perf_counter() - start
+            folder = validation.step_folder(training.step)
+            tqdm.write(f"step {training.step}: {len(drawn)} pictures in {folder}, {elapsed_s:.1f} s")
+    accelerator.wait_for_everyone()
+    return time.perf_counter() - start
+
+
 def train(
     training: Training,
     batches: MicroBatches,
     step: Callable[..., torch.Tensor],
     flags: TrainingFlags,
-    log: LossLog,
+    watch: Watch,
     outputs: Outputs,
     accelerator: Accelerator,
 ) -> float:
@@ -321,10 +378,11 @@ def train(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
     """
     training.model.train()
-    window, queued = flags.run.gradient_accumulation_steps, None
+    log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
+    aside_s = validate(training, watch, accelerator) if training.step == 0 else 0.0
+    marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = tqdm(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
@@ -348,18 +406,24 @@ def train(
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
-            if saves or training.step % READ_EVERY == 0:
+            draws = at_end or flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
+            draws = draws and watch.validation is not None and not interrupted
+            if saves or draws or training.step % READ_EVERY == 0:
                 finish_step(training, log, queued)
                 queued = None
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
-                marks.append((training.step, time.perf_counter()))
+                marks.append((training.step, time.perf_counter() - aside_s))
             if at_end and accelerator.is_main_process:
                 outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
+            if flags.watch.saves_at(training.step) and accelerator.is_main_process:
+                outputs.save_lora_of_step(training)
             if saves:
                 outputs.save_checkpoint(training, batches.state_dict(), accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
+            if draws:
+                aside_s += validate(training, watch, accelerator)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -486,7 +550,89 @@ def training_task(
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow)
-    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights)
+    drawing = drawing_between(flags, files, dtype)
+    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights, drawing)
+
+
+def validation_sampling(watch: WatchFlags) -> SamplingSettings:
+    """How validation pictures are denoised."""
+    return SamplingSettings(watch.validation_num_steps, watch.validation_guidance, watch.validation_negative_prompt)
+
+
+def validation_work(flags: TrainingFlags, files: ModelFiles) -> VaeWork:
+    """What the VAE decodes of a validation picture: a square of the run's resolution."""
+    resolution = files.resolution(flags.data.resolution)
+    return VaeWork("decode", VAE_PRECISION, PictureSize(resolution, resolution))
+
+
+def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> DrawingBetween | None:
+    """What validation takes at the least: one picture at a time, decoded in the smallest tiles."""
+    if not flags.watch.draws:
+        return None
+    work, (_, vae_scale) = validation_work(flags, files), files.latent_channels_and_scale()
+    rows, tokens = validation_sampling(flags.watch).rows, text_tokens_of(flags.data, files)
+    tile = smallest_tile(files, work)
+    decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
+    return DrawingBetween(DenoisingShape(rows, work.size.latent(vae_scale), tokens, dtype, 0), decoding)
+
+
+def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
+    """The distinct prompts that are drawn while training."""
+    prompts = list(watch.validation_prompt)
+    if watch.validation_prompts_file is not None:
+        from sd3_lora.stage_one.prompts import read_prompts  # its import takes a second
+
+        prompts += read_prompts(Path(watch.validation_prompts_file))
+    return tuple(dict.fromkeys(prompts))
+
+
+def validation_embeddings(watch: WatchFlags, stage_one: StageOne) -> Embeddings:
+    """The embeddings of what is drawn while training; none where nothing is.
+
+    Raises:
+        UserError: stage one lacks one; names the command that adds it.
+    """
+    if not watch.draws:
+        return {}
+    return stage_one.read_embeddings([*validation_prompts(watch), watch.validation_negative_prompt])
+
+
+def make_validation(
+    flags: TrainingFlags,
+    task: TrainingTask,
+    plan: Plan,
+    budget: DeviceBudget | None,
+    embeddings: Embeddings,
+    record: RunRecord,
+) -> Validation | None:
+    """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
+    if task.drawing is None:
+        return None
+    prompts, work = validation_prompts(flags.watch), validation_work(flags, task.files)
+    count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
+    room = budget
+    if budget:
+        kept = sum(plan.forecast.phases[-1].parts[name] for name in ("weights", "LoRA", "unused between them"))
+        room = replace(budget, total_bytes=plan.forecast.peak_bytes - kept)
+    tile = choose_tile(task.files, work, room)
+    facts = record.facts
+    settings = {
+        "model": task.files.provenance(["transformer", "vae"], "", 0).identity,
+        "max_sequence_length": facts.max_sequence_length,
+        "precision": facts.precision + (f", base {packed}" if (packed := plan.placement.precision) else ""),
+        "average": "ema" if flags.average.use_ema else None,
+    }
+    what = ValidationTask(
+        prompts,
+        flags.watch.num_validation_images,
+        validation_sampling(flags.watch),
+        flags.watch.validation_seed,
+        work.size,
+        count,
+        tile,
+        settings,
+    )
+    return Validation(what, task.files, embeddings, Path(flags.run.output_dir) / "samples")
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -669,8 +815,17 @@ def run(argv: Sequence[str] | None) -> None:
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
     stage_one = StageOne(
-        flags.data, flags.model, files, resolution, flags.device.device, flags.prior, flags.budget, flags.run.seed or 0
+        flags.data,
+        flags.model,
+        files,
+        resolution,
+        flags.device.device,
+        flags.prior,
+        flags.budget,
+        flags.run.seed or 0,
+        flags.watch.stage_one_flags(),
     )
+    embeddings = validation_embeddings(flags.watch, stage_one)
     data = open_data(stage_one, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
@@ -687,6 +842,8 @@ def run(argv: Sequence[str] | None) -> None:
     execution = replace(execution, attention_backward=task.shape.attention_backward)
     start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
+    if task.drawing:
+        longest_side = max(longest_side, *task.drawing.shape.latent_size)
     planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
@@ -703,12 +860,16 @@ def run(argv: Sequence[str] | None) -> None:
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
+    validation = make_validation(flags, task, plan, budget, embeddings, record)
 
     batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say, len(set(data.sizes)))
+    steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
+    release = step.release if isinstance(step, CapturedCall) else lambda: None
+    watch = Watch(log, trackers, validation, steps_of_epoch, execution.compiled, release)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
-        ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
+        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
     if accelerator.is_main_process:
         measured = budget.used_bytes(reports) if budget else 0
         if budget:

@@ -42,6 +42,7 @@ PATH_FLAGS = {
     "pretrained_model_name_or_path",
     "prompts_file",
     "resume_from_checkpoint",
+    "validation_prompts_file",
 }
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
@@ -90,7 +91,6 @@ OTHER_NAMES = {
     "prompts": ("prompts_file",),
     "resume": ("resume_from_checkpoint",),
     "sample_prompts": ("prompts_file",),
-    "save_every_n_steps": ("checkpointing_steps",),
     "scale": ("lora_scale",),
     "shuffle_caption": ("shuffle_tags",),
     "steps": ("num_steps", "max_train_steps"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig, PriorConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
+
+import torch
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
@@ -48,6 +50,7 @@ class StageOne:
         prior: its flags of class pictures.
         budget: of GPU memory, for drawing class pictures.
         seed: of their noise.
+        more_prompts: the flags with which compute_embeddings.py embeds what is drawn while training.
     """
 
     data: DataConfig
@@ -58,6 +61,7 @@ class StageOne:
     prior: PriorConfig = field(default_factory=PriorConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     seed: int = 0
+    more_prompts: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self, script: str, **more: Any) -> str:
         """The stage-one command that makes these artefacts, to be typed."""
@@ -72,6 +76,7 @@ class StageOne:
                 "class_prompt": self.prior.class_prompt,
                 "max_sequence_length": data.max_sequence_length,
                 "output_path": data.data_df_path,
+                **self.more_prompts,
             }
         else:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
@@ -152,6 +157,22 @@ class StageOne:
                 f"{widths[0]} and {widths[1]}: type `{remedy} --overwrite`"
             )
         return store
+
+    def read_embeddings(self, prompts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """The `(S, D)` and `(P,)` float16 embeddings of prompts to be drawn, by prompt.
+
+        Raises:
+            UserError: the file lacks one, or is not that of the flags.
+        """
+        with self.open_embeddings() as store:
+            asked = self.data.instance_prompt
+            flags = {
+                "max_sequence_length": store.provenance.size,
+                "instance_prompt": store.uncaptioned_prompt if asked is None else asked,
+            }
+            require_prompts(store, prompts, self.command("compute_embeddings.py", **flags))
+            rows = store.read_all(dict.fromkeys(prompts))
+            return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in rows}
 
     def open_latents(self) -> LatentCache:
         """The latent cache, empty or not."""

@@ -1,0 +1,179 @@
+"""One picture of a whole run: a row for each step at which pictures were drawn, a column for each prompt."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+PAPER, INK, FAINT, FRAME = "#ffffff", "#202124", "#5f6368", "#dadce0"
+MARGIN_PX, GAP_PX, HEADER_GAP_PX, LINE_PX = 28, 12, 14, 18
+PROMPT_LINES = 5
+LARGEST_CELL_PX, SMALLEST_CELL_PX = 256, 128  # of a picture's longer side
+USUAL_WIDTH_PX = 2400  # cells shrink rather than exceed it, down to the smallest
+MOST_PX = 16383  # of a WebP's side
+_STEP_FOLDER = re.compile(r"step_(\d+)$")
+
+Column = tuple[str, int]  # a prompt and the index of one of its pictures
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """The pictures of a step, by column."""
+
+    step: int
+    pictures: dict[Column, Image.Image]
+
+
+class ValidationSheet:
+    """`sheet.webp` in a folder of `step_NNNNNN` folders, made of the pictures in these.
+
+    So a resumed run goes on with the sheet that it left.
+
+    Args:
+        folder: that holds the steps' folders.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / "sheet.webp"
+        self._small: dict[tuple[Path, int], tuple[Column, Image.Image]] = {}  # by path and time of writing
+
+    def write(self, step: int) -> None:
+        """Makes the sheet anew, atomically, with the rows up to this step.
+
+        Later ones are of a run that was resumed from an earlier checkpoint, which will draw them again.
+        """
+        rows = [row for row in self._read_rows() if row.step <= step]
+        temporary = self.folder / f".{self.path.name}.{os.getpid()}"
+        try:
+            draw_sheet(rows).save(temporary, format="WEBP", quality=90)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read_rows(self) -> list[SheetRow]:
+        folders = {int(match[1]): path for path in self.folder.iterdir() if (match := _STEP_FOLDER.match(path.name))}
+        rows = []
+        for step, folder in sorted(folders.items()):
+            pictures = dict(each for path in sorted(folder.glob("*.png")) if (each := self._read(path)))
+            if pictures:
+                rows.append(SheetRow(step, pictures))
+        return rows
+
+    def _read(self, path: Path) -> tuple[Column, Image.Image] | None:
+        """A picture of this project, no larger than the sheet shows it; None for any other file."""
+        key = path, path.stat().st_mtime_ns
+        if key not in self._small:
+            try:
+                with Image.open(path) as opened:
+                    opened.load()
+                    noted = json.loads(opened.text["sd3_lora"])  # type: ignore[attr-defined]
+                    column = str(noted["prompt"]), int(noted["image_index"])
+                    picture = opened.convert("RGB")
+            except (OSError, UnidentifiedImageError, AttributeError, KeyError, TypeError, ValueError):
+                return None
+            picture.thumbnail((LARGEST_CELL_PX, LARGEST_CELL_PX), Image.Resampling.LANCZOS)
+            self._small[key] = column, picture
+        return self._small[key]
+
+
+def draw_sheet(rows: Sequence[SheetRow]) -> Image.Image:
+    """The whole sheet: the prompts of the last row first, from left to right.
+
+    Where a WebP has no room for all rows, the first and the last stay, and as many of the others, evenly spread.
+
+    Args:
+        rows: at least one, by step.
+    """
+    columns = list(dict.fromkeys(column for row in reversed(rows) for column in row.pictures))
+    cell = _cell_size(rows, len(columns))
+    label_font, prompt_font = ImageFont.load_default(15), ImageFont.load_default(13)
+    labels = [f"step {row.step}" for row in rows]
+    label_px = max(round(label_font.getlength(label)) for label in labels) + 20
+    groups = _groups(columns)
+    texts = [wrap(prompt, prompt_font, count * (cell[0] + GAP_PX) - GAP_PX - 4) for prompt, count in groups]
+    top = MARGIN_PX + LINE_PX * max(map(len, texts)) + HEADER_GAP_PX
+    most = max(2, (MOST_PX - top - MARGIN_PX + GAP_PX) // (cell[1] + GAP_PX))
+    shown = [rows[place] for place in _spread(len(rows), most)]
+    width = 2 * MARGIN_PX + label_px + len(columns) * (cell[0] + GAP_PX) - GAP_PX
+    height = top + len(shown) * (cell[1] + GAP_PX) - GAP_PX + MARGIN_PX
+    sheet = Image.new("RGB", (min(width, MOST_PX), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    left = MARGIN_PX + label_px
+    x = left
+    for (_, count), lines in zip(groups, texts, strict=True):
+        for number, line in enumerate(lines):
+            draw.text((x, MARGIN_PX + LINE_PX * (number + max(map(len, texts)) - len(lines))), line, FAINT, prompt_font)
+        x += count * (cell[0] + GAP_PX)
+    for place, row in enumerate(shown):
+        y = top + place * (cell[1] + GAP_PX)
+        draw.text((left - 20, y + cell[1] // 2), f"step {row.step}", INK, label_font, anchor="rm")
+        for number, column in enumerate(columns):
+            corner = (left + number * (cell[0] + GAP_PX), y)
+            _draw_cell(sheet, draw, row.pictures.get(column), corner, cell)
+    return sheet
+
+
+def _draw_cell(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    picture: Image.Image | None,
+    corner: tuple[int, int],
+    cell: tuple[int, int],
+) -> None:
+    """A picture in its frame, in the middle of its place; a dash where there is none."""
+    x, y = corner
+    if picture is None:
+        draw.text((x + cell[0] // 2, y + cell[1] // 2), "–", FAINT, ImageFont.load_default(15), anchor="mm")
+        return
+    scale = min(cell[0] / picture.width, cell[1] / picture.height)
+    size = round(picture.width * scale), round(picture.height * scale)
+    x, y = x + (cell[0] - size[0]) // 2, y + (cell[1] - size[1]) // 2
+    sheet.paste(picture.resize(size, Image.Resampling.LANCZOS), (x, y))
+    draw.rectangle((x, y, x + size[0] - 1, y + size[1] - 1), outline=FRAME)
+
+
+def _cell_size(rows: Sequence[SheetRow], columns: int) -> tuple[int, int]:
+    """Width and height of a picture's place: of the shape of the last row's first picture."""
+    first = next(iter(rows[-1].pictures.values()))
+    room = (USUAL_WIDTH_PX - 2 * MARGIN_PX) // columns - GAP_PX
+    longer = max(SMALLEST_CELL_PX, min(LARGEST_CELL_PX, room, max(SMALLEST_CELL_PX + 48, *first.size)))
+    scale = longer / max(first.size)
+    return round(first.width * scale), round(first.height * scale)
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
+    """Each prompt with the number of its columns side by side."""
+    groups: list[tuple[str, int]] = []
+    for prompt, _ in columns:
+        if groups and groups[-1][0] == prompt:
+            groups[-1] = prompt, groups[-1][1] + 1
+        else:
+            groups.append((prompt, 1))
+    return groups
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of the places from 0 to count - 1, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
+    """The text in lines of at most this width; what `PROMPT_LINES` do not hold ends in an ellipsis."""
+    lines = [""]
+    for word in text.split() or ["(empty)"]:
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width_px or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > PROMPT_LINES:
+        lines = [*lines[: PROMPT_LINES - 1], lines[PROMPT_LINES - 1] + " …"]
+    return lines
