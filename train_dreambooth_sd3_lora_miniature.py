@@ -56,6 +56,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
@@ -105,6 +106,7 @@ from sd3_lora.training.config import (
 )
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
+from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
@@ -323,6 +325,7 @@ class Watch:
         log: of the losses.
         trackers: that are sent the pictures.
         validation: draws them, if any are asked for.
+        warning: measures at fixed noise, if that is asked for.
         steps_of_epoch: optimizer steps of a pass over the pictures.
         compiled: how the blocks are.
         release: frees what the captured step keeps, until the next one.
@@ -331,32 +334,62 @@ class Watch:
     log: LossLog
     trackers: Trackers
     validation: Validation | None
+    warning: EarlyWarning | None
     steps_of_epoch: float
     compiled: Compiled
     release: Callable[[], None]
 
 
-def validate(training: Training, watch: Watch, accelerator: Accelerator) -> float:
-    """Draws the validation pictures on rank 0, while the others wait; returns the seconds that it took.
+def look(training: Training, watch: Watch, draws: bool, measures: bool, accelerator: Accelerator) -> float:
+    """Draws validation pictures and measures the early warning's losses on rank 0, while the others wait.
 
     A failure costs a sentence. The next step has the numbers that it would have had without.
+
+    Returns:
+        The seconds that it took.
     """
-    start, validation = time.perf_counter(), watch.validation
-    if validation and accelerator.is_main_process:
+    start = time.perf_counter()
+    if (draws or measures) and accelerator.is_main_process:
         watch.release()
-        try:
-            with left_as_found(training.transformer), training.ready_to_draw(), uncompiled(watch.compiled):
-                drawn = validation.draw(training.model, accelerator.device, training.step)
-        except Exception as error:  # whatever it is: the run is worth more than its pictures
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            tqdm.write(f"note: the pictures of step {training.step} failed ({reason}): training goes on")
-        else:
-            watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
-            elapsed_s = time.perf_counter() - start
-            folder = validation.step_folder(training.step)
-            tqdm.write(f"step {training.step}: {len(drawn)} pictures in {folder}, {elapsed_s:.1f} s")
-    accelerator.wait_for_everyone()
+        for is_due, work, what in ((measures, measure, "the early warning"), (draws, validate, "the pictures")):
+            try:
+                if is_due:
+                    with left_as_found(training.transformer), uncompiled(watch.compiled):
+                        work(training, watch, accelerator.device)
+            except Exception as error:  # whatever it is: the run is worth more
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+        drop_workspaces(accelerator.device)
+        free_memory(accelerator.device)
+    if draws or measures:
+        accelerator.wait_for_everyone()
     return time.perf_counter() - start
+
+
+def validate(training: Training, watch: Watch, device: torch.device) -> None:
+    """Draws the validation pictures, with the average where there is one."""
+    start, validation = time.perf_counter(), watch.validation
+    if validation is None:
+        return
+    with training.ready_to_draw():
+        drawn = validation.draw(training.model, device, training.step)
+    watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
+    elapsed_s = time.perf_counter() - start
+    tqdm.write(
+        f"step {training.step}: {len(drawn)} pictures in {validation.step_folder(training.step)}, {elapsed_s:.1f} s; "
+        f"all steps in {validation.sheet_path}"
+    )
+
+
+def measure(training: Training, watch: Watch, device: torch.device) -> None:
+    """Measures the early warning's losses, and prints what they warn of."""
+    if watch.warning is None:
+        return
+    for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
+        tqdm.write(sentence)
+    last = watch.warning.history[-1]
+    values = {"subject_loss": last.subject_loss, "class_loss": last.class_loss}
+    watch.trackers.log(training.step, {name: value for name, value in values.items() if value is not None})
 
 
 def train(
@@ -381,7 +414,8 @@ def train(
     log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    aside_s = validate(training, watch, accelerator) if training.step == 0 else 0.0
+    is_new = training.step == 0
+    aside_s = look(training, watch, is_new and flags.watch.draws, is_new and flags.watch.measures_at(0), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = tqdm(
@@ -406,9 +440,9 @@ def train(
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
-            draws = at_end or flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
-            draws = draws and watch.validation is not None and not interrupted
-            if saves or draws or training.step % READ_EVERY == 0:
+            draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves, at_end) and not interrupted
+            measures = flags.watch.measures_at(training.step) and not interrupted
+            if saves or draws or measures or training.step % READ_EVERY == 0:
                 finish_step(training, log, queued)
                 queued = None
                 log.read()
@@ -422,8 +456,7 @@ def train(
                 outputs.save_checkpoint(training, batches.state_dict(), accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
-            if draws:
-                aside_s += validate(training, watch, accelerator)
+            aside_s += look(training, watch, draws, measures, accelerator)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -597,6 +630,27 @@ def validation_embeddings(watch: WatchFlags, stage_one: StageOne) -> Embeddings:
     return stage_one.read_embeddings([*validation_prompts(watch), watch.validation_negative_prompt])
 
 
+def make_early_warning(
+    flags: TrainingFlags, data: TrainingData, files: ModelFiles, step: int, say: Callable[[str], None]
+) -> EarlyWarning | None:
+    """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
+    if flags.watch.early_warning_steps is None:
+        return None
+    # A LoRA that starts from the weights leaves another base than the model's.
+    is_plain = not lora_kind(flags.lora).starts_from_weights
+    warning = EarlyWarning(
+        data,
+        load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
+        files.read_config("vae"),
+        flags.run.train_batch_size * flags.prior.pools,
+        data.class_prompt(flags.prior.class_prompt) if is_plain else None,
+        Path(flags.run.output_dir) / "early_warning.jsonl",
+    )
+    warning.go_on_from(step)
+    say(warning.sentence())
+    return warning
+
+
 def make_validation(
     flags: TrainingFlags,
     task: TrainingTask,
@@ -604,6 +658,7 @@ def make_validation(
     budget: DeviceBudget | None,
     embeddings: Embeddings,
     record: RunRecord,
+    goes_on: bool,
 ) -> Validation | None:
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
@@ -632,7 +687,7 @@ def make_validation(
         tile,
         settings,
     )
-    return Validation(what, task.files, embeddings, Path(flags.run.output_dir) / "samples")
+    return Validation(what, task.files, embeddings, Path(flags.run.output_dir) / "samples", goes_on)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -860,13 +915,15 @@ def run(argv: Sequence[str] | None) -> None:
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
-    validation = make_validation(flags, task, plan, budget, embeddings, record)
+    validation = make_validation(flags, task, plan, budget, embeddings, record, training.step > 0)
 
     batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say, len(set(data.sizes)))
     steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
     release = step.release if isinstance(step, CapturedCall) else lambda: None
-    watch = Watch(log, trackers, validation, steps_of_epoch, execution.compiled, release)
+    is_rank_0 = accelerator.is_main_process
+    warning = make_early_warning(flags, data, files, training.step, say) if is_rank_0 else None
+    watch = Watch(log, trackers, validation, warning, steps_of_epoch, execution.compiled, release)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
         ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)

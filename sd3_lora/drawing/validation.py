@@ -91,11 +91,14 @@ class Validation:
         files: the model.
         embeddings: of the task's prompts and of its negative prompt.
         folder: `samples`; it need not exist yet.
+        goes_on: whether the run was resumed, and the sheet with it.
     """
 
-    def __init__(self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path):
+    def __init__(
+        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, goes_on: bool = False
+    ):
         self.task, self.folder = task, folder
-        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder)
+        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, goes_on)
         self._sampler: Sampler | None = None
         self._vae: AutoencoderKL | None = None  # on the host between two drawings
 

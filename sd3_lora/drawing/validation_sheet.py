@@ -37,10 +37,12 @@ class ValidationSheet:
 
     Args:
         folder: that holds the steps' folders.
+        goes_on: whether the run was resumed; a new one shows no rows but its own.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, goes_on: bool = False):
         self.folder, self.path = folder, folder / "sheet.webp"
+        self._goes_on, self._drawn = goes_on, set[int]()
         self._small: dict[tuple[Path, int], tuple[Column, Image.Image]] = {}  # by path and time of writing
 
     def write(self, step: int) -> None:
@@ -48,7 +50,10 @@ class ValidationSheet:
 
         Later ones are of a run that was resumed from an earlier checkpoint, which will draw them again.
         """
-        rows = [row for row in self._read_rows() if row.step <= step]
+        self._drawn.add(step)
+        rows = [row for row in self._read_rows() if row.step in self._drawn or (self._goes_on and row.step < step)]
+        if not rows:
+            return
         temporary = self.folder / f".{self.path.name}.{os.getpid()}"
         try:
             draw_sheet(rows).save(temporary, format="WEBP", quality=90)
@@ -57,7 +62,8 @@ class ValidationSheet:
             temporary.unlink(missing_ok=True)
 
     def _read_rows(self) -> list[SheetRow]:
-        folders = {int(match[1]): path for path in self.folder.iterdir() if (match := _STEP_FOLDER.match(path.name))}
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        folders = {int(match[1]): path for path in paths if (match := _STEP_FOLDER.match(path.name))}
         rows = []
         for step, folder in sorted(folders.items()):
             pictures = dict(each for path in sorted(folder.glob("*.png")) if (each := self._read(path)))
@@ -93,8 +99,7 @@ def draw_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     columns = list(dict.fromkeys(column for row in reversed(rows) for column in row.pictures))
     cell = _cell_size(rows, len(columns))
     label_font, prompt_font = ImageFont.load_default(15), ImageFont.load_default(13)
-    labels = [f"step {row.step}" for row in rows]
-    label_px = max(round(label_font.getlength(label)) for label in labels) + 20
+    label_px = max(round(label_font.getlength(f"step {row.step}")) for row in rows) + 20
     groups = _groups(columns)
     texts = [wrap(prompt, prompt_font, count * (cell[0] + GAP_PX) - GAP_PX - 4) for prompt, count in groups]
     top = MARGIN_PX + LINE_PX * max(map(len, texts)) + HEADER_GAP_PX
@@ -112,7 +117,10 @@ def draw_sheet(rows: Sequence[SheetRow]) -> Image.Image:
         x += count * (cell[0] + GAP_PX)
     for place, row in enumerate(shown):
         y = top + place * (cell[1] + GAP_PX)
-        draw.text((left - 20, y + cell[1] // 2), f"step {row.step}", INK, label_font, anchor="rm")
+        middle = y + cell[1] // 2
+        draw.text((left - 20, middle), f"step {row.step}", INK, label_font, anchor="rm")
+        if row.step == 0:
+            draw.text((left - 20, middle + LINE_PX), "untrained", FAINT, prompt_font, anchor="rm")
         for number, column in enumerate(columns):
             corner = (left + number * (cell[0] + GAP_PX), y)
             _draw_cell(sheet, draw, row.pictures.get(column), corner, cell)

@@ -92,13 +92,17 @@ class WatchFlags:
         "save_interval",
         "save_model_every_n_steps",
     )
+    early_warning_steps: int | None = _number_of_steps(
+        "Optimizer steps from one early warning to the next: losses at fixed noise on crops that are held back, and of "
+        "the class prompt (docs/watching.md). Default: none."
+    )
 
     def __post_init__(self) -> None:
         require_right([*self._faults(), *self._without_effect()])
 
     def _faults(self) -> Iterator[str]:
         names = ("num_validation_images", "validation_steps", "validation_epochs", "validation_num_steps")
-        yield from less_than_one(self, *names, "save_every_n_steps")
+        yield from less_than_one(self, *names, "save_every_n_steps", "early_warning_steps")
         yield from split_prompt("validation_prompt", self.validation_prompt)
         if self.validation_seed < 0:
             yield f"--validation_seed {self.validation_seed} must be at least 0"
@@ -117,7 +121,7 @@ class WatchFlags:
                     "leave it out"
                 )
 
-    _NOT_OF_PICTURES = ("validation_prompt", "validation_prompts_file", "save_every_n_steps")
+    _NOT_OF_PICTURES = ("validation_prompt", "validation_prompts_file", "save_every_n_steps", "early_warning_steps")
 
     def stage_one_flags(self) -> dict[str, Any]:
         """The flags with which compute_embeddings.py embeds what is drawn."""
@@ -136,16 +140,21 @@ class WatchFlags:
         """Whether a LoRA is written after this optimizer step, for the user to pick from."""
         return self.save_every_n_steps is not None and step % self.save_every_n_steps == 0
 
-    def draws_at(self, step: int, steps_of_epoch: float, checkpoint: bool) -> bool:
-        """Whether pictures are drawn after this optimizer step, which is not the last.
+    def measures_at(self, step: int) -> bool:
+        """Whether the early warning's losses are measured after this optimizer step; 0 is before the first."""
+        return self.early_warning_steps is not None and step % self.early_warning_steps == 0
+
+    def draws_at(self, step: int, steps_of_epoch: float, checkpoint: bool, last: bool = False) -> bool:
+        """Whether pictures are drawn after this optimizer step.
 
         Args:
             step: from 1.
             steps_of_epoch: optimizer steps of a pass over the pictures, which may end within one.
             checkpoint: whether a checkpoint is written after it.
+            last: whether it is the last one.
         """
-        if not self.draws:
-            return False
+        if last or not self.draws:
+            return self.draws
         asked = self.validation_steps is not None or self.validation_epochs is not None
         if self.saves_at(step) and (self.validation_with_saves or not asked):
             return True

@@ -13,7 +13,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -367,6 +369,23 @@ def peft_patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
         "^(?:" + "|".join(re.escape(name) for name, own in values.items() if own == value) + ")": value
         for value in sorted(others)
     }
+
+
+@contextmanager
+def lora_off(transformer: torch.nn.Module) -> Iterator[None]:
+    """Within it the adapters are off, and the base alone computes.
+
+    Not by peft's `enable_adapters`, which would freeze what is trained, and thaw it afterwards.
+    """
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 def lora_layers(transformer: SD3Transformer2DModel) -> dict[str, AddedLora]:
