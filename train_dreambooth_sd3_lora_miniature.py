@@ -708,6 +708,7 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
         yield note
     if budget:
         yield f"predicted peak: {plan.forecast.largest.sentence()}"
+        yield from (f"to {phase.name}: {phase.sentence()}" for phase in plan.forecast.phases[1:])
 
 
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
