@@ -128,7 +128,7 @@ class WatchFlags:
         return {
             "validation_prompt": self.validation_prompt,
             "prompts_file": self.validation_prompts_file,
-            "negative_prompt": self.validation_negative_prompt,
+            "negative_prompt": self.validation_negative_prompt or None,  # the empty one is always embedded
         }
 
     @property

@@ -162,6 +162,7 @@ ELSEWHERE = {
     "validation_guidance": "test_validation.py",
     "validation_seed": "test_validation.py",
     "save_every_n_steps": "test_validation.py",
+    "early_warning_steps": "test_early_warning.py",
     "report_to": "test_trackers.py",
     "logging_dir": "test_trackers.py",
 }
