@@ -340,10 +340,25 @@ class Watch:
     release: Callable[[], None]
 
 
-def look(training: Training, watch: Watch, draws: bool, measures: bool, accelerator: Accelerator) -> float:
+def look(
+    training: Training,
+    watch: Watch,
+    draws: bool,
+    measures: bool,
+    accelerator: Accelerator,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
     """Draws validation pictures and measures the early warning's losses on rank 0, while the others wait.
 
     A failure costs a sentence. The next step has the numbers that it would have had without.
+
+    Args:
+        training: whose weights draw.
+        watch: what draws and measures.
+        draws: whether pictures are due.
+        measures: whether the losses are.
+        accelerator: of the processes.
+        stop: whether a signal has come, which leaves out the pictures to come.
 
     Returns:
         The seconds that it took.
@@ -351,7 +366,8 @@ def look(training: Training, watch: Watch, draws: bool, measures: bool, accelera
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
         watch.release()
-        for is_due, work, what in ((measures, measure, "the early warning"), (draws, validate, "the pictures")):
+        works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
+        for is_due, work, what in works:
             try:
                 if is_due:
                     with left_as_found(training.transformer), uncompiled(watch.compiled):
@@ -366,13 +382,13 @@ def look(training: Training, watch: Watch, draws: bool, measures: bool, accelera
     return time.perf_counter() - start
 
 
-def validate(training: Training, watch: Watch, device: torch.device) -> None:
+def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
     if validation is None:
         return
     with training.ready_to_draw():
-        drawn = validation.draw(training.model, device, training.step)
+        drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
     tqdm.write(
@@ -456,7 +472,7 @@ def train(
                 outputs.save_checkpoint(training, batches.state_dict(), accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
-            aside_s += look(training, watch, draws, measures, accelerator)
+            aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 

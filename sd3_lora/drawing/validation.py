@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,9 @@ class Validation:
         """Where the pictures of a step are."""
         return self.folder / f"step_{step:06d}"
 
-    def draw(self, model: VelocityModel, device: torch.device, step: int) -> list[DrawnPicture]:
+    def draw(
+        self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
+    ) -> list[DrawnPicture]:
         """Draws all pictures, writes them, and adds a row to the sheet.
 
         Leaves the model and torch's generators as they were. On the device there is first the transformer's working
@@ -121,27 +123,32 @@ class Validation:
             model: with the weights to draw with in place.
             device: where it is.
             step: the optimizer steps that it has taken.
+            stop: is asked between two pictures whether to leave out those to come.
 
         Raises:
             UserError: a picture is not finite; those before it are written.
             OSError: a picture cannot be written.
         """
         plans = self.task.pictures(self.step_folder(step), step)
-        latents = self._denoise(model, plans)
+        latents = self._denoise(model, plans, stop)
         drop_workspaces(device)
         free_memory(device)
         try:
-            return self._decode(plans, latents, device)
+            return self._decode(plans[: len(latents)], latents, device)
         finally:
             self._sheet.write(step)  # of those that are written, where one is not finite
 
-    def _denoise(self, model: VelocityModel, plans: Sequence[PicturePlan]) -> list[torch.Tensor]:
+    def _denoise(
+        self, model: VelocityModel, plans: Sequence[PicturePlan], stop: Callable[[], bool]
+    ) -> list[torch.Tensor]:
         if self._sampler is None:
             self._sampler = Sampler.of_live(model, self._files.read_scheduler_config())
         channels, vae_scale = self._files.latent_channels_and_scale()
         shape = (channels, *self.task.size.latent(vae_scale))
         latents: list[torch.Tensor] = []
         for start in range(0, len(plans), self.task.together):
+            if stop():
+                break
             batch = plans[start : start + self.task.together]
             noise = torch.stack([plan.noise(shape) for plan in batch])
             prompts = [plan.prompt for plan in batch]

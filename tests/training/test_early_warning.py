@@ -99,6 +99,13 @@ def test_a_resumed_run_goes_on(script: Script, prepared: Prepared, tmp_path: Pat
     ]
 
 
+def test_the_class_is_compared_with_the_base_alone(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """Not with the LoRA that the run begins with."""
+    first = train(script, prepared, tmp_path / "first", *LEARNS)
+    run = train(script, prepared, tmp_path / "run", *WARNS, "--init_lora", first.folder, "--max_train_steps", 1)
+    assert lines(run)[0]["class_loss"] > 0
+
+
 def test_without_a_class_prompt(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     """A LoRA that starts from the weights has another base than the model."""
     run = train(script, prepared, tmp_path, *WARNS, "--init_lora_weights", "pissa", "--max_train_steps", 1)

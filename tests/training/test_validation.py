@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing import validation
+from sd3_lora.drawing.sampling import Sampler
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 from sd3_lora.transformer.lora_files import find_lora
 
@@ -79,6 +81,9 @@ def test_the_run_is_as_if_nothing_had_been_drawn(with_pictures: Run, without: Ru
         ["--stream_blocks", 2, "--gradient_checkpointing", "--modulations_ahead", "on"],
         ["--deterministic", "on"],
         ["--use_8bit_adam"],
+        ["--optimizer", "schedule_free_adamw"],
+        ["--optimizer", "prodigy", "--learning_rate", 1],
+        ["--optimizer", "adafactor"],
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
@@ -89,7 +94,8 @@ def test_so_it_is_whatever_keeps_it_small(
     run = train(
         script, prepared, tmp_path / "with", *words, *DRAWS, "--validation_steps", 1, "--early_warning_steps", 1
     )
-    others = train(script, prepared, tmp_path / "8bit", *words) if "--use_8bit_adam" in words else without
+    changes = not {"--optimizer", "--use_8bit_adam"}.isdisjoint(words)  # the run's numbers
+    others = train(script, prepared, tmp_path / "without", *words) if changes else without
     assert_same_run(run, others)
     assert steps_drawn(run) == [0, 1, 2, 3]
 
@@ -159,6 +165,30 @@ def test_a_prompt_that_is_not_embedded_is_refused_with_the_command(
     assert script(name.removesuffix(".py"), *typed).code == 0
     run = train(script, private, tmp_path / "out", *words, "--max_train_steps", 1)
     assert steps_drawn(run) == [0, 1]
+
+
+def test_a_signal_leaves_out_the_pictures_to_come(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is taken away waits for seconds: the checkpoint comes first."""
+    denoised: list[int] = []
+    original = Sampler.denoise
+
+    def denoise(self: Sampler, *words: Any) -> torch.Tensor:
+        denoised.append(1)
+        if len(denoised) == 3:  # the first batch of step 2
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, *words)
+
+    monkeypatch.setattr(Sampler, "denoise", denoise)
+    words = ["--num_validation_images", 3, "--validation_steps", 2, "--max_train_steps", 5]
+    run = train(script, prepared, tmp_path, *DRAWS, *words, code=143)
+    assert len(denoised) == 3  # six pictures are two batches
+    assert {path.name: len(list(path.iterdir())) for path in (tmp_path / "samples").glob("step*")} == {
+        "step_000000": 6,
+        "step_000002": 4,
+    }
+    assert (run.folder / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize("fault", ["nan", "disk", "memory"])
