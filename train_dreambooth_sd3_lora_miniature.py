@@ -652,14 +652,18 @@ def make_early_warning(
     """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
     if flags.watch.early_warning_steps is None:
         return None
-    # A LoRA that starts from the weights leaves another base than the model's.
-    is_plain = not lora_kind(flags.lora).starts_from_weights
+    class_prompt = data.class_prompt(flags.prior.class_prompt)
+    if class_prompt is None:
+        say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
+    elif lora_kind(flags.lora).starts_from_weights:
+        say(f"note: --init_lora_weights {flags.lora.init_lora_weights} changes the base itself: no drift is measured")
+        class_prompt = None
     warning = EarlyWarning(
         data,
         load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
         files.read_config("vae"),
         flags.run.train_batch_size * flags.prior.pools,
-        data.class_prompt(flags.prior.class_prompt) if is_plain else None,
+        class_prompt,
         Path(flags.run.output_dir) / "early_warning.jsonl",
     )
     warning.go_on_from(step)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 PAPER, INK, FAINT, FRAME = "#ffffff", "#202124", "#5f6368", "#dadce0"
-MARGIN_PX, GAP_PX, HEADER_GAP_PX, LINE_PX = 28, 12, 14, 18
+MARGIN_PX, GAP_PX, HEADER_GAP_PX, LABEL_GAP_PX, LINE_PX = 28, 12, 14, 20, 18
 PROMPT_LINES = 5
 LARGEST_CELL_PX, SMALLEST_CELL_PX = 256, 128  # of a picture's longer side
 USUAL_WIDTH_PX = 2400  # cells shrink rather than exceed it, down to the smallest
@@ -96,34 +98,32 @@ def draw_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     Args:
         rows: at least one, by step.
     """
-    columns = list(dict.fromkeys(column for row in reversed(rows) for column in row.pictures))
+    columns = _columns(rows)
     cell = _cell_size(rows, len(columns))
     label_font, prompt_font = ImageFont.load_default(15), ImageFont.load_default(13)
-    label_px = max(round(label_font.getlength(f"step {row.step}")) for row in rows) + 20
-    groups = _groups(columns)
-    texts = [wrap(prompt, prompt_font, count * (cell[0] + GAP_PX) - GAP_PX - 4) for prompt, count in groups]
-    top = MARGIN_PX + LINE_PX * max(map(len, texts)) + HEADER_GAP_PX
-    most = max(2, (MOST_PX - top - MARGIN_PX + GAP_PX) // (cell[1] + GAP_PX))
-    shown = [rows[place] for place in _spread(len(rows), most)]
-    width = 2 * MARGIN_PX + label_px + len(columns) * (cell[0] + GAP_PX) - GAP_PX
-    height = top + len(shown) * (cell[1] + GAP_PX) - GAP_PX + MARGIN_PX
-    sheet = Image.new("RGB", (min(width, MOST_PX), height), PAPER)
-    draw = ImageDraw.Draw(sheet)
+    labels = [(f"step {row.step}", "" if row.step else "at the start") for row in rows]
+    label_px = max(round(label_font.getlength(text)) for label in labels for text in label) + LABEL_GAP_PX
     left = MARGIN_PX + label_px
-    x = left
-    for (_, count), lines in zip(groups, texts, strict=True):
-        for number, line in enumerate(lines):
-            draw.text((x, MARGIN_PX + LINE_PX * (number + max(map(len, texts)) - len(lines))), line, FAINT, prompt_font)
-        x += count * (cell[0] + GAP_PX)
-    for place, row in enumerate(shown):
+    xs = _places(columns, left, cell[0])
+    groups = [(prompt, count, xs[start]) for prompt, start, count in _groups(columns)]
+    texts = [wrap(prompt, prompt_font, count * (cell[0] + GAP_PX) - GAP_PX) for prompt, count, _ in groups]
+    most_lines = max(map(len, texts))
+    top = MARGIN_PX + LINE_PX * most_lines + HEADER_GAP_PX
+    most = max(2, (MOST_PX - top - MARGIN_PX + GAP_PX) // (cell[1] + GAP_PX))
+    shown = _spread(len(rows), most)
+    height = top + len(shown) * (cell[1] + GAP_PX) - GAP_PX + MARGIN_PX
+    sheet = Image.new("RGB", (min(xs[-1] + cell[0] + MARGIN_PX, MOST_PX), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for (_, _, x), lines in zip(groups, texts, strict=True):
+        for number, line in enumerate(lines, most_lines - len(lines)):
+            draw.text((x, MARGIN_PX + LINE_PX * number), line, FAINT, prompt_font)
+    for place, number in enumerate(shown):
         y = top + place * (cell[1] + GAP_PX)
-        middle = y + cell[1] // 2
-        draw.text((left - 20, middle), f"step {row.step}", INK, label_font, anchor="rm")
-        if row.step == 0:
-            draw.text((left - 20, middle + LINE_PX), "untrained", FAINT, prompt_font, anchor="rm")
-        for number, column in enumerate(columns):
-            corner = (left + number * (cell[0] + GAP_PX), y)
-            _draw_cell(sheet, draw, row.pictures.get(column), corner, cell)
+        right, middle = left - LABEL_GAP_PX, y + cell[1] // 2
+        draw.text((right, middle), labels[number][0], INK, label_font, anchor="rm")
+        draw.text((right, middle + LINE_PX), labels[number][1], FAINT, prompt_font, anchor="rm")
+        for x, column in zip(xs, columns, strict=True):
+            _draw_cell(sheet, draw, rows[number].pictures.get(column), (x, y), cell)
     return sheet
 
 
@@ -134,10 +134,10 @@ def _draw_cell(
     corner: tuple[int, int],
     cell: tuple[int, int],
 ) -> None:
-    """A picture in its frame, in the middle of its place; a dash where there is none."""
+    """A picture in its frame, in the middle of its place; a word where there is none."""
     x, y = corner
     if picture is None:
-        draw.text((x + cell[0] // 2, y + cell[1] // 2), "–", FAINT, ImageFont.load_default(15), anchor="mm")
+        draw.text((x + cell[0] // 2, y + cell[1] // 2), "not drawn", FAINT, ImageFont.load_default(13), anchor="mm")
         return
     scale = min(cell[0] / picture.width, cell[1] / picture.height)
     size = round(picture.width * scale), round(picture.height * scale)
@@ -155,15 +155,28 @@ def _cell_size(rows: Sequence[SheetRow], columns: int) -> tuple[int, int]:
     return round(first.width * scale), round(first.height * scale)
 
 
-def _groups(columns: Sequence[Column]) -> list[tuple[str, int]]:
-    """Each prompt with the number of its columns side by side."""
-    groups: list[tuple[str, int]] = []
-    for prompt, _ in columns:
-        if groups and groups[-1][0] == prompt:
-            groups[-1] = prompt, groups[-1][1] + 1
-        else:
-            groups.append((prompt, 1))
-    return groups
+def _columns(rows: Sequence[SheetRow]) -> list[Column]:
+    """Those of the last row first; the pictures of one prompt side by side."""
+    columns = {column: None for row in reversed(rows) for column in row.pictures}
+    prompts = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in columns))}
+    return sorted(columns, key=lambda column: (prompts[column[0]], column[1]))
+
+
+def _groups(columns: Sequence[Column]) -> list[tuple[str, int, int]]:
+    """Each prompt with its first column and the number of its columns."""
+    counts = Counter(prompt for prompt, _ in columns)
+    starts = itertools.accumulate(counts.values(), initial=0)
+    return [(prompt, start, count) for (prompt, count), start in zip(counts.items(), starts, strict=False)]
+
+
+def _places(columns: Sequence[Column], left: int, width: int) -> list[int]:
+    """Where each column begins; where a prompt has several pictures, prompts stand further apart."""
+    is_apart = len({prompt for prompt, _ in columns}) < len(columns)
+    xs = [left]
+    for before, column in itertools.pairwise(columns):
+        apart = GAP_PX if is_apart and before[0] != column[0] else 0
+        xs.append(xs[-1] + width + GAP_PX + apart)
+    return xs
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -111,9 +111,9 @@ class EarlyWarning:
     def sentence(self) -> str:
         """What is measured, for the user."""
         crops = "that are not trained on" if self.has_held_back else "that are trained on, since none is held back"
-        prompt = f"of the class prompt {self._class[0].prompt!r}" if self._class else "of no class prompt"
+        prompt = f"; and drift of the class prompt {self._class[0].prompt!r}" if self._class else ""
         pictures = f"{len(self._subject)} picture{'s' if len(self._subject) > 1 else ''}"
-        return f"early warning: loss at {NOISE_LEVELS} noise levels of {pictures}, on crops {crops}; and {prompt}"
+        return f"early warning: loss at {NOISE_LEVELS} noise levels of {pictures}, on crops {crops}{prompt}"
 
     def go_on_from(self, step: int) -> None:
         """Keeps what was measured up to this step, and drops what a resumed run will measure again; at 0 all."""

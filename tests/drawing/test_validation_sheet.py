@@ -87,6 +87,22 @@ def test_other_prompts_of_a_resumed_run() -> None:
     assert upper[1] not in (RED, GREEN, BLUE)
 
 
+def test_the_pictures_of_a_prompt_stand_together() -> None:
+    """Prompts stand further apart then; a row that lacks some changes no order."""
+    rows = [
+        SheetRow(0, {(prompt, index): plain(RED) for prompt in ("a dog", "a cat") for index in (0, 1)}),
+        SheetRow(20, {("a dog", 0): plain(GREEN), ("a cat", 0): plain(BLUE)}),
+    ]
+    sheet = draw_sheet(rows)
+    y = sheet.height - MARGIN_PX - 100
+    right = sheet.width - MARGIN_PX
+    xs = [right - 100, right - 300 - GAP_PX, right - 500 - 3 * GAP_PX, right - 700 - 4 * GAP_PX]
+    lower, upper = ([sheet.getpixel((x, row)) for x in reversed(xs)] for row in (y, y - 200 - GAP_PX))
+    assert upper == [RED] * 4
+    assert (lower[0], lower[2]) == (GREEN, BLUE)
+    assert {RED, GREEN, BLUE}.isdisjoint([lower[1], lower[3]])
+
+
 def test_many_columns_are_small_and_many_rows_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = draw_sheet([SheetRow(0, {("a dog", index): plain(RED, (1024, 1024)) for index in range(12)})])
     assert wide.width < 2500

@@ -42,7 +42,7 @@ def test_the_run_is_as_if_nothing_had_been_measured(script: Script, prepared: Pr
     assert all(line["class_loss"] > 0 for line in lines(run)[1:])
     assert (
         "early warning: loss at 4 noise levels of 4 pictures, on crops that are trained on, since none is held back; "
-        "and of the class prompt 'a photo of a robot'" in run.out
+        "and drift of the class prompt 'a photo of a robot'\n" in run.out
     )
 
 
@@ -50,6 +50,7 @@ def test_its_values(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     """Before the first step: the base's loss, written out, on the one crop that --center_crop holds back."""
     run = train(script, prepared, tmp_path, *WARNS, "--center_crop", "--max_train_steps", 1, "--num_crops", 1)
     assert "4 pictures, on crops that are not trained on; and" in run.out
+    assert "note: " not in run.out
     transformer = SD3Transformer2DModel.from_pretrained(prepared.model / "transformer")
     config = json.loads((prepared.model / "vae" / "config.json").read_text())
     with EmbeddingStore(prepared.embeddings) as store:
@@ -106,11 +107,23 @@ def test_the_class_is_compared_with_the_base_alone(script: Script, prepared: Pre
     assert lines(run)[0]["class_loss"] > 0
 
 
-def test_without_a_class_prompt(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+@pytest.mark.parametrize("why", ["pissa", "no prompt"])
+def test_without_drift(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
     """A LoRA that starts from the weights has another base than the model."""
-    run = train(script, prepared, tmp_path, *WARNS, "--init_lora_weights", "pissa", "--max_train_steps", 1)
+    words = ["--init_lora_weights", why] if why == "pissa" else []
+    if not words:
+        monkeypatch.setattr(EmbeddingStore, "prompts_with_role", lambda _, role: (PROMPT,) if role != "class" else ())
+    run = train(script, prepared, tmp_path, *WARNS, *words, "--max_train_steps", 1)
     assert [line["class_loss"] for line in lines(run)] == [None, None]
-    assert "and of no class prompt" in run.out
+    notes = {
+        "pissa": "note: --init_lora_weights pissa changes the base itself: no drift is measured",
+        "no prompt": "note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is "
+        "measured",
+    }
+    assert notes[why] in run.out.splitlines()
+    assert "since none is held back\n" in run.out
 
 
 @pytest.mark.parametrize("fault", ["not finite", "disk"])
