@@ -70,7 +70,7 @@ from sd3_lora.common.run_record import (
     flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.sampling import Embeddings, SamplingSettings, left_as_found
+from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
@@ -108,6 +108,7 @@ from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
+from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -124,7 +125,7 @@ from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORME
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
-from sd3_lora.training.trainables import Trainables, TrainedGroup
+from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.lora import (
@@ -135,6 +136,7 @@ from sd3_lora.transformer.lora import (
     chosen_blocks,
     start_from,
     target_modules,
+    trained_names,
 )
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -240,6 +242,9 @@ def run_identity(
         "--max_sequence_length": facts.max_sequence_length,
         "--t5_precision": data.text.precision,
         "--caption_dropout": flags.data.caption_dropout,
+        "--clip_l_dropout": flags.data.clip_l_dropout,
+        "--clip_g_dropout": flags.data.clip_g_dropout,
+        "--t5_dropout": flags.data.t5_dropout,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.prior.identity(),
         "--lora_alpha": flags.lora.alpha,
@@ -516,6 +521,20 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     return start
 
 
+def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
+    """Checks that each pattern of --lr_pattern is of something that is trained.
+
+    Raises:
+        UserError: one is not.
+    """
+    if not flags.optimizer.rates:
+        return
+    lora, hollow = flags.lora, make_hollow(config, torch.float32)
+    targets = target_modules(hollow, lora.layers, chosen_blocks(lora.blocks, config["num_layers"]))
+    attach_lora(hollow, targets, lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
+    require_patterns(flags.optimizer.rates, trained_names(hollow))
+
+
 def load_training(
     stage_one: StageOne,
     flags: TrainingFlags,
@@ -527,7 +546,7 @@ def load_training(
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
     files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
-    processes, dtype = accelerator.num_processes, planned.dtype
+    processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
         blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
@@ -536,13 +555,15 @@ def load_training(
         trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
         if start:
             start_from(transformer, start.starts())
+        names.extend(trained_names(transformer))
         return trained
 
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
-    rate = flags.optimizer.scaled_rate(run.pictures_per_step(processes))
-    trainables = Trainables([TrainedGroup("transformer", arranged.flat, rate, tuple(arranged.trained))])
+    pictures = run.pictures_per_step(processes)
+    group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
+    trainables = Trainables(groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures)))
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
@@ -578,6 +599,7 @@ def training_task(
     asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
     asked.check(config["num_layers"], processes)
     kind.check(asked.precision, asked.streamed)
+    require_rates(flags, config)
     per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
     shape = StepShape(
@@ -626,24 +648,13 @@ def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype)
 
 
 def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
-    """The distinct prompts that are drawn while training."""
+    """The distinct prompts whose embeddings are needed to draw while training, the negative one last."""
     prompts = list(watch.validation_prompt)
     if watch.validation_prompts_file is not None:
         from sd3_lora.stage_one.prompts import read_prompts  # its import takes a second
 
         prompts += read_prompts(Path(watch.validation_prompts_file))
-    return tuple(dict.fromkeys(prompts))
-
-
-def validation_embeddings(watch: WatchFlags, stage_one: StageOne) -> Embeddings:
-    """The embeddings of what is drawn while training; none where nothing is.
-
-    Raises:
-        UserError: stage one lacks one; names the command that adds it.
-    """
-    if not watch.draws:
-        return {}
-    return stage_one.read_embeddings([*validation_prompts(watch), watch.validation_negative_prompt])
+    return (*dict.fromkeys(prompts), watch.validation_negative_prompt) if prompts else ()
 
 
 def make_early_warning(
@@ -676,14 +687,15 @@ def make_validation(
     task: TrainingTask,
     plan: Plan,
     budget: DeviceBudget | None,
-    embeddings: Embeddings,
+    data: TrainingData,
     record: RunRecord,
     goes_on: bool,
 ) -> Validation | None:
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
         return None
-    prompts, work = validation_prompts(flags.watch), validation_work(flags, task.files)
+    embeddings = {prompt: data.embedding(prompt) for prompt in validation_prompts(flags.watch)}
+    prompts, work = validation_prompts(flags.watch)[:-1], validation_work(flags, task.files)
     count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
     room = budget
     if budget:
@@ -707,7 +719,8 @@ def make_validation(
         tile,
         settings,
     )
-    return Validation(what, task.files, embeddings, Path(flags.run.output_dir) / "samples", goes_on)
+    tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", goes_on)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -750,8 +763,9 @@ def make_batches(
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
     sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
-    early = 2 if training.ahead else 1
-    return MicroBatches(training.order, data, sampler, early, flags.data.caption_dropout)
+    early, dropout = 2 if training.ahead else 1, flags.data
+    parts = EncoderDropout.of(files, dropout.clip_l_dropout, dropout.clip_g_dropout, dropout.t5_dropout)
+    return MicroBatches(training.order, data, sampler, early, dropout.caption_dropout, parts)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
@@ -797,10 +811,14 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; what is missing of latents and class pictures is made."""
+def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
+    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
+        require_writable_folder(output_dir)
+        stage_one.make_embeddings()
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
+    stage_one.require_embedded(store, prompts)
     if accelerator.num_processes > 1:
         stage_one.require_class_pictures()
     require_writable_folder(output_dir)
@@ -901,8 +919,8 @@ def run(argv: Sequence[str] | None) -> None:
         flags.run.seed or 0,
         flags.watch.stage_one_flags(),
     )
-    embeddings = validation_embeddings(flags.watch, stage_one)
-    data = open_data(stage_one, output_dir, accelerator)
+    prompts = validation_prompts(flags.watch)
+    data = open_data(stage_one, prompts, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
@@ -936,7 +954,7 @@ def run(argv: Sequence[str] | None) -> None:
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
-    validation = make_validation(flags, task, plan, budget, embeddings, record, training.step > 0)
+    validation = make_validation(flags, task, plan, budget, data, record, training.step > 0)
 
     batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say, len(set(data.sizes)))

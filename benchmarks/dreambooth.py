@@ -26,8 +26,9 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,10 @@ from world import MINIATURE, PICTURE_PX, load_objects
 
 SUBJECT_NOISE, DRIFT_NOISE = 1_000, 100_000  # seed of the first prompt's noise; the others follow it
 SHEET_PICTURES = 6
+# What decides the scores of all DreamBooth benchmarks, and of those with one number of steps and one rate.
+SHARED_SETTINGS = ("rank", "lora_layers", "lora_blocks", "train_batch_size", "mixed_precision")
+SHARED_SETTINGS += ("prompts", "drift_prompts", "guidance", "num_steps", "tf32")
+LENGTH_SETTINGS = ("steps", "learning_rate")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -89,8 +94,12 @@ class Bench:
 
     def draw(self, prompts: Sequence[str], seed: int) -> torch.Tensor:
         """A picture of each prompt, `(N, 3, 128, 128)` in [-1, 1], with whatever LoRA is loaded."""
-        flags = self.flags
-        return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        flags, matmul = self.flags, torch.backends.cuda.matmul
+        before, matmul.allow_tf32 = matmul.allow_tf32, flags.tf32
+        try:
+            return draw(self.pipeline, prompts, seed, flags.guidance, flags.num_steps, flags.batch_size)
+        finally:
+            matmul.allow_tf32 = before
 
     def score(self, subject: Subject, trainer: str, lora: Path | None) -> dict[str, Any]:
         """Draws a subject's samples, and with a LoRA those of other objects, and has them judged.
@@ -101,14 +110,10 @@ class Bench:
             lora: a file of diffusers' format; None for the miniature as it is.
         """
         start = time.perf_counter()
-        transformer = self.pipeline.transformer
         scenes, prompts = evaluation_scenes(subject.name, self.flags.prompts)
-        if lora:
-            read_lora_file(lora, transformer.config).attach(transformer, "subject")
-        pictures = self.draw(prompts, SUBJECT_NOISE)
-        drift = self.draw_drift() if lora else {}
-        if lora:
-            transformer.unload_lora()
+        with self.with_lora(lora):
+            pictures = self.draw(prompts, SUBJECT_NOISE)
+            drift = self.draw_drift() if lora else {}
         save_samples(subject.samples(trainer), pictures, prompts)
         verdict = self.judge.verdict(pictures)
         things = load_objects()
@@ -123,11 +128,45 @@ class Bench:
             "sampling_s": round(time.perf_counter() - start, 1),
         }
 
+    def count(self, name: str, lora: Path) -> dict[str, Any]:
+        """The same answers, counted, of a subject with a LoRA; no sample is kept."""
+        scenes, prompts = evaluation_scenes(name, self.flags.prompts)
+        with self.with_lora(lora):
+            right = count_right(self.judge.verdict(self.draw(prompts, SUBJECT_NOISE)), scenes)
+            return {"samples": len(prompts), "right": right, **self.draw_drift()}
+
+    @contextmanager
+    def with_lora(self, lora: Path | None) -> Iterator[None]:
+        """The miniature with a LoRA, and afterwards without.
+
+        Raises:
+            RuntimeError: it is not what it was before.
+        """
+        if lora is None:
+            yield
+            return
+        transformer = self.pipeline.transformer
+        before = fingerprint(transformer)
+        read_lora_file(lora, transformer.config).attach(transformer, "subject")
+        try:
+            yield
+        finally:
+            transformer.unload_lora()
+        if fingerprint(transformer) != before:
+            raise RuntimeError(f"{lora} was taken off the transformer, which is not what it was before")
+
     def draw_drift(self) -> dict[str, int]:
         """How many of the other objects are still themselves, with whatever LoRA is loaded."""
         scenes, prompts = drift_scenes(self.flags.drift_prompts)
         right = count_right(self.judge.verdict(self.draw(prompts, DRIFT_NOISE)), scenes)
         return {"drift_samples": len(scenes), "drift_right": right["object"]}
+
+
+def fingerprint(model: torch.nn.Module) -> list[tuple[str, int]]:
+    """The names of a model's tensors, each with the sum of its bytes: quickly compared."""
+    tensors = model.state_dict()
+    sums = torch.stack([tensor.detach().contiguous().view(torch.uint8).sum() for tensor in tensors.values()])
+    return list(zip(tensors, sums.tolist(), strict=True))
 
 
 def save_samples(folder: Path, pictures: torch.Tensor, prompts: Sequence[str]) -> None:
@@ -209,51 +248,39 @@ def draw_subject_sheet(flags: argparse.Namespace, subject: Subject) -> None:
     draw_sheet(f"sks {subject.name}", rows).save(subject.folder / "sheet.png")
 
 
-def settings_of(flags: argparse.Namespace) -> dict[str, Any]:
-    """What decides the scores, and so must be the same in all of an output folder."""
-    names = ("steps", "learning_rate", "rank", "lora_layers", "lora_blocks", "train_batch_size", "seed")
-    names += ("mixed_precision", "train_flags", "peer_flags", "class_images")
-    names += ("prompts", "drift_prompts", "guidance", "num_steps")
+def settings_of(flags: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What decides the scores, and so must be the same in all of an output folder: flags, the model and the judge."""
     files = ModelFiles(ModelConfig(pretrained_model_name_or_path=str(flags.model)))
     parts = ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"]
     identity = {"model": files.provenance(parts, "fp32", SEQUENCE_LENGTH).identity, "judge": file_hash(JUDGE_FILE)}
     return {**{name: getattr(flags, name) for name in names}, **identity}
 
 
-def require_same_settings(flags: argparse.Namespace, path: Path) -> dict[str, Any]:
+def require_same_settings(settings: dict[str, Any], path: Path) -> None:
     """Notes the settings in the output folder, or compares them with those noted there.
 
     Raises:
         UserError: the folder holds scores of other settings.
     """
-    settings = settings_of(flags)
     noted = read_json(path)
     if noted is None:
         write_json(path, settings)
-        return settings
-    noted = {"class_images": 0, **noted}  # which earlier builds did not have
+        return
+    noted = {"class_images": 0, "tf32": False, **noted}  # which earlier builds did not have
     wrong = [name for name in settings if noted.get(name) != settings[name]]
     if wrong:
         raise UserError(
             f"{path.parent} holds scores with {wrong[0]} {noted.get(wrong[0])}, not {settings[wrong[0]]}: "
             "give another --output_dir"
         )
-    return settings
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--subjects", nargs="+", help=f"Held-out objects. Default: {', '.join(SUBJECTS)}.")
-    parser.add_argument("--model", type=Path, default=MINIATURE, help="The miniature's folder.")
-    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
-    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
-    parser.add_argument("--rank", type=int, default=RANK, help="Of the LoRA.")
-    parser.add_argument("--lora_layers", default=LORA_LAYERS, help="As of the training script. Default: %(default)s.")
-    parser.add_argument("--lora_blocks", default=LORA_BLOCKS, help="Likewise. Default: %(default)s.")
-    parser.add_argument("--train_batch_size", type=int, default=TRAIN_BATCH_SIZE)
+    add_shared_flags(parser, Path("outputs/dreambooth"))
+    add_length_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Of training; the samples' noise is fixed.")
-    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of training.")
     parser.add_argument("--train_flags", default="", help="More for our training: --train_flags='--random_flip'.")
     parser.add_argument(
         "--class_images", type=int, default=0, help="Class pictures of each subject, for prior preservation."
@@ -271,17 +298,50 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SUBJECT=PATH",
         help="Score this LoRA and train none; may be repeated.",
     )
+    parser.add_argument("--sheets", type=int, default=3, help="For how many subjects to draw sheet.png.")
+    return parser
+
+
+def add_shared_flags(parser: argparse.ArgumentParser, output_dir: Path) -> None:
+    """The flags of all DreamBooth benchmarks: what is trained, how it is scored, and where."""
+    parser.add_argument("--subjects", nargs="+", help=f"Held-out objects. Default: {', '.join(SUBJECTS)}.")
+    parser.add_argument("--model", type=Path, default=MINIATURE, help="The miniature's folder.")
+    parser.add_argument("--rank", type=int, default=RANK, help="Of the LoRA.")
+    parser.add_argument("--lora_layers", default=LORA_LAYERS, help="As of the training script. Default: %(default)s.")
+    parser.add_argument("--lora_blocks", default=LORA_BLOCKS, help="Likewise. Default: %(default)s.")
+    parser.add_argument("--train_batch_size", type=int, default=TRAIN_BATCH_SIZE)
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="Of training.")
     parser.add_argument("--prompts", type=int, default=32, help="Samples of each subject.")
     parser.add_argument("--drift_prompts", type=int, default=32, help="Samples of other objects, with each LoRA.")
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--num_steps", type=int, default=NUM_STEPS, help="Denoising steps.")
+    parser.add_argument(
+        "--tf32", action="store_true", help="Draw with products in TF32: sooner, and rounded otherwise. Not training."
+    )
     parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help="Pictures drawn together.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--jobs", type=int, default=1, help="Processes that share the subjects.")
-    parser.add_argument("--sheets", type=int, default=3, help="For how many subjects to draw sheet.png.")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/dreambooth"))
+    parser.add_argument("--jobs", type=int, default=1, help="Processes that share the work.")
+    parser.add_argument("--output_dir", type=Path, default=output_dir)
     parser.add_argument("--result", type=Path, help="JSON file to write.")
-    return parser
+
+
+def add_length_flags(parser: argparse.ArgumentParser) -> None:
+    """How long is trained, and how fast."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="Of training.")
+    parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
+
+
+def require_subjects(names: Sequence[str]) -> list[str]:
+    """The subjects, each once.
+
+    Raises:
+        UserError: one that there is not, or there is no judge.
+    """
+    for name in names:
+        object_index(name)
+    if not JUDGE_FILE.is_file():
+        raise UserError(f"there is no {JUDGE_FILE}: miniature/train_judge.py makes it")
+    return list(dict.fromkeys(names))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -294,16 +354,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if any("=" not in word for word in flags.lora):
         raise UserError("--lora takes SUBJECT=PATH, for example robot=sd3-dreambooth-lora")
     flags.lora = dict(word.split("=", 1) for word in flags.lora)
-    flags.subjects = list(dict.fromkeys(flags.subjects or flags.lora or SUBJECTS))
-    for name in flags.subjects:
-        object_index(name)
+    flags.subjects = require_subjects(flags.subjects or list(flags.lora) or SUBJECTS)
     missing = [name for name in flags.subjects if flags.lora and name not in flags.lora]
     if missing:
         raise UserError(f"there is no --lora for {missing[0]}: leave it out of --subjects, or give one")
     if flags.peer and not (flags.peer / PEER_SCRIPT).is_file():
         raise UserError(f"{flags.peer} holds no {PEER_SCRIPT}: give a clone of diffusers")
-    if not JUDGE_FILE.is_file():
-        raise UserError(f"there is no {JUDGE_FILE}: miniature/train_judge.py makes it")
     return flags
 
 
@@ -311,7 +367,10 @@ def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = parse(argv)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
-    settings = require_same_settings(flags, flags.output_dir / "settings.json")
+    settings = settings_of(
+        flags, (*LENGTH_SETTINGS, *SHARED_SETTINGS, "seed", "train_flags", "peer_flags", "class_images")
+    )
+    require_same_settings(settings, flags.output_dir / "settings.json")
     start = time.perf_counter()
     measure_all(flags)
     before = read_json(flags.output_dir / "drift_before.json")

@@ -13,7 +13,9 @@ import json
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,19 @@ def trainers(flags: argparse.Namespace) -> list[str]:
     return [OURS, *([OURS_NF4] if flags.nf4 else []), *(PEERS if flags.peer else [])]
 
 
-def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
-    """What all trainers are told, in the same words: our flags have diffusers' names."""
+def shared_words(flags: argparse.Namespace, subject: Subject, lora: Path, has_layers: bool = True) -> list[str]:
+    """What all trainers are told, in the same words: our flags have diffusers' names.
+
+    Args:
+        flags: of the benchmark.
+        subject: that is trained.
+        lora: the folder to write.
+        has_layers: whether to say which layers; else the script's own.
+    """
     words = {
         "pretrained_model_name_or_path": flags.model,
         "instance_prompt": subject.prompt,
-        "output_dir": subject.lora(trainer),
+        "output_dir": lora,
         "resolution": PICTURE_PX,
         "max_sequence_length": SEQUENCE_LENGTH,
         "max_train_steps": flags.steps,
@@ -61,43 +70,86 @@ def shared_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> l
         "mixed_precision": flags.mixed_precision,
         "checkpointing_steps": flags.steps + 1,
     }
-    if trainer != "diffusers_defaults":
+    if has_layers:
         words |= {"lora_layers": flags.lora_layers, "lora_blocks": flags.lora_blocks}
     return [word for name, value in words.items() for word in (f"--{name}", str(value))]
 
 
+@dataclass(frozen=True)
+class StageOneFiles:
+    """Where a subject's artefacts go.
+
+    Attributes:
+        embeddings: of the captions, the two prompts and the empty one.
+        latents: of the five pictures, and of class pictures.
+        class_pictures: the folder of these.
+    """
+
+    embeddings: Path
+    latents: Path
+    class_pictures: Path
+
+    @property
+    def stored(self) -> list[str]:
+        """The flags that name them for a later script."""
+        return ["--data_df_path", str(self.embeddings), "--latents_path", str(self.latents)]
+
+
+def our_files(subject: Subject) -> StageOneFiles:
+    """Of both of our trainers: they train on the same."""
+    folder = subject.folder / OURS
+    return StageOneFiles(folder / "embeddings.parquet", folder / "latents", folder / "class")
+
+
 def our_words(flags: argparse.Namespace, subject: Subject, trainer: str = OURS) -> list[tuple[str, list[str]]]:
-    """The project's scripts with their flags, in order; both of our trainers train on the same files."""
-    embeddings, latents = subject.folder / "ours" / "embeddings.parquet", subject.folder / "ours" / "latents"
+    """The project's scripts with their flags, in order."""
+    files = our_files(subject)
+    more = ["--base_precision", "nf4"] if trainer == OURS_NF4 else []
+    if flags.class_images:
+        more += ["--with_prior_preservation", *class_words(subject, files, flags.class_images)]
+    words = [*shared_words(flags, subject, subject.lora(trainer)), *stored_words(flags, subject.captioned, files)]
+    train = ("train_dreambooth_sd3_lora_miniature", [*words, *more, *shlex.split(flags.train_flags)])
+    return [*stage_one_words(flags, subject, files, flags.class_images), train]
+
+
+def stage_one_words(
+    flags: argparse.Namespace, subject: Subject, files: StageOneFiles, class_images: int
+) -> list[tuple[str, list[str]]]:
+    """The scripts of stage one with their flags, in order.
+
+    Args:
+        flags: of the benchmark.
+        subject: whose pictures and prompts.
+        files: to write.
+        class_images: how many class pictures to draw; 0 for none.
+    """
     device = ["--device", flags.device]
     data = ["--pretrained_model_name_or_path", str(flags.model), "--instance_data_dir", str(subject.captioned)]
     prompts = ["--instance_prompt", subject.prompt, "--class_prompt", subject.class_prompt]
     # fp32, because diffusers' script encodes in the precision of its weights.
-    text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32", "--output_path", str(embeddings)]
-    resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
-    stored = ["--data_df_path", str(embeddings), "--latents_path", str(latents)]
-    train = [*shared_words(flags, subject, trainer), *data[2:], *stored, *device, *resume]
-    train += ["--base_precision", "nf4"] if trainer == OURS_NF4 else []
-    drawing, prior = [], class_words(flags, subject)
-    if prior:
-        how = ["--num_steps", str(flags.num_steps), "--guidance", f"{flags.guidance:g}", "--seed", str(flags.seed)]
-        how += ["--resolution", str(PICTURE_PX)]
-        drawing = [("draw_class_pictures", [*data[:2], *prior, *how, *stored, *device])]
-        train += ["--with_prior_preservation", *prior]
-    return [
-        ("compute_embeddings", [*data, *prompts, *text, *device]),
-        ("precompute_latents", [*data, "--resolution", str(PICTURE_PX), "--output_path", str(latents), *device]),
-        *drawing,
-        ("train_dreambooth_sd3_lora_miniature", [*train, *shlex.split(flags.train_flags)]),
+    text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32"]
+    size = ["--resolution", str(PICTURE_PX)]
+    scripts = [
+        ("compute_embeddings", [*data, *prompts, *text, "--output_path", str(files.embeddings), *device]),
+        ("precompute_latents", [*data, *size, "--output_path", str(files.latents), *device]),
     ]
+    if class_images:
+        how = ["--num_steps", str(flags.num_steps), "--guidance", f"{flags.guidance:g}", "--seed", str(flags.seed)]
+        words = [*data[:2], *class_words(subject, files, class_images), *how, *size, *files.stored, *device]
+        scripts.append(("draw_class_pictures", words))
+    return scripts
 
 
-def class_words(flags: argparse.Namespace, subject: Subject) -> list[str]:
-    """Which class pictures; nothing without --class_images."""
-    if not flags.class_images:
-        return []
-    words = ["--class_prompt", subject.class_prompt, "--class_data_dir", str(subject.folder / "ours" / "class")]
-    return [*words, "--num_class_images", str(flags.class_images)]
+def stored_words(flags: argparse.Namespace, pictures: Path, files: StageOneFiles) -> list[str]:
+    """What training is told of the pictures, of stage one's artefacts, and of how it runs."""
+    resume = ["--resume_from_checkpoint", "latest", "--report_to", "none"]
+    return ["--instance_data_dir", str(pictures), *files.stored, "--device", flags.device, *resume]
+
+
+def class_words(subject: Subject, files: StageOneFiles, count: int) -> list[str]:
+    """Which class pictures."""
+    words = ["--class_prompt", subject.class_prompt, "--class_data_dir", str(files.class_pictures)]
+    return [*words, "--num_class_images", str(count)]
 
 
 def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> list[str]:
@@ -105,7 +157,8 @@ def peer_words(flags: argparse.Namespace, subject: Subject, trainer: str) -> lis
     data = ["--instance_data_dir", str(subject.pictures)]
     if trainer == "diffusers":
         data = ["--dataset_name", str(subject.captioned), "--image_column", "image", "--caption_column", "text"]
-    words = [flags.peer_python, str(Path(flags.peer) / PEER_SCRIPT), *shared_words(flags, subject, trainer)]
+    shared = shared_words(flags, subject, subject.lora(trainer), has_layers=trainer != "diffusers_defaults")
+    words = [flags.peer_python, str(Path(flags.peer) / PEER_SCRIPT), *shared]
     return [*words, *data, *shlex.split(flags.peer_flags)]
 
 
@@ -123,13 +176,30 @@ def train_ours(flags: argparse.Namespace, subject: Subject, trainer: str) -> Non
     Raises:
         UserError: one of the scripts refused.
     """
-    log = subject.folder / trainer / "log.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
     for script, words in our_words(flags, subject, trainer):
-        with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
-            code = importlib.import_module(script).main(words)
-        if code:
-            raise UserError(f"{script}.py failed on {subject.name}:\n{last_lines(log)}")
+        run_script(script, words, subject.folder / trainer / "log.txt", subject.name)
+
+
+def run_script(script: str, words: Sequence[str], log: Path, what: str) -> None:
+    """One of the project's scripts in this process, its output added to a log.
+
+    Args:
+        script: its module.
+        words: its command line.
+        log: a file.
+        what: on which it runs, for the error.
+
+    Raises:
+        UserError: it refused.
+        KeyboardInterrupt: it was interrupted.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        code = importlib.import_module(script).main(words)
+    if code > 128:  # a signal's
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"{script}.py failed on {what}:\n{last_lines(log)}")
 
 
 def train_peer(flags: argparse.Namespace, subject: Subject, trainer: str) -> None:

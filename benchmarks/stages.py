@@ -9,6 +9,7 @@ The scripts' times are of their whole `main`, what they load and write included,
     python benchmarks/stages.py encoders latents text job --model /tmp/sd3-medium --peer ../diffusers --result FILE
     git worktree add ../before COMMIT
     python benchmarks/stages.py job --before ../before --model /tmp/sd3-medium --result FILE
+    sudo python benchmarks/stages.py job --cold --before ../before --model /tmp/sd3-medium --result FILE
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -301,7 +303,7 @@ def our_scripts(arguments: argparse.Namespace, out: Path, training: Sequence[obj
 def build_rows(arguments: argparse.Namespace, out: Path) -> Iterator[Row]:
     """The README's commands in this build and in one before it, in turns, each with empty caches of compiled kernels.
 
-    The first round's imports come from a cold disk, so the builds take the first turn alternately.
+    Without --cold the first round's imports come from a cold disk, so the builds take the first turn alternately.
     """
     builds = {"before": arguments.before.resolve(), "after": PROJECT_FOLDER}
     totals: dict[str, list[float]] = {name: [] for name in builds}
@@ -312,7 +314,11 @@ def build_rows(arguments: argparse.Namespace, out: Path) -> Iterator[Row]:
             rows = []
             for words, report in readme_commands(arguments, out / "photos", folder):
                 row: Row = {"set": "job", "name": f"{name}: {words[0]}", "round": number}
-                row |= run_process([builds[name] / str(words[0]), *words[1:]], caches)[0]
+                if arguments.cold:
+                    drop_page_cache()
+                    row["cold"] = True
+                    caches["PYTHONPYCACHEPREFIX"] = str(folder / f"bytecode-{words[0]}")
+                row |= run_process([builds[name] / str(words[0]), *words[1:]], dict(caches))[0]
                 rows.append(row if "failed" in row else row | divided(row["elapsed_s"], report, arguments.steps))
                 yield rows[-1]
             if not any("failed" in row for row in rows):
@@ -323,6 +329,12 @@ def build_rows(arguments: argparse.Namespace, out: Path) -> Iterator[Row]:
         for name, mean in means.items():
             row = {"set": "job", "name": f"{name}: photos to LoRA", "each_job_s": totals[name], "job_s": mean}
             yield row | {"of_before": round(mean / means["before"], 3)}
+
+
+def drop_page_cache() -> None:
+    """Has Linux forget the files that it read, as if the machine had just been started; only root may."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
 
 
 def readme_commands(arguments: argparse.Namespace, photos: Path, out: Path) -> list[tuple[list[object], Path]]:
@@ -444,6 +456,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="Of the job; with fewer its time for 500 is reckoned.")
     parser.add_argument("--before", type=Path, help="A checkout of an earlier build: the job in both, in turns.")
     parser.add_argument("--rounds", type=int, default=2, help="Of the job in both builds.")
+    parser.add_argument(
+        "--cold", action="store_true", help="Libraries, weights and bytecode come from the disk for each script (root)."
+    )
     parser.add_argument("--peer", type=Path, help="A clone of diffusers; without it the job is ours alone.")
     parser.add_argument("--peer_steps", type=int, default=30, help="Of the reference's job, reckoned to 500.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")

@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dreambooth_scores import table
+from dreambooth_scores import methods_table, table
 from placements import streaming
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -54,11 +54,25 @@ def dreambooth_table(result: dict[str, Any]) -> str:
     return f"{table(result['means'])}\n\n{said}"
 
 
+def dreambooth_methods_table(result: dict[str, Any]) -> str:
+    """The methods' scores beside the targets, and a line that says of what and with which settings."""
+    settings, versions, seeds = result["settings"], result["versions"], len(result["seeds"])
+    said = (
+        f"{result['machine']}, {result['date']}, torch {versions['torch']}, diffusers {versions['diffusers']}; "
+        f"{len(result['subjects'])} subjects, {seeds} seed{'s' if seeds > 1 else ''}, {settings['prompts']} prompts "
+        f"each, {settings['steps']} steps of {settings['train_batch_size']}, rank {settings['rank']}; unless told "
+        f"otherwise learning rate {settings['learning_rate']:g} and layers {settings['lora_layers']} of blocks "
+        f"{settings['lora_blocks']}. ±: the standard error over subjects."
+    )
+    return f"{methods_table(result)}\n\n{said}"
+
+
 def printer(name: str) -> Callable[[dict[str, Any]], str]:
     """By the file's name, which begins with what made it."""
     tables = {
         "pipeline": pipeline_table,
         "dreambooth": dreambooth_table,
+        "methods": dreambooth_methods_table,
         "memory": memory_table,
         "plans": plans_table,
         "text": text_table,

@@ -221,7 +221,8 @@ class DeviceConfig:
             "nargs": "?",
             "const": "on",
             "help": "Training gives the same bits each time on one machine. auto: where that costs nothing, on GPUs "
-            "since Ampere with Triton. on: everywhere, else slower. off: torch's kernels.",
+            "since Ampere with Triton, but not where blocks are compiled. on: everywhere, slower on older GPUs, and "
+            "without compiling. off: torch's kernels.",
         },
     )
 

@@ -189,12 +189,21 @@ class CapturedCall:
 
     def _free(self) -> None:
         if self._graphs:
-            self._graphs = {}
+            self._destroy_graphs()
             drop_workspaces(self._device)  # the capture's lie in the graphs' memory, and keep it from being freed
             free_memory(self._device)
 
+    def _destroy_graphs(self) -> None:
+        """Once the last replay is over: before expandable segments are unmapped, torch waits for the stream that
+        captured, not for the one that replays.
+        """
+        if self._graphs:
+            torch.cuda.synchronize(self._device)
+        self._graphs = {}
+
     def _give_up(self) -> None:
-        self._may_capture, self._graphs, self._inputs = False, {}, {}
+        self._destroy_graphs()
+        self._may_capture, self._inputs = False, {}
         drop_workspaces(self._device)
         free_memory(self._device)
 

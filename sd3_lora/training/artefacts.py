@@ -12,7 +12,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, command_words, print_in_rank_0
 from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
-from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.common.run_record import recorded_flags
@@ -26,8 +26,6 @@ from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.training.config import DataConfig, PriorConfig
 from sd3_lora.training.dataset import choose_variants, images_of_store, require_prompts
-
-import torch
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
@@ -158,21 +156,39 @@ class StageOne:
             )
         return store
 
-    def read_embeddings(self, prompts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """The `(S, D)` and `(P,)` float16 embeddings of prompts to be drawn, by prompt.
+    def lacks_embeddings(self) -> bool:
+        """Whether the embeddings file is to be made first, as where diffusers' one command does all.
+
+        So it is where pictures are named and the file is not. One that is named and missing may be a slip: making it
+        takes minutes.
+        """
+        data = self.data
+        names_pictures = data.instance_data_dir is not None or data.concepts_list is not None
+        return names_pictures and data.data_df_path == EMBEDDINGS_PATH and not Path(EMBEDDINGS_PATH).exists()
+
+    def make_embeddings(self) -> None:
+        """Runs `compute_embeddings.py` in another process, so that all memory of the text encoders is freed.
 
         Raises:
-            UserError: the file lacks one, or is not that of the flags.
+            UserError: a picture has neither a caption nor a prompt, or it failed.
         """
-        with self.open_embeddings() as store:
-            asked = self.data.instance_prompt
-            flags = {
-                "max_sequence_length": store.provenance.size,
-                "instance_prompt": store.uncaptioned_prompt if asked is None else asked,
-            }
-            require_prompts(store, prompts, self.command("compute_embeddings.py", **flags))
-            rows = store.read_all(dict.fromkeys(prompts))
-            return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in rows}
+        flags = {**self._flags("compute_embeddings.py"), **self.budget.flags()}
+        if self._subject is not None:
+            self._read(self._subject, flags["instance_prompt"], None)
+        self._run("compute_embeddings.py", flags, f"{self.data.data_df_path} is not there", "embeddings")
+
+    def require_embedded(self, store: EmbeddingStore, prompts: Sequence[str]) -> None:
+        """Checks that prompts that are to be drawn have their embeddings.
+
+        Raises:
+            UserError: one has none; names the command that adds it.
+        """
+        asked = self.data.instance_prompt
+        flags = {
+            "max_sequence_length": store.provenance.size,
+            "instance_prompt": store.uncaptioned_prompt if asked is None else asked,
+        }
+        require_prompts(store, prompts, self.command("compute_embeddings.py", **flags))
 
     def open_latents(self) -> LatentCache:
         """The latent cache, empty or not."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from sd3_lora.common.command_line import HarmlessFlag, less_than_one, require_right
+from sd3_lora.common.command_line import HarmlessFlag, UserError, less_than_one, require_right
 from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
@@ -53,7 +53,13 @@ HARMLESS_FLAGS = {
 class DataConfig(CropFlags):
     """What stage one left, and what of it to train on."""
 
-    data_df_path: str = field(default=EMBEDDINGS_PATH, metadata={"help": "What compute_embeddings.py wrote."})
+    data_df_path: str = field(
+        default=EMBEDDINGS_PATH,
+        metadata={
+            "help": "What compute_embeddings.py wrote. Where pictures are named, and this is neither named nor there, "
+            "that script is run first."
+        },
+    )
     latents_path: str = field(
         default=LATENTS_PATH,
         metadata={"help": "What precompute_latents.py wrote; where it is not there, that script is run first."},
@@ -76,6 +82,12 @@ class DataConfig(CropFlags):
     caption_dropout: float = field(
         default=0.0, metadata={"help": "Chance that a picture comes with the empty prompt in place of its own."}
     )
+    clip_l_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Chance that a prompt comes with zeros in place of CLIP-L's part (SD3's: 0.464)."},
+    )
+    clip_g_dropout: float = field(default=0.0, metadata={"help": "Likewise of CLIP-G's part."})
+    t5_dropout: float = field(default=0.0, metadata={"help": "Likewise of T5's part."})
 
     def __post_init__(self) -> None:
         require_right(
@@ -88,8 +100,9 @@ class DataConfig(CropFlags):
         )
 
     def _dropout_faults(self) -> Iterator[str]:
-        if not 0 <= self.caption_dropout <= 1:
-            yield "--caption_dropout must be at least 0 and at most 1"
+        for name in ("caption_dropout", "clip_l_dropout", "clip_g_dropout", "t5_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"--{name} must be at least 0 and at most 1"
 
 
 @dataclass(frozen=True)
@@ -294,6 +307,13 @@ class OptimizerConfig:
             "help": f"Peak learning rate. Default: {ADAMW.learning_rate:g}; 1 with prodigy, which multiplies it."
         },
     )
+    lr_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rates of single layers or of parts of them, such as attn=5e-5,ff.net.2.lora_B=1e-3; the "
+            "first that fits counts, and others have --learning_rate."
+        },
+    )
     scale_lr: bool = field(
         default=False, metadata={"help": "Multiply it by batch size, accumulation steps and processes."}
     )
@@ -339,7 +359,7 @@ class OptimizerConfig:
         if find_kind(self.optimizer) is None:
             names = ", ".join(kind.name for kind in KINDS)
             require_right([f"--optimizer {self.optimizer} is unknown: type one of {names}"])
-        require_right([*self._misfits(), *self._faults()])
+        require_right([*self._misfits(), *self._rate_faults(), *self._faults()])
 
     @property
     def kind(self) -> OptimizerKind:
@@ -351,6 +371,19 @@ class OptimizerConfig:
     def rate(self) -> float:
         """learning_rate, or the optimizer's own."""
         return self.kind.learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """lr_pattern as layer → learning rate.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        entries = [entry.partition("=") for entry in self.lr_pattern.split(",")] if self.lr_pattern else []
+        rates = {layer.strip(): float(rate) for layer, _, rate in entries}
+        if not all(layer and 0 < rate < math.inf for layer, rate in rates.items()):
+            raise ValueError(self.lr_pattern)
+        return rates
 
     @property
     def betas(self) -> tuple[float, float] | None:
@@ -429,6 +462,18 @@ class OptimizerConfig:
                 "type constant or constant_with_warmup"
             )
 
+    def _rate_faults(self) -> Iterator[str]:
+        try:
+            rates = self.rates
+        except ValueError:
+            yield f"--lr_pattern {self.lr_pattern} cannot be read: type for example attn=5e-5,ff.net.2.lora_B=1e-3"
+            return
+        if self.kind == PRODIGY and any(rate != self.rate for rate in rates.values()):
+            yield (
+                f"--lr_pattern {self.lr_pattern} does not go with --optimizer {self.kind.name}, which finds one "
+                "learning rate for all: leave one of them out"
+            )
+
     def _faults(self) -> Iterator[str]:
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             yield "--lr_scheduler piecewise_constant needs --lr_step_rules, for example 1:100,0.1"
@@ -444,6 +489,10 @@ class OptimizerConfig:
     def scaled_rate(self, pictures_per_step: int) -> float:
         """The learning rate, multiplied under --scale_lr."""
         return self.rate * (pictures_per_step if self.scale_lr else 1)
+
+    def scaled_rates(self, pictures_per_step: int) -> dict[str, float]:
+        """Those of lr_pattern, likewise."""
+        return {layer: rate * (pictures_per_step if self.scale_lr else 1) for layer, rate in self.rates.items()}
 
 
 @dataclass(frozen=True)
@@ -601,6 +650,13 @@ class TrainingFlags:
     device: DeviceConfig
     budget: BudgetConfig
 
+    def __post_init__(self) -> None:
+        if self.average.use_ema and self.optimizer.kind == SCHEDULE_FREE_ADAMW:
+            raise UserError(
+                f"--use_ema does not go with --optimizer {SCHEDULE_FREE_ADAMW.name}, whose LoRA is an average of the "
+                "run already: leave one of them out"
+            )
+
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.
 
@@ -612,13 +668,15 @@ class TrainingFlags:
         run, optimizer, prior = self.run, self.optimizer, self.prior
         weighted = f" (and as many class pictures, weighted {prior.prior_loss_weight:g})"
         class_pictures = weighted if prior.with_prior_preservation else ""
-        rate = optimizer.scaled_rate(run.pictures_per_step(processes))
+        pictures = run.pictures_per_step(processes)
+        rate, rates = optimizer.scaled_rate(pictures), optimizer.scaled_rates(pictures)
+        own = f" ({', '.join(f'{layer} {own:g}' for layer, own in rates.items())})" if rates else ""
         kind = "" if optimizer.kind == ADAMW else f"{optimizer.kind.name}, "
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
         return (
             f"{resolution} px, batch {run.train_batch_size}{class_pictures} × accumulation "
             f"{run.gradient_accumulation_steps} × "
-            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g} {optimizer.lr_scheduler}"
+            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g}{own} {optimizer.lr_scheduler}"
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")

@@ -24,6 +24,7 @@ from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
 from sd3_lora.training.loss_log import keep_lines
+from sd3_lora.training.picture_losses import FixedNoise
 from sd3_lora.transformer.lora import lora_off
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -90,7 +91,8 @@ class EarlyWarning:
         class_prompt: str | None,
         path: Path,
     ):
-        self._data, self._table, self._vae_config, self._together = data, table, vae_config, together
+        self._data, self._vae_config, self._together = data, vae_config, together
+        self._fixed = FixedNoise(table, NOISE_LEVELS, _NOISE_SEED)
         subject = [index for index, image in enumerate(data.images) if image.role == "instance"]
         others = [index for index, image in enumerate(data.images) if image.role == "class"] or subject
         held_back = [index for index in subject if data.held_back(index)]
@@ -178,25 +180,24 @@ class EarlyWarning:
         self, model: VelocityModel, device: torch.device, probes: Sequence[Probe]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Latents, noise, sigmas and predicted velocity of some rows at a time, float32 on the host."""
-        count = len(self._table.sigmas)
-        levels = [int((level + 0.5) * count / NOISE_LEVELS) for level in range(NOISE_LEVELS)]
+        fixed, table = self._fixed, self._fixed.table
         by_shape: dict[torch.Size, list[tuple[torch.Tensor, Probe, int]]] = {}
         for probe in probes:
             mean = self._data.posterior(probe.index, probe.variant).mean.float()
             latents = normalize_latents(mean, self._vae_config)
-            by_shape.setdefault(latents.shape, []).extend((latents, probe, level) for level in levels)
+            by_shape.setdefault(latents.shape, []).extend((latents, probe, level) for level in fixed.indices)
         for shape, rows in by_shape.items():
-            one_noise = torch.randn(shape, generator=torch.Generator().manual_seed(_NOISE_SEED))
+            one_noise = fixed.noise(shape)
             for start in range(0, len(rows), self._together):
                 batch = rows[start : start + self._together]
                 stacked = torch.stack([latents for latents, *_ in batch])
                 noise = one_noise.expand_as(stacked)
                 indices = [level for *_, level in batch]
-                sigmas = self._table.sigmas[indices].view(-1, 1, 1, 1)
+                sigmas = table.sigmas[indices].view(-1, 1, 1, 1)
                 embeddings = [self._data.embedding(probe.prompt) for _, probe, _ in batch]
                 velocity = model(
                     interpolate(stacked, noise, sigmas).to(device),
-                    self._table.timesteps[indices].to(device),
+                    table.timesteps[indices].to(device),
                     torch.stack([each.prompt_embeds for each in embeddings]).to(device, model.dtype),
                     torch.stack([each.pooled_prompt_embeds for each in embeddings]).to(device, model.dtype),
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sd3_lora.common.devices import one_thread
@@ -13,6 +14,7 @@ from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
+from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
 
 import torch
@@ -72,13 +74,20 @@ class MicroBatches:
         sampler: of the inputs.
         early: how many micro-batches are drawn at a time: two where the next one's inputs are needed in this step.
         caption_dropout: the chance that a picture comes with the empty prompt.
+        encoder_dropout: which text encoders' parts are dropped from a prompt, with which chance.
     """
 
     def __init__(
-        self, order: DataOrder, data: TrainingData, sampler: InputSampler, early: int, caption_dropout: float = 0.0
+        self,
+        order: DataOrder,
+        data: TrainingData,
+        sampler: InputSampler,
+        early: int,
+        caption_dropout: float = 0.0,
+        encoder_dropout: EncoderDropout | None = None,
     ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
-        self._caption_dropout = caption_dropout
+        self._caption_dropout, self._encoder_dropout = caption_dropout, encoder_dropout or EncoderDropout()
         # Each with its pictures' names, its part of a full batch, and the state of the draws and the order before it.
         self._drawn: deque[tuple[StepInputs, list[str], float, dict[str, Any]]] = deque()
 
@@ -98,6 +107,7 @@ class MicroBatches:
                 dropped = draws.uniform(count) < self._caption_dropout if self._caption_dropout else None
                 prompts = self._data.prompts_of(indices, [turns[place] for place in share.pictures], dropped)
                 batch = self._data.batch(indices, variant_draws, prompts)
+                batch = self._encoder_dropout.apply(batch, partial(draws.uniform, count))
                 if share.weights is not None:
                     batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
                 inputs = self._sampler.sample(batch)

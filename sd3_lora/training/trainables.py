@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 
 import torch
 
@@ -31,6 +34,51 @@ class TrainedGroup:
         if self.flat.grad is None:
             raise ValueError(f"the group {self.name} has no gradient: flatten its parameters first")
         return self.flat.grad
+
+
+def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern whose names stand in a row in a dotted name: attn and to_q.lora_A fit attn.to_q.lora_A."""
+    return next((pattern for pattern in patterns if f".{pattern}." in f".{name}."), None)
+
+
+def require_patterns(rates: Mapping[str, float], names: Iterable[str]) -> None:
+    """Checks that each pattern of `--lr_pattern` is of something that is trained.
+
+    Args:
+        rates: pattern → learning rate.
+        names: of the trained parts inside their blocks, such as attn.to_q.lora_A.
+
+    Raises:
+        UserError: one is of nothing, or only of what an earlier one has.
+    """
+    known = sorted(set(names))
+    chosen = {pattern_of(name, rates) for name in known}
+    for pattern, rate in rates.items():
+        if pattern not in chosen:
+            fits = any(pattern_of(name, [pattern]) for name in known)
+            reason = "patterns before it have all that it fits" if fits else f"what is trained is {', '.join(known)}"
+            raise UserError(f"--lr_pattern {pattern}={rate:g}: {reason}")
+
+
+def groups_by_rate(group: TrainedGroup, names: Sequence[str], rates: Mapping[str, float]) -> list[TrainedGroup]:
+    """A group, cut into one for each pattern of names, with its learning rate; what no pattern fits comes first.
+
+    Args:
+        group: with its parts. Where there are patterns, its flat parameter is not to be used afterwards.
+        names: of the parts, inside their blocks.
+        rates: pattern → learning rate; the first that fits counts.
+    """
+    if not rates:
+        return [group]
+    chosen = [pattern_of(name, rates) for name in names]
+    groups = []
+    for pattern in (None, *rates):
+        rate = group.learning_rate if pattern is None else rates[pattern]
+        parts = tuple(part for part, own in zip(group.parts, chosen, strict=True) if own == pattern)
+        if parts:
+            name = f"{group.name} {pattern}" if pattern else group.name
+            groups.append(TrainedGroup(name, flatten_parameters(parts), rate, parts))
+    return groups
 
 
 class Trainables:

@@ -345,6 +345,12 @@ def attach_lora(
     return parameters
 
 
+def trained_names(transformer: SD3Transformer2DModel) -> list[str]:
+    """What is trained, in the order of `attach_lora`'s parameters: names inside their blocks, as attn.to_q.lora_A."""
+    names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    return [name.split(".", 2)[2].removesuffix(".weight").removesuffix(f".{_ADAPTER}") for name in names]
+
+
 @torch.no_grad()
 def start_from(transformer: SD3Transformer2DModel, layers: Mapping[str, LayerStart]) -> None:
     """Has the LoRA that is trained begin as another one, whose layers it has, with ranks at least as large.

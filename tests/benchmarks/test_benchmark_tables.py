@@ -19,9 +19,10 @@ import tables
     ("document", "count"),
     [
         ("README.md", 5),
-        ("docs/memory.md", 9),
-        ("docs/stages.md", 6),
+        ("docs/memory.md", 10),
+        ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
+        ("docs/methods.md", 1),
         ("docs/speed.md", 1),
         ("miniature/README.md", 1),
     ],

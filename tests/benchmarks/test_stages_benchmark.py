@@ -136,6 +136,13 @@ def test_two_builds_run_the_readme_s_commands_in_turns(
     assert after["of_before"] == pytest.approx(after["job_s"] / before["job_s"], abs=0.001)
     assert (before["of_before"], len(after["each_job_s"])) == (1.0, 2)
 
+    environments.clear()
+    dropped: list[int] = []
+    monkeypatch.setattr(stages, "drop_page_cache", lambda: dropped.append(len(environments)))
+    rows("job", "--steps", 2, "--before", tmp_path / "before", "--rounds", 1, "--cold")
+    assert dropped == [0, 1, 2, 3, 4, 5]  # before each script
+    assert len({environment["PYTHONPYCACHEPREFIX"] for environment in environments}) == 6
+
 
 EMBEDS = """
 import sys

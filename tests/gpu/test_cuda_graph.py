@@ -251,6 +251,19 @@ def test_several_shapes_have_a_graph_each(monkeypatch: pytest.MonkeyPatch) -> No
     assert fake.graphs[-3].inputs[1] is fake.graphs[-1].inputs[1]  # of one shape in all: read from one memory
 
 
+@pytest.mark.parametrize("most_shapes", [1, 2])
+def test_a_graph_that_is_replayed_is_not_freed(most_shapes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its memory was unmapped while its kernels ran."""
+    fake = FakeCuda(monkeypatch, lambda x: 2 * x)
+    double = CapturedCall(fake, CPU, most_shapes=most_shapes)
+    double(torch.ones(4))
+    fake.events.clear()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: fake.events.append("waited"))
+    double(torch.ones(4))
+    double(torch.ones(3))
+    assert fake.events[:4] == ["replay 4", "waited", "freed", "compute 3"]
+
+
 def test_one_shape_too_many_ends_the_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch, lambda x: 2 * x)
     double = CapturedCall(fake, CPU, most_shapes=2)

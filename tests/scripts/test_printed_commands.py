@@ -130,15 +130,17 @@ def test_concepts_from_training_on(user: User) -> None:
     """Which asks for the embeddings; then for those of a concept that came later."""
     save_concepts()
     user.type(CACHE, "--concepts_list", "my concepts.json")
-    stopped = user.type(TRAIN, "--concepts_list", "my concepts.json", code=2)
+    embeddings = ["--data_df_path", "e.parquet"]
+    words = ["--concepts_list", "my concepts.json", *embeddings]
+    stopped = user.type(TRAIN, *words, code=2)
     user.follow(stopped, EMBED)
     assert "--instance_prompt" not in user.typed[-1]
     Path("my concepts.json").write_text(Path("my concepts.json").read_text().replace("zwx", "ohw"))
-    stopped = user.type(TRAIN, "--concepts_list", "my concepts.json", code=2)
+    stopped = user.type(TRAIN, *words, code=2)
     assert "lacks 'a photo of ohw cat'" in stopped.err
     user.follow(stopped, EMBED)
-    user.type(TRAIN, "--concepts_list", "my concepts.json")
-    assert "5 pictures at 64 px" in user.type(TRAIN, "--output_dir", "other").out  # the embeddings file knows them
+    user.type(TRAIN, *words)
+    assert "5 pictures at 64 px" in user.type(TRAIN, *embeddings, "--output_dir", "other").out  # the file knows them
 
 
 def test_repeats_in_folder_names(user: User) -> None:
@@ -230,9 +232,9 @@ def test_embeddings_that_are_not_there(user: User) -> None:
     user.type(CACHE, "--instance_data_dir", "d")
     stopped = user.type(TRAIN, "--instance_data_dir", "d", code=2)
     assert '02.png have no caption: type --instance_prompt "a photo of sks dog"' in stopped.err
-    stopped = user.type(TRAIN, "--instance_data_dir", "d", *PROMPT, code=2)
-    user.follow(stopped, EMBED)
-    user.type(TRAIN, "--instance_data_dir", "d", *PROMPT)
+    made = user.type(TRAIN, "--instance_data_dir", "d", *PROMPT)
+    (line,) = (line for line in made.out.splitlines() if "in a process of its own" in line)
+    assert line.startswith("sample_embeddings.parquet is not there yet; in a process of its own: python compute_embedd")
     Path("sample_embeddings.parquet").unlink()  # its record is there
     stopped = user.type(TRAIN, "--output_dir", "other", code=2)
     user.follow(stopped, EMBED)

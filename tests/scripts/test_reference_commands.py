@@ -1,25 +1,31 @@
-"""The reference's own commands, as its notebook and README have them.
+"""The reference's own commands, as its notebook and READMEs have them.
 
-Of diffusers' examples/research_projects/sd3_lora_colab only the model's path, the training script's name,
-`--resolution` and `--max_train_steps` are changed.
+Of diffusers' examples/research_projects/sd3_lora_colab and examples/dreambooth/README_sd3.md only names (the model's,
+the training script's, the data set's), `--resolution` and `--max_train_steps` are changed.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+from sd3_lora.training.config import REFUSED_FLAGS
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, save_pictures
+from conftest import PROJECT, TRAINING_SCRIPT, Result, save_pictures
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
+from training_runs import Script
 
 EMBED = "python compute_embeddings.py"
 TRAIN = """
@@ -106,3 +112,156 @@ def test_the_references_notebook_from_its_first_script_to_its_picture(folder, mo
     image.save("bucket_dog.png")
     assert image.size == (128, 128)
     assert np.asarray(image).std() > 1  # not black
+
+
+# README_sd3.md
+
+DOG = """
+accelerate launch train_dreambooth_lora_sd3.py \
+  --pretrained_model_name_or_path=$MODEL_NAME  \
+  --instance_data_dir=$INSTANCE_DIR \
+  --output_dir=$OUTPUT_DIR \
+  --mixed_precision="fp16" \
+  --instance_prompt="a photo of sks dog" \
+  --resolution=512 \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --learning_rate=4e-4 \
+  --report_to="wandb" \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --max_train_steps=500 \
+  --validation_prompt="A photo of sks dog in a bucket" \
+  --validation_epochs=25 \
+  --seed="0" \
+  --push_to_hub
+"""
+YARN_ART = """
+accelerate launch train_dreambooth_lora_sd3.py \
+  --pretrained_model_name_or_path=$MODEL_NAME  \
+  --output_dir=$OUTPUT_DIR \
+  --dataset_name="Norod78/Yarn-art-style" \
+  --instance_prompt="a photo of TOK yarn art dog" \
+  --resolution=1024 \
+  --train_batch_size=1 \
+  --train_text_encoder\
+  --gradient_accumulation_steps=1 \
+  --optimizer="prodigy"\
+  --learning_rate=1.0 \
+  --text_encoder_lr=1.0 \
+  --report_to="wandb" \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --max_train_steps=1500 \
+  --rank=32 \
+  --seed="0" \
+  --push_to_hub
+"""
+
+
+def words_of(command: str, model: Path) -> list[str]:
+    """The command's flags, with other names and fewer steps."""
+    exchanged = {
+        "$MODEL_NAME": str(model),
+        "$INSTANCE_DIR": "dog",
+        "$OUTPUT_DIR": "trained-sd3-lora",
+        "Norod78/Yarn-art-style": "yarn",
+        "=1024": "=64",
+        "=512": "=64",
+        "=500": "=2",
+        "=1500": "=2",
+    }
+    for name, ours in exchanged.items():
+        command = command.replace(name, ours)
+    _, _, script, *words = shlex.split(command)
+    assert script == "train_dreambooth_lora_sd3.py"
+    return words
+
+
+def owed(words: list[str]) -> list[str]:
+    """Those of the flags that are not part of this project yet."""
+    return [word for word in words if word.partition("=")[0].removeprefix("--") in REFUSED_FLAGS]
+
+
+def typed(script: Script, words: list[str]) -> Result:
+    """As it is typed it is refused, for what is owed alone; without that it runs."""
+    refused, left_out = script(TRAINING_SCRIPT, *words), owed(words)
+    assert refused.code == 2
+    for flag in left_out:
+        name = flag.partition("=")[0].removeprefix("--")
+        assert f"--{name} is not part of {TRAINING_SCRIPT}.py: {REFUSED_FLAGS[name]}" in refused.err
+    assert refused.err.count("is not part of") == len(left_out)
+    assert not Path("trained-sd3-lora").exists()
+    result = script(TRAINING_SCRIPT, *(word for word in words if word not in left_out))
+    assert result.code == 0, result.out + result.err
+    return result
+
+
+def test_readme_sd3s_dog(script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command, as there: stage one is run by itself, in processes of its own."""
+    monkeypatch.chdir(tmp_path)
+    save_pictures(Path("dog"), [(80, 64), (64, 64)])
+    words = words_of(DOG, tiny_sd3)
+    assert owed(words) == ["--push_to_hub"]
+    result = typed(script, words)
+    first, second = (line for line in result.out.splitlines() if "in a process of its own" in line)
+    assert first.startswith("sample_embeddings.parquet is not there yet; in a process of its own: python compute_embed")
+    assert "--instance_prompt 'a photo of sks dog'" in first
+    assert second.startswith("latents holds no latents yet; in a process of its own: python precompute_latents.py ")
+    assert "batch 1 × accumulation 4 × processes 1, 2 steps, learning rate 0.0004 constant, weighting" in result.out
+    assert "--validation_prompt 'A photo of sks dog in a bucket'" in first
+    assert Path("trained-sd3-lora/pytorch_lora_weights.safetensors").is_file()
+    assert Path("trained-sd3-lora/samples/step_000002/00_a-photo-of-sks-dog-in-a-bucket_00.png").is_file()
+    again = script(TRAINING_SCRIPT, *(word for word in words if word not in owed(words)), "--output_dir", "again")
+    assert again.code == 0
+    assert "in a process of its own" not in again.out
+
+
+def test_readme_sd3s_yarn_art(script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a data set of the library `datasets`, whose captions are not read without --caption_column."""
+    monkeypatch.chdir(tmp_path)
+    paths = save_pictures(tmp_path / "source", [(64, 64), (64, 90), (90, 64)])
+    give_data_set(monkeypatch, "yarn", paths)
+    words = words_of(YARN_ART, tiny_sd3)
+    assert [flag.partition("=")[0] for flag in owed(words)] == [
+        "--train_text_encoder",
+        "--text_encoder_lr",
+        "--push_to_hub",
+    ]
+    result = typed(script, words)
+    assert "data set yarn: 3 pictures" in result.out
+    assert "prodigy, learning rate 1 constant" in result.out
+    record = json.loads(Path("trained-sd3-lora/run.json").read_text())
+    assert record["prompts"] == ["a photo of TOK yarn art dog"]
+    with safe_open("trained-sd3-lora/pytorch_lora_weights.safetensors", "pt") as file:
+        ranks = {len(file.get_tensor(key)) for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
+    assert ranks == {32}
+
+
+def give_data_set(monkeypatch: pytest.MonkeyPatch, name: str, paths: list[Path]) -> None:
+    """Has a stand-in for `datasets`, which need not be installed, answer to a name with pictures and captions."""
+
+    class Image:
+        def __init__(self, decode: bool = True):
+            self.decode = decode
+
+    class Rows(list):  # type: ignore[type-arg]
+        features: ClassVar = {"image": Image(), "text": object()}
+        column_names: ClassVar = ["image", "text"]
+
+        def select_columns(self, names: list[str]) -> Rows:
+            return Rows({name: row[name] for name in names} for row in self)
+
+        def cast_column(self, name: str, kind: Image) -> Rows:
+            assert (name, kind.decode) == ("image", False)
+            return self
+
+    def load_dataset(asked: str, config: str | None, cache_dir: str | None = None, **_: object) -> dict[str, Rows]:
+        assert (asked, config) == (name, None)
+        return {
+            "train": Rows({"image": {"bytes": path.read_bytes(), "path": path.name}, "text": "x"} for path in paths)
+        }
+
+    library = ModuleType("datasets")
+    library.Image, library.load_dataset, library.__version__ = Image, load_dataset, "0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)

@@ -209,6 +209,35 @@ def test_latents_that_cannot_be_made(
     assert run.wrote_no_weights()
 
 
+def test_embeddings_that_are_named_are_not_made(
+    script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slip in a name must not cost the minutes of T5; nor are any made for pictures that nobody named."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("ran"))
+    run = train(script, private, tmp_path / "out", "--data_df_path", "slip.parquet", code=2)
+    assert run.error.startswith("slip.parquet is not there: type `python compute_embeddings.py ")
+    place = private.flags.index("--instance_data_dir")
+    flags = Flags([*private.flags[:place], *private.flags[place + 2 :]])
+    run = train(script, flags, tmp_path / "out", "--data_df_path", "sample_embeddings.parquet", code=2)
+    assert run.error.startswith("sample_embeddings.parquet is not there: type `python compute_embeddings.py ")
+    assert run.wrote_no_weights()
+
+
+def test_embeddings_that_cannot_be_made(
+    script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda arguments, **_: subprocess.CompletedProcess(arguments, 2))
+    words = ["--data_df_path", "sample_embeddings.parquet", "--max_sequence_length", 30]
+    run = train(script, private, tmp_path / "out", *words, code=2)
+    assert "there are no embeddings to train on" in run.error
+    typed = run.error.split("`")[1]
+    assert typed.startswith("python compute_embeddings.py --pretrained_model_name_or_path ")
+    assert "--max_sequence_length 30" in typed
+    assert run.wrote_no_weights()
+
+
 def test_the_child_is_not_told_of_the_launcher(
     script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

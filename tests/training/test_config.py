@@ -72,6 +72,9 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("precondition_outputs", [], "losses"),
     ("timestep_shift", [1.0], "losses"),
     ("caption_dropout", [1.0], "losses"),
+    ("clip_l_dropout", [1.0], "losses"),
+    ("clip_g_dropout", [1.0], "losses"),
+    ("t5_dropout", [1.0], "losses"),
 ]
 
 # Flags with a test of their own, here or where it says.
@@ -116,6 +119,7 @@ ELSEWHERE = {
     "max_sequence_length": "test_train.py",
     "resolution": "test_train.py",
     "optimizer": "test_optimizers_by_name.py",
+    "lr_pattern": "test_trainables.py",
     "prodigy_beta3": "test_optimizers_by_name.py",
     "prodigy_decouple": "test_optimizers_by_name.py",
     "prodigy_use_bias_correction": "test_optimizers_by_name.py",
@@ -305,6 +309,16 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--mixed_precision", "fp8"], "argument --mixed_precision: invalid choice: 'fp8'"),
     (["--learning_rate", 0], "--learning_rate and --max_grad_norm must be positive"),
     (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
+    (["--lr_pattern", "attn"], "--lr_pattern attn cannot be read: type for example attn=5e-5"),
+    (["--lr_pattern", "attn=0"], "--lr_pattern attn=0 cannot be read"),
+    (["--lr_pattern", "attn=fast"], "--lr_pattern attn=fast cannot be read"),
+    (["--lr_pattern", "=1e-3"], "--lr_pattern =1e-3 cannot be read"),
+    (["--lr_pattern", "attn=1e-3,conv=1e-3"], "--lr_pattern conv=0.001: what is trained is attn.add_k_proj.lora_A, "),
+    (["--lr_pattern", "attn=1e-3,to_q=1e-4"], "--lr_pattern to_q=0.0001: patterns before it have all that it fits"),
+    (
+        ["--lr_pattern", "attn=1e-3", "--optimizer", "prodigy"],
+        "--lr_pattern attn=1e-3 does not go with --optimizer prodigy, which finds one learning rate for all",
+    ),
     (["--max_grad_norm", 0], "--learning_rate and --max_grad_norm must be positive"),
     (["--lr_warmup_steps", -1], "--lr_warmup_steps not negative"),
     (["--adam_beta1", 1.0], "--adam_beta1 and --adam_beta2 must be at least 0 and less than 1"),
@@ -319,6 +333,7 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--num_crops", 0], "--num_crops 0 must be at least 1"),
     (["--repeats", 0], "--repeats 0 must be at least 1"),
     (["--caption_dropout", 1.5], "--caption_dropout must be at least 0 and at most 1"),
+    (["--t5_dropout", -0.5], "--t5_dropout must be at least 0 and at most 1"),
     (["--shuffle_tags", -1], "--shuffle_tags and --keep_tags must not be negative"),
     (["--keep_tags", 1], "--keep_tags needs --shuffle_tags"),
     (["--use_filename_as_label", "--use_txt_as_label"], "exclude each other: type one of them"),
@@ -397,6 +412,10 @@ def test_the_help_says_where_diffusers_default_is_another() -> None:
         ),
         (["--train_batch_size", 2, "--gradient_accumulation_steps", 3], "px, batch 2 × accumulation 3 × processes 1, "),
         (["--train_batch_size", 2, "--scale_lr", "--learning_rate", 2e-3], "learning rate 0.004 constant, "),
+        (
+            ["--train_batch_size", 2, "--scale_lr", "--lr_pattern", "to_q=1e-3, lora_B=2e-3"],
+            "learning rate 0.0002 (to_q 0.002, lora_B 0.004) constant, ",
+        ),
         (["--lr_warmup_steps", 1], "0.0001 constant, weighting"),  # a schedule without a warmup
         (["--lr_warmup_steps", 1, "--lr_scheduler", "cosine"], "0.0001 cosine after 1 steps of warmup, weighting"),
         (["--weighting_scheme", "mode", "--precondition_outputs", 1], "weighting mode, precondition_outputs on"),

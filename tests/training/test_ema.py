@@ -200,6 +200,16 @@ def test_bad_values(values: dict[str, Any], says: str) -> None:
     assert says in str(error.value)
 
 
+def test_it_does_not_average_an_average(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """The parameters of a schedule-free run are not its LoRA: their average would be of neither."""
+    run = train(script, prepared, tmp_path / "out", "--use_ema", "--optimizer", "ScheduleFree-AdamW", code=2)
+    assert run.error == (
+        "--use_ema does not go with --optimizer schedule_free_adamw, whose LoRA is an average of the run already: "
+        "leave one of them out"
+    )
+    assert run.wrote_no_weights()
+
+
 def test_the_plan_counts_it(prepared: Prepared, miniature_files: Any) -> None:
     module = training_script()
 
