@@ -41,7 +41,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
+from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
@@ -117,15 +117,30 @@ def sampling_of(config: ClassDrawingConfig) -> SamplingSettings:
     return SamplingSettings(config.num_steps, config.guidance)
 
 
-def picture_settings(config: ClassDrawingConfig, files: ModelFiles, resolution: int, precision: str) -> dict[str, Any]:
+def size_of(config: ClassDrawingConfig, files: ModelFiles, resolution: int) -> PictureSize:
+    """The pictures' size.
+
+    Raises:
+        UserError: the model cannot draw it.
+    """
+    size = PictureSize(config.width or resolution, config.height or resolution)
+    vae_scale = files.latent_channels_and_scale()[1]
+    for flag, side_px in (("height", size.height), ("width", size.width)):
+        check_size(side_px, flag, files.read_config("transformer"), vae_scale)
+    return size
+
+
+def picture_settings(
+    config: ClassDrawingConfig, files: ModelFiles, size: PictureSize, precision: str
+) -> dict[str, Any]:
     """All that decides a picture's pixels beside its prompt and index; it is kept in the PNG."""
     return {
         "model": files.provenance(["transformer", "vae"], "", 0).identity,
         "scheduler": files.scheduler_hash(),
         "steps": config.num_steps,
         "guidance": config.guidance,
-        "height": resolution,
-        "width": resolution,
+        "height": size.height,
+        "width": size.width,
         "seed": config.seed,
         "precision": precision,
     }
@@ -166,7 +181,7 @@ def keep(picture: PicturePlan, latents: torch.Tensor, png: bytes, vae_config: An
     """
     image = InstanceImage(hashlib.sha256(png).hexdigest(), picture.path, picture.prompt, "class")
     size = (picture.settings["width"], picture.settings["height"])
-    (box,) = crop_boxes(*size, PictureSize.square(cache.resolution), num_crops=1, flip=False)
+    (box,) = crop_boxes(*size, PictureSize(*size), num_crops=1, flip=False)
     mean = denormalize_latents(latents.float(), vae_config).to(DTYPES[cache.wanted.precision])
     cache.add(image, size, [LatentPosterior(image.image_id, box.name, mean, torch.zeros_like(mean))])
     picture.write(png)
@@ -251,9 +266,10 @@ def run(argv: Sequence[str] | None) -> None:
     chosen = choose_training_dtype(asked, planned_device(device_config.device, device, budget_config.plan))
     embeddings = read_embeddings(config, files)
     text_tokens = next(iter(embeddings.values()))[0].shape[0]
-    latent_size = PictureSize.square(resolution).latent(files.latent_channels_and_scale()[1])
+    size = size_of(config, files, resolution)
+    latent_size = size.latent(files.latent_channels_and_scale()[1])
     plan, together = plan_drawing(files, config, latent_size, text_tokens, chosen.dtype, budget)
-    tile = choose_tile(files, VaeWork("decode", VAE_PRECISION, PictureSize.square(resolution)), budget)
+    tile = choose_tile(files, VaeWork("decode", VAE_PRECISION, size), budget)
     forecast = plan.forecast
     if budget:
         decoding = Phase("decode", tile.predicted_parts(budget))
@@ -263,7 +279,7 @@ def run(argv: Sequence[str] | None) -> None:
     if budget_config.plan:
         return
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
-    settings = picture_settings(config, files, resolution, chosen.name)
+    settings = picture_settings(config, files, size, chosen.name)
     pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
     print(f"{config.num_class_images} class pictures, {config.num_class_images - len(pictures)} of them in {folder}")
     if not pictures:

@@ -130,7 +130,7 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
     found = [read_lora_file(find_lora(name), files.read_config("transformer")) for name in names]
     for file in found:
         if not file.has_effect:
-            print(f"note: {file.path} changes nothing: its lora_B or its alpha is zero, as before any training")
+            print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
     scales = config.lora_scale or [1.0] * len(found)
     return [Lora(file, scale) for file, scale in zip(found, scales, strict=True)]
 

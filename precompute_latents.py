@@ -35,23 +35,41 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, REFERENCE_PROMPT, say_miniature
+from sd3_lora.common.defaults import (
+    EMBEDDINGS_PATH,
+    LATENTS_PATH,
+    REFERENCE_CLASS_PROMPT,
+    REFERENCE_PROMPT,
+    say_miniature,
+)
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import compared, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.stage_one.augmentation import Augmentation
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
-from sd3_lora.stage_one.concepts import concepts_of, read_subject
+from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
+from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.data_sets import with_folder
-from sd3_lora.stage_one.embedding_store import find_embeddings
-from sd3_lora.stage_one.images import BrokenImage, CropBox, crop_boxes, crop_rgb, open_rgb, size_notes, to_pixels
+from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
+from sd3_lora.stage_one.images import (
+    BrokenImage,
+    CropBox,
+    crop_box_of,
+    crop_boxes,
+    crop_rgb,
+    open_rgb,
+    size_notes,
+    to_pixels,
+)
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
+from sd3_lora.stage_one.masks import Mask, find_masks, latent_mask, require_right_masks
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
@@ -88,6 +106,22 @@ class Crop:
     siblings: int
 
 
+def wanted_boxes(
+    image: InstanceImage, size: tuple[int, int], config: LatentConfig, buckets: Buckets
+) -> tuple[CropBox, ...]:
+    """The crops of a picture that are asked for; those of the subject's are augmented on request.
+
+    Args:
+        image: the picture.
+        size: its width and height in pixels, upright.
+        config: which crops.
+        buckets: their sizes.
+    """
+    boxes = crop_boxes(*size, buckets.size_for(*size), config.crops, config.random_flip)
+    augmentation = Augmentation.of(config) if image.role == "instance" else None
+    return (*boxes, *augmentation.boxes(image.image_id, boxes)) if augmentation else boxes
+
+
 def decode(image: InstanceImage, config: LatentConfig, buckets: Buckets, cached: Sequence[str]) -> list[Crop]:
     """The picture's crops that the cache lacks.
 
@@ -101,8 +135,7 @@ def decode(image: InstanceImage, config: LatentConfig, buckets: Buckets, cached:
         BrokenImage: it does not decode.
     """
     picture = open_rgb(image.path, config.alpha_background)
-    boxes = crop_boxes(*picture.size, buckets.size_for(*picture.size), config.crops, config.random_flip)
-    boxes = tuple(box for box in boxes if box.name not in cached)
+    boxes = [box for box in wanted_boxes(image, picture.size, config, buckets) if box.name not in cached]
     return [Crop(image, picture.size, box, crop_rgb(picture, box), len(boxes)) for box in boxes]
 
 
@@ -374,12 +407,60 @@ def incomplete(
     missing = []
     for image in tqdm(images, desc="reading the cache", leave=False, disable=len(images) < 100):
         picture = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
-        if picture:
-            size = buckets.size_for(*picture.size)
-            boxes = crop_boxes(*picture.size, size, config.crops, config.random_flip)
+        boxes = wanted_boxes(image, picture.size, config, buckets) if picture else ()
         if not picture or any(box.name not in picture.variants for box in boxes):
             missing.append(image)
     return missing
+
+
+def outdated_masks(
+    masks: Sequence[Mask], cache: LatentCache, missing: Sequence[InstanceImage], threads: int
+) -> list[Mask]:
+    """The masks that the cache lacks for a variant, or has of another file; they are decoded to see that they fit.
+
+    Args:
+        masks: of the pictures.
+        cache: to be read.
+        missing: the pictures whose latents are about to be made.
+        threads: that decode.
+
+    Raises:
+        UserError: as `Mask.read`.
+    """
+    missing_ids = {image.image_id for image in missing}
+
+    def is_cached(mask: Mask) -> bool:
+        picture = cache.look(mask.image.image_id)
+        return picture is not None and all(picture.masks.get(name) == mask.source for name in picture.variants)
+
+    outdated = [mask for mask in masks if mask.image.image_id in missing_ids or not is_cached(mask)]
+    require_right_masks(outdated, threads)
+    return outdated
+
+
+def cache_masks(masks: Sequence[Mask], cache: LatentCache, scale: int, threads: int) -> Iterator[str]:
+    """Writes masks beside the posteriors of their pictures, for each variant; yields a line about it.
+
+    Args:
+        masks: to be written.
+        cache: with the posteriors of all pictures that decode.
+        scale: pixels in a latent pixel, along one side.
+        threads: that decode.
+    """
+
+    def add(mask: Mask) -> bool:
+        picture = cache.look(mask.image.image_id)
+        if not picture:
+            return False
+        grey, boxes = mask.read(), (crop_box_of(name, *picture.size) for name in picture.variants)
+        added = [latent_mask(grey, box, mask.source, scale) for box in boxes]
+        cache.add(mask.image, picture.size, (), masks=added)
+        return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        written = sum(tqdm(pool.map(add, masks), total=len(masks), desc="masks", leave=False))
+    if masks:
+        yield f"wrote the masks of {written} pictures to {cache.folder}"
 
 
 def sentence_of(picture: BrokenPicture, config: LatentConfig) -> str:
@@ -400,8 +481,8 @@ def require_whole(broken: Sequence[BrokenPicture], pictures: int, config: Latent
         raise UserError(f"{broken[0]}{others}: remove it, or add --skip_broken to go on without it")
 
 
-def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> list[InstanceImage]:
-    """The pictures; prints how many, and which files are left out.
+def read_pictures(config: LatentConfig, is_plan: bool, processes: Processes) -> Subject:
+    """The subject's pictures; prints how many, and which files are left out.
 
     Raises:
         UserError: as `concepts_of` and `read_subject`; the output folder cannot be written.
@@ -413,7 +494,7 @@ def find_images(config: LatentConfig, is_plan: bool, processes: Processes) -> li
     if not is_plan:
         require_writable_folder(output_path)
     print(*subject.sentences(about_prompts=False), sep="\n")
-    return list(subject.images)
+    return subject
 
 
 def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> list[InstanceImage]:
@@ -437,7 +518,9 @@ def open_cache(files: ModelFiles, config: LatentConfig) -> LatentCache:
     """The cache of the model's resolution and the VAE's precision, both as asked for or by default."""
     folder, resolution = Path(config.output_path), files.resolution(config.resolution)
     precision = config.vae_precision or (None if config.overwrite else recorded_precision(folder)) or "fp32"
-    return LatentCache(folder, files.provenance(["vae"], precision, resolution), config.alpha_background)
+    augmentation = Augmentation.of(config)
+    wanted, ranges = files.provenance(["vae"], precision, resolution), augmentation.ranges if augmentation else None
+    return LatentCache(folder, wanted, config.alpha_background, ranges)
 
 
 def gather_results(
@@ -467,7 +550,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     cache, buckets = open_cache(files, config), Buckets.of(config, files)
     longest = PictureSize.square(buckets.longest_side)
     asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
-    images = find_images(config, budget_config.plan, processes)
+    subject = read_pictures(config, budget_config.plan, processes)
+    images = list(subject.images)
+    masks = processes.from_rank_0(lambda: find_masks(config, subject))
     others = processes.from_rank_0(lambda: find_class_images(config, images))
     pictures = [*images, *others]
 
@@ -486,6 +571,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     replacing = tile if config.overwrite else None
     state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
     print(*state.sentences(cache, asked), sep="\n")
+    threads = min(MOST_THREADS, processes.cpu_cores)
+    if masks and not budget_config.plan:
+        masks = processes.from_rank_0(lambda: outdated_masks(masks, cache, state.missing, threads))
     predicted: dict[str, int] = {}
     if state.missing or budget_config.plan:
         tile = tile or choose()
@@ -502,12 +590,15 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     processes.gather(None)  # no process reads a file that is about to be deleted
     count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
-        share, threads = processes.share(state.missing), min(MOST_THREADS, processes.cpu_cores)
+        share = processes.share(state.missing)
         with memory_stage("encode pictures", device, reports), one_thread(device):
             count, broken = encode_missing(files, share, config, cache, device, tile, threads)
     count, broken = gather_results(count, broken, config, processes)
     if not processes.is_rank_0:
         return
+    cache = open_cache(files, config)  # which knows nothing yet of what other processes wrote
+    for line in cache_masks(masks, cache, files.latent_channels_and_scale()[1], threads):
+        print(line)
     measured = budget.used_bytes(reports) if budget else 0
     if state.missing and budget:
         print(compared(sum(predicted.values()), measured))
@@ -545,19 +636,49 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
     beside_latents = sorted(Path(config.output_path).parent.glob("*.parquet"))
     embeddings_path = find_embeddings([Path(EMBEDDINGS_PATH), *beside_latents], [image.image_id for image in images])
     if embeddings_path is None:
-        if all(image.prompt for image in images):
-            return "next: " + command("compute_embeddings.py", **shared)
-        shared["instance_prompt"] = REFERENCE_PROMPT
-        return "next, with a prompt of your own: " + command("compute_embeddings.py", **shared)
+        own = {} if all(image.prompt for image in images) else {"instance_prompt": REFERENCE_PROMPT}
+        if config.class_data_dir is not None and config.concepts_list is None:
+            own["class_prompt"] = REFERENCE_CLASS_PROMPT
+        whose = ("", ", with a prompt of your own", ", with prompts of your own")[len(own)]
+        return f"next{whose}: " + command("compute_embeddings.py", **{**shared, **own})
+    prior = prior_flags(config, embeddings_path)
+    if prior is None:
+        recorded = recorded_flags(embeddings_path.with_suffix(".json"), EmbeddingConfig)
+        typed = {**recorded, **{name: value for name, value in shared.items() if value}}
+        typed |= {"class_prompt": REFERENCE_CLASS_PROMPT, "output_path": embeddings_path}
+        return "next, with a class prompt of your own: " + command("compute_embeddings.py", **typed)
     flags = {
         "skip_broken": config.skip_broken,
         **config.crop_flags(),
         "num_crops": None if config.num_crops == LatentConfig.num_crops else config.num_crops,
         "random_flip": config.random_flip,
+        "masked_loss": config.has_masks,
         "latents_path": None if config.output_path == LATENTS_PATH else config.output_path,
         "data_df_path": None if embeddings_path == Path(EMBEDDINGS_PATH) else embeddings_path,
+        **prior,
     }
     return "next: " + command("train_dreambooth_sd3_lora_miniature.py", **shared, **flags)
+
+
+def prior_flags(config: LatentConfig, embeddings_path: Path) -> dict[str, Any] | None:
+    """Training's flags of the class pictures, none where there are none; None where no class prompt is embedded."""
+    if config.class_data_dir is None:
+        return {}
+    if config.concepts_list is not None:
+        folders = {concept.class_folder for concept in concepts_of(config)}
+        if Path(config.class_data_dir) in folders:
+            return {"with_prior_preservation": True}
+    with EmbeddingStore(embeddings_path) as store:
+        prompts = store.prompts_with_role("class")
+    if not prompts:
+        return None
+    count = config.num_class_images
+    return {
+        "with_prior_preservation": True,
+        "class_prompt": prompts[0],
+        "class_data_dir": config.class_data_dir,
+        "num_class_images": None if count == LatentConfig.num_class_images else count,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

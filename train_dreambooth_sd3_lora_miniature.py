@@ -91,6 +91,8 @@ from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.stage_one.images import size_of_variant
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
@@ -101,6 +103,7 @@ from sd3_lora.training.config import (
     FlowConfig,
     LoraFlags,
     OptimizerConfig,
+    PriorConfig,
     RunConfig,
     TrainingFlags,
 )
@@ -109,7 +112,7 @@ from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
-from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table
+from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
@@ -121,7 +124,8 @@ from sd3_lora.training.optimizer import (
     rate_in_force,
 )
 from sd3_lora.training.pool import with_class_pool
-from sd3_lora.training.run_changes import BATCH, PICTURES, PRECISION, TRANSFORMER
+from sd3_lora.training.prior_prompts import PriorPrompts
+from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -138,7 +142,13 @@ from sd3_lora.transformer.lora import (
     target_modules,
     trained_names,
 )
-from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_start
+from sd3_lora.transformer.lora_files import (
+    LoraFile,
+    find_lora,
+    read_lora_file,
+    require_lycoris_start,
+    require_start,
+)
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -151,11 +161,24 @@ from tqdm import tqdm
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
 
-def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig) -> torch.Tensor:
+def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig, prior: PriorConfig) -> torch.Tensor:
     """The loss of one micro-batch, a float32 scalar. The plan simulates this very function."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
-    velocity = model(noisy_latents, inputs.timesteps, inputs.prompt_embeds, inputs.pooled_prompt_embeds)
-    return flow_matching_loss(velocity, inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow)
+    target = inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow
+    if prior.prior_term == "preference":
+        base_velocity = model.base_velocity(noisy_latents, *inputs.conditions)
+        velocity = model(noisy_latents, *inputs.conditions)
+        return preference_loss(velocity, base_velocity, *target, prior.term_weight)
+    count, again = len(noisy_latents), inputs.prior_rows
+    if not len(again):
+        return flow_matching_loss(model(noisy_latents, *inputs.conditions), *target)
+    # The pictures that come once more, with a prior prompt, are rows of the same pass.
+    base_velocity = model.base_velocity(noisy_latents[again], *(rows[count:] for rows in inputs.conditions))
+    both = model(torch.cat([noisy_latents, noisy_latents[again]]), *inputs.conditions)
+    velocity, prior_velocity = both.split([count, len(again)])
+    moved = prediction_loss(prior_velocity, base_velocity, inputs.sigmas[again], inputs.loss_weights[again], flow)
+    weight = prior.term_weight * len(again) / (float(prior.share) * count)
+    return flow_matching_loss(velocity, *target) + weight * moved
 
 
 def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
@@ -218,6 +241,10 @@ def noted_pictures(data: TrainingData) -> list[NotedPicture]:
     ]
 
 
+def _short_hash(values: Sequence[object]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 def run_identity(
     flags: TrainingFlags,
     facts: RunFacts,
@@ -236,7 +263,7 @@ def run_identity(
     transformer = stage_one.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
-        PICTURES: hashlib.sha256(repr(keys).encode()).hexdigest()[:12],
+        PICTURES: _short_hash(keys),
         "--resolution": facts.resolution,
         "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
         "--max_sequence_length": facts.max_sequence_length,
@@ -245,8 +272,12 @@ def run_identity(
         "--clip_l_dropout": flags.data.clip_l_dropout,
         "--clip_g_dropout": flags.data.clip_g_dropout,
         "--t5_dropout": flags.data.t5_dropout,
+        "--masked_loss": flags.data.masked_loss,
+        "--unmasked_weight": flags.data.unmasked_weight,
+        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.prior.identity(),
+        PRIOR_PROMPTS: list(data.prior_prompts) or None,
         "--lora_alpha": flags.lora.alpha,
         "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
         BATCH: flags.run.train_batch_size * facts.processes,
@@ -278,7 +309,7 @@ def make_step(
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
         with ahead.active() if ahead else nullcontext():
-            loss = micro_step(training.model, StepInputs(*inputs), flags.flow)
+            loss = micro_step(training.model, StepInputs(*inputs), flags.flow, flags.prior)
             training.scaler.scale(loss / window).backward()
         return loss.detach()
 
@@ -287,6 +318,8 @@ def make_step(
     gradients = training.trainables.gradients
     exact = bool(flags.device.must_be_deterministic)
     shapes = 2 * sizes if sizes > 1 else 1  # of several sizes each has a smaller batch at the end of a pass
+    if flags.prior.predicts and (sizes > 1 or not flags.prior.is_even(flags.run.train_batch_size)):
+        shapes *= 2  # of each one with a row more than the other
     return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact, shapes)
 
 
@@ -502,7 +535,9 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
 
 def lora_kind(lora: LoraFlags) -> LoraKind:
     """How the LoRA is scaled and started, as the flags say."""
-    return LoraKind(lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks)
+    return LoraKind(
+        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
+    )
 
 
 def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
@@ -513,11 +548,16 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     """
     if lora.init_lora is None:
         return None
-    config = files.read_config("transformer")
+    config, kind = files.read_config("transformer"), lora_kind(lora)
     start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
     blocks = chosen_blocks(lora.blocks, config["num_layers"])
-    targets = target_modules(make_hollow(config, torch.float32), lora.layers, blocks)
-    require_start(start, lora_kind(lora).ranks_of(targets, lora.rank), lora.use_dora)
+    hollow = make_hollow(config, torch.float32)
+    targets = target_modules(hollow, lora.layers, blocks)
+    require_start(start, kind.ranks_of(targets, lora.rank), kind)
+    if kind.type != "lora":
+        with torch.device("meta"):
+            attach_lora(hollow, targets, lora.rank, lora.alpha, 0.0, 0, kind)
+        require_lycoris_start(start, hollow)
     return start
 
 
@@ -568,7 +608,7 @@ def load_training(
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
     return Training(
-        VelocityModel(arranged.transformer, dtype),
+        VelocityModel(arranged.transformer, dtype, arranged.ahead),
         trainables,
         optimizer,
         lr_scheduler,
@@ -579,6 +619,30 @@ def load_training(
         arranged.ahead,
         average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
     )
+
+
+def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedPlacement:
+    """What flags fix of the placement.
+
+    Args:
+        flags: of the run.
+        blocks: of the transformer.
+        processes: that train together.
+
+    Raises:
+        UserError: flags that cannot be obeyed.
+    """
+    asked = AskedPlacement.of(flags.base, flags.step, blocks)
+    asked.check(blocks, processes)
+    if flags.prior.is_even(flags.run.train_batch_size):
+        return asked
+    if asked.modulations_ahead:
+        raise UserError(
+            "--modulations_ahead on needs as many rows in each micro-batch, of which --prior_share "
+            f"{flags.prior.prior_share:g} of {flags.run.train_batch_size} gives now more and now fewer: leave it out, "
+            "or type --prior_share 1"
+        )
+    return replace(asked, modulations_ahead=False)
 
 
 def training_task(
@@ -596,12 +660,12 @@ def training_task(
     """
     config, lora, kind = files.read_config("transformer"), flags.lora, lora_kind(flags.lora)
     _, vae_scale = files.latent_channels_and_scale()
-    asked = AskedPlacement.of(flags.base, flags.step, config["num_layers"])
-    asked.check(config["num_layers"], processes)
+    asked = asked_placement(flags, config["num_layers"], processes)
     kind.check(asked.precision, asked.streamed)
     require_rates(flags, config)
     per_parameter = bytes_per_parameter(flags.optimizer, dtype, lora.rank) + kind.frozen_bytes_per_parameter
     micro_steps = flags.run.steps(0, processes) * flags.run.gradient_accumulation_steps  # of epochs, not known yet: 0
+    prior_rows, base_rows = flags.prior.rows(flags.run.train_batch_size)
     shape = StepShape(
         flags.run.train_batch_size * flags.prior.pools,
         buckets.largest.latent(vae_scale),
@@ -618,9 +682,12 @@ def training_task(
         asked_execution(flags).compiles(device, micro_steps),
         kind,
         longest_side=buckets.longest_side // vae_scale,
+        masked=flags.data.masked_loss,
+        prior_rows=prior_rows,
+        base_rows=base_rows,
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
-    step = partial(micro_step, flow=flags.flow)
+    step = partial(micro_step, flow=flags.flow, prior=flags.prior)
     drawing = drawing_between(flags, files, dtype)
     return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights, drawing)
 
@@ -651,8 +718,6 @@ def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
     """The distinct prompts whose embeddings are needed to draw while training, the negative one last."""
     prompts = list(watch.validation_prompt)
     if watch.validation_prompts_file is not None:
-        from sd3_lora.stage_one.prompts import read_prompts  # its import takes a second
-
         prompts += read_prompts(Path(watch.validation_prompts_file))
     return (*dict.fromkeys(prompts), watch.validation_negative_prompt) if prompts else ()
 
@@ -746,7 +811,8 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
 
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
     """What flags fix of how micro-steps are carried out."""
-    return AskedExecution(flags.step.must_compile, flags.step.must_capture, flags.device.must_be_deterministic)
+    step, base_pass = flags.step, flags.prior.prior_term is not None
+    return AskedExecution(step.must_compile, step.must_capture, flags.device.must_be_deterministic, base_pass)
 
 
 def plan_execution(
@@ -762,8 +828,13 @@ def make_batches(
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
-    sampler = InputSampler(training.draws, files.read_config("vae"), table, flags.flow, training.model.dtype, device)
-    early, dropout = 2 if training.ahead else 1, flags.data
+    dropout, prior = flags.data, None
+    if data.prior_prompts:
+        prior = PriorPrompts(data.prior_embeddings(), flags.prior.share)
+    vae_config, dtype = files.read_config("vae"), training.model.dtype
+    taken = training.step * flags.run.gradient_accumulation_steps
+    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
+    early = 2 if training.ahead else 1
     parts = EncoderDropout.of(files, dropout.clip_l_dropout, dropout.clip_g_dropout, dropout.t5_dropout)
     return MicroBatches(training.order, data, sampler, early, dropout.caption_dropout, parts)
 
@@ -819,20 +890,25 @@ def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, acc
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
     stage_one.require_embedded(store, prompts)
-    if accelerator.num_processes > 1:
-        stage_one.require_class_pictures()
+    prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
-    if accelerator.is_main_process:
-        if not stage_one.has_latents():
-            stage_one.make_latents()
-        if stage_one.prior.with_prior_preservation:
-            stage_one.make_class_pictures()
+    if accelerator.is_main_process and not stage_one.has_latents():
+        stage_one.make_latents()
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    others = stage_one.find_class_images(images, cache)
+    variants = stage_one.variants(images, cache)
+    sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
+    if accelerator.num_processes > 1:
+        stage_one.require_class_pictures(sizes)
+    if accelerator.is_main_process:
+        stage_one.make_class_pictures(sizes)
+    accelerator.wait_for_everyone()
+    others = stage_one.find_class_images(images, sizes, cache)
     pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    return TrainingData(pools, stage_one.variants((*images, *others), cache), store, cache)
+    stage_one.require_masks(images, variants, cache)
+    variants |= stage_one.variants(others, cache)
+    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks, prior_prompts)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:

@@ -35,6 +35,7 @@ TRAINERS = {
     "given": "the given LoRA",
 }
 OURS, OURS_NF4, PEERS = "ours", "ours_nf4", ("diffusers", "diffusers_defaults")
+PRIOR_PROMPTS_FILE = Path(__file__).resolve().parent / "prior_prompts.txt"
 PEER_SCRIPT = Path("examples/dreambooth/train_dreambooth_lora_sd3.py")
 
 
@@ -128,6 +129,7 @@ def stage_one_words(
     prompts = ["--instance_prompt", subject.prompt, "--class_prompt", subject.class_prompt]
     # fp32, because diffusers' script encodes in the precision of its weights.
     text = ["--max_sequence_length", str(SEQUENCE_LENGTH), "--t5_precision", "fp32"]
+    text += ["--prompts_file", str(PRIOR_PROMPTS_FILE)]  # for methods that read it
     size = ["--resolution", str(PICTURE_PX)]
     scripts = [
         ("compute_embeddings", [*data, *prompts, *text, "--output_path", str(files.embeddings), *device]),

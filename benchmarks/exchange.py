@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from evaluate import VERSIONS, circumstances
 
-# What trains at these ranks: SD3-Medium's attention has 1.18 million parameters a rank, in float32.
+# A LoRA on SD3-Medium's attention has 0.587 million parameters a rank, in float32: 9 MiB at rank 4, 287 at rank 128.
 SIZES_MIB = (4, 18, 72, 288, 576)
 ROUNDS = 20
 

@@ -40,6 +40,7 @@ PATH_FLAGS = {
     "output_dir",
     "output_path",
     "pretrained_model_name_or_path",
+    "prior_prompts_file",
     "prompts_file",
     "resume_from_checkpoint",
     "validation_prompts_file",

@@ -12,8 +12,10 @@ from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
 
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
+LoraType = Literal["lora", "lokr", "loha"]
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+AUGMENTATION_FLAGS = ("num_augmented", "rotation_degrees", "brightness_range")
 BUCKET_FLAGS = ("use_aspect_ratio_bucket", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale")
 
 
@@ -164,18 +166,71 @@ class CropFlags(PictureFlags):
         default=False,
         metadata={"help": "Enlarge no picture: a small one has a bucket of its own size, cut to --bucket_step."},
     )
+    num_augmented: int | None = field(
+        default=None,
+        metadata={
+            "help": "Further variants of each crop, turned and brightened or darkened a little; a crop's are the same "
+            "in each run. Default in stage one: none; in training: as cached."
+        },
+    )
+    rotation_degrees: float | None = field(
+        default=None,
+        metadata={
+            "help": "They are turned by up to so many degrees, either way, and enlarged until no corner is empty. "
+            "Default: 5."
+        },
+    )
+    brightness_range: float | None = field(
+        default=None, metadata={"help": "Their brightness is multiplied by 1 - this to 1 + this. Default: 0.1."}
+    )
+    mask_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of masks for --masked_loss: dog.png for dog.jpg, or dog-masklabel.png beside it; white is "
+            "trained on. (kohya: conditioning_data_dir.)"
+        },
+    )
+    alpha_mask: bool = field(
+        default=False, metadata={"help": "The pictures' own alpha is their mask: what is opaque is trained on."}
+    )
 
     def crop_flags(self) -> dict[str, Any]:
         """The flags that crop to the same shapes again, for a command in a message."""
-        return {name: getattr(self, name) for name in ("resolution", "center_crop", *BUCKET_FLAGS)}
+        return {name: getattr(self, name) for name in ("resolution", "center_crop", *BUCKET_FLAGS, *AUGMENTATION_FLAGS)}
+
+    def mask_flags(self) -> dict[str, Any]:
+        """The flags that name the same masks again, for a command in a message."""
+        return {"mask_data_dir": self.mask_data_dir, "alpha_mask": self.alpha_mask}
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks are named."""
+        return self.alpha_mask or self.mask_data_dir is not None
 
     def crop_faults(self) -> Iterator[str]:
         """What is wrong with these flags, a sentence each."""
+        if self.alpha_mask and self.mask_data_dir is not None:
+            yield "--mask_data_dir and --alpha_mask exclude each other: type one of them"
         yield from less_than_one(self, "bucket_step", "bucket_min", "bucket_max")
+        yield from self._augmentation_faults()
         if not self.use_aspect_ratio_bucket:
             for name in BUCKET_FLAGS:
                 if getattr(self, name):
                     yield f"--{name} needs --use_aspect_ratio_bucket: add it, or leave --{name} out"
+
+    def _augmentation_faults(self) -> Iterator[str]:
+        if self.num_augmented is not None and self.num_augmented < 0:
+            yield f"--num_augmented {self.num_augmented} must not be negative"
+        degrees, brightness = self.rotation_degrees, self.brightness_range
+        if degrees is not None and not 0 <= degrees <= 45:
+            yield f"--rotation_degrees {degrees:g} must be at least 0 and at most 45"
+        if brightness is not None and not 0 <= brightness < 1:
+            yield f"--brightness_range {brightness:g} must be at least 0 and less than 1"
+        if degrees == 0 and brightness == 0:
+            yield "--rotation_degrees 0 and --brightness_range 0 change nothing: leave one of them out"
+        for name in AUGMENTATION_FLAGS[1:]:
+            if getattr(self, name) is not None and not self.num_augmented:
+                yield f"--{name} needs --num_augmented: type for example --num_augmented 2"
 
 
 @dataclass(frozen=True)

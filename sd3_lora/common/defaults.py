@@ -10,6 +10,7 @@ EXAMPLE_PROMPT = "a photo of sks robot"
 EXAMPLE_PROMPTS_FILE = PROJECT_FOLDER / "examples" / "prompts.txt"
 REFERENCE_SUBJECT = Path("dog")
 REFERENCE_PROMPT = "a photo of sks dog"
+REFERENCE_CLASS_PROMPT = "a photo of a dog"
 
 EMBEDDINGS_PATH = "sample_embeddings.parquet"
 LATENTS_PATH = "latents"

@@ -7,7 +7,7 @@ H, W pixels of the crop.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +83,21 @@ class LatentPosterior:
 
 
 @dataclass(frozen=True)
+class LatentMask:
+    """How much of each latent pixel of one crop is trained on.
+
+    Attributes:
+        variant: which crop (see `images.CropBox.name`).
+        values: `(1, H/8, W/8)` float16 from 0 to 1, the mean of the mask's pixels there.
+        source: sha256 of the mask's file, hexadecimal, or `alpha`: the picture's own.
+    """
+
+    variant: str
+    values: torch.Tensor
+    source: str
+
+
+@dataclass(frozen=True)
 class TrainingBatch:
     """The stacked tensors of one micro-batch.
 
@@ -92,7 +107,7 @@ class TrainingBatch:
         latent_std: `(B, 16, H/8, W/8)` raw.
         prompt_embeds: `(B, S, D)`.
         pooled_prompt_embeds: `(B, P)`.
-        loss_weights: `(B,)` float32, the weight of each sample in the loss.
+        loss_weights: float32, the weight in the loss of each sample `(B,)`, or of each latent pixel `(B, 1, H/8, W/8)`.
     """
 
     image_ids: tuple[str, ...]
@@ -102,6 +117,11 @@ class TrainingBatch:
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
 
+    def weighted(self, weights: torch.Tensor) -> TrainingBatch:
+        """The same with each sample's weight multiplied by one of these `(B,)`."""
+        shape = (-1, *(1 for _ in self.loss_weights.shape[1:]))
+        return replace(self, loss_weights=self.loss_weights * weights.view(shape))
+
 
 class StepInputs(NamedTuple):
     """The inputs of a micro-step, on the device.
@@ -110,10 +130,11 @@ class StepInputs(NamedTuple):
         latents: `(B, 16, H/8, W/8)` float32, a sample of the posterior, normalized.
         noise: likewise.
         sigmas: `(B, 1, 1, 1)` float32.
-        timesteps: `(B,)` float32.
-        prompt_embeds: `(B, S, D)` in the transformer's dtype.
-        pooled_prompt_embeds: `(B, P)` likewise.
-        loss_weights: `(B,)` float32.
+        timesteps: `(R,)` float32: R is B and, after these, the pictures that come once more with a prior prompt.
+        prompt_embeds: `(R, S, D)` in the transformer's dtype.
+        pooled_prompt_embeds: `(R, P)` likewise.
+        loss_weights: `(B,)` or `(B, 1, H/8, W/8)` float32.
+        prior_rows: `(R - B,)` int64: which of the B pictures come once more.
     """
 
     latents: torch.Tensor
@@ -123,6 +144,12 @@ class StepInputs(NamedTuple):
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
+    prior_rows: torch.Tensor
+
+    @property
+    def conditions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The transformer's inputs beside the noisy latents."""
+        return self.timesteps, self.prompt_embeds, self.pooled_prompt_embeds
 
     @property
     def modulating(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -140,8 +140,12 @@ class ClassDrawingConfig:
     num_steps: int = field(default=28, metadata={"help": "Denoising steps."})
     guidance: float = field(default=7.0, metadata={"help": "Classifier-free guidance; 1 or less is without."})
     resolution: int | None = field(
-        default=None, metadata={"help": "Side of the pictures in pixels. Default: the model's own."}
+        default=None, metadata={"help": "Of training: side of the pictures in pixels. Default: the model's own."}
     )
+    height: int | None = field(
+        default=None, metadata={"help": "In pixels, for --use_aspect_ratio_bucket. Default: the resolution."}
+    )
+    width: int | None = field(default=None, metadata={"help": "Likewise."})
     seed: int = field(default=0, metadata={"help": "Of the starting noise."})
     data_df_path: str = field(
         default=EMBEDDINGS_PATH, metadata={"help": "The embeddings file; it must have the class prompt."}
@@ -155,7 +159,9 @@ class ClassDrawingConfig:
         require_right(self._faults())
 
     def _faults(self) -> Iterator[str]:
-        yield from less_than_one(self, "num_class_images", "sample_batch_size", "num_steps", "resolution")
+        yield from less_than_one(
+            self, "num_class_images", "sample_batch_size", "num_steps", "resolution", "height", "width"
+        )
         if self.class_prompt is None:
             yield 'nothing to draw: type --class_prompt "a photo of a dog"'
         if self.class_data_dir is None:

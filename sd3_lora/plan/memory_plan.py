@@ -381,7 +381,7 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
         computed = {k: computed_flops(places.costs, size, range(k)) for k in counts}
         ways: list[tuple[tuple[float, float], _Base, int]] = []
         for base, k in itertools.product(bases, counts):
-            copied = copied_flops(places.block_sizes, _recompute(base.placement, k), rate)
+            copied = copied_flops(places.block_sizes, _recompute(base.placement, k), rate, shape.base_rows > 0)
             ways.append((StepCost(computed[k], copied).time, base, k))
         if not asked.offload_inputs:
             yield from (planner.plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))

@@ -30,11 +30,13 @@ class AskedExecution:
         compile: `--compile on` or off.
         capture: `--capture on` or off.
         deterministic: `--deterministic on` or off.
+        base_pass: whether `--prior_term` calls the blocks without their LoRA too.
     """
 
     compile: bool | None = None
     capture: bool | None = None
     deterministic: bool | None = None
+    base_pass: bool = False
 
     def compiles(self, device: torch.device, micro_steps: int, kernels_before: str | None = None) -> bool:
         """Whether blocks are compiled where they can be: as asked, as before, or where the run's steps repay it.
@@ -49,7 +51,7 @@ class AskedExecution:
         if kernels_before is not None:
             return kernels_before == COMPILED
         is_repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
-        return is_repaid and not self.deterministic
+        return is_repaid and not self.deterministic and not self.base_pass
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def choose_execution(
         if plan.placement.precision
         else "compiled kernels may add up in another order in the next run, which --deterministic on rules out"
         if asked.deterministic
+        else "blocks that --prior_term calls with and without their LoRA are not compiled"
+        if asked.base_pass
         else ""
     )
     if asked.capture and no_graph:

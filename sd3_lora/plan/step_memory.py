@@ -48,6 +48,9 @@ class StepShape:
         compiled: whether the blocks are, where they can be.
         kind: of the LoRA.
         longest_side: of all crops, in latent pixels; 0 where none is longer than the largest.
+        masked: whether the loss has a weight for each latent pixel.
+        prior_rows: of the trained model's batch beside the pictures: those that come once more with a prior prompt.
+        base_rows: that the base is given too, without gradient.
     """
 
     batch_size: int
@@ -63,6 +66,14 @@ class StepShape:
     compiled: bool = False
     kind: LoraKind = PLAIN_LORA
     longest_side: int = 0
+    masked: bool = False
+    prior_rows: int = 0
+    base_rows: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Of the trained model's batch."""
+        return self.batch_size + self.prior_rows
 
     @property
     def enclosing_size(self) -> tuple[int, int]:
@@ -290,8 +301,13 @@ def _count_step(model: _SmallModel, step: Step) -> _StepBytes:
     counter = AllocationCounter()
     # Before each block and after the last, when what is not kept of the block before has been freed.
     allocated: list[int] = []
+
+    def note(*_: object) -> None:
+        if torch.is_grad_enabled():  # the base's own pass keeps nothing
+            allocated.append(counter.now)
+
     hooks = [
-        module.register_forward_pre_hook(lambda *_: allocated.append(counter.now))
+        module.register_forward_pre_hook(note)
         for module in (*model.transformer.transformer_blocks, model.transformer.norm_out)
     ]
     with counter:
@@ -325,7 +341,7 @@ def simulate_step(
     counted = _count_step(model, step)
     tokens = image_tokens(config, shape.latent_size) + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    input_bytes = shape.batch_size * tokens * width * shape.dtype.itemsize
+    input_bytes = shape.rows * tokens * width * shape.dtype.itemsize
 
     def memory(kinds: Sequence[_Kind], working: int, working_recomputed: int) -> StepMemory:
         return StepMemory(
@@ -362,8 +378,9 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             latents=latents,
             noise=torch.empty_like(latents),
             sigmas=torch.empty(size, 1, 1, 1),
-            timesteps=torch.empty(size),
-            prompt_embeds=torch.empty(size, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
-            pooled_prompt_embeds=torch.empty(size, config["pooled_projection_dim"], dtype=shape.dtype),
-            loss_weights=torch.empty(size),
+            timesteps=torch.empty(shape.rows),
+            prompt_embeds=torch.empty(shape.rows, shape.text_tokens, config["joint_attention_dim"], dtype=shape.dtype),
+            pooled_prompt_embeds=torch.empty(shape.rows, config["pooled_projection_dim"], dtype=shape.dtype),
+            loss_weights=torch.empty(size, 1, *shape.latent_size) if shape.masked else torch.empty(size),
+            prior_rows=torch.empty(shape.prior_rows, dtype=torch.long),
         )

@@ -33,23 +33,25 @@ class StepSize:
     """The sizes of a step.
 
     Attributes:
-        pictures: in a micro-batch.
+        rows: of the trained model's batch.
         tokens: of a picture.
         text_tokens: of a prompt.
         width: C, of the transformer.
+        base_rows: of a pass of the base alone, without gradient; 0 where there is none.
     """
 
-    pictures: int
+    rows: int
     tokens: int
     text_tokens: int
     width: int
+    base_rows: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], shape: StepShape) -> StepSize:
         """The size of a training step."""
         tokens = image_tokens(config, shape.latent_size)
         width = config["num_attention_heads"] * config["attention_head_dim"]
-        return cls(shape.batch_size, tokens, shape.text_tokens, width)
+        return cls(shape.rows, tokens, shape.text_tokens, width, shape.base_rows)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class PieceCost:
             "ff": 16 * tokens * width**2,
             "ff_context": 16 * text_tokens * width**2,
         }
-        return size.pictures * self.share * part.get(self.part, 0.0)
+        return size.rows * self.share * part.get(self.part, 0.0)
 
 
 def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePrecision | None) -> list[PieceCost]:
@@ -136,6 +138,8 @@ class StepCost:
 def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: Collection[int]) -> Passes:
     """FLOPs of a micro-batch: forward; in backward twice that, and forward again of the recomputed blocks.
 
+    A pass of the base alone counts with forward.
+
     Args:
         costs: of all pieces.
         size: of the step.
@@ -143,7 +147,7 @@ def computed_flops(costs: Sequence[PieceCost], size: StepSize, recomputed: Colle
     """
     forward = sum(piece.flops(size) for piece in costs)
     recompute = sum(piece.flops(size) for piece in costs if piece.block in recomputed)
-    return Passes(forward, 2 * forward + recompute)
+    return Passes(forward * (1 + size.base_rows / size.rows), 2 * forward + recompute)
 
 
 class BlockSize(NamedTuple):
@@ -161,7 +165,9 @@ def block_sizes(costs: Sequence[PieceCost]) -> list[BlockSize]:
     return [BlockSize(*size) for size in sizes]
 
 
-def copied_flops(sizes: Sequence[BlockSize], placement: Placement, flops_a_byte: float = FLOPS_A_BYTE) -> Passes:
+def copied_flops(
+    sizes: Sequence[BlockSize], placement: Placement, flops_a_byte: float = FLOPS_A_BYTE, base_pass: bool = False
+) -> Passes:
     """The FLOPs that would be computed in the time of a micro-batch's copies.
 
     A piece is copied once in each pass: recomputed, a block is still there for its gradients. A modulation that is
@@ -172,11 +178,14 @@ def copied_flops(sizes: Sequence[BlockSize], placement: Placement, flops_a_byte:
         sizes: of all blocks.
         placement: which of them are streamed, and from where.
         flops_a_byte: of the device.
+        base_pass: whether the base alone has a pass too, which copies all of its pieces once more.
     """
     ahead = placement.ahead_blocks
     both = sum(sizes[block].others for block in placement.streamed)
     forward = sum(sizes[block].modulations for block in placement.streamed if block not in ahead)
     backward = sum(sizes[block].modulations for block in placement.streamed if block in placement.recomputed)
+    if base_pass:
+        forward += sum(sum(sizes[block]) for block in placement.streamed)
     slower = flops_a_byte * (FILES_SLOWDOWN if placement.stream_from == "files" else 1)
     return Passes(slower * (both + forward), slower * (both + backward))
 

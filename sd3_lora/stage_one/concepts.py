@@ -14,12 +14,29 @@ from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_tex
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.defaults import default_subject
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.captions import CaptionRules, InstanceFolder, instance_images
+from sd3_lora.stage_one.captions import CaptionRules, InstanceFolder, class_images, instance_images
 
 _REQUIRED = ("instance_prompt", "instance_data_dir")
 _TEXTS = (*_REQUIRED, "class_prompt", "class_data_dir")
 _KEYS = (*_TEXTS, "repeats")
 _REPEATS_IN_NAME = re.compile(r"(\d+)_(.*\S.*)")
+
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """Pictures of a class, all with one prompt.
+
+    Attributes:
+        folder: theirs; it need not exist yet.
+        prompt: of all of them.
+    """
+
+    folder: Path
+    prompt: str
+
+    def images(self, most: int) -> tuple[InstanceImage, ...]:
+        """The first `most` that are there, by name."""
+        return class_images(self.folder, self.prompt, most)
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,32 @@ def read_concepts_list(path: Path, repeats: int = 1) -> tuple[Concept, ...]:
         )
         for entry in entries
     )
+
+
+def class_folders_of(concepts: Sequence[Concept], source: str) -> tuple[ClassFolder, ...]:
+    """The distinct class folders of some concepts, each of which must have one, with its prompt.
+
+    Args:
+        concepts: of a list.
+        source: the list, for messages.
+
+    Raises:
+        UserError: one has none; two have one folder and different prompts.
+    """
+    prompts: dict[Path, str] = {}
+    faults = []
+    for number, concept in enumerate(concepts, start=1):
+        where = f"{source}, concept {number}"
+        for key, value in (("class_prompt", concept.class_prompt), ("class_data_dir", concept.class_folder)):
+            if value is None:
+                faults.append(f"{where} has no {key}, which --with_prior_preservation needs: add it")
+        if concept.class_prompt is None or concept.class_folder is None:
+            continue
+        if prompts.setdefault(concept.class_folder, concept.class_prompt) != concept.class_prompt:
+            faults.append(f"{where} has the class_data_dir of another with another class_prompt: give it its own")
+    if faults:
+        raise UserError(all_of(faults, source, MOST_SHOWN))
+    return tuple(ClassFolder(folder, prompt) for folder, prompt in prompts.items())
 
 
 def _folder(name: str) -> Path:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import unicodedata
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.picture_size import PictureSize
@@ -22,7 +23,9 @@ from sd3_lora.common.picture_size import PictureSize
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, ImageCms, ImageOps, ImageStat, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageEnhance, ImageOps, ImageStat, UnidentifiedImageError
+
+T = TypeVar("T")
 
 RASTER_EXTENSIONS = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -42,6 +45,7 @@ _MAGIC = re.compile(
 _TIFF_MAGIC = re.compile(rb"II\*\0|MM\0\*")
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 _FLIP_SUFFIX = "-flip"
+_MASK_SUFFIX = "-masklabel"  # OneTrainer's: dog-masklabel.png beside dog.jpg
 _MOST_ENLARGED, _LEAST_SEEN = 2, 0.5  # pictures beyond are told
 
 
@@ -80,6 +84,9 @@ class CropBox:
         top: of the crop, in the resized picture.
         flip: whether the crop is mirrored, left to right.
         size: of the crop.
+        number: of an augmented variant, from 1; 0 for the crop itself.
+        degrees: by which the picture is turned around the crop's centre, counterclockwise; two decimals.
+        brightness: by which its values are multiplied; two decimals.
     """
 
     resized_width: int
@@ -88,17 +95,36 @@ class CropBox:
     top: int
     flip: bool
     size: PictureSize
+    number: int = 0
+    degrees: float = 0.0
+    brightness: float = 1.0
 
     @property
     def name(self) -> str:
-        """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`."""
+        """The variant's name in the latent cache, X11's notation: `512x512+0+171`, `512x512+0+171-flip`.
+
+        That of an augmented variant also has its number, its degrees and its brightness: `512x512+0+171@1:-3.25,1.08`.
+        """
         name = f"{self.size}+{self.left}+{self.top}"
+        if self.number:
+            name += f"@{self.number}:{self.degrees:.2f},{self.brightness:.2f}"
         return mirrored(name) if self.flip else name
 
 
 def mirrored(name: str) -> str:
     """The name of a variant's mirrored twin; that of a mirrored variant is its own."""
     return name if name.endswith(_FLIP_SUFFIX) else name + _FLIP_SUFFIX
+
+
+def plain_variant(name: str) -> str:
+    """The name of the crop of which this one is an augmented variant, mirrored if it is; else its own."""
+    plain = name.removesuffix(_FLIP_SUFFIX).split("@")[0]
+    return mirrored(plain) if name == mirrored(name) else plain
+
+
+def number_of_variant(name: str) -> int:
+    """Which augmented variant of its crop it is, from 1; 0 for the crop itself."""
+    return int(name.split("@")[1].split(":")[0]) if "@" in name else 0
 
 
 def size_of_variant(name: str) -> PictureSize:
@@ -109,7 +135,8 @@ def size_of_variant(name: str) -> PictureSize:
 def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     """Lists the pictures of a folder, by extension or, under another name, by their first bytes.
 
-    Dot-files, dot-folders, links to folders and, unless `recursive`, subfolders are left out.
+    Dot-files, dot-folders, links to folders and, unless `recursive`, subfolders are left out. A mask that lies beside
+    its picture (`mask_stem`) is no picture, and is not named among what is left out.
 
     Raises:
         UserError: there is no such folder, it cannot be read, or it holds no picture.
@@ -119,13 +146,14 @@ def list_images(folder: Path, recursive: bool = False) -> ImageListing:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, not a folder: type --instance_data_dir {folder.parent}")
     files, left_out = _files(folder, recursive)
-    images = [path for path in files if _is_image(path)]
+    rasters = [path for path in files if _is_image(path)]
+    images = _without_masks(rasters)
     if not images:
         nested = not recursive and any(_is_image(path) for path in _files(folder, recursive=True)[0])
         remedy = "add --recursive to read its subfolders" if nested else "put .jpg or .png files into it"
         raise UserError(f"{folder} holds no pictures: {remedy}, or give another --instance_data_dir")
     stems = {folded(stem) for path in images for stem in caption_stems(path)}
-    others = set(files).difference(images)
+    others = set(files).difference(rasters)
     left_out += [path for path in others if path.name not in METADATA_NAMES and not _is_caption(path, stems)]
     return ImageListing(tuple(sorted(images, key=Path.as_posix)), tuple(sorted(left_out, key=Path.as_posix)))
 
@@ -138,7 +166,22 @@ def picture_paths(folder: Path) -> tuple[Path, ...]:
     """
     if not folder.is_dir():
         return ()
-    return tuple(sorted(filter(_is_image, _files(folder, recursive=False)[0]), key=Path.as_posix))
+    return tuple(_without_masks(sorted(filter(_is_image, _files(folder, recursive=False)[0]), key=Path.as_posix)))
+
+
+def picture_and_mask_paths(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a folder and its subfolders, with the masks among them, sorted.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return tuple(sorted(filter(_is_image, _files(folder, recursive=True)[0]), key=Path.as_posix))
+
+
+def _without_masks(paths: Sequence[Path]) -> list[Path]:
+    """The pictures among these, without masks that lie beside theirs."""
+    stems = {folded(path.with_suffix("")) for path in paths}
+    return [path for path in paths if not (is_named_as_mask(path) and folded(mask_stem(path)) in stems)]
 
 
 def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
@@ -166,6 +209,16 @@ def _files(folder: Path, recursive: bool) -> tuple[list[Path], list[Path]]:
 def caption_stems(image: Path) -> tuple[Path, Path]:
     """The paths of a picture's captions without their extension: `dog` and `dog.jpg` for `dog.jpg`."""
     return image.with_suffix(""), image
+
+
+def mask_stem(mask: Path) -> Path:
+    """The path of a mask's picture without its extension: `dog` for `dog.png` and for `dog-masklabel.png`."""
+    return mask.with_name(mask.stem.removesuffix(_MASK_SUFFIX) or mask.stem)
+
+
+def is_named_as_mask(path: Path) -> bool:
+    """Whether a file has the name of a mask that lies beside its picture."""
+    return mask_stem(path) != path.with_suffix("")
 
 
 def folded(path: Path) -> str:
@@ -220,6 +273,44 @@ def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -
         BrokenImage: it does not decode, is cut short, or has more than twice `Image.MAX_IMAGE_PIXELS` pixels.
         UserError: it is HEIC and pillow-heif is not installed.
     """
+    return _decode(path, lambda picture: _to_rgb(_upright(picture), alpha_background))
+
+
+def open_grey(path: Path) -> Image.Image:
+    """Decodes a picture to 8-bit grey, upright; what is transparent is black.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+    return _decode(path, lambda picture: _to_grey(_upright(picture)))
+
+
+def open_alpha(path: Path) -> Image.Image | None:
+    """Decodes how opaque a picture is, 8-bit, upright; None where it has no transparency.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+    picture = _decode(path, _upright)
+    if not picture.has_transparency_data:
+        return None
+    return (_to_8_bits(picture) if _is_deep(picture) else picture).convert("RGBA").getchannel("A")
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """The width and height in pixels of a picture as `open_rgb` gives it, for which it is decoded.
+
+    Raises:
+        BrokenImage: as `open_rgb`.
+        UserError: likewise.
+    """
+    return _decode(path, lambda picture: _upright(picture).size)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
+    """What `convert` makes of a decoded picture."""
     if _is_heif(_head(path)):
         _register_heif(path)
     Image.init()  # HEIF, and AVIF in an old Pillow, are listed only where they are installed
@@ -229,7 +320,7 @@ def open_rgb(path: Path, alpha_background: Literal["white", "mean"] = "white") -
     try:
         with Image.open(path, formats=formats) as file:
             file.load()
-            return _to_rgb(_upright(file), alpha_background)
+            return convert(file)
     except UnidentifiedImageError as error:
         raise BrokenImage(path, "not a picture in a known format") from error
     except Exception as error:  # a malformed file can raise anything in a decoder: SyntaxError, KeyError, struct.error
@@ -276,7 +367,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if _is_deep(image):
         image = _to_8_bits(image)
     image = _to_srgb(image)
     if not image.has_transparency_data:
@@ -284,6 +375,20 @@ def _to_rgb(image: Image.Image, alpha_background: Literal["white", "mean"]) -> I
     image = image.convert("RGBA")
     color = (255, 255, 255) if alpha_background == "white" else _mean_color(image)
     return Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), image).convert("RGB")
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return image.convert("L")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether grey values have more than 8 bits."""
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -327,10 +432,8 @@ def crop_boxes(width: int, height: int, size: PictureSize, num_crops: int, flip:
             coincide, so one of a picture of the crops' shape.
         flip: whether each is followed by its mirrored twin.
     """
-    is_wider = width * size.height > height * size.width
-    # The side that is not cut becomes that of the crop; the other one is rounded to the nearest pixel.
-    scale, whole = (size.height, height) if is_wider else (size.width, width)
-    resized_width, resized_height = ((2 * side * scale + whole) // (2 * whole) for side in (width, height))
+    resized_width, resized_height = _covering(width, height, size)
+    is_wider = resized_width > size.width
     room = max(resized_width - size.width, resized_height - size.height)
     offsets = dict.fromkeys(i * room // (num_crops - 1) for i in range(num_crops)) if num_crops > 1 else [room // 2]
     return tuple(
@@ -338,6 +441,31 @@ def crop_boxes(width: int, height: int, size: PictureSize, num_crops: int, flip:
         for offset in offsets
         for twin in ((False, True) if flip else (False,))
     )
+
+
+def _covering(width: int, height: int, size: PictureSize) -> tuple[int, int]:
+    """The width and height of a picture that just covers a size; the side that is cut is rounded to the nearest."""
+    is_wider = width * size.height > height * size.width
+    scale, whole = (size.height, height) if is_wider else (size.width, width)
+    resized_width, resized_height = ((2 * side * scale + whole) // (2 * whole) for side in (width, height))
+    return resized_width, resized_height
+
+
+def crop_box_of(name: str, width: int, height: int) -> CropBox:
+    """The crop that has this name in the latent cache (`CropBox.name`).
+
+    Args:
+        name: of the variant.
+        width: of the picture in pixels.
+        height: of the picture in pixels.
+    """
+    size, (crop, _, augmented) = size_of_variant(name), name.removesuffix(_FLIP_SUFFIX).partition("@")
+    _, left, top = crop.split("+")
+    box = CropBox(*_covering(width, height, size), int(left), int(top), name == mirrored(name), size)
+    if not augmented:
+        return box
+    degrees, brightness = augmented.partition(":")[2].split(",")
+    return replace(box, number=number_of_variant(name), degrees=float(degrees), brightness=float(brightness))
 
 
 def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: int) -> list[str]:
@@ -369,18 +497,46 @@ def size_notes(sizes: Mapping[str, tuple[PictureSize, PictureSize]], num_crops: 
 
 
 def crop_rgb(image: Image.Image, box: CropBox) -> torch.Tensor:
-    """Resizes (Lanczos, antialiased), crops and mirrors an RGB picture.
-
-    Only the crop is computed; up to rounding it equals the same part of the whole resized picture.
+    """A crop of an RGB picture, in its brightness.
 
     Returns:
         `(H, W, 3)` uint8, a quarter of the bytes of float32 to be copied to a device.
     """
+    crop = crop_picture(image, box)
+    return pixels_of(crop if box.brightness == 1 else ImageEnhance.Brightness(crop).enhance(box.brightness))
+
+
+def crop_picture(image: Image.Image, box: CropBox) -> Image.Image:
+    """Resizes (Lanczos, antialiased), crops, turns and mirrors a picture or its mask.
+
+    Only the crop is computed; up to rounding it equals the same part of the whole resized picture. One that is turned
+    shows the largest part of that crop, of its shape, that has no empty corner: it is enlarged as far as that takes.
+    """
     # Multiplied before divided: the last edge is then exact, and never outside the picture.
     left, right = (x * image.width / box.resized_width for x in (box.left, box.left + box.size.width))
     top, bottom = (y * image.height / box.resized_height for y in (box.top, box.top + box.size.height))
-    crop = image.resize((box.size.width, box.size.height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
-    return pixels_of(ImageOps.mirror(crop) if box.flip else crop)
+    width, height = around = (box.size.width, box.size.height)
+    if box.degrees:
+        around = _around_turned(width, height, box.degrees)
+    crop = image.resize(around, Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    if box.degrees:
+        x, y = (around[0] - width) // 2, (around[1] - height) // 2
+        crop = crop.rotate(box.degrees, Image.Resampling.BICUBIC).crop((x, y, x + width, y + height))
+    return ImageOps.mirror(crop) if box.flip else crop
+
+
+def _around_turned(width: int, height: int, degrees: float) -> tuple[int, int]:
+    """The smallest size of about this shape that, turned around its centre, still covers this one; both differ evenly.
+
+    Args:
+        width: to be covered, in pixels.
+        height: to be covered, in pixels.
+        degrees: of the turn.
+    """
+    cosine, sine = (abs(function(math.radians(degrees))) for function in (math.cos, math.sin))
+    scale = max(cosine + sine * height / width, cosine + sine * width / height)
+    larger, higher = (side + 2 * math.ceil((scale - 1) * side / 2) for side in (width, height))
+    return larger, higher
 
 
 def pixels_of(picture: Image.Image) -> torch.Tensor:

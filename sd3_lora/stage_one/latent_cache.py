@@ -1,7 +1,8 @@
 """The latent cache: the VAE's posterior of every crop of every picture, one safetensors file a picture.
 
 A file is named by its picture's id and holds `<variant>.mean` and `<variant>.std`, `(16, H/8, W/8)` each, raw:
-the VAE's shift and scale are applied in training (`normalize_latents`).
+the VAE's shift and scale are applied in training (`normalize_latents`). Where masks were asked for it also holds
+`<variant>.mask`, `(1, H/8, W/8)`, and its metadata say of which file each was made.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, write_text_atomically
-from sd3_lora.common.records import InstanceImage, LatentPosterior, Provenance
+from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
 from sd3_lora.common.tensor_files import write_tensors
+from sd3_lora.stage_one.images import number_of_variant
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,11 +49,15 @@ class CachedPicture:
         variants: of which it holds posteriors, sorted.
         size: width and height in pixels of the upright picture, before resizing.
         tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
+        masks: for each variant that has a mask, its source (see `LatentMask`).
+        ranges: what its augmented variants differ by (`Augmentation.ranges`); None where there are none.
     """
 
     variants: tuple[str, ...]
     size: tuple[int, int]
     tiles: dict[str, int]
+    masks: dict[str, str]
+    ranges: dict[str, float] | None = None
 
     def has_smaller_tiles(self, tile_px: int | None) -> bool:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
@@ -87,12 +93,20 @@ class LatentCache:
         folder: where the files lie; it need not exist yet.
         wanted: the provenance that every file read must have.
         alpha_background: what transparent pixels were drawn over; None to read either.
+        ranges: what augmented variants must differ by (`Augmentation.ranges`), or some of it; None to read any.
     """
 
-    def __init__(self, folder: Path, wanted: Provenance, alpha_background: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        wanted: Provenance,
+        alpha_background: str | None = None,
+        ranges: Mapping[str, float] | None = None,
+    ):
         self.folder = folder
         self.wanted = wanted
         self.alpha_background = alpha_background
+        self.ranges = dict(ranges or {})
         self._read: dict[str, CachedPicture] = {}  # opening 10,000 files takes seconds
 
     @property
@@ -153,6 +167,10 @@ class LatentCache:
         difference = provenance.difference(self.wanted, "resolution")
         if self.alpha_background not in (None, background):
             difference = difference or f"alpha_background {background}, not {self.alpha_background}"
+        recorded = metadata.get("augmentation")
+        for name, value in self.ranges.items() if recorded else ():
+            if recorded[name] != value:
+                difference = difference or f"{name} {recorded[name]:g}, not {value:g}"
         if difference:
             raise StaleLatents(path, difference)
         return handle
@@ -173,7 +191,9 @@ class LatentCache:
             metadata = json.loads(handle.metadata()[_METADATA_KEY])
         width, height = metadata["picture_size"]
         # A file from before tiles were recorded counts as encoded whole.
-        picture = CachedPicture(tuple(sorted(names)), (width, height), metadata.get("tiles_px", {}))
+        tiles, masks = metadata.get("tiles_px", {}), metadata.get("masks", {})
+        ranges = metadata.get("augmentation")
+        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges)
         self._read[image_id] = picture
         return picture
 
@@ -195,6 +215,15 @@ class LatentCache:
         picture = self.look(image_id)
         return picture.tiles if picture else {}
 
+    def masks(self, image_id: str) -> dict[str, str]:
+        """For each variant that has a mask, its source.
+
+        Raises:
+            UserError: as `look`.
+        """
+        picture = self.look(image_id)
+        return picture.masks if picture else {}
+
     def read(self, image_id: str, variant: str) -> LatentPosterior:
         """One posterior.
 
@@ -212,20 +241,33 @@ class LatentCache:
             )
         return LatentPosterior(image_id, variant, mean, std)
 
+    def read_mask(self, image_id: str, variant: str) -> LatentMask:
+        """The mask of one variant that has one (`CachedPicture.masks`).
+
+        Raises:
+            UserError: a truncated or foreign file.
+            StaleLatents: a file made with other settings.
+        """
+        with self._open(image_id) as handle:
+            source = json.loads(handle.metadata()[_METADATA_KEY])["masks"][variant]
+            return LatentMask(variant, handle.get_tensor(f"{variant}.mask").clone(), source)
+
     def add(
         self,
         image: InstanceImage,
         size: tuple[int, int],
         posteriors: Iterable[LatentPosterior],
         tile_px: int | None = None,
+        masks: Iterable[LatentMask] = (),
     ) -> None:
-        """Adds posteriors to a picture's file.
+        """Adds posteriors and masks to a picture's file.
 
         Args:
             image: the picture.
             size: its width and height in pixels, upright.
             posteriors: of its crops.
             tile_px: side in pixels of the tiles in which these were encoded; None for whole pictures.
+            masks: of its crops, in place of those that it has.
         """
         image_id = image.image_id
         tensors: dict[str, torch.Tensor] = {}
@@ -234,6 +276,10 @@ class LatentCache:
         for variant in existing.variants if existing else ():
             kept = self.read(image_id, variant)
             tensors |= {f"{variant}.mean": kept.mean, f"{variant}.std": kept.std}
+        sources = dict(existing.masks) if existing else {}
+        tensors |= {f"{variant}.mask": self.read_mask(image_id, variant).values for variant in sources}
+        for mask in masks:
+            tensors[f"{mask.variant}.mask"], sources[mask.variant] = mask.values.contiguous(), mask.source
         for posterior in posteriors:
             if tile_px is not None:
                 tiles[posterior.variant] = tile_px
@@ -245,7 +291,11 @@ class LatentCache:
             "picture_size": size,
             "alpha_background": self.alpha_background,
             "tiles_px": tiles,
+            **({"masks": sources} if sources else {}),
         }
+        ranges = existing.ranges if existing and existing.ranges else self.ranges
+        if any(number_of_variant(name.rpartition(".")[0]) for name in tensors):
+            metadata["augmentation"] = ranges
         temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
         write_tensors(temporary, tensors, {_METADATA_KEY: json.dumps(metadata)})
         os.replace(temporary, self.path(image_id))

@@ -6,10 +6,11 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal, get_type_hints
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, less_than_one, require_right
-from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, ModelConfig
+from sd3_lora.common.config import BudgetConfig, CropFlags, DeviceConfig, LoraStart, LoraType, ModelConfig
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.optimizer_kinds import (
@@ -24,6 +25,20 @@ from sd3_lora.training.optimizer_kinds import (
 )
 from sd3_lora.training.watch_flags import WatchFlags
 
+PriorTerm = Literal["prediction", "preference"]
+# The flags of prior preservation that do nothing unless one of these is there too.
+_PRIOR_FLAGS = {
+    ("--with_prior_preservation",): (
+        "class_data_dir",
+        "num_class_images",
+        "prior_loss_weight",
+        "prior_generation_precision",
+        "sample_batch_size",
+    ),
+    ("--with_prior_preservation", "--prior_term prediction"): ("class_prompt",),
+    ("--prior_term",): ("prior_term_weight",),
+    ("--prior_term prediction",): ("prior_share", "prior_prompts_file"),
+}
 WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"]
 # Those that reach their end with the run, so that a longer run has other rates.
 ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -88,6 +103,20 @@ class DataConfig(CropFlags):
     )
     clip_g_dropout: float = field(default=0.0, metadata={"help": "Likewise of CLIP-G's part."})
     t5_dropout: float = field(default=0.0, metadata={"help": "Likewise of T5's part."})
+    masked_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Weight the loss by the pictures' masks, which precompute_latents.py caches. Weights are divided "
+            "by their mean over a picture's crops (kohya: not divided; OneTrainer: only on request)."
+        },
+    )
+    unmasked_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "What the masks leave out weighs so much, from 0 to 1, where they weigh 1 (kohya: 0; OneTrainer: "
+            "0.1)."
+        },
+    )
 
     def __post_init__(self) -> None:
         require_right(
@@ -96,6 +125,7 @@ class DataConfig(CropFlags):
                 *less_than_one(self, "num_crops"),
                 *self.crop_faults(),
                 *self._dropout_faults(),
+                *self._mask_faults(),
             ]
         )
 
@@ -104,23 +134,51 @@ class DataConfig(CropFlags):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"--{name} must be at least 0 and at most 1"
 
+    @property
+    def weight_beside_masks(self) -> float | None:
+        """unmasked_weight; None where the loss has no masks."""
+        return self.unmasked_weight if self.masked_loss else None
+
+    def _mask_faults(self) -> Iterator[str]:
+        if not 0 <= self.unmasked_weight <= 1:
+            yield f"--unmasked_weight {self.unmasked_weight:g} must be at least 0 and at most 1"
+        if not self.masked_loss:
+            for name in ("mask_data_dir", "alpha_mask", "unmasked_weight"):
+                if getattr(self, name):
+                    yield f"--{name} has no effect without --masked_loss: add that, or leave --{name} out"
+
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Prior preservation: pictures of the subject's class are trained on beside it, against drift."""
+    """Prior preservation, against drift: by pictures of the subject's class, or by what the base itself predicts."""
 
     with_prior_preservation: bool = field(
         default=False,
         metadata={"help": "Train on as many class pictures as pictures of the subject, --train_batch_size of each."},
     )
+    prior_term: PriorTerm | None = field(
+        default=None,
+        metadata={
+            "help": "Prior preservation without class pictures (docs/prior.md). prediction: what the base predicts for "
+            "the class prompt on the same noisy latents is to stay. preference: a picture is learned until the base "
+            "predicts it worse."
+        },
+    )
     class_prompt: str | None = field(
-        default=None, metadata={"help": "The instance prompt without the identifier: 'a photo of a dog'."}
+        default=None,
+        metadata={
+            "help": "The instance prompt without the identifier: 'a photo of a dog'. --prior_term prediction takes "
+            "stage one's where it is not given."
+        },
     )
     class_data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of class pictures; those that are missing are drawn into it by the model itself."},
+        metadata={
+            "help": "Folder of class pictures; those that are missing are drawn into it by the model itself. Default: "
+            "those of --concepts_list, with their class prompts."
+        },
     )
-    num_class_images: int = field(default=100, metadata={"help": "How many class pictures."})
+    num_class_images: int = field(default=100, metadata={"help": "How many class pictures of a folder."})
     prior_loss_weight: float = field(
         default=1.0, metadata={"help": "The loss is the subject's plus so many times the class pictures'."}
     )
@@ -129,21 +187,45 @@ class PriorConfig:
         metadata={"help": "Of the transformer that draws them; no is fp32. Default: fp16 on a GPU, fp32 on a CPU."},
     )
     sample_batch_size: int = field(default=4, metadata={"help": "Class pictures drawn together, or as many as fit."})
+    prior_term_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of prediction: the loss is the subject's plus so many times the term. Of preference: the larger, "
+            "the earlier a picture is learned enough. Default: 1; 10 of preference."
+        },
+    )
+    prior_share: float = field(
+        default=0.25,
+        metadata={"help": "Part of the pictures on which prediction is measured; the term's weight stays the same."},
+    )
+    prior_prompts_file: str | None = field(
+        default=None,
+        metadata={"help": "Text file with more prompts for prediction, one a line, taken at random; all in stage one."},
+    )
 
     def __post_init__(self) -> None:
-        require_right(self._faults())
+        require_right([*self._faults(), *self._without_effect()])
 
     def _faults(self) -> Iterator[str]:
         yield from less_than_one(self, "num_class_images", "sample_batch_size")
         if not 0 <= self.prior_loss_weight < math.inf:
             yield f"--prior_loss_weight {self.prior_loss_weight:g} must be a finite number, not negative"
+        if self.prior_term_weight is not None and not 0 < self.prior_term_weight < math.inf:
+            yield f"--prior_term_weight {self.prior_term_weight:g} must be positive: leave --prior_term out for none"
+        if not 0 < self.prior_share <= 1:
+            yield f"--prior_share {self.prior_share:g} must be more than 0 and at most 1: 0.25 is a quarter"
         if not self.with_prior_preservation:
-            typed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
-            yield from (
-                f"--{name} has no effect without --with_prior_preservation: add that, or leave --{name} out"
-                for name in typed
-            )
             return
+        if self.prior_term is not None:
+            yield (
+                "--with_prior_preservation and --prior_term are two ways of prior preservation, with and without class "
+                "pictures: leave one out"
+            )
+        if self.class_data_dir is not None or self.class_prompt is not None:
+            yield from self.lacking()
+
+    def lacking(self) -> Iterator[str]:
+        """What class pictures need and flags do not say; a concepts list may say both."""
         if self.class_prompt is None:
             yield (
                 "--with_prior_preservation needs the prompt without the identifier: type --class_prompt "
@@ -155,15 +237,64 @@ class PriorConfig:
                 "--class_data_dir FOLDER"
             )
 
+    def _without_effect(self) -> Iterator[str]:
+        """Flags of a way that is not taken."""
+        in_force = {"--with_prior_preservation": self.with_prior_preservation, "--prior_term": bool(self.prior_term)}
+        in_force["--prior_term prediction"] = self.predicts
+        for owners, names in _PRIOR_FLAGS.items():
+            if not any(in_force[owner] for owner in owners):
+                which = "that" if len(owners) == 1 else "one of them"
+                yield from (
+                    f"--{name} has no effect without {' or '.join(owners)}: add {which}, or leave --{name} out"
+                    for name in names
+                    if getattr(self, name) != getattr(type(self), name)
+                )
+
     @property
     def pools(self) -> int:
         """How many pictures come for each of the subject, itself included."""
         return 2 if self.with_prior_preservation else 1
 
+    @property
+    def predicts(self) -> bool:
+        """Whether pictures come once more with a prior prompt."""
+        return self.prior_term == "prediction"
+
+    @property
+    def term_weight(self) -> float:
+        """prior_term_weight, or the term's own; 0 without a term."""
+        own = {None: 0.0, "prediction": 1.0, "preference": 10.0}[self.prior_term]
+        return own if self.prior_term_weight is None else self.prior_term_weight
+
+    @property
+    def share(self) -> Fraction:
+        """prior_share, exactly as it was typed."""
+        return Fraction(repr(float(self.prior_share)))
+
+    def is_even(self, batch_size: int) -> bool:
+        """Whether as many pictures of each micro-batch of this size come once more."""
+        return not self.predicts or (self.share * batch_size).denominator == 1
+
+    def rows(self, batch_size: int) -> tuple[int, int]:
+        """The most rows that a micro-batch adds to the trained model's, and the most that the base gets."""
+        added = math.ceil(self.share * batch_size) if self.predicts else 0
+        return added, batch_size if self.prior_term == "preference" else added
+
     def identity(self) -> dict[str, object]:
-        """The flags that decide the numbers of a run, beside the class pictures themselves."""
-        names = ("with_prior_preservation", "class_prompt", "num_class_images", "prior_loss_weight")
-        return {f"--{name}": getattr(self, name) for name in names}
+        """The flags that decide the numbers of a run, beside the class pictures and the prior prompts themselves."""
+        names = ("with_prior_preservation", "num_class_images", "prior_loss_weight", "prior_term", "prior_share")
+        return {
+            **{f"--{name}": getattr(self, name) for name in names},
+            "--class_prompt": self.class_prompt if self.with_prior_preservation else None,
+            "--prior_term_weight": self.term_weight if self.prior_term else None,
+        }
+
+    def sentence(self) -> str:
+        """The term and its weight, to be added to a sentence; nothing without one."""
+        if self.prior_term is None:
+            return ""
+        part = f" on {self.prior_share:g} of the pictures" if self.predicts and self.prior_share < 1 else ""
+        return f", prior term {self.prior_term} × {self.term_weight:g}{part}"
 
 
 @dataclass(frozen=True)
@@ -210,6 +341,17 @@ class LoraFlags:
             "largest part of the weights, and save twice the rank."
         },
     )
+    lora_type: LoraType = field(
+        default="lora",
+        metadata={"help": "lora, or LyCORIS' lokr and loha, whose file ComfyUI and inference.py read."},
+    )
+    lokr_factor: int = field(
+        default=-1,
+        metadata={
+            "help": "Rows and columns of a LoKr's first matrix; the larger, the fewer numbers. -1 is about the square "
+            "root of the layer's."
+        },
+    )
 
     init_lora: str | None = field(
         default=None,
@@ -233,10 +375,28 @@ class LoraFlags:
                 yield f"{start} and --init_lora are two ways to start: leave one out"
             if self.lora_dropout:
                 yield f"{start} and --lora_dropout: it would drop a part of the model itself: leave one out"
+        yield from self._type_faults()
         for entry in self._split(self.rank_pattern) or ():
             layer, _, rank = entry.partition("=")
             if not layer.strip() or not rank.strip().isdecimal() or int(rank) < 1:
                 yield f"--rank_pattern {self.rank_pattern} cannot be read: type for example attn.to_q=8,ff.net.2=16"
+
+    def _type_faults(self) -> Iterator[str]:
+        if self.lokr_factor != -1 and self.lokr_factor < 1:
+            yield f"--lokr_factor {self.lokr_factor} must be at least 1, or -1 for about the square root"
+        if self.lokr_factor != -1 and self.lora_type != "lokr":
+            yield f"--lokr_factor {self.lokr_factor} is of --lora_type lokr: add that, or leave it out"
+        if self.lora_type == "lora":
+            return
+        of_plain_lora = {
+            "--use_dora": self.use_dora,
+            "--use_rslora": self.use_rslora,
+            f"--init_lora_weights {self.init_lora_weights}": self.init_lora_weights != "gaussian",
+            f"--lora_dropout {self.lora_dropout:g}": self.lora_dropout > 0,
+        }
+        for flag, typed in of_plain_lora.items():
+            if typed:
+                yield f"{flag} is of a plain LoRA, not of --lora_type {self.lora_type}: leave one out"
 
     @property
     def alpha(self) -> float:
@@ -656,6 +816,13 @@ class TrainingFlags:
                 f"--use_ema does not go with --optimizer {SCHEDULE_FREE_ADAMW.name}, whose LoRA is an average of the "
                 "run already: leave one of them out"
             )
+        if self.prior.prior_term == "preference" and self.data.masked_loss:
+            raise UserError(
+                "--prior_term preference compares whole pictures, so it does not go with --masked_loss: "
+                "type --prior_term prediction, or leave --masked_loss out"
+            )
+        if self.prior.with_prior_preservation and self.data.concepts_list is None:
+            require_right(self.prior.lacking())
 
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.
@@ -680,6 +847,7 @@ class TrainingFlags:
             + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")
+            + prior.sentence()
         )
 
     def groups(self) -> list[object]:

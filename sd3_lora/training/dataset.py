@@ -5,6 +5,7 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedd
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes, mirrored, size_of_variant
+from sd3_lora.stage_one.images import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
+from sd3_lora.training.flow import mask_weights
 from sd3_lora.training.pool import Pool
 
 import torch
@@ -31,6 +33,12 @@ class TrainingData:
         variants: for each image id, the crops to draw from.
         store: the embeddings file.
         cache: the latent cache.
+        unmasked_weight: of what the masks of the subject's pictures leave out, in the loss (see `mask_weights`); None
+            for a loss without masks. With them each of these variants has one in the cache.
+        prior_prompts: with which pictures come once more, where a prior term asks for it.
+
+    Raises:
+        UserError: the crops of a picture show nothing of its mask.
     """
 
     def __init__(
@@ -39,7 +47,10 @@ class TrainingData:
         variants: dict[str, tuple[str, ...]],
         store: EmbeddingStore,
         cache: LatentCache,
+        unmasked_weight: float | None = None,
+        prior_prompts: Sequence[str] = (),
     ):
+        self.prior_prompts = tuple(prior_prompts)
         self.pools = tuple(pools)
         self.images = tuple(image for pool in pools for image in pool.images)
         self._loss_weights = torch.tensor([pool.weight for pool in pools for _ in pool.images], dtype=torch.float32)
@@ -48,6 +59,9 @@ class TrainingData:
         self._posteriors: dict[tuple[str, str], LatentPosterior] = {}
         self._embeddings: dict[str, PromptEmbedding] = {}
         self._resident_bytes = 0
+        self._unmasked_weight = unmasked_weight
+        self._masks: dict[tuple[str, str], torch.Tensor] = {}
+        self._coverage = {} if unmasked_weight is None else self._measure_coverage()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,7 +75,8 @@ class TrainingData:
         drawn_from = self.variants_of(index)
         cached = self._cache.variants(self.images[index].image_id)
         size = size_of_variant(drawn_from[0])
-        return tuple(name for name in cached if name not in drawn_from and size_of_variant(name) == size)
+        plain = (name for name in cached if not number_of_variant(name))
+        return tuple(name for name in plain if name not in drawn_from and size_of_variant(name) == size)
 
     def posterior(self, index: int, variant: str) -> LatentPosterior:
         """Of one crop of a picture, whether it is drawn from or not."""
@@ -128,6 +143,10 @@ class TrainingData:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
 
+    def prior_embeddings(self) -> list[PromptEmbedding]:
+        """Of the prior prompts."""
+        return [self._embedding(prompt) for prompt in self.prior_prompts]
+
     def batch(
         self, indices: Sequence[int], variant_draws: torch.Tensor, prompts: Sequence[str] | None = None
     ) -> TrainingBatch:
@@ -150,8 +169,57 @@ class TrainingData:
             latent_std=torch.stack([p.std for p in posteriors]),
             prompt_embeds=torch.stack([e.prompt_embeds for e in embeddings]),
             pooled_prompt_embeds=torch.stack([e.pooled_prompt_embeds for e in embeddings]),
-            loss_weights=self._loss_weights[list(indices)],
+            loss_weights=self._weights(indices, [p.variant for p in posteriors], posteriors[0].mean.shape[1:]),
         )
+
+    @property
+    def mask_sources(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Of each picture with masks, its id and its variants' masks' sources; empty without masks."""
+        return tuple(
+            (image_id, tuple(self._cache.masks(image_id)[variant] for variant in self.variants[image_id]))
+            for image_id in self._coverage
+        )
+
+    def _weights(self, indices: Sequence[int], variants: Sequence[str], size: Sequence[int]) -> torch.Tensor:
+        """`(B,)` float32, the weight of each picture; under masks `(B, 1, H/8, W/8)`.
+
+        Args:
+            indices: `B` picture indices.
+            variants: of each picture, which.
+            size: height and width of the latents.
+        """
+        weights = self._loss_weights[list(indices)]
+        if self._unmasked_weight is None:
+            return weights
+        maps = torch.ones(len(weights), 1, *size)
+        for row, index, variant in zip(range(len(weights)), indices, variants, strict=True):
+            image_id = self.images[index].image_id
+            if image_id in self._coverage:
+                mask = self._mask(image_id, variant)
+                maps[row] = mask_weights(mask, self._coverage[image_id], self._unmasked_weight)
+        return weights.view(-1, 1, 1, 1) * maps
+
+    def _measure_coverage(self) -> dict[str, float]:
+        """For the id of each of the subject's pictures, the mean of its crops' masks."""
+        coverage = {}
+        for image in (image for pool in self.pools if pool.role == "instance" for image in pool.images):
+            masks = [self._mask(image.image_id, variant) for variant in self.variants[image.image_id]]
+            coverage[image.image_id] = float(torch.stack([mask.float().mean() for mask in masks]).mean())
+            if not coverage[image.image_id]:
+                raise UserError(
+                    f"the crops of {image.path.name} show nothing of its mask: take more of them (--num_crops), cut "
+                    "the picture to the subject, or remove it"
+                )
+        return coverage
+
+    def _mask(self, image_id: str, variant: str) -> torch.Tensor:
+        key = (image_id, variant)
+        if key in self._masks:
+            return self._masks[key]
+        mask = self._cache.read_mask(image_id, variant).values
+        if self._keep(mask):
+            self._masks[key] = mask
+        return mask
 
     def _posterior(self, image_id: str, variant: str) -> LatentPosterior:
         key = (image_id, variant)
@@ -216,7 +284,7 @@ def choose_variants(
     flip: bool | None,
     command: str,
 ) -> dict[str, tuple[str, ...]]:
-    """For each picture the cached crops to draw from: all, or those that the flags name.
+    """For each picture the cached crops to draw from: all, or those that the flags name; and their augmented variants.
 
     Args:
         images: the pictures.
@@ -238,7 +306,10 @@ def choose_variants(
                 f"{cache.folder} has no latents of {image.path.name} (a new or changed picture): type `{command}`"
             )
         size = buckets.size_for(*entry.size)
-        wanted = cached = tuple(name for name in entry.variants if size_of_variant(name) == size)
+        augmented = tuple(name for name in entry.variants if number_of_variant(name))
+        wanted = cached = tuple(
+            name for name in entry.variants if size_of_variant(name) == size and name not in augmented
+        )
         if not cached:
             other = "" if len(buckets.sizes) > 1 else "add the --use_aspect_ratio_bucket of then, or "
             raise UserError(
@@ -259,5 +330,14 @@ def choose_variants(
                 f"{cache.folder} lacks the crop {lacking[0] if lacking else 'without a mirror'} of {image.path.name}: "
                 f"type `{command}`"
             )
-        chosen[image.image_id] = wanted
+        chosen[image.image_id] = (*wanted, *(name for name in augmented if plain_variant(name) in wanted))
     return chosen
+
+
+def augmented_counts(variants: Sequence[str]) -> set[int]:
+    """How many augmented variants the crops among these have: one number where all have as many.
+
+    Args:
+        variants: crops, each with those of its augmented variants that are to be counted.
+    """
+    return {count - 1 for count in Counter(map(plain_variant, variants)).values()}

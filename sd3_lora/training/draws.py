@@ -5,13 +5,13 @@ So the number of processes changes nothing: two ranks with a batch of 1 see the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.training.pool import Pool, pass_length
 
 import torch
@@ -89,7 +89,7 @@ class DataOrder:
     Every batch takes as many pictures from each pool, one of each in turn, so that each rank's part has them alike.
 
     Pictures of several shapes come in batches of one shape, in a new order of batches in each pass. What is left of a
-    shape at the end of a pass is a smaller batch.
+    shape at the end of a pass is a smaller batch. Further pools give pictures of that shape, in passes of their own.
 
     Args:
         pools: whose pictures are counted through, the first pool's first (`TrainingData.images`).
@@ -97,24 +97,27 @@ class DataOrder:
         shapes: of each picture, in that order; None where all have one.
 
     Raises:
-        ValueError: several pools of several shapes, of which no batch could take as many from each.
+        ValueError: a further pool lacks a shape that the first one has.
     """
 
     def __init__(self, pools: Sequence[Pool], seed: int, shapes: Sequence[Hashable] | None = None):
-        self._orders: list[_PoolOrder | _ShapeOrder] = []
         # How often each picture was taken; None where no picture has several captions to be taken in turn.
         images = [image for pool in pools for image in pool.images]
         has_turns = any(image.other_prompts for image in images)
         self._turns = torch.zeros(len(images), dtype=torch.long) if has_turns else None
-        if shapes is not None and len(set(shapes)) > 1:
-            if len(pools) > 1:
-                raise ValueError(f"{len(pools)} pools of pictures of several shapes")
-            self._orders.append(_ShapeOrder(pools[0], shapes, seed))
-            return
-        first_index = 0
-        for number, pool in enumerate(pools):
-            self._orders.append(_PoolOrder(pool, first_index, seed + number))
-            first_index += len(pool.images)
+        self._shapes = shapes if shapes is not None and len(set(shapes)) > 1 else None
+        first, *further = _indices(pools)
+        self._first: _PoolOrder | _ShapeOrder
+        self._further: list[_PoolOrder | _PartnerOrder]
+        if self._shapes is None:
+            self._first = _PoolOrder(first, seed)
+            self._further = [_PoolOrder(places, seed + number) for number, places in enumerate(further, start=1)]
+        else:
+            self._first = _ShapeOrder(first, self._shapes, seed)
+            self._further = [
+                _PartnerOrder(places, self._shapes, {self._shapes[place] for place in first}, seed + number)
+                for number, places in enumerate(further, start=1)
+            ]
 
     def take(self, count: int) -> list[int]:
         """The next `count` picture indices; of pictures of several shapes the next batch's, which may be fewer.
@@ -122,11 +125,17 @@ class DataOrder:
         Raises:
             ValueError: `count` cannot be divided by the number of pools.
         """
-        share, rest = divmod(count, len(self._orders))
+        pools = 1 + len(self._further)
+        share, rest = divmod(count, pools)
         if rest:
-            raise ValueError(f"a batch of {count} pictures cannot take as many from each of {len(self._orders)} pools")
-        taken = [order.take(share) for order in self._orders]
-        return [index for one_of_each in zip(*taken, strict=True) for index in one_of_each]
+            raise ValueError(f"a batch of {count} pictures cannot take as many from each of {pools} pools")
+        mine = self._first.take(share)
+        shape = None if self._shapes is None else self._shapes[mine[0]]
+        others = [
+            order.take(len(mine)) if isinstance(order, _PoolOrder) else order.take(len(mine), shape)
+            for order in self._further
+        ]
+        return [index for one_of_each in zip(mine, *others, strict=True) for index in one_of_each]
 
     def turns(self, indices: Sequence[int]) -> list[int]:
         """How often each of these pictures was taken before: which of its captions comes. Counts them as taken.
@@ -142,7 +151,7 @@ class DataOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the order stands, for a checkpoint: the first pool's state, as it was when there was only one pool."""
-        first, *further = (order.state_dict() for order in self._orders)
+        first, *further = (order.state_dict() for order in (self._first, *self._further))
         state = {**first, "further_pools": further} if further else first
         return state if self._turns is None else {**state, "turns": self._turns.clone()}
 
@@ -152,17 +161,24 @@ class DataOrder:
         Raises:
             ValueError: that was with another number of pools.
         """
-        for order, saved in zip(self._orders, [state, *state.get("further_pools", [])], strict=True):
+        orders = [self._first, *self._further]
+        for order, saved in zip(orders, [state, *state.get("further_pools", [])], strict=True):
             order.load_state_dict(saved)
         if self._turns is not None:
             self._turns = state["turns"].clone()
 
 
-class _PoolOrder:
-    """The endless order of one pool's pictures; `first_index` is the index of its first one."""
+def _indices(pools: Sequence[Pool]) -> list[list[int]]:
+    """The pictures of a pass of each pool, counted through."""
+    starts = itertools.accumulate((len(pool.images) for pool in pools), initial=0)
+    return [[start + number for number in pool.places] for start, pool in zip(starts, pools, strict=False)]
 
-    def __init__(self, pool: Pool, first_index: int, seed: int):
-        self._places, self._first_index = pool.places, first_index
+
+class _PoolOrder:
+    """The endless order of some pictures, passes of the same places."""
+
+    def __init__(self, places: Sequence[int], seed: int):
+        self._places = places
         self._generator = torch.Generator().manual_seed(seed)
         self._permutation = torch.empty(0, dtype=torch.long)
         self._position = 0
@@ -175,7 +191,7 @@ class _PoolOrder:
                 self._position = 0
             numbers = self._permutation[self._position : self._position + count - len(taken)]
             self._position += len(numbers)
-            taken += [self._first_index + self._places[number] for number in numbers.tolist()]
+            taken += [self._places[number] for number in numbers.tolist()]
         return taken
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,8 +210,8 @@ class _PoolOrder:
 class _ShapeOrder:
     """The endless order of one pool's pictures in batches of one shape."""
 
-    def __init__(self, pool: Pool, shapes: Sequence[Hashable], seed: int):
-        self._places, self._shapes = pool.places, shapes
+    def __init__(self, places: Sequence[int], shapes: Sequence[Hashable], seed: int):
+        self._places, self._shapes = places, shapes
         self._generator = torch.Generator().manual_seed(seed)
         self._permutation = torch.empty(0, dtype=torch.long)  # of a pass, batch after batch
         self._sizes = torch.empty(0, dtype=torch.long)  # of these batches
@@ -231,23 +247,40 @@ class _ShapeOrder:
         self._position = state["position"]
 
 
+class _PartnerOrder:
+    """The endless orders of a further pool's pictures, one of each shape that the first pool has."""
+
+    def __init__(self, places: Sequence[int], shapes: Sequence[Hashable], wanted: Collection[Hashable], seed: int):
+        of_shape: dict[Hashable, list[int]] = {}
+        for place in places:
+            of_shape.setdefault(shapes[place], []).append(place)
+        lacking = [shape for shape in wanted if shape not in of_shape]
+        if lacking:
+            raise ValueError(f"a further pool has no picture of shape {lacking[0]}")
+        self._orders = {shape: _PoolOrder(mine, seed) for shape, mine in of_shape.items()}
+
+    def take(self, count: int, shape: Hashable) -> list[int]:
+        return self._orders[shape].take(count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shapes": [order.state_dict() for order in self._orders.values()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for order, saved in zip(self._orders.values(), state["shapes"], strict=True):
+            order.load_state_dict(saved)
+
+
 def places_of_pass(pools: Sequence[Pool], shapes: Sequence[Hashable], global_batch_size: int) -> int:
     """`pass_length`, with the places that stay empty where a shape's last batch is smaller than the others.
 
     Args:
         pools: the pictures.
         shapes: of each picture, as for `DataOrder`.
-        global_batch_size: pictures in a full batch of all ranks.
-
-    Raises:
-        UserError: several pools of several shapes.
+        global_batch_size: pictures of the first pool in a full batch of all ranks.
     """
     if len(set(shapes)) == 1:
         return pass_length(pools)
-    if len(pools) > 1:
-        raise UserError(
-            "pictures of several shapes cannot be trained on together with class pictures: leave out "
-            "--use_aspect_ratio_bucket, or the class pictures"
-        )
-    counts = Counter(shapes[place] for place in pools[0].places)
-    return global_batch_size * sum(math.ceil(count / global_batch_size) for count in counts.values())
+    first, *further = (Counter(shapes[place] for place in places) for places in _indices(pools))
+    rounds = [math.ceil(count / first[shape]) for counts in further for shape, count in counts.items() if first[shape]]
+    places = global_batch_size * sum(math.ceil(count / global_batch_size) for count in first.values())
+    return places * max([1, *rounds])

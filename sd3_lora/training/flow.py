@@ -13,6 +13,7 @@ from sd3_lora.training.config import FlowConfig
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from torch.nn.functional import softplus
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,31 @@ def interpolate(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor
     return (1.0 - sigmas) * latents + sigmas * noise
 
 
+def mask_weights(masks: torch.Tensor, coverage: float, unmasked_weight: float) -> torch.Tensor:
+    """How much each latent pixel of a picture weighs in the loss under --masked_loss.
+
+    `weight(masks) / weight(coverage)`, where `weight(m) = m + (1 - m) * unmasked_weight`. So the mean over a picture's
+    crops is 1, and the loss's scale does not depend on how much of the picture its mask covers; each crop counts by
+    what it shows of the mask. (kohya's sd-scripts and, by default, OneTrainer do not divide.)
+
+    Args:
+        masks: of one crop or several, of any shape, from 0 to 1.
+        coverage: the mean of the masks of all crops of the picture that are drawn from.
+        unmasked_weight: from 0 to 1, of what the mask leaves out.
+
+    Returns:
+        float32, of the shape of `masks`.
+
+    Raises:
+        ValueError: nothing weighs anything: there is neither a mask nor an `unmasked_weight`.
+    """
+    mean_weight = coverage + (1 - coverage) * unmasked_weight
+    if not mean_weight > 0:
+        raise ValueError("a picture whose crops show nothing of its mask, and an unmasked_weight of 0")
+    masks = masks.float()
+    return (masks + (1 - masks) * unmasked_weight) / mean_weight
+
+
 def flow_matching_loss(
     velocity: torch.Tensor,
     latents: torch.Tensor,
@@ -73,12 +99,22 @@ def flow_matching_loss(
         latents: normalized, of the same shape.
         noise: of the same shape.
         sigmas: `(B, 1, 1, 1)` float32.
-        loss_weights: `(B,)` float32, the weight of each sample.
+        loss_weights: float32, the weight of each sample `(B,)`, or of each latent pixel `(B, 1, H/8, W/8)`.
         config: the weighting scheme, and whether to precondition.
 
     Returns:
         A float32 scalar: the mean over the batch.
     """
+    errors = _squared_errors(velocity, latents, noise, sigmas, config)
+    if loss_weights.dim() > 1:
+        return (loss_weights * errors).flatten(1).mean(1).mean()
+    return (loss_weights * errors.flatten(1).mean(1)).mean()
+
+
+def _squared_errors(
+    velocity: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, config: FlowConfig
+) -> torch.Tensor:
+    """`flow_matching_loss` of each number, `(B, 16, H/8, W/8)` float32, before samples or pixels are weighted."""
     velocity = velocity.float()
     if config.precondition_outputs:
         # latents = noisy_latents - sigma * velocity (the line of `interpolate`, solved for its start)
@@ -86,5 +122,52 @@ def flow_matching_loss(
     else:
         prediction, target = velocity, noise - latents
     weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
-    per_sample = (weighting * (prediction - target) ** 2).flatten(1).mean(1)  # (B,)
-    return (loss_weights * per_sample).mean()
+    return weighting * (prediction - target) ** 2
+
+
+def prediction_loss(
+    velocity: torch.Tensor,
+    base_velocity: torch.Tensor,
+    sigmas: torch.Tensor,
+    loss_weights: torch.Tensor,
+    config: FlowConfig,
+) -> torch.Tensor:
+    """The weighted squared distance of the trained model's velocity from the base's, weighted as `flow_matching_loss`.
+
+    Args:
+        velocity: for the class prompt, `(B, 16, H/8, W/8)`.
+        base_velocity: of the base alone, for the same prompt and noisy latents.
+        sigmas: `(B, 1, 1, 1)` float32.
+        loss_weights: as of `flow_matching_loss`. Of masks only the mean counts: the whole picture is to stay as it was.
+        config: the weighting scheme, and whether to precondition.
+
+    Returns:
+        A float32 scalar: the mean over the batch.
+    """
+    if loss_weights.dim() > 1:
+        loss_weights = loss_weights.flatten(1).mean(1)
+    difference = velocity.float() - base_velocity.float()
+    if config.precondition_outputs:  # the predicted pictures differ by -sigma times as much
+        difference = sigmas * difference
+    weighting = compute_loss_weighting_for_sd3(config.weighting_scheme, sigmas)  # (B, 1, 1, 1)
+    return (loss_weights * (weighting * difference**2).flatten(1).mean(1)).mean()
+
+
+def preference_loss(
+    velocity: torch.Tensor,
+    base_velocity: torch.Tensor,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    loss_weights: torch.Tensor,
+    config: FlowConfig,
+    weight: float,
+) -> torch.Tensor:
+    """Direct Consistency Optimization (Lee et al., arXiv 2402.12004): learn each sample until the base is beaten in it.
+
+    Scaled so that its gradient is that of `flow_matching_loss` where the model is the base. Where the error of a sample
+    is below the base's by 1 / weight, it is 0.54 of that; by twice as much, 0.24. `loss_weights` is `(B,)`.
+    """
+    both = (_squared_errors(v, latents, noise, sigmas, config) for v in (velocity, base_velocity))
+    errors, base_errors = (errors.flatten(1).mean(1) for errors in both)  # (B,)
+    return (loss_weights * (2 / weight) * softplus(weight * (errors - base_errors))).mean()

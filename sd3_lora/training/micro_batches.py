@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
+from sd3_lora.training.prior_prompts import PriorPrompts
 
 import torch
 
@@ -30,6 +30,8 @@ class InputSampler:
         flow: how noise levels are drawn.
         dtype: of the transformer.
         device: where the step is computed.
+        prior: with which some pictures come once more; None where none do.
+        taken: micro-batches of the run before it was resumed.
     """
 
     def __init__(
@@ -40,25 +42,36 @@ class InputSampler:
         flow: FlowConfig,
         dtype: torch.dtype,
         device: torch.device,
+        prior: PriorPrompts | None = None,
+        taken: int = 0,
     ):
-        self.draws, self.device = draws, device
+        self.draws, self.device, self._prior, self._number = draws, device, prior, taken
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
 
     def sample(self, batch: TrainingBatch) -> StepInputs:
-        """The inputs of one micro-step, on the device, without a host–device synchronisation."""
+        """The inputs of the next micro-step, on the device, without a host–device synchronisation."""
         draws, table, count = self.draws, self._table, len(batch.image_ids)
         shape = batch.latent_mean.shape[1:]  # (16, H/8, W/8)
         posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
         indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rows(count)]
+        conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
+        prior_rows = torch.empty(0, dtype=torch.long)
+        if self._prior:
+            prior_rows = self._prior.rows(self._number, draws, count)
+            again = conditions[0][prior_rows], *self._prior.draw(prior_rows, draws, count)
+            conditions = [torch.cat(pair) for pair in zip(conditions, again, strict=True)]
+        self._number += 1
+        timesteps, prompt_embeds, pooled = conditions
         raw_latents = sample_posterior(batch.latent_mean.float(), batch.latent_std.float(), posterior_noise)
         on_host = StepInputs(
             normalize_latents(raw_latents, self._vae_config),
             noise,
             table.sigmas[indices].view(-1, 1, 1, 1),
-            table.timesteps[indices],
-            batch.prompt_embeds.to(self._dtype),
-            batch.pooled_prompt_embeds.to(self._dtype),
+            timesteps,
+            prompt_embeds.to(self._dtype),
+            pooled.to(self._dtype),
             batch.loss_weights,
+            prior_rows,
         )
         if self.device.type != "cuda":
             return on_host
@@ -109,7 +122,7 @@ class MicroBatches:
                 batch = self._data.batch(indices, variant_draws, prompts)
                 batch = self._encoder_dropout.apply(batch, partial(draws.uniform, count))
                 if share.weights is not None:
-                    batch = replace(batch, loss_weights=batch.loss_weights * share.weights)
+                    batch = batch.weighted(share.weights)
                 inputs = self._sampler.sample(batch)
             names = [self._data.images[index].path.name for index in indices]
             self._drawn.append((inputs, names, share.of_full, before))

@@ -16,6 +16,12 @@ _STABILITY = {
     "license_link": "https://stability.ai/license",
 }
 
+_LYCORIS = {"lokr": "LoKr", "loha": "LoHa"}
+_IN_OTHERS = (
+    "It is a LyCORIS {}, which diffusers' pipeline for Stable Diffusion 3 does not load: draw with it in ComfyUI, or "
+    "with the `inference.py` of the project that trained it."
+)
+
 
 def licence_of(base_model: str) -> dict[str, str]:
     """The licence entries of the card; empty for a base model whose licence we do not know."""
@@ -41,8 +47,10 @@ def write_model_card(path: Path, record: RunRecord, steps: int) -> None:
         tags=["text-to-image", "lora", "dreambooth", "stable-diffusion-3", "diffusers"],
         **licence_of(base_model),
     )
+    lora_type = flags["--lora_type"]
     settings = {
         "steps": steps,
+        **({} if lora_type == "lora" else {"kind": _LYCORIS[lora_type]}),
         "rank": flags["--rank"],
         "learning rate": flags["--learning_rate"],
         "seed": facts.seed,
@@ -52,19 +60,23 @@ def write_model_card(path: Path, record: RunRecord, steps: int) -> None:
 
 Trained on {base_model}. Say `{facts.trigger}` to draw the subject.
 
-```python
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(base_model)})
-pipeline.load_lora_weights("THIS_FOLDER")
-pipeline({_literal(facts.trigger)}).images[0].save("picture.png")
-```
+{_in_diffusers(base_model, facts.trigger) if lora_type == "lora" else _IN_OTHERS.format(_LYCORIS[lora_type])}
 
 | setting | value |
 | --- | --- |
 {rows}
 """
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+
+
+def _in_diffusers(base_model: str, trigger: str | None) -> str:
+    return f"""```python
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(base_model)})
+pipeline.load_lora_weights("THIS_FOLDER")
+pipeline({_literal(trigger)}).images[0].save("picture.png")
+```"""
 
 
 def _literal(text: str | None) -> str:

@@ -12,11 +12,13 @@ from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
-PICTURES, TRANSFORMER, BATCH, PRECISION = (
+PICTURES, MASKS, TRANSFORMER, BATCH, PRECISION, PRIOR_PROMPTS = (
     "the pictures and captions",
+    "the masks",
     "the transformer",
     "a global batch of",
     "the precision",
+    "the prior prompts",
 )
 _PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
 _MOST_NAMES = 5
@@ -62,11 +64,20 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     same_captions = noted is None or _captions(noted) == _captions(identity.pictures)
     if same_captions and not differences.keys().isdisjoint(("--resolution", "--use_aspect_ratio_bucket")):
         differences.pop(PICTURES, None)  # the crops follow from it
+    if not differences.keys().isdisjoint((PICTURES, "--resolution", "--masked_loss")):
+        differences.pop(MASKS, None)  # likewise
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
+    if "--prior_term" in differences:  # what follows from it
+        differences.pop(PRIOR_PROMPTS, None)
+        if differences["--prior_term"][0] is None:
+            differences.pop("--prior_term_weight", None)
+            differences.pop("--prior_share", None)
     changes = [
         _pictures_change(noted, identity.pictures)
         if name == PICTURES
+        else RunChange("with other masks", "put back the masks of then")
+        if name == MASKS
         else _transformer_change(folder)
         if name == TRANSFORMER
         else _batch_change(before, now, record.facts.processes)
@@ -89,6 +100,8 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
         )
     if name == PRECISION:
         name, before, now = "--mixed_precision", _PRECISIONS.get(before, before), _PRECISIONS.get(now, now)
+    if name == PRIOR_PROMPTS:
+        return _prior_prompts_change(before, now)
     if before is None or before is False:
         return RunChange(f"without {name}", f"leave {name} out")
     typed = name if before is True else quoted([name, str(before)])
@@ -98,6 +111,20 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
             f"on embeddings made {with_other}", f"type `python compute_embeddings.py` with the flags of then, {typed}"
         )
     return RunChange(with_other, f"type {typed}")
+
+
+def _prior_prompts_change(before: Sequence[str], now: Sequence[str]) -> RunChange:
+    """Which prompts a prior term had; both have some, since the term is another difference."""
+    here, other = (f"{prompts[0]!r}{_and_more(prompts)}" for prompts in (before, now))
+    remedy = "--prior_prompts_file" if len(before) > 1 else quoted(["--class_prompt", before[0]])
+    return RunChange(
+        f"with the prior prompt{'s' if len(before) > 1 else ''} {here}, not {other}",
+        f"give those of then as {remedy}" if len(before) > 1 else f"type {remedy}",
+    )
+
+
+def _and_more(prompts: Sequence[str]) -> str:
+    return f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
 
 
 def _batch_change(before: int, now: int, processes: int) -> RunChange:
@@ -151,7 +178,8 @@ def _pictures_change(before: Sequence[NotedPicture] | None, now: Sequence[NotedP
         "also on": "put back what was removed",
         "with another caption of": "give the captions of then (--instance_prompt, or the text files)",
         "with other repeats of": f"give the repeats of then ({_repeats_of_then(in_both)})",
-        "on other crops of": "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
+        "on other crops of": "type the --num_crops, --center_crop, --random_flip, --num_augmented and --bucket_ flags "
+        "of then",
     }
     changed = {how: pictures for how, pictures in parts.items() if pictures}
     return RunChange(

@@ -1,8 +1,9 @@
 """The LoRA (Hu et al., arXiv 2106.09685) that is trained: its kind, which layers, attach, save.
 
-A saved file is diffusers' `pytorch_lora_weights.safetensors`. Its alpha is always its rank: the strength, alpha / rank
-or what the kind makes of it, is folded into `lora_B` on saving, so that a reader that ignores the metadata draws the
-same picture (but for a DoRA, which diffusers reads as a plain LoRA without them).
+A saved file is diffusers' `pytorch_lora_weights.safetensors`, of LoKr and LoHa with LyCORIS' names (`lycoris.py`). Its
+alpha is always its rank: the strength, alpha / rank or what the kind makes of it, is folded into `lora_B` on saving, so
+that a reader that ignores the metadata draws the same picture (but for a DoRA, which diffusers reads as a plain LoRA
+without them).
 
 Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (out, rank)`.
 """
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.common.config import LoraStart
+from sd3_lora.common.config import LoraStart, LoraType
 from sd3_lora.common.tensor_files import write_tensors
+from sd3_lora.transformer.lycoris import PARTS, add_lycoris, lycoris_file, lycoris_layers, parts_of
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -59,6 +61,7 @@ LAYER_PRESETS = {
 # PiSSA's singular vectors come from a randomized decomposition, as PEFT's pissa_niter_4: a full one takes minutes.
 _SVD_ITERATIONS, _OVERSAMPLED = 4, 8
 _ADAPTER = "default"
+_LYCORIS_PARTS = {part for parts in PARTS.values() for part in parts}
 _METADATA_KEY = "sd3_lora"
 _PREFIX = "transformer."
 
@@ -74,12 +77,16 @@ class LoraKind:
             pissa (Meng et al., arXiv 2404.02948) takes the weight's largest singular vectors, olora (Büyükakyüz, arXiv
             2406.01775) its QR decomposition; that product is subtracted, so that the model starts as it is.
         ranks: ending of a layer's name → its rank. The first that fits counts; other layers have the usual rank.
+        type: lora, or LyCORIS' lokr and loha, which have a start of their own and none of the above but the ranks.
+        factor: of a LoKr, as `add_lycoris` takes it.
     """
 
     use_rslora: bool = False
     use_dora: bool = False
     start: LoraStart = "gaussian"
     ranks: Mapping[str, int] = field(default_factory=dict)
+    type: LoraType = "lora"
+    factor: int = -1
 
     @property
     def starts_from_weights(self) -> bool:
@@ -140,11 +147,19 @@ PLAIN_LORA = LoraKind()
 
 @dataclass(frozen=True)
 class LayerStart:
-    """What a layer's LoRA begins as: `(rank, in)`, `(out, rank)` with the strength folded in, and a DoRA's `(out,)`."""
+    """What a layer's LoRA begins as.
+
+    Attributes:
+        down: `(rank, in)`; empty in a LoKr and a LoHa.
+        up: `(out, rank)` with the strength folded in; likewise.
+        magnitudes: of a DoRA, `(out,)`.
+        lycoris: of a LoKr or a LoHa its parts, the strength folded into the last; else empty.
+    """
 
     down: torch.Tensor
     up: torch.Tensor
     magnitudes: torch.Tensor | None
+    lycoris: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -311,8 +326,8 @@ def attach_lora(
 ) -> list[torch.nn.Parameter]:
     """Freezes the transformer, adds the LoRA and returns its parameters, in float32 whatever the base's dtype.
 
-    `lora_A` is drawn by `seed`, `lora_B` is zero, unless the kind starts otherwise. A layer with a rank of its own has
-    alpha in proportion.
+    It is drawn by `seed`, and its last matrix is zero, unless the kind starts otherwise. A layer with a rank of its own
+    has alpha in proportion.
 
     Raises:
         UserError: the kind's ranks are of no layer, or too large for its start.
@@ -320,19 +335,25 @@ def attach_lora(
     transformer.requires_grad_(False)
     torch.manual_seed(seed)
     ranks = kind.ranks_of(targets, rank)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        init_lora_weights=True if kind.start == "default" else "gaussian",
-        rank_pattern=peft_patterns(ranks, rank),
-        alpha_pattern=peft_patterns({name: alpha * own / rank for name, own in ranks.items()}, alpha),
-        use_rslora=kind.use_rslora,
-        use_dora=kind.use_dora,
-        target_modules=list(targets),
-    )
-    config._register_custom_module({torch.nn.Linear: AddedLora})
-    transformer.add_adapter(config)
+    shared = {
+        "r": rank,
+        "rank_pattern": peft_patterns(ranks, rank),
+        "alpha_pattern": peft_patterns({name: alpha * own / rank for name, own in ranks.items()}, alpha),
+        "target_modules": list(targets),
+    }
+    if kind.type == "lora":
+        config = LoraConfig(
+            **shared,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            init_lora_weights=True if kind.start == "default" else "gaussian",
+            use_rslora=kind.use_rslora,
+            use_dora=kind.use_dora,
+        )
+        config._register_custom_module({torch.nn.Linear: AddedLora})
+        transformer.add_adapter(config)
+    else:
+        add_lycoris(transformer, kind.type, _ADAPTER, {**shared, "alpha": alpha}, kind.factor)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -358,9 +379,15 @@ def start_from(transformer: SD3Transformer2DModel, layers: Mapping[str, LayerSta
     What a larger rank adds is as new: drawn in `lora_A`, zero in `lora_B`. A DoRA that begins as a plain LoRA takes the
     magnitudes that leave it as it is.
     """
-    trained = lora_layers(transformer)
+    trained = lora_layers(transformer) | lycoris_layers(transformer)
     for name, start in layers.items():
-        layer, rank = trained[name], len(start.down)
+        layer = trained[name]
+        if start.lycoris:
+            for part, parameter in parts_of(layer, _ADAPTER).items():
+                parameter.copy_(start.lycoris[part])
+            parameter.div_(layer.scaling[_ADAPTER])  # the last
+            continue
+        rank = len(start.down)
         layer.lora_A[_ADAPTER].weight[:rank] = start.down
         layer.lora_B[_ADAPTER].weight[:, :rank] = start.up / layer.scaling[_ADAPTER]
         if _ADAPTER in layer.lora_magnitude_vector:
@@ -443,7 +470,12 @@ def load_lora_tensors(transformer: SD3Transformer2DModel, tensors: Mapping[str, 
     parameters = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
     for name, tensor in tensors.items():
         own = name.removesuffix(".weight")
-        where = own if own.endswith((".start_A", ".start_B")) else f"{own}.{_ADAPTER}.weight"
+        if own.endswith((".start_A", ".start_B")):
+            where = own
+        elif own.rpartition(".")[2] in _LYCORIS_PARTS:
+            where = f"{own}.{_ADAPTER}"
+        else:
+            where = f"{own}.{_ADAPTER}.weight"
         parameters[where].data.copy_(tensor)
 
 
@@ -470,7 +502,7 @@ def plain_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]
 def save_lora(
     folder: Path, transformer: SD3Transformer2DModel, record: Mapping[str, Any], file_name: str = LORA_FILE
 ) -> Path:
-    """Writes diffusers' file atomically, reads it back and compares.
+    """Writes diffusers' file, or LyCORIS', atomically, reads it back and compares.
 
     Args:
         folder: where to write it.
@@ -482,16 +514,10 @@ def save_lora(
         UserError: the weights are not finite: nothing is written.
         OSError: what was read back is not what was written.
     """
-    tensors = {_PREFIX + name: tensor for name, tensor in plain_tensors(transformer).items()}
+    tensors, metadata = _file_of(transformer, record)
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
-    adapter = _adapter_settings({name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()})
-    metadata = {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()}),
-        _METADATA_KEY: json.dumps({**record, "rank": adapter["r"]}, ensure_ascii=False),
-    }
     path = folder / file_name
     temporary = folder / f".{file_name}.{os.getpid()}"
     try:
@@ -505,6 +531,28 @@ def save_lora(
     return path
 
 
+def _file_of(
+    transformer: SD3Transformer2DModel, record: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file's tensors and metadata."""
+    lycoris = lycoris_layers(transformer)
+    if lycoris:
+        tensors = lycoris_file(transformer, _ADAPTER)
+        rank, settings = _most_common({name: layer.r[_ADAPTER] for name, layer in lycoris.items()}), {}
+    else:
+        plain = plain_tensors(transformer)
+        tensors = {_PREFIX + name: tensor for name, tensor in plain.items()}
+        adapter = _adapter_settings(plain)
+        rank = adapter["r"]
+        settings = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()})}
+    own = json.dumps({**record, "rank": rank}, ensure_ascii=False)
+    return tensors, {"format": "pt", **settings, _METADATA_KEY: own}
+
+
+def _most_common(ranks: Mapping[str, int]) -> int:
+    return Counter(ranks[name] for name in sorted(ranks)).most_common(1)[0][0]
+
+
 def _adapter_settings(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """PEFT's configuration of a plain LoRA, or of a DoRA, with alpha = rank in every layer."""
     ranks = {
@@ -512,7 +560,7 @@ def _adapter_settings(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if name.endswith(".lora_A.weight")
     }
-    usual = Counter(ranks[name] for name in sorted(ranks)).most_common(1)[0][0]
+    usual = _most_common(ranks)
     settings = {"r": usual, "lora_alpha": usual, "target_modules": sorted(ranks), "peft_type": "LORA"}
     patterns = peft_patterns(ranks, usual)
     if patterns:

@@ -4,7 +4,7 @@ Nothing is loaded in part. Every tensor of a file is applied, or the file is ref
 format, before any model is loaded. docs/loras.md lists the formats.
 
 Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (out, rank)`; it adds
-`alpha / rank * B A x`.
+`alpha / rank * B A x`. Those of a LoKr and a LoHa are in `lycoris.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.transformer.lora import LORA_FILE, LayerStart, peft_patterns, read_lora_record
+from sd3_lora.common.config import LoraType
+from sd3_lora.transformer.lora import LORA_FILE, LayerStart, LoraKind, peft_patterns, read_lora_record
+from sd3_lora.transformer.lycoris import PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -48,15 +50,16 @@ _KEY = re.compile(
     r"(?P<down>lora_A(\.[^.]+)?\.weight|lora_down\.weight|lora(_linear_layer)?\.down\.weight)|"
     r"(?P<up>lora_B(\.[^.]+)?\.weight|lora_up\.weight|lora(_linear_layer)?\.up\.weight)|"
     r"(?P<alpha>(lora\.)?alpha)|"
-    r"(?P<magnitude>lora_magnitude_vector(\.[^.]+){0,2}|dora_scale|magnitude))"
+    r"(?P<magnitude>lora_magnitude_vector(\.[^.]+){0,2}|dora_scale|magnitude)|"
+    r"(?P<lycoris>lokr_w[12](_[ab])?|hada_w[12]_[ab]))"
 )
 _PLAIN = "not drawn here: train a plain LoRA"
+_TYPE_NAMES: Mapping[LoraType, str] = {"lora": "plain LoRA", "lokr": "LoKr", "loha": "LoHa"}
 _IN_COMFYUI = "not drawn here: draw with it in ComfyUI, or train a plain LoRA"
 _TEXT_ENCODERS = "holds LoRA layers of text encoders, without which the picture would be another, and which are "
 # What a key that is not read says of its file, and what to do. The first that any such key fits is named.
 _FOREIGN = (
-    (r"\.hada_", "is a LyCORIS LoHa, which is " + _IN_COMFYUI),
-    (r"\.lokr_", "is a LyCORIS LoKr, which is " + _IN_COMFYUI),
+    (r"\.(hada|lokr)_t\d$", "is a LyCORIS LoHa or LoKr with a Tucker decomposition, which is " + _IN_COMFYUI),
     (r"\.(oft_|boft_)", "is an OFT adapter, which is " + _IN_COMFYUI),
     (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "is a LyCORIS GLoRA, which is " + _IN_COMFYUI),
     (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + _IN_COMFYUI),
@@ -86,7 +89,7 @@ _FOREIGN = (
         "again here or with one of the programs in docs/loras.md",
     ),
     (
-        r"^(diffusion_model\.|transformer\.)?(joint_blocks|[xty]_embedder|final_layer)\..*(lora|alpha)",
+        r"^(diffusion_model\.|transformer\.)?(joint_blocks|[xty]_embedder|final_layer)\..*(lora|lokr|hada|alpha)",
         "has the layer names of the original SD3 (MMDiT, as ComfyUI's), which are not read yet: draw with it in "
         "ComfyUI, or train it again here or with one of the programs in docs/loras.md",
     ),
@@ -114,15 +117,31 @@ _PLAIN_STARTS = {"none", "true", "false", "gaussian", "eva", "orthogonal"}
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """The LoRA of one layer: the names of its tensors in the file, its strength `alpha / rank`, the layer's size."""
+    """The LoRA of one layer: the names of its tensors in the file, its strength `alpha / rank`, the layer's size.
 
-    down: str
-    up: str
-    magnitude: str | None
+    Attributes:
+        keys: by part: down, up and, in a DoRA, magnitude; or LyCORIS' own names.
+        rank: of it.
+        alpha: of it.
+        in_features: of the layer.
+        out_features: of the layer.
+    """
+
+    keys: Mapping[str, str]
     rank: int
     alpha: float
     in_features: int
     out_features: int
+
+    @property
+    def magnitude(self) -> str | None:
+        """The name of a DoRA's magnitudes."""
+        return self.keys.get("magnitude")
+
+    @property
+    def type(self) -> LoraType:
+        """By its parts."""
+        return next((type_ for type_, parts in PARTS.items() if {*parts} & self.keys.keys()), "lora")
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,7 @@ class LoraFile:
         path: the safetensors file.
         layers: by the names of the transformer's modules.
         record: what this project's training noted; empty for another program's file.
-        has_effect: whether any lora_B, or the strength, is other than zero.
+        has_effect: whether any change of a weight is other than zero.
     """
 
     path: Path
@@ -147,13 +166,20 @@ class LoraFile:
         return any(layer.magnitude for layer in self.layers.values())
 
     @property
-    def device_bytes(self) -> int:
-        """The most that it takes on the device, in float32: its tensors, and what a layer of a DoRA works with.
+    def type(self) -> LoraType:
+        """That of its layers, which is one."""
+        return next(layer.type for layer in self.layers.values())
 
-        Those are an identity `(in, in)`, and the weight, the difference and their sum, `(out, in)` each.
+    @property
+    def device_bytes(self) -> int:
+        """The most that it takes on the device, in float32: its tensors, and what a layer works with.
+
+        In a DoRA those are an identity `(in, in)`, and the weight, the difference and their sum, `(out, in)` each; in a
+        LoKr and a LoHa less than three of the latter.
         """
-        layers = self.layers.values() if self.is_dora else ()
-        working = [layer.in_features * (layer.in_features + 3 * layer.out_features) for layer in layers]
+        layers = self.layers.values() if self.is_dora or self.type != "lora" else ()
+        identity = int(self.is_dora)
+        working = [layer.in_features * (identity * layer.in_features + 3 * layer.out_features) for layer in layers]
         return self.path.stat().st_size + 4 * max(working, default=0)
 
     def identity(self) -> str:
@@ -165,9 +191,15 @@ class LoraFile:
         return f"{identity}/{hashlib.sha256(json.dumps(sorted(strengths)).encode()).hexdigest()[:8]}"
 
     def attach(self, transformer: SD3Transformer2DModel, name: str) -> None:
-        """Adds the LoRA to a transformer as adapter `name`, in the base's dtype; magnitudes stay in float32."""
+        """Adds the LoRA to a transformer as adapter `name`, in the base's dtype.
+
+        Magnitudes stay in float32, and a LoKr and a LoHa, whose products are of small numbers.
+        """
         with warnings.catch_warnings():  # PEFT's, that a second adapter makes several
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            if self.type != "lora":
+                self._attach_lycoris(transformer, name)
+                return
             transformer.add_adapter(self._config(), adapter_name=name)
         tensors = self._tensors()
         result = set_peft_model_state_dict(transformer, tensors, name)
@@ -177,8 +209,33 @@ class LoraFile:
             magnitude = transformer.get_submodule(layer).lora_magnitude_vector[name].weight
             magnitude.data = tensors[f"{layer}.lora_magnitude_vector"].to(magnitude.device)
 
+    def _attach_lycoris(self, transformer: SD3Transformer2DModel, name: str) -> None:
+        settings = {"r": 1, "alpha": 1.0, "target_modules": list(self.layers)}
+        add_lycoris(transformer, self.type, name, settings)
+        for layer, tensors in self._lycoris_tensors().items():
+            own = self.layers[layer]
+            set_parts(transformer.get_submodule(layer), name, tensors, own.rank, own.alpha)
+
+    def _lycoris_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Each layer's by part, in the order of `PARTS`."""
+        with safe_open(self.path, "pt") as handle:
+            return {
+                name: {
+                    part: handle.get_tensor(layer.keys[part]).float()
+                    for part in PARTS[layer.type]
+                    if part in layer.keys
+                }
+                for name, layer in self.layers.items()
+            }
+
     def starts(self) -> dict[str, LayerStart]:
         """What training begins with, `start_from`, by the names of the transformer's modules."""
+        if self.type != "lora":
+            starts = {}
+            for name, parts in self._lycoris_tensors().items():
+                parts[list(parts)[-1]] *= self.layers[name].alpha / self.layers[name].rank
+                starts[name] = LayerStart(torch.empty(0), torch.empty(0), None, parts)
+            return starts
         tensors = self._tensors()
         return {
             name: LayerStart(
@@ -209,8 +266,8 @@ class LoraFile:
         tensors = {}
         with safe_open(self.path, "pt") as handle:
             for name, layer in self.layers.items():
-                tensors[f"{name}.lora_A.weight"] = handle.get_tensor(layer.down).float()
-                tensors[f"{name}.lora_B.weight"] = handle.get_tensor(layer.up).float()
+                tensors[f"{name}.lora_A.weight"] = handle.get_tensor(layer.keys["down"]).float()
+                tensors[f"{name}.lora_B.weight"] = handle.get_tensor(layer.keys["up"]).float()
                 if layer.magnitude:
                     tensors[f"{name}.lora_magnitude_vector"] = handle.get_tensor(layer.magnitude).float().flatten()
         return tensors
@@ -236,18 +293,21 @@ def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_stre
             )
 
 
-def require_start(lora: LoraFile, ranks: Mapping[str, int], use_dora: bool) -> None:
+def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> None:
     """Checks that training can begin with a LoRA.
 
     Args:
         lora: to begin with.
         ranks: of the layers that are trained, by the names of the transformer's modules.
-        use_dora: whether a DoRA is trained.
+        kind: that is trained.
 
     Raises:
-        UserError: a layer of it is not trained, or has a larger rank; or it is a DoRA, and a plain LoRA is trained.
+        UserError: it is of another kind; a layer of it is not trained, or has a larger rank.
     """
     flag = f"--init_lora {lora.path}"
+    if lora.type != kind.type:
+        remedy = f"leave out --lora_type {kind.type}" if lora.type == "lora" else f"type --lora_type {lora.type}"
+        raise UserError(f"{flag} is a {_TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}")
     for name in lora.layers:
         if name in ranks:
             continue
@@ -258,14 +318,45 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], use_dora: bool) -> N
             f"{flag} has a LoRA on {name}, which this command does not train: type --lora_layers {','.join(wanted)} "
             "and leave out --lora_blocks"
         )
+    if lora.type != "lora":  # `require_lycoris_start` compares their shapes
+        return
     larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks[name]}
     for name, rank in larger.items():
         raise UserError(
             f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
             f"{max(larger.values())} and leave out --rank_pattern"
         )
-    if lora.is_dora and not use_dora:
+    if lora.is_dora and not kind.use_dora:
         raise UserError(f"{flag} is a DoRA: add --use_dora")
+
+
+def require_lycoris_start(lora: LoraFile, transformer: SD3Transformer2DModel) -> None:
+    """Checks that training can begin with a LoKr or a LoHa.
+
+    Args:
+        lora: to begin with, which `require_start` has seen.
+        transformer: with what is to be trained, without weights.
+
+    Raises:
+        UserError: its parts have other shapes.
+    """
+    layers = lycoris_layers(transformer)
+    with safe_open(lora.path, "pt") as handle:
+        for name, layer in lora.layers.items():
+            (trained,) = layers[name].active_adapters
+            wanted = {part: list(tensor.shape) for part, tensor in parts_of(layers[name], trained).items()}
+            found = {part: handle.get_slice(key).get_shape() for part, key in layer.keys.items() if part != "alpha"}
+            if wanted != found:
+                raise UserError(
+                    f"--init_lora {lora.path} has {_shapes_in_words(found)} on {name}, and this command "
+                    f"{_shapes_in_words(wanted)}: type the --rank"
+                    + (" and --lokr_factor" if lora.type == "lokr" else "")
+                    + " that it was trained with"
+                )
+
+
+def _shapes_in_words(shapes: Mapping[str, Sequence[int]]) -> str:
+    return ", ".join(f"{part} {'×'.join(map(str, shapes[part]))}" for part in sorted(shapes))
 
 
 # Finding
@@ -347,14 +438,14 @@ def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFil
         settings = _read_settings(path, handle.metadata() or {}, shapes)
         layers: dict[str, LoraLayer] = {}
         for name, keys in keys_of_layers.items():
-            _require_shapes(path, name, keys, shapes, widths[name])
-            rank = shapes[keys["down"]][0]
-            written = float(handle.get_tensor(keys["alpha"])) if "alpha" in keys else None
-            alpha = settings.alpha(path, name, rank, written)
-            in_features, out_features = shapes[keys["down"]][1], shapes[keys["up"]][0]
-            layers[name] = LoraLayer(
-                keys["down"], keys["up"], keys.get("magnitude"), rank, alpha, in_features, out_features
-            )
+            in_features, out_features = _require_linear(path, name, widths[name])
+            _require_shapes(path, name, keys, shapes, (in_features, out_features))
+            rank = _rank_of(keys, shapes)
+            written = float(handle.get_tensor(keys["alpha"])) if "alpha" in keys and rank else None
+            alpha = settings.alpha(path, name, rank or 1, written)
+            layers[name] = LoraLayer(keys, rank or 1, alpha, in_features, out_features)
+        if len({layer.type for layer in layers.values()}) > 1:
+            raise UserError(f"{path} has layers of several kinds, which are {_IN_COMFYUI}")
         magnitudes = [layer.magnitude for layer in layers.values()]
         if not all(magnitudes) and (any(magnitudes) or settings.use_dora):
             raise UserError(f"{path} is a DoRA that lacks magnitudes of some layers: save or download it again")
@@ -376,7 +467,7 @@ def _layer_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int] | None
 def _keys_of_layers(
     path: Path, keys: Mapping[str, Any], widths: Mapping[str, tuple[int, int] | None]
 ) -> dict[str, dict[str, str]]:
-    """Each layer's keys by part: down, up, and maybe alpha and magnitude."""
+    """Each layer's keys by part: down, up, and maybe alpha and magnitude; or LyCORIS' own names, and maybe alpha."""
     flat = {name.replace(".", "_"): name for name in widths}
     layers: dict[str, dict[str, str]] = {}
     unread = []
@@ -386,7 +477,7 @@ def _keys_of_layers(
         if match is None or name is None:
             unread.append(key)
             continue
-        part = next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
+        part = match["lycoris"] or next(part for part in ("down", "up", "alpha", "magnitude") if match[part])
         if part in layers.setdefault(name, {}):
             raise UserError(f"{path} has two tensors for one place ({layers[name][part]}, {key}): give one LoRA a file")
         layers[name][part] = key
@@ -420,18 +511,51 @@ def _describe_foreign(unread: Sequence[str]) -> str:
     return f"has the tensor {key}, which is of no LoRA format known here: docs/loras.md lists those that are drawn"
 
 
-def _require_shapes(
-    path: Path,
-    name: str,
-    keys: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    widths: tuple[int, int] | None,
-) -> None:
+def _require_linear(path: Path, name: str, widths: tuple[int, int] | None) -> tuple[int, int]:
     if widths is None:
         raise UserError(
             f"{path} has a LoRA on {name}, which is no linear layer, and is not drawn here: draw with it in ComfyUI, "
             "or train it again on linear layers alone"
         )
+    return widths
+
+
+def _rank_of(keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """A layer's rank; None of a LoKr whose matrices are both whole, which has a strength of 1 whatever its alpha."""
+    inner = next((keys[part] for part in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if part in keys), None)
+    return None if inner is None else shapes[inner][0]
+
+
+def _require_lycoris_shapes(
+    path: Path, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], widths: tuple[int, int]
+) -> None:
+    for part in ("magnitude", "down", "up"):
+        if part in keys:
+            of = "magnitudes (DoRA)" if part == "magnitude" else "a plain LoRA"
+            key = next(keys[part] for parts in PARTS.values() for part in parts if part in keys)
+            raise UserError(f"{path} has a LyCORIS LoKr or LoHa with {of} ({key}), which is {_IN_COMFYUI}")
+    parts = {part: shapes[key] for part, key in keys.items() if part != "alpha"}
+    wrong = misfit(parts, *widths)
+    if wrong:
+        key = next((keys[part] for part in keys if part.startswith(wrong)), next(iter(keys.values())))
+        raise UserError(
+            f"{path} lacks a part of this layer, or was trained on another model ({key} does not fit): download it "
+            "again, or give its own base model"
+        )
+
+
+def _require_shapes(
+    path: Path,
+    name: str,
+    keys: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    widths: tuple[int, int],
+) -> None:
+    if "alpha" in keys and math.prod(shapes[keys["alpha"]]) != 1:
+        raise UserError(f"{path}: {keys['alpha']} is not one number: save or download it again")
+    if any(part in keys for parts in PARTS.values() for part in parts):
+        _require_lycoris_shapes(path, keys, shapes, widths)
+        return
     if "down" not in keys or "up" not in keys:
         present = next(iter(keys.values()))
         raise UserError(f"{path} lacks a part of the LoRA of {name} (it has {present}): save or download it again")
@@ -441,8 +565,6 @@ def _require_shapes(
     if (down[1], up[0]) != widths:
         key = keys["down"] if down[1] != widths[0] else keys["up"]
         raise UserError(f"{path} was trained on another model ({key} does not fit): give its own base model")
-    if "alpha" in keys and math.prod(shapes[keys["alpha"]]) != 1:
-        raise UserError(f"{path}: {keys['alpha']} is not one number: save or download it again")
     magnitude = keys.get("magnitude")
     if magnitude and shapes[magnitude] not in ((widths[1],), (widths[1], 1)):
         raise UserError(
@@ -457,8 +579,7 @@ def _require_finite(path: Path, handle: Any, keys: Mapping[str, Any], layers: Ma
     Raises:
         UserError: a NaN or an infinity, or a tensor of whole numbers.
     """
-    alphas = {layer.up: layer.alpha for layer in layers.values()}
-    has_effect = any(layer.magnitude for layer in layers.values())
+    zeros = set()
     for key in keys:
         tensor = handle.get_tensor(key)
         if not tensor.is_floating_point() and not key.endswith("alpha"):
@@ -468,8 +589,12 @@ def _require_finite(path: Path, handle: Any, keys: Mapping[str, Any], layers: Ma
                 f"{path} has NaN or infinity in {key}: use an earlier checkpoint of its training, or train again at a "
                 "lower --learning_rate"
             )
-        has_effect = has_effect or bool(alphas.get(key) and tensor.float().any())
-    return has_effect
+        if not tensor.float().any():
+            zeros.add(key)
+    return any(
+        bool(layer.magnitude) or (layer.alpha != 0 and zeros.isdisjoint(layer.keys.values()))
+        for layer in layers.values()
+    )
 
 
 # Settings

@@ -98,6 +98,15 @@ class ModulationsAhead:
         finally:
             self._is_active, self._row = False, None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For a forward within a micro-step whose rows are others: its modulations are computed as usual."""
+        was_active, self._is_active = self._is_active, False
+        try:
+            yield
+        finally:
+            self._is_active = was_active
+
     def _row_of(self, timesteps: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(self._embed(timesteps, pooled))
 

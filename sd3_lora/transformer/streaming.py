@@ -67,8 +67,8 @@ def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int
         for part, module in block.named_children():
             room = 0
             for name, layer in _frozen_layers(module):
-                # peft moves a layer that gets a LoRA into that as its base layer.
-                path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer.", ".")
+                # peft moves a layer that gets a LoRA into that as its base layer, and a LoRA into one of another kind.
+                path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer", "")
                 if _size(layer) > room:
                     groups.append({})
                     room = largest

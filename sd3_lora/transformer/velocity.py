@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from sd3_lora.transformer.lora import lora_off
+from sd3_lora.transformer.modulations_ahead import ModulationsAhead
+
 import torch
 from diffusers import SD3Transformer2DModel
 
@@ -16,12 +19,14 @@ class VelocityModel(torch.nn.Module):
     Args:
         transformer: with its adapters.
         dtype: that it computes in: float16 or bfloat16 by autocast, under which adapters stay float32; or float32.
+        ahead: the modulations that are computed ahead, if any are.
     """
 
-    def __init__(self, transformer: SD3Transformer2DModel, dtype: torch.dtype):
+    def __init__(self, transformer: SD3Transformer2DModel, dtype: torch.dtype, ahead: ModulationsAhead | None = None):
         super().__init__()
         self.transformer = transformer
         self.dtype = dtype
+        self._ahead = ahead
 
     def precision(self, device: torch.device) -> AbstractContextManager[object]:
         """The autocast under which the transformer is called; on meta tensors the simulation stands in for it."""
@@ -55,4 +60,21 @@ class VelocityModel(torch.nn.Module):
                 pooled_projections=pooled_prompt_embeds,
                 return_dict=False,
             )[0]
+        return velocity
+
+    @torch.no_grad()
+    def base_velocity(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """The velocity of the base alone, without gradient: its adapters are off, and on again afterwards.
+
+        To be called before the pass with a gradient: a streamed base prefetches for backward what the last pass that
+        began asked for.
+
+        Args:
+            inputs: as of `forward`.
+
+        Returns:
+            `(B, 16, H/8, W/8)`.
+        """
+        with lora_off(self.transformer), self._ahead.paused() if self._ahead else nullcontext():
+            velocity: torch.Tensor = self(*inputs)
         return velocity

@@ -222,6 +222,18 @@ def test_class_pictures_are_drawn_as_the_samples_are(tmp_path):
     assert [name for name, _ in without] == [name for name in scripts if name != "draw_class_pictures"]
 
 
+def test_prior_prompts_are_embedded(tmp_path):
+    words = ["--train_flags", "--prior_term prediction --prior_prompts_file others.txt", "--output_dir", str(tmp_path)]
+    flags = dreambooth.make_parser().parse_args(words)
+    (_, embedded), *_, (_, trained) = dreambooth_trainers.our_words(flags, dreambooth.subject_of(flags, "fox"))
+    assert flag_values(embedded)["--prompts_file"] == "others.txt"
+    assert flag_values(trained)["--prior_prompts_file"] == "others.txt"
+    without = dreambooth_trainers.our_words(
+        dreambooth.make_parser().parse_args([]), dreambooth.subject_of(flags, "fox")
+    )
+    assert "--prompts_file" not in without[0][1]
+
+
 def test_training_on_an_nf4_base_is_told_the_same_but_for_that(tmp_path):
     flags = dreambooth.make_parser().parse_args(["--nf4", "--mixed_precision", "fp16", "--output_dir", str(tmp_path)])
     assert dreambooth_trainers.trainers(flags) == ["ours", "ours_nf4"]

@@ -106,6 +106,31 @@ def test_streamed_blocks_draw_the_same(
         assert np.array_equal(draw(script, prepared, tmp_path / source, *words), resident)
 
 
+@pytest.mark.parametrize("words", [[], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
+def test_lokr_and_loha(
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[Any]
+) -> None:
+    """A LoKr whose first matrix is a one, and a LoHa whose first product is of ones, are a LoRA."""
+    lokr, loha = {}, {}
+    for name in LAYERS:
+        down, up = (tensors[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        flat = f"lycoris_{name.replace('.', '_')}"
+        shared = {f"{flat}.alpha": torch.tensor(2.0)}
+        lokr |= {f"{flat}.lokr_w1": torch.ones(1, 1), f"{flat}.lokr_w2_a": up, f"{flat}.lokr_w2_b": down, **shared}
+        ones = {f"{flat}.hada_w1_a": torch.ones(up.shape) / 4, f"{flat}.hada_w1_b": torch.ones(down.shape)}
+        loha |= {**ones, f"{flat}.hada_w2_a": up, f"{flat}.hada_w2_b": down, **shared}
+    base = draw(script, prepared, tmp_path / "base", *words)
+    plain = saved(tmp_path / "plain.safetensors", tensors)
+    expected = draw(script, prepared, tmp_path / "plain", "--lora", plain, "--lora_scale", 0.5, *words)
+    assert np.abs(expected - base).max() > 20
+    for name, own in (("lokr", lokr), ("loha", loha)):
+        path = saved(tmp_path / f"{name}.safetensors", own)
+        assert np.abs(draw(script, prepared, tmp_path / name, "--lora", path, *words) - expected).max() <= 2
+    # Beside the plain one, of which it takes half away.
+    both = ["--lora", plain, "--lora_scale", 1, "--lora", tmp_path / "lokr.safetensors", "--lora_scale", -1]
+    assert np.abs(draw(script, prepared, tmp_path / "both", *both, *words) - expected).max() <= 2
+
+
 @pytest.mark.parametrize("base", ["16bit", "nf4"])
 def test_a_dora(
     script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str
@@ -174,4 +199,4 @@ def test_a_lora_before_its_first_step_is_noted(
     flags = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings, "--plan"]
     result = script("inference", *flags, "--prompt", PROMPT, "--lora", tmp_path / "lora")
     assert result.code == 0
-    assert f"note: {path} changes nothing: its lora_B or its alpha is zero" in result.out
+    assert f"note: {path} changes nothing: its last matrix or its alpha is zero" in result.out

@@ -12,6 +12,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import DeviceConfig
 from sd3_lora.common.placement_flags import StepFlags
+from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan
@@ -112,6 +113,14 @@ def test_auto_keeps_a_resumed_runs_numbers() -> None:
     assert (compiled, plain) == ("blocks", "off or graph")  # as checkpoints of earlier builds have them
     assert chosen(micro_steps=FEW, before=compiled) == (True, True)
     assert chosen(micro_steps=MANY, before=plain) == (False, True)
+
+
+def test_blocks_that_are_called_without_their_lora_too_are_captured_and_not_compiled() -> None:
+    for compile_asked in (None, False):
+        execution = choose_execution(AskedExecution(compile_asked, base_pass=True), RESIDENT, GPU, 0.0, MANY)
+        assert (execution.compiled, execution.captured) == (Compiled.NO, True)
+    with pytest.raises(UserError, match=r"^--compile on: blocks that --prior_term calls with and without their LoRA "):
+        choose_execution(AskedExecution(True, base_pass=True), RESIDENT, GPU, 0.0, FEW)
 
 
 def test_what_is_asked_for_is_done_or_refused() -> None:
@@ -293,7 +302,7 @@ def test_a_run_that_may_capture_its_steps_does(
     monkeypatch.setattr(training_script(), "choose_execution", lambda *_: captured)
     monkeypatch.setattr(training_script(), "CapturedCall", Captured)
     run = train(script, prepared, tmp_path / "captured", *words)
-    assert steps == [7] * 6
+    assert steps == [len(StepInputs._fields)] * 6
     assert run.losses == plain.losses
     noted = json.loads((run.folder / "run.json").read_text())["execution"]
     assert not noted["captured"]  # the stand-in captured nothing, whatever was chosen

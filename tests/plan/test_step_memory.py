@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.plan import memory_plan, step_memory
-from sd3_lora.plan.step_memory import DenoisingShape, StepMemory, StepShape, simulate_denoising, simulate_step
+from sd3_lora.plan.step_memory import DenoisingShape, Step, StepMemory, StepShape, simulate_denoising, simulate_step
+from sd3_lora.training.config import FlowConfig, PriorConfig, PriorTerm
 from sd3_lora.transformer.lora import attach_lora, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.velocity import VelocityModel
+from train_dreambooth_sd3_lora_miniature import micro_step
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def config_of(**changes: object) -> dict:
     return {name: value for name, value in {**config, **changes}.items() if not name.startswith("_")}
 
 
-def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
+def simulated_peak(config: dict, shape: StepShape, count: int, step: Step = STEP) -> int:
     """Of all blocks, each recomputed as it is in training."""
     with torch.device("meta"):
         transformer = step_memory.make_hollow(config, shape.dtype)
@@ -42,7 +45,7 @@ def simulated_peak(config: dict, shape: StepShape, count: int) -> int:
     for module in (transformer, *transformer.transformer_blocks):
         stand_in_for_gpu(module, shape.dtype)
     with AllocationCounter() as counter:
-        STEP(VelocityModel(transformer, shape.dtype), step_memory._hollow_inputs(config, shape)).backward()
+        step(VelocityModel(transformer, shape.dtype), step_memory._hollow_inputs(config, shape)).backward()
     return counter.peak
 
 
@@ -52,6 +55,25 @@ def test_one_block_of_each_kind_stands_for_all(count: int, shape: StepShape) -> 
     config = config_of(**DUAL)
     step = simulate_step(config, shape, None, STEP)
     assert sum(step.peak(range(count), False)) == pytest.approx(simulated_peak(config, shape, count), rel=0.045)
+
+
+@pytest.mark.parametrize("count", [0, 3, 7])
+@pytest.mark.parametrize("term", ["prediction", "preference"])
+def test_a_prior_term_is_counted(count: int, term: PriorTerm) -> None:
+    """The class prompt's rows are kept for backward as the pictures' own are; the base's pass keeps no more."""
+    prior = PriorConfig(prior_term=term, **({"prior_share": 0.5} if term == "prediction" else {}))
+    step = partial(micro_step, flow=FlowConfig(), prior=prior)
+    prior_rows, base_rows = prior.rows(SHAPE.batch_size)
+    assert (prior_rows, base_rows) == ((1, 1) if term == "prediction" else (0, 2))
+    shape = replace(SHAPE, prior_rows=prior_rows, base_rows=base_rows)
+    config = config_of(**DUAL)
+    memory = simulate_step(config, shape, None, step)
+    peak = simulated_peak(config, shape, count, step)
+    assert sum(memory.peak(range(count), False)) == pytest.approx(peak, rel=0.045)
+    without = simulate_step(config, replace(SHAPE, batch_size=shape.rows), None, STEP)
+    assert memory.kept == without.kept
+    assert memory.inputs == without.inputs
+    assert memory.lora == without.lora
 
 
 def test_before_the_first_lora_nothing_is_kept() -> None:

@@ -58,6 +58,17 @@ def test_what_a_step_computes_and_copies() -> None:
     assert two.copied == (2 * square * (2 * 24 + 12) * 2048, 2 * square * (2 * 24 + 12) * 2048)
     assert copied_flops(sizes, placed(4)) == (2 * 2 * square * 24 * 2048, 2 * 2 * square * (12 + 24) * 2048)
     assert copied_flops(sizes, placed(0)) == (2 * 2 * square * (12 + 24) * 2048, 2 * 2 * square * 24 * 2048)
+    # A pass of the base: a forward of the pictures without gradient, which copies all of its pieces.
+    both = StepSize.of(
+        config, StepShape(2, (8, 8), 97, None, None, 4, 0.0, torch.float16, 16, prior_rows=2, base_rows=2)
+    )
+    assert both == StepSize(4, 16, 97, 256, base_rows=2)
+    assert computed_flops(costs, both, ()) == pytest.approx(
+        (3 * none.computed.forward, 2 * none.computed.backward), rel=1e-9
+    )
+    more = copied_flops(sizes, placed(2), base_pass=True)
+    assert more.forward == two.copied.forward + 2 * square * 2 * 36 * 2048
+    assert more.backward == two.copied.backward
     assert copied_flops(sizes, placed(2, "files")) == tuple(10 * flops for flops in two.copied)
     assert copied_flops(sizes, placed(2), 4096) == tuple(2 * flops for flops in two.copied)
     # Not ahead, they are all copied in forward, and the recomputed block's in backward too.

@@ -299,3 +299,37 @@ def test_other_flags_in_training(user: User, words: list[object], said: str, men
     user.follow(stopped, mended_by)
     for folder in ([], ["--instance_data_dir", "d"]):
         user.type(TRAIN, *folder, *words, "--output_dir", f"lora{len(folder)}")
+
+
+def test_class_pictures(user: User) -> None:
+    """What stage one was told of them, training is told too; where they have no prompt yet, that is asked for."""
+    save_pictures(Path("dogs"), [(64, 64), (64, 64)], seed=1)
+    words = ["--instance_data_dir", "d", "--class_data_dir", "dogs", "--num_class_images", 2]
+    cached = user.type(CACHE, *words)
+    assert "next, with prompts of your own: " in cached.out
+    embedded = user.follow(cached, EMBED)
+    assert "--class_prompt 'a photo of a dog'" in user.typed[0]
+    trained = user.follow_to_pictures(embedded, CACHE, TRAIN)
+    assert "3 pictures and 2 class pictures at 64 px" in trained.out
+    prior = "--with_prior_preservation --class_prompt 'a photo of a dog' --class_data_dir dogs --num_class_images 2"
+    assert prior in user.typed[2]
+
+
+def test_class_pictures_whose_prompt_is_not_embedded(user: User) -> None:
+    save_pictures(Path("dogs"), [(64, 64), (64, 64)], seed=1)
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    cached = user.type(CACHE, "--instance_data_dir", "d", "--class_data_dir", "dogs", "--num_class_images", 2)
+    assert "next, with a class prompt of your own: " in cached.out
+    trained = user.follow_to_pictures(cached, EMBED, CACHE, TRAIN)
+    assert "3 pictures and 2 class pictures at 64 px" in trained.out
+
+
+def test_captions_that_are_all_equal(user: User) -> None:
+    """They are one prompt, which may be the class's too."""
+    for number in range(3):
+        Path(f"d/{number:02d}.txt").write_text("a dog\na dog\n")
+    embedded = user.type(EMBED, "--instance_data_dir", "d", "--class_prompt", "a dog")
+    assert "2 prompts, 0 of them done before" in embedded.out
+    user.follow_to_pictures(embedded, CACHE, TRAIN)
+    again = user.type(TRAIN, "--instance_data_dir", "d", "--prior_term", "prediction", "--output_dir", "other")
+    assert "3 pictures at 64 px" in again.out

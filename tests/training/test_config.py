@@ -50,6 +50,9 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("init_lora_weights", ["default"], "lora"),
     ("init_lora_weights", ["pissa"], "lora"),
     ("init_lora_weights", ["olora"], "lora"),
+    ("lora_type", ["lokr"], "lora"),
+    ("lora_type", ["loha"], "lora"),
+    ("lokr_factor", [2, "--lora_type", "lokr"], "lora"),
     ("use_8bit_adam", ["--rank", 128], "lora"),
     ("learning_rate", [1e-3], "lora"),
     ("scale_lr", [], "lora"),
@@ -75,6 +78,7 @@ NUMBERS: list[tuple[str, list[Any], str]] = [
     ("clip_l_dropout", [1.0], "losses"),
     ("clip_g_dropout", [1.0], "losses"),
     ("t5_dropout", [1.0], "losses"),
+    ("prior_term", ["preference"], "losses"),
 ]
 
 # Flags with a test of their own, here or where it says.
@@ -111,6 +115,13 @@ ELSEWHERE = {
     "center_crop": "here",
     "num_crops": "here",
     "random_flip": "here",
+    "num_augmented": "test_augmented_training.py",
+    "rotation_degrees": "test_augmented_training.py, test_augmentation.py",
+    "brightness_range": "test_augmented_training.py, test_augmentation.py",
+    "masked_loss": "test_masked_loss.py",
+    "unmasked_weight": "test_masked_loss.py",
+    "mask_data_dir": "test_masked_loss.py, test_masks.py",
+    "alpha_mask": "test_masked_loss.py, test_masks.py",
     "use_aspect_ratio_bucket": "test_bucket_training.py",
     "bucket_step": "test_bucket_training.py, test_buckets.py",
     "bucket_min": "test_buckets.py",
@@ -133,6 +144,9 @@ ELSEWHERE = {
     "lr_power": "here",
     "lr_step_rules": "here",
     "mode_scale": "here",
+    "prior_term_weight": "test_prior_term.py",
+    "prior_share": "test_prior_term.py",
+    "prior_prompts_file": "test_prior_term.py",
     "num_train_epochs": "here",
     "max_train_steps": "here",
     "gradient_checkpointing": "here",
@@ -346,6 +360,33 @@ BAD_VALUES: list[tuple[list[Any], str]] = [
     (["--checkpointing_steps", 0], "--checkpointing_steps 0 must be at least 1"),
     (["--checkpoints_total_limit", 0], "--checkpoints_total_limit 0 must be at least 1"),
     (["--logit_std", -1], "--logit_std must not be negative"),
+    (["--prior_term", "dreambooth"], "argument --prior_term: invalid choice: 'dreambooth'"),
+    (["--prior_term", "prediction", "--prior_term_weight", 0], "--prior_term_weight 0 must be positive: leave --prior"),
+    (["--prior_term", "preference", "--prior_term_weight", "inf"], "--prior_term_weight inf must be positive: leave "),
+    (["--prior_term_weight", 2], "--prior_term_weight has no effect without --prior_term: add that, or leave --prior_"),
+    (
+        ["--prior_share", 0.5],
+        "--prior_share has no effect without --prior_term prediction: add that, or leave --prior_",
+    ),
+    (["--prior_term", "preference", "--prior_share", 1], "--prior_share has no effect without --prior_term prediction"),
+    (
+        ["--prior_term", "preference", "--prior_prompts_file", "f"],
+        "--prior_prompts_file has no effect without --prior_",
+    ),
+    (
+        ["--prior_term", "prediction", "--prior_share", 0],
+        "--prior_share 0 must be more than 0 and at most 1: 0.25 is a",
+    ),
+    (["--prior_term", "prediction", "--prior_share", 1.5], "--prior_share 1.5 must be more than 0 and at most 1"),
+    (["--prior_term", "prediction", "--class_data_dir", "d"], "--class_data_dir has no effect without --with_prior_pr"),
+    (
+        ["--class_prompt", "a"],
+        "without --with_prior_preservation or --prior_term prediction: add one of them, or leave",
+    ),
+    (
+        ["--prior_term", "prediction", "--with_prior_preservation", "--class_prompt", "a", "--class_data_dir", "d"],
+        "--with_prior_preservation and --prior_term are two ways of prior preservation, with and without class pictu",
+    ),
     (["--timestep_shift", 0], "--timestep_shift must be positive: 3.0 is SD3's own"),
 ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.training.checkpoints import pack, read_state, unpack
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
@@ -255,10 +254,40 @@ def test_an_order_of_shapes_goes_on_from_its_state() -> None:
     assert [resumed.take(3) for _ in range(20)] == expected
 
 
-def test_class_pictures_of_other_shapes_are_refused() -> None:
-    with pytest.raises(UserError, match="leave out --use_aspect_ratio_bucket, or the class pictures"):
-        places_of_pass([pool(2), pool(2)], "abaa", 2)
-    with pytest.raises(ValueError, match="2 pools of pictures of several shapes"):
+@given(
+    mine=st.text("abc", min_size=2, max_size=9).filter(lambda text: len(set(text)) > 1),
+    more=st.text("abc", max_size=9),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+@settings(derandomize=True, max_examples=60, deadline=None, database=None)
+def test_class_pictures_have_the_shape_of_the_pictures_beside_them(mine: str, more: str, count: int, seed: int) -> None:
+    """One to one; each of a shape as often as the others of it; a pass has all of those that are taken at all."""
+    theirs = "".join(set(mine)) + more
+    shapes, pools = mine + theirs, [pool(len(mine)), pool(len(theirs))]
+    order = DataOrder(pools, seed, shapes)
+    batches_a_pass = places_of_pass(pools, shapes, count) // count
+    seen: Counter[int] = Counter()
+    for _ in range(batches_a_pass):
+        batch = order.take(2 * count)
+        assert len({shapes[index] for index in batch}) == 1
+        assert [index < len(mine) for index in batch] == [True, False] * (len(batch) // 2)
+        seen.update(batch)
+    assert len({seen[index] for index in range(len(mine))}) == 1
+    for shape in set(mine):
+        times = [seen[index] for index in range(len(mine), len(shapes)) if shapes[index] == shape]
+        assert 1 <= max(times) - min(times) + 1 <= 2
+        assert min(times) >= 1
+    tensors: dict[str, torch.Tensor] = {}
+    packed = pack(order.state_dict(), tensors)
+    expected = [order.take(2 * count) for _ in range(8)]
+    resumed = DataOrder(pools, seed + 1, shapes)
+    resumed.load_state_dict(unpack(packed, tensors))
+    assert [resumed.take(2 * count) for _ in range(8)] == expected
+
+
+def test_a_shape_without_class_pictures_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a further pool has no picture of shape b"):
         DataOrder([pool(2), pool(2)], 0, "abaa")
 
 

@@ -8,13 +8,22 @@ from typing import Any
 from sd3_lora.plan.step_memory import StepShape, simulate_step
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.config import TrainingFlags
-from sd3_lora.transformer.lora import LORA_FILE, LoraKind, attach_lora, plain_tensors, save_lora, target_modules
+from sd3_lora.transformer.lora import (
+    EMA_FILE,
+    LORA_FILE,
+    LoraKind,
+    attach_lora,
+    plain_tensors,
+    save_lora,
+    target_modules,
+)
+from sd3_lora.transformer.lora_files import read_lora_file
 
 import pytest
 import torch
 from conftest import Prepared
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_resume import Interrupted, assert_same_run, interrupt
 from training_runs import Script, same_lora, train, training_script
 
@@ -33,6 +42,11 @@ def attach(transformer: SD3Transformer2DModel, kind: LoraKind) -> None:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
+def attached(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
+    attach(transformer, LoraKind())
+    return transformer
+
+
 REFUSED: list[tuple[list[Any], str]] = [
     (["--use_dora", "--stream_blocks", 1], "--use_dora reads whole weights on the device, and --stream_blocks 1"),
     (["--init_lora_weights", "pissa", "--stream_blocks", 2], "--init_lora_weights pissa reads whole weights"),
@@ -49,6 +63,17 @@ REFUSED: list[tuple[list[Any], str]] = [
     (["--rank_pattern", "ff.net.2=4"], "--rank_pattern ff.net.2=4: the layers with a LoRA are attn.add_k_proj"),
     (["--lora_layers", "second_attention"], "--lora_layers second_attention is in no block"),
     (["--lora_blocks", "middle"], "--lora_blocks middle is not a list of numbers"),
+    (["--lora_type", "locon"], "argument --lora_type: invalid choice: 'locon'"),
+    (["--lora_type", "lokr", "--use_dora"], "--use_dora is of a plain LoRA, not of --lora_type lokr: leave one out"),
+    (["--lora_type", "loha", "--use_rslora"], "--use_rslora is of a plain LoRA, not of --lora_type loha: leave one"),
+    (["--lora_type", "lokr", "--lora_dropout", 0.1], "--lora_dropout 0.1 is of a plain LoRA, not of --lora_type lokr"),
+    (["--lora_type", "loha", "--init_lora_weights", "default"], "--init_lora_weights default is of a plain LoRA, not"),
+    (["--lora_type", "lokr", "--init_lora_weights", "pissa"], "--init_lora_weights pissa is of a plain LoRA, not of"),
+    (["--lokr_factor", 8], "--lokr_factor 8 is of --lora_type lokr: add that, or leave it out"),
+    (
+        ["--lora_type", "lokr", "--lokr_factor", 0],
+        "--lokr_factor 0 must be at least 1, or -1 for about the square root",
+    ),
 ]
 
 
@@ -61,7 +86,17 @@ def test_what_cannot_be_had_together(
     assert run.wrote_no_weights()
 
 
-@pytest.mark.parametrize("words", [["--use_dora"], ["--init_lora_weights", "pissa"], ["--rank_pattern", "attn.to_k=2"]])
+RESUMED: list[list[Any]] = [
+    ["--use_dora"],
+    ["--init_lora_weights", "pissa"],
+    ["--rank_pattern", "attn.to_k=2"],
+    ["--lora_type", "lokr"],
+    ["--lora_type", "lokr", "--lokr_factor", 2, "--rank_pattern", "attn.to_k=20", "--use_ema"],
+    ["--lora_type", "loha", "--use_ema"],
+]
+
+
+@pytest.mark.parametrize("words", RESUMED, ids=[" ".join(map(str, words)) for words in RESUMED])
 def test_exact_resume(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[Any]
 ) -> None:
@@ -77,6 +112,39 @@ def test_exact_resume(
     assert_same_run(whole.folder, folder, 6)
     recomputed = train(script, prepared, tmp_path / "recomputed", *words, "--recompute_blocks", 2)
     assert same_lora(whole.folder / LORA_FILE, recomputed.folder / LORA_FILE)
+
+
+@pytest.mark.parametrize("type_", ["lokr", "loha"])
+@pytest.mark.parametrize("words", [[], ["--base_precision", "nf4"]], ids=["16 bits", "nf4"])
+def test_lycoris_on_a_streamed_base(
+    script: Script, prepared: Prepared, tmp_path: Path, type_: str, words: list[Any]
+) -> None:
+    """The same bits; the first loss is the base's, and it learns."""
+    words = [*words, "--learning_rate", 0.01]
+    plain = train(script, prepared, tmp_path / "plain", *words)
+    words += ["--lora_type", type_]
+    resident = train(script, prepared, tmp_path / "resident", *words)
+    streamed = train(script, prepared, tmp_path / "streamed", *words, "--stream_blocks", 2, "--recompute_blocks", 1)
+    assert same_lora(resident.folder / LORA_FILE, streamed.folder / LORA_FILE)
+    assert resident.losses[0]["loss"] == plain.losses[0]["loss"]
+    assert resident.losses[1]["loss"] != plain.losses[1]["loss"]
+
+
+@pytest.mark.parametrize("type_", ["lokr", "loha"])
+def test_lycoris_is_drawn_as_trained(script: Script, prepared: Prepared, tmp_path: Path, type_: str) -> None:
+    """By drawing's own loader, whose LoRAs have the base's dtype; the average too. The card names who reads it."""
+    words = ["--lora_type", type_, "--learning_rate", 0.05, "--use_ema", "--rank_pattern", "attn.to_k=20"]
+    run = train(script, prepared, tmp_path, *words)
+    assert all(name.startswith("lycoris_transformer_blocks_") for name in run.lora)
+    transformer = SD3Transformer2DModel.from_pretrained(prepared.model / "transformer")
+    for name in (LORA_FILE, EMA_FILE):
+        lora = read_lora_file(run.folder / name, transformer.config)
+        assert (lora.type, lora.has_effect, lora.record["rank"]) == (type_, True, 4)
+        assert lora.record["trigger"] in (run.folder / "README.md").read_text()
+    card = (run.folder / "README.md").read_text()
+    assert "ComfyUI" in card
+    assert "load_lora_weights" not in card
+    assert f"| kind | {'LoKr' if type_ == 'lokr' else 'LoHa'} |" in card
 
 
 def test_a_dora_on_4_bits(script: Script, prepared: Prepared, tmp_path: Path) -> None:
@@ -110,6 +178,30 @@ def test_the_plan_counts_them(miniature_files: Any) -> None:
     assert of_pissa.lora == of_plain.lora < of_dora.lora
     larger = task_of("--rank_pattern", "attn.to_k=64")
     assert simulated(larger.shape).lora > of_plain.lora
+
+
+def test_the_plan_counts_lycoris(miniature_files: Any) -> None:
+    """Their numbers, and what they keep: less than a matrix `(out, in)` for each layer, which peft keeps."""
+    module, config = training_script(), miniature_files.read_config("transformer")
+
+    def simulated(*words: str) -> Any:
+        flags = TrainingFlags(*module.COMMAND_LINE.parse(list(words)))
+        device = torch.device("cpu")
+        task = module.training_task(flags, miniature_files, Buckets.square(64), torch.float16, device, 1)
+        assert task.can_stream
+        assert task.can_be_4bit
+        return simulate_step(config, task.shape, None, task.step)
+
+    plain, loha = simulated(), simulated("--lora_type", "loha")
+    assert loha.lora == 2 * plain.lora
+    lokr, factored = simulated("--lora_type", "lokr"), simulated("--lora_type", "lokr", "--lokr_factor", "2")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    assert width == 256
+    layers = plain.lora // 4 // (4 * 2 * width)  # all of them square
+    assert lokr.lora == 4 * layers * (16 * 16 + 2 * 4 * 16)
+    assert factored.lora == 4 * layers * (2 * 2 + 2 * 4 * 128)
+    for each in (loha, lokr, factored):
+        assert sum(plain.kept) < sum(each.kept) < sum(plain.kept) + layers * 2 * width * width
 
 
 # A start from another LoRA
@@ -150,6 +242,41 @@ def test_training_begins_with_it(
     assert "step 3 of 4" in train(script, prepared, tmp_path / "out", *longer).out
     without = train(script, prepared, tmp_path / "out", *longer[2:], code=2)
     assert f"was trained with --init_lora {path}: type --init_lora {path} to go on" in without.error
+
+
+def test_lycoris_begins_with_its_like(
+    script: Script, prepared: Prepared, transformer: SD3Transformer2DModel, tmp_path: Path
+) -> None:
+    """With hardly a rate it is the file's, and what that lacks begins at zero."""
+    attach_lora(
+        transformer, target_modules(transformer, ["attn.to_k"], None), 4, 12.0, 0.0, 0, LoraKind(type="lokr", factor=2)
+    )
+    for parameter in transformer.parameters():
+        parameter.data += 0.1 if parameter.requires_grad else 0
+    path = save_lora(tmp_path, transformer, {})
+    words = ["--init_lora", path, "--learning_rate", 1e-12, "--lora_type", "lokr"]
+
+    def refusal(*more: Any) -> str:
+        return train(script, prepared, tmp_path / "out", *words, *more, code=2).error
+
+    run = train(script, prepared, tmp_path / "fits", *words, "--lokr_factor", 2)
+    tensors, before = run.lora, load_file(path)
+    for name, tensor in tensors.items():
+        if name in before:
+            torch.testing.assert_close(tensor, before[name], atol=1e-6, rtol=1e-5)
+        elif name.endswith(("lokr_w2", "lokr_w2_b")):
+            assert tensor.abs().max() < 1e-9
+    layer = "transformer_blocks.0.attn.to_k"
+    assert f"has lokr_w1 2×2, lokr_w2_a 16×4, lokr_w2_b 4×16 on {layer}, and this command lokr_w1 4×4, " in refusal()
+    assert refusal().endswith("type the --rank and --lokr_factor that it was trained with")
+    assert "and this command lokr_w1 2×2, lokr_w2 16×16: type the --rank" in refusal("--lokr_factor", 2, "--rank", 9)
+    assert "which this command does not train" in refusal("--lokr_factor", 2, "--lora_blocks", 1)
+    other = train(script, prepared, tmp_path / "out", *words[:2], code=2).error
+    assert other == f"--init_lora {path} is a LoKr, and this command trains another kind: type --lora_type lokr"
+    plain = save_lora(tmp_path, attached(SD3Transformer2DModel.from_config(transformer.config)), {})
+    assert refusal("--lokr_factor", 2) == (
+        f"--init_lora {plain} is a plain LoRA, and this command trains another kind: leave out --lora_type lokr"
+    )
 
 
 def test_what_does_not_fit_is_named(

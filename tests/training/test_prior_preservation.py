@@ -15,8 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.images import hash_file
+from sd3_lora.training.artefacts import shared_out
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
@@ -595,3 +597,151 @@ def test_drawing_needs_its_prompt_and_folder(script: Script, private: Prepared, 
     assert result.code == 2
     assert "lacks 'a photo of a fish': type `python compute_embeddings.py" in result.err
     assert not (tmp_path / "fish").exists()
+
+
+# Pictures of several shapes
+
+
+@pytest.fixture
+def mixed(private: Prepared, tmp_path: Path) -> Prepared:
+    """The five pictures in three shapes: 80x48, twice 64x64, twice 48x80."""
+    words = ["--pretrained_model_name_or_path", private.model, "--instance_data_dir", private.pictures]
+    words += ["--use_aspect_ratio_bucket", "--num_crops", 1, "--device", "cpu", "--output_path", tmp_path / "mixed"]
+    assert importlib.import_module("precompute_latents").main([str(word) for word in words]) == 0
+    return replace(private, latents=tmp_path / "mixed")
+
+
+def test_class_pictures_are_drawn_in_the_subjects_shapes(
+    script: Script, mixed: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
+) -> None:
+    """In proportion. One square one is there, and one whose shape the subject does not have."""
+    robots, seen = tmp_path / "robots", []
+    save_pictures(robots, [(64, 64), (128, 32)], seed=1)
+    original = training_script().TrainingData.batch
+
+    def batch(*words: Any) -> Any:
+        result = original(*words)
+        seen.append((result.image_ids, tuple(result.latent_mean.shape[2:])))
+        return result
+
+    monkeypatch.setattr(training_script().TrainingData, "batch", batch)
+    words = ["--use_aspect_ratio_bucket", *flags(robots, 7), "--train_batch_size", 2]
+    run = train(script, mixed, tmp_path / "run", *words, "--num_train_epochs", 1, "--max_train_steps", 9)
+    assert in_process == ["precompute_latents", *["draw_class_pictures"] * 3]
+    sizes = Counter(Image.open(path).size for path in robots.glob("class_*.png"))
+    assert sizes == {(48, 80): 2, (64, 64): 2, (80, 48): 1}
+    assert f"{robots} lacks 2 class pictures of 48x80 px yet; in a process of its own: python draw_class" in run.out
+    assert "--width 48 --height 80" in run.out
+    assert "note: 1 class pictures have shapes that no picture of the subject has, and are left out" in run.out
+    assert "5 pictures and 6 class pictures at 64 px" in run.out
+    subject = set(ids_of(mixed.pictures))
+    for ids, _ in seen:
+        assert [image_id in subject for image_id in ids] == [True, False] * (len(ids) // 2)
+    assert {shape for _, shape in seen} == {(10, 6), (6, 10), (8, 8)}
+    again = train(script, mixed, tmp_path / "again", *words, "--max_train_steps", 9)
+    assert len(in_process) == 4
+    assert again.losses == run.losses
+
+
+def test_a_resumed_run_of_several_shapes_has_the_same_bits(
+    script: Script, mixed: Prepared, tmp_path: Path, in_process: list[str]
+) -> None:
+    words = ["--use_aspect_ratio_bucket", *flags(tmp_path / "robots", 5), "--checkpointing_steps", 3]
+    whole = train(script, mixed, tmp_path / "whole", *words, "--max_train_steps", 8)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "cut" / "checkpoint-3")
+    words += ["--resume_from_checkpoint", "latest"]
+    resumed = train(script, mixed, tmp_path / "cut", *words, "--max_train_steps", 8)
+    assert same_lora(whole.folder / LORA_FILE, resumed.folder / LORA_FILE)
+    assert losses(resumed) == losses(whole)[3:]
+
+
+def test_a_shape_without_class_pictures_is_named(
+    script: Script, mixed: Prepared, tmp_path: Path, in_process: list[str]
+) -> None:
+    save_pictures(tmp_path / "robots", [(64, 64)], seed=1)
+    words = ["--use_aspect_ratio_bucket", *flags(tmp_path / "robots", 1)]
+    said = train(script, mixed, tmp_path / "run", *words, code=2).error
+    assert said.startswith("no class picture has the shape ")
+    assert "of some of the subject's pictures, beside which only those of its shape are trained on: type" in said
+    assert said.endswith("--num_class_images 3, and it is drawn")
+    train(script, mixed, tmp_path / "run", "--use_aspect_ratio_bucket", *flags(tmp_path / "robots", 3))
+
+
+def test_missing_pictures_are_shared_out_over_the_sizes() -> None:
+    a, b, c = PictureSize(64, 64), PictureSize(48, 80), PictureSize(80, 48)
+    assert shared_out(0, {a: 1}, {}) == {}
+    assert shared_out(5, {a: 1}, {b: 3}) == {a: 5}
+    assert shared_out(100, {a: 2, b: 2, c: 1}, {}) == {a: 40, b: 40, c: 20}
+    assert shared_out(2, {a: 9, b: 1, c: 1}, {a: 1}) == {b: 1, c: 1}
+    assert shared_out(10, {a: 1, b: 1}, {a: 8}) == {a: 1, b: 9}
+
+
+# Several concepts
+
+
+@pytest.fixture
+def concepts(private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Two concepts with classes of their own, one of whose folders is filled, embedded and cached; their list."""
+    monkeypatch.chdir(tmp_path)
+    save_pictures(Path("cat"), [(64, 64)] * 2, seed=2)
+    save_pictures(Path("robots"), [(64, 64)] * 3, seed=1)
+    robot = {"instance_prompt": PROMPT, "instance_data_dir": str(private.pictures), "class_data_dir": "robots"}
+    cat = {"instance_prompt": "a photo of zwx cat", "instance_data_dir": "cat", "class_data_dir": "cats"}
+    concepts = [{**robot, "class_prompt": CLASS_PROMPT}, {**cat, "class_prompt": "a photo of a cat"}]
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    model = ["--pretrained_model_name_or_path", private.model, "--concepts_list", "concepts.json", "--device", "cpu"]
+    text = ["--max_sequence_length", 20, "--output_path", private.embeddings]
+    assert importlib.import_module("compute_embeddings").main([str(word) for word in [*model, *text]]) == 0
+    latents = ["--output_path", private.latents]
+    assert importlib.import_module("precompute_latents").main([str(word) for word in [*model, *latents]]) == 0
+    return concepts
+
+
+def of_concepts(private: Prepared) -> list[object]:
+    words = ["--pretrained_model_name_or_path", private.model, "--concepts_list", "concepts.json", "--device", "cpu"]
+    words += ["--data_df_path", private.embeddings, "--latents_path", private.latents, "--report_to", "none"]
+    return [*words, "--seed", 0, "--with_prior_preservation", "--num_class_images", 2, "--output_dir", "out"]
+
+
+def test_each_concept_has_its_class_pictures(
+    script: Script,
+    private: Prepared,
+    concepts: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    in_process: list[str],
+) -> None:
+    """Those that are there are encoded, the others drawn, so many of each; each comes with its class's prompt."""
+    prompts: dict[str, str] = {}
+    original = training_script().TrainingData.batch
+
+    def batch(data: Any, indices: Any, draws: Any, taken: Any) -> Any:
+        result = original(data, indices, draws, taken)
+        prompts.update(zip(result.image_ids, taken, strict=True))
+        return result
+
+    monkeypatch.setattr(training_script().TrainingData, "batch", batch)
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private), "--max_train_steps", 8)
+    assert result.code == 0, result.err
+    assert in_process == ["precompute_latents", "draw_class_pictures"]
+    assert "7 pictures and 4 class pictures at 64 px" in result.out
+    robots, cats = ([hash_file(path) for path in sorted(Path(name).glob("*.png"))] for name in ("robots", "cats"))
+    assert (len(robots), len(cats)) == (3, 2)
+    assert {prompts[image_id] for image_id in cats} == {"a photo of a cat"}
+    assert {prompts[image_id] for image_id in robots[:2]} == {CLASS_PROMPT}
+    assert robots[2] not in prompts
+
+
+def test_a_concept_without_a_class_is_named(
+    script: Script, private: Prepared, concepts: list[dict[str, Any]], in_process: list[str]
+) -> None:
+    del concepts[1]["class_data_dir"], concepts[0]["class_prompt"]
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private))
+    assert result.code == 2
+    assert "concept 1 has no class_prompt, which --with_prior_preservation needs: add it" in result.err
+    assert "concept 2 has no class_data_dir, which --with_prior_preservation needs: add it" in result.err
+    concepts[0]["class_prompt"], concepts[1]["class_data_dir"] = CLASS_PROMPT, "robots"
+    Path("concepts.json").write_text(json.dumps(concepts), encoding="utf-8")
+    result = script("train_dreambooth_sd3_lora_miniature", *of_concepts(private))
+    assert "concept 2 has the class_data_dir of another with another class_prompt: give it its own" in result.err
+    assert (result.code, in_process) == (2, [])

@@ -318,13 +318,14 @@ OTHER_RUN: list[tuple[list[Any], str, str]] = [
     ),
     (["--precondition_outputs"], "without --precondition_outputs", "leave --precondition_outputs out"),
     (["--timestep_shift", 1], "without --timestep_shift", "leave --timestep_shift out"),
+    (["--prior_term", "prediction"], "without --prior_term", "leave --prior_term out"),
     (["--logit_mean", 1], "with --logit_mean 0.0, not 1.0", "type --logit_mean 0.0"),
     (["--mixed_precision", "bf16"], "with --mixed_precision no, not bf16", "type --mixed_precision no"),
     (["--seed", 1], "with --seed 0, not 1", "type --seed 0"),
     (
         ["--center_crop"],
         "on other crops of 00.png, 02.png, 03.png, 04.png",
-        "type the --num_crops, --center_crop, --random_flip and --bucket_ flags of then",
+        "type the --num_crops, --center_crop, --random_flip, --num_augmented and --bucket_ flags of then",
     ),
     (
         ["--instance_prompt", "a photo of a robot"],

@@ -48,6 +48,18 @@ def refusal(saved: Mapping[str, Any], record: RunRecord, folder: Path = FOLDER) 
         ("--compile", "blocks", "off or graph", "with compiled blocks: type --compile on (which streamed or 4-bit "),
         ("the precision", "bfloat16", "float16", "with --mixed_precision bf16, not fp16: type --mixed_precision bf16 "),
         ("--base_precision", "16bit", "nf4", "with --base_precision 16bit, not nf4: type --base_precision 16bit to"),
+        (
+            "the prior prompts",
+            ["a cat"],
+            ["a dog"],
+            "with the prior prompt 'a cat', not 'a dog': type --class_prompt 'a c",
+        ),
+        (
+            "the prior prompts",
+            ["a cat", "a dog"],
+            ["a dog", "a cat", "a fox"],
+            "with the prior prompts 'a cat' and 1 more, not 'a dog' and 2 more: give those of then as --prior_",
+        ),
         ("--t5_precision", "fp16", "int8", "on embeddings made with --t5_precision fp16, not int8: type `python comp"),
         ("the transformer", "a-b", "a-c", "on another transformer: give that one as --pretrained_model_name_or_path"),
         ("a global batch of", 4, 2, "with 4 pictures in a micro-batch of all processes, not 2: type --train_batch_si"),

@@ -84,6 +84,7 @@ def test_the_run_is_as_if_nothing_had_been_drawn(with_pictures: Run, without: Ru
         ["--optimizer", "schedule_free_adamw"],
         ["--optimizer", "prodigy", "--learning_rate", 1],
         ["--optimizer", "adafactor"],
+        ["--prior_term", "prediction"],
     ],
     ids=lambda words: " ".join(map(str, words)),
 )
@@ -94,7 +95,7 @@ def test_so_it_is_whatever_keeps_it_small(
     run = train(
         script, prepared, tmp_path / "with", *words, *DRAWS, "--validation_steps", 1, "--early_warning_steps", 1
     )
-    changes = not {"--optimizer", "--use_8bit_adam"}.isdisjoint(words)  # the run's numbers
+    changes = not {"--optimizer", "--use_8bit_adam", "--prior_term"}.isdisjoint(words)  # the run's numbers
     others = train(script, prepared, tmp_path / "without", *words) if changes else without
     assert_same_run(run, others)
     assert steps_drawn(run) == [0, 1, 2, 3]

@@ -346,9 +346,12 @@ KOHYA = "lora_unet_joint_blocks_0_x_block_attn_qkv"
 @pytest.mark.parametrize(
     ("key", "says"),
     [
-        (f"{Q}.hada_w1_a", "is a LyCORIS LoHa"),
-        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "is a LyCORIS LoKr"),
-        (f"{KOHYA}.hada_w2_b", "is a LyCORIS LoHa"),
+        (f"{Q}.hada_t1", "is a LyCORIS LoHa or LoKr with a Tucker decomposition"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_t2", "is a LyCORIS LoHa or LoKr with a Tucker decomposition"),
+        ("lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "lacks a part|has a LyCORIS LoKr or LoHa with a plain LoRA"),
+        ("lycoris_transformer_blocks_7_attn_to_q.lokr_w1", "was trained on another model"),
+        (f"{KOHYA}.hada_w2_b", r"layer names of sd-scripts \(kohya\).*draw with it in ComfyUI"),
+        ("diffusion_model.joint_blocks.3.context_block.attn.qkv.lokr_w1", "layer names of the original SD3"),
         (f"{KOHYA}.oft_blocks", "is an OFT adapter"),
         (f"{Q}.a1.weight", "is a LyCORIS GLoRA"),
         (f"{KOHYA}.lora_mid.weight", "is a LyCORIS LoCon with a Tucker decomposition"),
