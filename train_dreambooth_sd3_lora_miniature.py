@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.common.model_files import ModelFiles, library_versions
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
@@ -68,18 +70,30 @@ from sd3_lora.common.run_record import (
     flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
+from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
+from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
-from sd3_lora.plan.memory_plan import Plan, TrainingTask, plain_placement, plan_training, recompute_note
+from sd3_lora.plan.memory_plan import (
+    DrawingBetween,
+    Plan,
+    TrainingTask,
+    drawn_together,
+    plain_placement,
+    plan_training,
+    recompute_note,
+)
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
-from sd3_lora.plan.step_memory import StepShape, make_hollow
+from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import size_of_variant
+from sd3_lora.stage_one.prompts import read_prompts
+from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
 from sd3_lora.training.config import (
@@ -95,6 +109,7 @@ from sd3_lora.training.config import (
 )
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
+from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
@@ -115,7 +130,8 @@ from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
-from sd3_lora.transformer.compiled import start_compile_workers
+from sd3_lora.training.watch_flags import WatchFlags
+from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.lora import (
     EMA_FILE,
     LORA_FILE,
@@ -340,12 +356,103 @@ def accumulate(
     return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What looks at the run between its steps.
+
+    Attributes:
+        log: of the losses.
+        trackers: that are sent the pictures.
+        validation: draws them, if any are asked for.
+        warning: measures at fixed noise, if that is asked for.
+        steps_of_epoch: optimizer steps of a pass over the pictures.
+        compiled: how the blocks are.
+        release: frees what the captured step keeps, until the next one.
+    """
+
+    log: LossLog
+    trackers: Trackers
+    validation: Validation | None
+    warning: EarlyWarning | None
+    steps_of_epoch: float
+    compiled: Compiled
+    release: Callable[[], None]
+
+
+def look(
+    training: Training,
+    watch: Watch,
+    draws: bool,
+    measures: bool,
+    accelerator: Accelerator,
+    stop: Callable[[], bool] = lambda: False,
+) -> float:
+    """Draws validation pictures and measures the early warning's losses on rank 0, while the others wait.
+
+    A failure costs a sentence. The next step has the numbers that it would have had without.
+
+    Args:
+        training: whose weights draw.
+        watch: what draws and measures.
+        draws: whether pictures are due.
+        measures: whether the losses are.
+        accelerator: of the processes.
+        stop: whether a signal has come, which leaves out the pictures to come.
+
+    Returns:
+        The seconds that it took.
+    """
+    start = time.perf_counter()
+    if (draws or measures) and accelerator.is_main_process:
+        watch.release()
+        works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
+        for is_due, work, what in works:
+            try:
+                if is_due:
+                    with left_as_found(training.transformer), uncompiled(watch.compiled):
+                        work(training, watch, accelerator.device)
+            except Exception as error:  # whatever it is: the run is worth more
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+        drop_workspaces(accelerator.device)
+        free_memory(accelerator.device)
+    if draws or measures:
+        accelerator.wait_for_everyone()
+    return time.perf_counter() - start
+
+
+def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
+    """Draws the validation pictures, with the average where there is one."""
+    start, validation = time.perf_counter(), watch.validation
+    if validation is None:
+        return
+    with training.ready_to_draw():
+        drawn = validation.draw(training.model, device, training.step, stop)
+    watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
+    elapsed_s = time.perf_counter() - start
+    tqdm.write(
+        f"step {training.step}: {len(drawn)} pictures in {validation.step_folder(training.step)}, {elapsed_s:.1f} s; "
+        f"all steps in {validation.sheet_path}"
+    )
+
+
+def measure(training: Training, watch: Watch, device: torch.device) -> None:
+    """Measures the early warning's losses, and prints what they warn of."""
+    if watch.warning is None:
+        return
+    for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
+        tqdm.write(sentence)
+    last = watch.warning.history[-1]
+    values = {"subject_loss": last.subject_loss, "class_loss": last.class_loss}
+    watch.trackers.log(training.step, {name: value for name, value in values.items() if value is not None})
+
+
 def train(
     training: Training,
     batches: MicroBatches,
     step: Callable[..., torch.Tensor],
     flags: TrainingFlags,
-    log: LossLog,
+    watch: Watch,
     outputs: Outputs,
     accelerator: Accelerator,
 ) -> float:
@@ -359,10 +466,12 @@ def train(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
     """
     training.model.train()
-    window, queued = flags.run.gradient_accumulation_steps, None
+    log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    marks = [(training.step, time.perf_counter())]  # when the device was through with how many steps
+    is_new = training.step == 0
+    aside_s = look(training, watch, is_new and flags.watch.draws, is_new and flags.watch.measures_at(0), accelerator)
+    marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = tqdm(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
@@ -386,18 +495,23 @@ def train(
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
-            if saves or training.step % READ_EVERY == 0:
+            draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves, at_end) and not interrupted
+            measures = flags.watch.measures_at(training.step) and not interrupted
+            if saves or draws or measures or training.step % READ_EVERY == 0:
                 finish_step(training, log, queued)
                 queued = None
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
-                marks.append((training.step, time.perf_counter()))
+                marks.append((training.step, time.perf_counter() - aside_s))
             if at_end and accelerator.is_main_process:
                 outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
+            if flags.watch.saves_at(training.step) and accelerator.is_main_process:
+                outputs.save_lora_of_step(training)
             if saves:
                 outputs.save_checkpoint(training, batches.state_dict(), accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
+            aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -575,7 +689,104 @@ def training_task(
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
-    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights)
+    drawing = drawing_between(flags, files, dtype)
+    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights, drawing)
+
+
+def validation_sampling(watch: WatchFlags) -> SamplingSettings:
+    """How validation pictures are denoised."""
+    return SamplingSettings(watch.validation_num_steps, watch.validation_guidance, watch.validation_negative_prompt)
+
+
+def validation_work(flags: TrainingFlags, files: ModelFiles) -> VaeWork:
+    """What the VAE decodes of a validation picture: a square of the run's resolution."""
+    resolution = files.resolution(flags.data.resolution)
+    return VaeWork("decode", VAE_PRECISION, PictureSize(resolution, resolution))
+
+
+def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> DrawingBetween | None:
+    """What validation takes at the least: one picture at a time, decoded in the smallest tiles."""
+    if not flags.watch.draws:
+        return None
+    work, (_, vae_scale) = validation_work(flags, files), files.latent_channels_and_scale()
+    rows, tokens = validation_sampling(flags.watch).rows, text_tokens_of(flags.data, files)
+    tile = smallest_tile(files, work)
+    decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
+    return DrawingBetween(DenoisingShape(rows, work.size.latent(vae_scale), tokens, dtype, 0), decoding)
+
+
+def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
+    """The distinct prompts whose embeddings are needed to draw while training, the negative one last."""
+    prompts = list(watch.validation_prompt)
+    if watch.validation_prompts_file is not None:
+        prompts += read_prompts(Path(watch.validation_prompts_file))
+    return (*dict.fromkeys(prompts), watch.validation_negative_prompt) if prompts else ()
+
+
+def make_early_warning(
+    flags: TrainingFlags, data: TrainingData, files: ModelFiles, step: int, say: Callable[[str], None]
+) -> EarlyWarning | None:
+    """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
+    if flags.watch.early_warning_steps is None:
+        return None
+    class_prompt = data.class_prompt(flags.prior.class_prompt)
+    if class_prompt is None:
+        say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
+    elif lora_kind(flags.lora).starts_from_weights:
+        say(f"note: --init_lora_weights {flags.lora.init_lora_weights} changes the base itself: no drift is measured")
+        class_prompt = None
+    warning = EarlyWarning(
+        data,
+        load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
+        files.read_config("vae"),
+        flags.run.train_batch_size * flags.prior.pools,
+        class_prompt,
+        Path(flags.run.output_dir) / "early_warning.jsonl",
+    )
+    warning.go_on_from(step)
+    say(warning.sentence())
+    return warning
+
+
+def make_validation(
+    flags: TrainingFlags,
+    task: TrainingTask,
+    plan: Plan,
+    budget: DeviceBudget | None,
+    data: TrainingData,
+    record: RunRecord,
+    goes_on: bool,
+) -> Validation | None:
+    """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
+    if task.drawing is None:
+        return None
+    embeddings = {prompt: data.embedding(prompt) for prompt in validation_prompts(flags.watch)}
+    prompts, work = validation_prompts(flags.watch)[:-1], validation_work(flags, task.files)
+    count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
+    room = budget
+    if budget:
+        kept = sum(plan.forecast.phases[-1].parts[name] for name in ("weights", "LoRA", "unused between them"))
+        room = replace(budget, total_bytes=plan.forecast.peak_bytes - kept)
+    tile = choose_tile(task.files, work, room)
+    facts = record.facts
+    settings = {
+        "model": task.files.provenance(["transformer", "vae"], "", 0).identity,
+        "max_sequence_length": facts.max_sequence_length,
+        "precision": facts.precision + (f", base {packed}" if (packed := plan.placement.precision) else ""),
+        "average": "ema" if flags.average.use_ema else None,
+    }
+    what = ValidationTask(
+        prompts,
+        flags.watch.num_validation_images,
+        validation_sampling(flags.watch),
+        flags.watch.validation_seed,
+        work.size,
+        count,
+        tile,
+        settings,
+    )
+    tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", goes_on)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -596,6 +807,7 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
         yield note
     if budget:
         yield f"predicted peak: {plan.forecast.largest.sentence()}"
+        yield from (f"to {phase.name}: {phase.sentence()}" for phase in plan.forecast.phases[1:])
 
 
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
@@ -671,13 +883,14 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
         require_writable_folder(output_dir)
         stage_one.make_embeddings()
     store = stage_one.open_embeddings()
     stage_one.require_class_folder(store)
+    stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
     if accelerator.is_main_process and not stage_one.has_latents():
@@ -784,9 +997,18 @@ def run(argv: Sequence[str] | None) -> None:
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
     stage_one = StageOne(
-        flags.data, flags.model, files, resolution, flags.device.device, flags.prior, flags.budget, flags.run.seed or 0
+        flags.data,
+        flags.model,
+        files,
+        resolution,
+        flags.device.device,
+        flags.prior,
+        flags.budget,
+        flags.run.seed or 0,
+        flags.watch.stage_one_flags(),
     )
-    data = open_data(stage_one, output_dir, accelerator)
+    prompts = validation_prompts(flags.watch)
+    data = open_data(stage_one, prompts, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
@@ -802,6 +1024,8 @@ def run(argv: Sequence[str] | None) -> None:
     execution = replace(execution, attention_backward=task.shape.attention_backward)
     start_compile_workers(execution.compiled, device)  # while the transformer is loaded
     longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
+    if task.drawing:
+        longest_side = max(longest_side, *task.drawing.shape.latent_size)
     planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
     with memory_stage("load transformer", device, reports, say):
         training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
@@ -820,12 +1044,18 @@ def run(argv: Sequence[str] | None) -> None:
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
+    validation = make_validation(flags, task, plan, budget, data, record, training.step > 0)
 
     batches = make_batches(training, data, files, flags, device)
     step = make_step(training, flags, execution, say, len(set(data.sizes)))
+    steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
+    release = step.release if isinstance(step, CapturedCall) else lambda: None
+    is_rank_0 = accelerator.is_main_process
+    warning = make_early_warning(flags, data, files, training.step, say) if is_rank_0 else None
+    watch = Watch(log, trackers, validation, warning, steps_of_epoch, execution.compiled, release)
     attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
     with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
-        ms_a_step = train(training, batches, step, flags, log, outputs, accelerator)
+        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
     if accelerator.is_main_process:
         measured = budget.used_bytes(reports) if budget else 0
         if budget:

@@ -44,6 +44,7 @@ PATH_FLAGS = {
     "prior_prompts_file",
     "prompts_file",
     "resume_from_checkpoint",
+    "validation_prompts_file",
 }
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
@@ -99,7 +100,6 @@ OTHER_NAMES = {
     "sample_prompts": ("prompts_file",),
     "sampler": ("scheduler",),
     "sampler_name": ("scheduler",),
-    "save_every_n_steps": ("checkpointing_steps",),
     "scale": ("lora_scale",),
     "shift": ("timestep_shift",),
     "shuffle_caption": ("shuffle_tags",),

@@ -104,6 +104,10 @@ class CapturedCall:
         captured.graph.replay()
         return captured.result.clone()
 
+    def release(self) -> None:
+        """Frees the graphs' memory for other work; each is captured again when its shape next comes."""
+        self._free()
+
     def _capture(self, shapes: _Shapes, inputs: tuple[torch.Tensor, ...]) -> None:
         is_new = shapes not in self._compared
         if is_new or sum(tensor.numel() for tensor in inputs) > max(

@@ -60,6 +60,12 @@ OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # Of the working memory of a denoising step: 0.1 to 0.3 on an H200, for two to sixteen rows.
 UNUSED_WORKING_SHARE = 0.25
+# A trained number while pictures are drawn between the steps: itself, its gradient, and what it was where an average
+# stands in its place.
+WHILE_DRAWING_BYTES = 12
+# More pictures at a time than these are no faster.
+MOST_TOGETHER = 4
+_KEPT = ("CUDA", "weights", "LoRA")  # of a phase of drawing: what is there whatever the batch
 # For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
 # The host memory that a streamed base leaves free: for Python and its libraries, and for offloaded inputs.
@@ -89,6 +95,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class DrawingBetween:
+    """Pictures that are drawn between the steps: what they take at the least.
+
+    Attributes:
+        shape: of a forward for one picture.
+        decoding: bytes of decoding it, by part.
+    """
+
+    shape: DenoisingShape
+    decoding: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class TrainingTask:
     """What is to be planned.
 
@@ -99,6 +118,7 @@ class TrainingTask:
         asked: what flags fix.
         can_stream: not with several processes.
         can_be_4bit: not with a LoRA that starts from the exact weights.
+        drawing: what is drawn between the steps, if anything.
     """
 
     files: ModelFiles
@@ -107,6 +127,7 @@ class TrainingTask:
     asked: AskedPlacement = field(default_factory=AskedPlacement)
     can_stream: bool = True
     can_be_4bit: bool = True
+    drawing: DrawingBetween | None = None
 
 
 def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
@@ -164,6 +185,26 @@ def _first_that_fits(plans: Iterable[Plan], budget: DeviceBudget) -> tuple[Plan 
         if peak <= budget.total_bytes:
             return plan, smallest
     return None, smallest
+
+
+def drawn_together(task: TrainingTask, plan: Plan, most: int) -> int:
+    """How many pictures, up to `most`, are denoised at a time between the steps, so that the plan's peak stays.
+
+    Args:
+        task: with what is drawn.
+        plan: that was chosen for it; one without a forecast, as on a CPU, has room for four.
+        most: pictures.
+    """
+    if task.drawing is None or not plan.forecast.phases:
+        return min(most, 4)
+    config, place, shape = task.files.read_config("transformer"), plan.placement, task.drawing.shape
+    kept = {name: size for name, size in plan.forecast.phases[-1].parts.items() if name in _KEPT}
+    for count in range(min(most, MOST_TOGETHER), 1, -1):
+        rows = replace(shape, batch_size=count * shape.batch_size)
+        working = simulate_denoising(config, rows, place.precision, place.attention_kernel)
+        if sum(_denoising_parts(kept, working, bool(place.streamed)).values()) <= plan.forecast.peak_bytes:
+            return count
+    return 1
 
 
 def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
@@ -289,15 +330,8 @@ def plan_denoising(
             bases += [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
             bases += places.most_streamed(resident)[1:]
         for base in bases:
-            parts = {
-                "CUDA": budget.context_bytes,
-                "weights": base.device_bytes,
-                "LoRA": shape.lora_bytes,
-                "working memory": working + WORKSPACE_BYTES,
-            }
-            # A streamed base is there because the budget is small, and then the allocator gives back what is unused.
-            fragments = 0 if base.placement.streamed else int(UNUSED_WORKING_SHARE * working)
-            parts["unused between them"] = _unused(parts, bool(base.placement.streamed)) + fragments
+            kept = {"CUDA": budget.context_bytes, "weights": base.device_bytes, "LoRA": shape.lora_bytes}
+            parts = _denoising_parts(kept, working, bool(base.placement.streamed))
             plans.append(Plan(base.placement, Forecast((Phase("denoise", parts),), base.host_bytes)))
     # 4 bits on the device before the exact ones are streamed.
     resident_first = sorted(plans, key=lambda plan: bool(plan.placement.streamed))
@@ -330,7 +364,9 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     for precision in _PRECISIONS[asked.precision]:
         places = _Places(task.files, shape.dtype, precision, shape.enclosing_size, asked)
         memory = simulate_step(config, shape, precision, task.step, asked.attention_kernel)
-        planner = _Planner(memory, shape, budget)
+        drawing = task.drawing
+        working = drawing and simulate_denoising(config, drawing.shape, precision, asked.attention_kernel)
+        planner = _Planner(memory, shape, budget, working or 0, drawing.decoding if drawing else {})
         planners.append((places, planner))
         if not asked.streamed:
             base = places.on_device()
@@ -380,11 +416,21 @@ def _recompute(placement: Placement, count: int) -> Placement:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Forecasts placements of one model in one precision."""
+    """Forecasts placements of one model in one precision.
+
+    Attributes:
+        memory: of a step.
+        shape: of a step.
+        budget: whose own part is counted.
+        denoising: working memory of a forward that draws between the steps; 0 where nothing is drawn.
+        decoding: what the VAE takes then, by part.
+    """
 
     memory: StepMemory
     shape: StepShape
     budget: DeviceBudget
+    denoising: int = 0
+    decoding: Mapping[str, int] = field(default_factory=dict)
 
     def plan(self, base: _Base, recomputed: int, offload_inputs: bool = False, room_for_graph: bool = True) -> Plan:
         """The plan with its peak."""
@@ -402,7 +448,30 @@ class _Planner:
         if room_for_graph:
             fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
         parts["unused between them"] = _unused(parts, bool(placement.streamed)) + fragments
-        return Plan(placement, Forecast((Phase("step", parts),), base.host_bytes, room_for_graph))
+        phases = Phase("step", parts), *self._between(base)
+        return Plan(placement, Forecast(phases, base.host_bytes, room_for_graph))
+
+    def _between(self, base: _Base) -> Iterator[Phase]:
+        """The phases of drawing between the steps, while the optimizer's state waits on the host."""
+        if not self.denoising:
+            return
+        kept = {
+            "CUDA": self.budget.context_bytes,
+            "weights": base.device_bytes,
+            "LoRA": int(self.memory.lora / 4 * WHILE_DRAWING_BYTES),
+        }
+        streamed = bool(base.placement.streamed)
+        yield Phase("denoise a validation picture", _denoising_parts(kept, self.denoising, streamed))
+        parts = {**kept, **self.decoding}
+        yield Phase("decode a validation picture", {**parts, "unused between them": _unused(parts, streamed)})
+
+
+def _denoising_parts(kept: Mapping[str, int], working: int, streamed: bool) -> dict[str, int]:
+    """Bytes by part of a forward that draws, beside what is there anyway."""
+    parts = {**kept, "working memory": working + WORKSPACE_BYTES}
+    # A streamed base is there because the budget is small, and then the allocator gives back what is unused.
+    fragments = 0 if streamed else int(UNUSED_WORKING_SHARE * working)
+    return {**parts, "unused between them": _unused(parts, streamed) + fragments}
 
 
 def _unused(parts: Mapping[str, int], streamed: bool) -> int:

@@ -137,6 +137,11 @@ def choose_tile(files: ModelFiles, work: VaeWork, budget: DeviceBudget | None, a
     raise UserError(f"{error}, or --vae_tile {smaller.side_px or 'whole'}") if smaller else error
 
 
+def smallest_tile(files: ModelFiles, work: VaeWork) -> VaeTile:
+    """The piece that takes the least memory."""
+    return min(_candidates(files, work, "auto"), key=lambda tile: tile.working_bytes)
+
+
 def _candidates(files: ModelFiles, work: VaeWork, asked: AskedTile) -> list[VaeTile]:
     """The tiles to be considered, the largest first."""
     batch_sizes = range(work.batch_size, 0, -1) if work.may_shrink else [work.batch_size]

@@ -54,6 +54,7 @@ class StageOne:
         prior: its flags of prior preservation.
         budget: of GPU memory, for drawing class pictures.
         seed: of their noise.
+        more_prompts: the flags with which compute_embeddings.py embeds what is drawn while training.
     """
 
     data: DataConfig
@@ -64,6 +65,7 @@ class StageOne:
     prior: PriorConfig = field(default_factory=PriorConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     seed: int = 0
+    more_prompts: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self, script: str, **more: Any) -> str:
         """The stage-one command that makes these artefacts, to be typed."""
@@ -78,6 +80,7 @@ class StageOne:
                 "class_prompt": self.prior.class_prompt,
                 "max_sequence_length": data.max_sequence_length,
                 "output_path": data.data_df_path,
+                **self.more_prompts,
             }
         else:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
@@ -183,6 +186,14 @@ class StageOne:
         if self._subject is not None:
             self._read(self._subject, flags["instance_prompt"], None)
         self._run("compute_embeddings.py", flags, f"{self.data.data_df_path} is not there", "embeddings")
+
+    def require_embedded(self, store: EmbeddingStore, prompts: Sequence[str]) -> None:
+        """Checks that prompts that are to be drawn have their embeddings.
+
+        Raises:
+            UserError: one has none; names the command that adds it.
+        """
+        require_prompts(store, prompts, self.command("compute_embeddings.py", **self._text_flags(store)))
 
     def open_latents(self) -> LatentCache:
         """The latent cache, empty or not."""

@@ -31,6 +31,7 @@ from sd3_lora.training.optimizer_kinds import (
     OptimizerKind,
     find_kind,
 )
+from sd3_lora.training.watch_flags import WatchFlags
 
 PriorTerm = Literal["prediction", "preference"]
 # The flags of prior preservation that do nothing unless one of these is there too.
@@ -51,7 +52,6 @@ WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"
 ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
-_DRAW = "draw a checkpoint with inference.py --lora OUTPUT_DIR/checkpoint-N"
 _UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
 _FREED = "the text encoders are freed before training; only the transformer is trained"
 # Flags of diffusers' scripts that are not here, with what to do instead.
@@ -59,9 +59,6 @@ REFUSED_FLAGS = {
     "train_text_encoder": _FREED,
     "text_encoder_lr": f"{_FREED}, at --learning_rate",
     "adam_weight_decay_text_encoder": f"{_FREED}; leave it out",
-    "validation_prompt": _DRAW,
-    "num_validation_images": "inference.py takes --num_images",
-    "validation_epochs": _DRAW,
     "push_to_hub": _UPLOAD,
     "hub_token": f"type `hf auth login`; then {_UPLOAD}",
     "hub_model_id": _UPLOAD,
@@ -829,6 +826,7 @@ class TrainingFlags:
     optimizer: OptimizerConfig
     average: AverageFlags
     run: RunConfig
+    watch: WatchFlags
     base: BaseFlags
     step: StepFlags
     flow: FlowConfig

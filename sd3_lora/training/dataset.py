@@ -66,6 +66,31 @@ class TrainingData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def variants_of(self, index: int) -> tuple[str, ...]:
+        """The crops of a picture that are drawn from."""
+        return self.variants[self.images[index].image_id]
+
+    def held_back(self, index: int) -> tuple[str, ...]:
+        """The crops of a picture, of the shape of those that are drawn from, which the cache has beside them."""
+        drawn_from = self.variants_of(index)
+        cached = self._cache.variants(self.images[index].image_id)
+        size = size_of_variant(drawn_from[0])
+        plain = (name for name in cached if not number_of_variant(name))
+        return tuple(name for name in plain if name not in drawn_from and size_of_variant(name) == size)
+
+    def posterior(self, index: int, variant: str) -> LatentPosterior:
+        """Of one crop of a picture, whether it is drawn from or not."""
+        return self._cache.read(self.images[index].image_id, variant)
+
+    def embedding(self, prompt: str) -> PromptEmbedding:
+        """Of any prompt that stage one has embedded."""
+        return self._embedding(prompt)
+
+    def class_prompt(self, asked: str | None) -> str | None:
+        """The class prompt that has an embedding: the flag's, else stage one's; None where there is none."""
+        known = self._store.prompts_with_role("class") if asked is None else (asked,)
+        return next((prompt for prompt in known if prompt in self._store), None)
+
     def counted(self) -> str:
         """How many pictures of each role, for the user."""
         subject, others = (

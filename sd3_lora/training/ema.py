@@ -50,6 +50,11 @@ class MovingAverage:
             average.lerp_(parameter, share)
         self._updates += counts
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The averages, which only `update` and `in_place` need."""
+        return self._averages
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside the block the averages are in the parameters' place, to save or to draw with them.

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sd3_lora.common.command_line import UserError, write_text_atomically
 
@@ -156,15 +156,22 @@ class LossLog:
 
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names."""
-        if self._path is None or not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        steps = [_step_of(line) for line in lines]  # the last is empty, or was cut off by a kill
-        damaged = [str(number) for number, read in enumerate(steps[:-1], 1) if read is None]
-        if damaged:
-            print(f"note: {self._path} is damaged in line {', '.join(damaged)}, which is left out")
-        kept = [line + "\n" for line, read in zip(lines[:-1], steps, strict=False) if read is not None and read <= step]
-        write_text_atomically(self._path, "".join(kept))
+        if self._path is not None:
+            keep_lines(self._path, step)
+
+
+def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops the JSON lines after `step` from a file, and damaged ones, which it names; returns the others' values."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    steps = [_step_of(line) for line in lines]  # the last is empty, or was cut off by a kill
+    damaged = [str(number) for number, read in enumerate(steps[:-1], 1) if read is None]
+    if damaged:
+        print(f"note: {path} is damaged in line {', '.join(damaged)}, which is left out")
+    kept = [line for line, read in zip(lines[:-1], steps, strict=False) if read is not None and read <= step]
+    write_text_atomically(path, "".join(line + "\n" for line in kept))
+    return [json.loads(line) for line in kept]
 
 
 def _step_of(line: str) -> int | None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.run_record import RunFacts, RunRecord
+from sd3_lora.gpu.set_aside import set_aside
 from sd3_lora.training.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
@@ -22,7 +24,7 @@ from sd3_lora.training.ema import MovingAverage
 from sd3_lora.training.run_changes import require_same_run
 from sd3_lora.training.schedule_free import averaged_weights
 from sd3_lora.training.trainables import Trainables
-from sd3_lora.transformer.lora import EMA_FILE, load_lora_tensors, lora_tensors, save_lora
+from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, load_lora_tensors, lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -72,6 +74,21 @@ class Training:
         schedule = self.lr_scheduler
         return [rate * factor(step) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
 
+    @contextmanager
+    def ready_to_draw(self) -> Iterator[None]:
+        """Inside the block the weights to draw with are in place: the average, where there is one.
+
+        What only the next step needs waits on the host. Afterwards all is as it was, bit for bit.
+        """
+        device = self.trainables.parameters[0].device
+        waiting = [tensor for state in self.optimizer.state.values() for tensor in _tensors_of(state)]
+        if self.average:
+            waiting += self.average.tensors
+        # Schedule-free AdamW computes its average from its state, and so before that is set aside.
+        in_place = self.average.in_place() if self.average else averaged_weights(self.optimizer)
+        with in_place, set_aside(waiting, device):
+            yield
+
     def state_dict(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """The state of this rank and of what the ranks share; tensors on the CPU.
 
@@ -101,6 +118,14 @@ class Training:
             self.average.load_state_dict(state["ema"])
         self.draws.generator.set_state(state["draws"])
         self.order.load_state_dict(state["order"])
+
+
+def _tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an optimizer's state of a parameter, which may be nested."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    for value in state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ():
+        yield from _tensors_of(value)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -148,7 +173,9 @@ class Outputs:
     limit: int | None
     command: str = ""
 
-    def save_lora(self, training: Training, folder: Path) -> Path:
+    def save_lora(
+        self, training: Training, folder: Path, file_name: str = LORA_FILE, average_name: str = EMA_FILE
+    ) -> Path:
         """Writes the LoRA in diffusers' format, and reads it back; then its moving average, if there is one.
 
         Returns:
@@ -156,11 +183,16 @@ class Outputs:
         """
         metadata = lora_metadata(self.record.facts, training.step)
         with averaged_weights(training.optimizer):  # of a schedule-free run
-            path = save_lora(folder, training.transformer, metadata)
+            path = save_lora(folder, training.transformer, metadata, file_name)
         if training.average:
             with training.average.in_place():
-                save_lora(folder, training.transformer, metadata, EMA_FILE)
+                save_lora(folder, training.transformer, metadata, average_name)
         return path
+
+    def save_lora_of_step(self, training: Training) -> Path:
+        """Writes the LoRA as it is now under a name that has the step, for the user to pick the best from."""
+        name = f"{self.folder.resolve().name}-step{training.step:08d}"
+        return self.save_lora(training, self.folder, f"{name}.safetensors", f"{name}_ema.safetensors")
 
     def kept(self) -> str:
         """What an interruption leaves, and the command that goes on."""

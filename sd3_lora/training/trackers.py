@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 
 # The modules of each tracker, of which one is enough.
 _MODULES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "comet_ml": ("comet_ml",)}
@@ -63,6 +65,13 @@ class Trackers:
             if not self._works(tracker.name, partial(tracker.log, dict(values), step=step)):
                 self._accelerator.trackers.remove(tracker)
 
+    def log_pictures(self, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+        """Sends pictures with their prompts, from rank 0."""
+        for tracker in list(self._accelerator.trackers):
+            send = _PICTURE_SENDERS.get(tracker.name)
+            if send and not self._works(tracker.name, partial(send, tracker, step, pictures)):
+                self._accelerator.trackers.remove(tracker)
+
     def __enter__(self) -> Trackers:
         return self
 
@@ -83,6 +92,33 @@ class Trackers:
             )
             return False
         return True
+
+
+def _to_tensorboard(tracker: Any, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+    by_prompt: dict[str, list[Image.Image]] = {}
+    for prompt, picture in pictures:
+        by_prompt.setdefault(prompt, []).append(picture)
+    for prompt, its_pictures in by_prompt.items():
+        pixels = np.stack([np.asarray(picture) for picture in its_pictures])  # (N, H, W, 3)
+        tracker.writer.add_images(f"validation/{prompt or '(empty)'}", pixels, step, dataformats="NHWC")
+
+
+def _to_wandb(tracker: Any, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+    import wandb  # its import takes seconds, and only this needs it
+
+    tracker.log({"validation": [wandb.Image(picture, caption=prompt) for prompt, picture in pictures]}, step=step)
+
+
+def _to_comet(tracker: Any, step: int, pictures: Sequence[tuple[str, Image.Image]]) -> None:
+    for number, (prompt, picture) in enumerate(pictures):
+        tracker.tracker.log_image(picture, name=f"{number:02d} {prompt}", step=step)
+
+
+_PICTURE_SENDERS: dict[str, Callable[[Any, int, Sequence[tuple[str, Image.Image]]], None]] = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_wandb,
+    "comet_ml": _to_comet,
+}
 
 
 def _has_wandb_key() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -35,6 +36,15 @@ def compile_blocks(transformer: SD3Transformer2DModel, compiled: Compiled) -> No
             embedder.register_forward_hook(_with_gradient)
     for block in transformer.transformer_blocks:
         block.compile()
+
+
+def uncompiled(compiled: Compiled) -> AbstractContextManager[object]:
+    """Within it the blocks run as they are: other shapes would have torch compile anew, and for any shape from then on.
+
+    Args:
+        compiled: how they were compiled, if they were.
+    """
+    return nullcontext() if compiled is Compiled.NO else torch.compiler.set_stance("force_eager")
 
 
 def _with_gradient(_module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

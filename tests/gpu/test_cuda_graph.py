@@ -414,3 +414,32 @@ def test_a_captured_step_is_the_step_bit_for_bit(recomputed: int, offload: bool,
     drop_workspaces(GPU)
     free_memory(GPU)
     assert torch.cuda.memory_reserved() <= reserved + 4 * 1024**2  # the results
+
+
+@needs_gpu
+def test_a_released_graph_gives_its_memory_back_and_is_captured_again() -> None:
+    """Between two steps something else needs the memory; the steps' numbers are those of a run without."""
+    weight = torch.randn(256, 256, device=GPU)
+    gradient = torch.zeros_like(weight)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        hidden = (x @ weight).relu().repeat(64, 1)
+        gradient.add_(hidden.t() @ hidden)
+        return hidden.sum()
+
+    results = []
+    for releases in (False, True):
+        gradient.zero_()
+        call = CapturedCall(compute, GPU, [gradient], asked=True, exact=True)
+        values = []
+        for step in range(3):
+            torch.manual_seed(step)
+            values.append(call(torch.randn(256, 256, device=GPU)).clone())
+            if releases:
+                held = torch.cuda.memory_reserved()
+                call.release()
+                assert torch.cuda.memory_reserved() < held
+                torch.randn(1024, 1024, device=GPU)  # something else
+        assert call.captured
+        results.append((torch.stack(values), gradient.clone()))
+    assert all(map(torch.equal, *results))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 from sd3_lora.common.command_line import UserError
@@ -13,9 +14,10 @@ from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
 from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, open_budget, sentence
+from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
-from sd3_lora.plan.memory_plan import Plan, plan_denoising, plan_training
+from sd3_lora.plan.memory_plan import DrawingBetween, Plan, drawn_together, plan_denoising, plan_training
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.plan.step_time import (
     PieceCost,
@@ -321,3 +323,49 @@ def test_the_predictions_of_training_were_within_8_percent_of_what_was_measured(
     configurations, *kinds = [len({tuple(row[name] for name in names) for row in rows}) for names in shapes]
     assert configurations >= 16
     assert kinds == [3, 3, 3, 2]
+
+
+# Pictures between the steps
+
+
+def drawing_of(decoding: int, rows: int = 2, side: int = 8) -> DrawingBetween:
+    return DrawingBetween(DenoisingShape(rows, (side, side), 97, torch.float16, 0), {"VAE": decoding})
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_drawing_between_the_steps_is_a_phase_of_the_plan(miniature_files: ModelFiles) -> None:
+    """Small, it changes no plan; large, it is the peak, and needs the budget for it."""
+    task, budget = task_of(miniature_files, SHAPE), budget_of(1 << 40)
+    without = plan_training(task, budget)
+    small = plan_training(replace(task, drawing=drawing_of(1000)), budget)
+    assert small.placement == without.placement
+    assert small.forecast.peak_bytes == without.forecast.peak_bytes == small.forecast.phases[0].peak_bytes
+    names = ["step", "denoise a validation picture", "decode a validation picture"]
+    assert [phase.name for phase in small.forecast.phases] == names
+    step, denoise, decode = (phase.parts for phase in small.forecast.phases)
+    assert step["weights"] == denoise["weights"] == decode["weights"]
+    trained = step["LoRA and optimizer"] / SHAPE.bytes_per_parameter
+    assert denoise["LoRA"] == decode["LoRA"] == 12 * trained  # itself, its gradient, and what the average replaces
+    assert decode["VAE"] == 1000
+    assert "working memory" in denoise
+
+    large = replace(task, drawing=drawing_of(without.forecast.peak_bytes))
+    plan = plan_training(large, budget)
+    assert plan.forecast.largest.name == "decode a validation picture"
+    assert plan.forecast.peak_bytes > without.forecast.peak_bytes
+    with pytest.raises(UserError, match="training takes at least"):
+        plan_training(large, budget_of(without.forecast.peak_bytes))
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_as_many_are_drawn_together_as_the_peak_has_room_for(miniature_files: ModelFiles) -> None:
+    task, budget = replace(task_of(miniature_files, SHAPE), drawing=drawing_of(1000)), budget_of(1 << 40)
+    assert drawn_together(task, Plan(plan_training(task, budget).placement, Forecast()), 9) == 4  # on a CPU
+    counts = []
+    for side in (8, 16, 32, 64):
+        task = replace(task, drawing=drawing_of(1000, side=side))
+        plan = plan_training(task, budget)
+        counts.append(drawn_together(task, plan, 9))
+        assert drawn_together(task, plan, 2) == min(2, counts[-1])
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (4, 1)

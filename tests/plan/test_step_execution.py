@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import DeviceConfig
@@ -19,7 +22,7 @@ from sd3_lora.plan.step_execution import (
     StepExecution,
     choose_execution,
 )
-from sd3_lora.transformer.compiled import Compiled, compile_blocks, start_compile_workers
+from sd3_lora.transformer.compiled import Compiled, compile_blocks, start_compile_workers, uncompiled
 from sd3_lora.transformer.placement import Placement
 
 import pytest
@@ -190,6 +193,31 @@ def test_blocks_are_compiled_whatever_was_compiled_before(monkeypatch: pytest.Mo
             counts.append(len(sizes))
     assert counts == [3, 6, 9, 12]
     assert all(isinstance(size, int) for found in sizes for size in found)  # none is a symbol
+
+
+@pytest.mark.parametrize("compiled", [Compiled.ALWAYS, Compiled.NO])
+def test_what_is_drawn_between_the_steps_compiles_nothing(monkeypatch: pytest.MonkeyPatch, compiled: Compiled) -> None:
+    """Other shapes would have torch compile for any shape, and so change the steps' numbers."""
+    runs: list[list[int]] = []
+
+    def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Callable[..., Any]:
+        def run(*words: Any) -> Any:
+            runs.append([size for example in examples for size in example.shape])
+            return graph(*words)
+
+        return run
+
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: original(block, backend=backend))
+    transformer = make_transformer()
+    if compiled is not Compiled.NO:
+        compile_blocks(transformer, compiled)
+    for step in (0, 2, 0):  # of other numbers of tokens
+        count = len(runs)
+        with uncompiled(compiled) if step == 2 else nullcontext():
+            transformer(**inputs(step, CPU))
+        assert len(runs) - count == (6 if step == 0 and compiled is not Compiled.NO else 0)
+    assert all(isinstance(size, int) for run in runs for size in run)  # none is a symbol
 
 
 @pytest.mark.parametrize(("trained", "has_gradient"), [((0, 1, 2, 3, 4, 5), True), ((4, 5), False)])

@@ -35,7 +35,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     commands = [shlex.split(line)[1:] for line in bash_lines() if line.startswith("python ")]
     assert commands.pop(0)[:1] == ["examples/demo.py"]  # which test_demo.py runs
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
-    assert [len(bare), len(sd3)] == [4, 7]
+    assert [len(bare), len(sd3)] == [4, 8]
     said = ""
     for folder, group in (("miniature", bare), ("sd3", sd3)):
         (tmp_path / folder).mkdir()
@@ -52,6 +52,11 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
     assert (outputs / "lora-with-prior" / "pytorch_lora_weights.safetensors").is_file()
+    assert [path.name for path in sorted((outputs / "watched" / "samples").iterdir())] == [
+        "sheet.webp",
+        "step_000000",
+        "step_000003",
+    ]
     assert [path.name for path in sorted(Path("dogs").glob("*.png"))] == ["class_0000.png", "class_0001.png"]
     assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
     assert said.count("no text encoder is loaded") == 2  # the README's own prompts were embedded by its first commands

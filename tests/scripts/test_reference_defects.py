@@ -276,11 +276,24 @@ def test_15_a_nan_embedding_stops_the_run(script, prepared: Prepared, tmp_path: 
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_16_validation_is_not_run_on_the_live_transformer(script, prepared: Prepared) -> None:
+def test_16_validation_leaves_no_hook_on_the_live_transformer(
+    script, training, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Validation leaves offload hooks on it: every later step moves it to the CPU and back."""
-    refused = script(TRAINING_SCRIPT, *prepared.flags, "--validation_prompt", "a dog")
-    assert refused.code == 2
-    assert "draw a checkpoint with inference.py" in refused.err
+    hooks: list[tuple[int, ...]] = []
+    original = training.look
+
+    def look(state, *words) -> float:
+        seconds = original(state, *words)
+        modules = list(state.transformer.modules())
+        hooks.append(tuple(len(m._forward_hooks) + len(m._forward_pre_hooks) + hasattr(m, "_hf_hook") for m in modules))
+        return seconds
+
+    monkeypatch.setattr(training, "look", look)
+    words = ["--validation_prompt", PROMPT, "--validation_num_steps", 1, "--device", "cpu", "--max_train_steps", 2]
+    assert script(TRAINING_SCRIPT, *prepared.flags, *words, "--output_dir", tmp_path).code == 0
+    assert len(hooks) == 3
+    assert not any(map(any, hooks))
 
 
 def test_17_sigma_sqrt_is_finite_at_every_timestep() -> None:

@@ -1,0 +1,176 @@
+"""Pictures of a model that is being trained: the same prompts from the same noise each time, and a sheet of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.drawing.pictures import PicturePlan, folder_name
+from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
+from sd3_lora.drawing.validation_sheet import ValidationSheet
+from sd3_lora.stage_one.vae import load_vae
+from sd3_lora.stage_one.vae_tiles import VaeTile
+from sd3_lora.transformer.velocity import VelocityModel
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+VAE_PRECISION = "fp32"  # as inference.py's
+
+
+@dataclass(frozen=True)
+class ValidationTask:
+    """What is drawn each time.
+
+    Attributes:
+        prompts: distinct, in their order.
+        num_images: of each prompt.
+        sampling: how they are denoised.
+        seed: of the starting noise.
+        size: of the pictures.
+        together: pictures that are denoised at a time.
+        tile: what the VAE decodes at a time.
+        settings: more that decides the pixels, as plain JSON types, to be noted in the pictures.
+    """
+
+    prompts: tuple[str, ...]
+    num_images: int
+    sampling: SamplingSettings
+    seed: int
+    size: PictureSize
+    together: int
+    tile: VaeTile
+    settings: Mapping[str, Any]
+
+    def pictures(self, folder: Path, step: int) -> list[PicturePlan]:
+        """All pictures of a step, in the order of the sheet's columns."""
+        noted = {
+            **self.settings,
+            "training_step": step,
+            "negative_prompt": self.sampling.negative_prompt,
+            "steps": self.sampling.num_steps,
+            "guidance": self.sampling.guidance,
+            "height": self.size.height,
+            "width": self.size.width,
+            "seed": self.seed,
+            "vae_precision": VAE_PRECISION,
+        }
+        return [
+            PicturePlan(
+                prompt,
+                index,
+                folder / f"{place:02d}_{folder_name(prompt)}_{index:02d}.png",
+                {**noted, "prompt": prompt, "image_index": index},
+                is_drawn=False,
+            )
+            for place, prompt in enumerate(self.prompts)
+            for index in range(self.num_images)
+        ]
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """A picture with its prompt."""
+
+    prompt: str
+    picture: Image.Image
+
+
+class Validation:
+    """Draws into `samples/step_NNNNNN/`, and keeps the sheet of all steps beside these folders.
+
+    Args:
+        task: what is drawn.
+        files: the model.
+        embeddings: of the task's prompts and of its negative prompt.
+        folder: `samples`; it need not exist yet.
+        goes_on: whether the run was resumed, and the sheet with it.
+    """
+
+    def __init__(
+        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, goes_on: bool = False
+    ):
+        self.task, self.folder = task, folder
+        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, goes_on)
+        self._sampler: Sampler | None = None
+        self._vae: AutoencoderKL | None = None  # on the host between two drawings
+
+    @property
+    def sheet_path(self) -> Path:
+        """Of the sheet."""
+        return self._sheet.path
+
+    def step_folder(self, step: int) -> Path:
+        """Where the pictures of a step are."""
+        return self.folder / f"step_{step:06d}"
+
+    def draw(
+        self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
+    ) -> list[DrawnPicture]:
+        """Draws all pictures, writes them, and adds a row to the sheet.
+
+        Leaves the model and torch's generators as they were. On the device there is first the transformer's working
+        memory, and then, once that is freed, the VAE with its own.
+
+        Args:
+            model: with the weights to draw with in place.
+            device: where it is.
+            step: the optimizer steps that it has taken.
+            stop: is asked between two pictures whether to leave out those to come.
+
+        Raises:
+            UserError: a picture is not finite; those before it are written.
+            OSError: a picture cannot be written.
+        """
+        plans = self.task.pictures(self.step_folder(step), step)
+        latents = self._denoise(model, plans, stop)
+        drop_workspaces(device)
+        free_memory(device)
+        try:
+            return self._decode(plans[: len(latents)], latents, device)
+        finally:
+            self._sheet.write(step)  # of those that are written, where one is not finite
+
+    def _denoise(
+        self, model: VelocityModel, plans: Sequence[PicturePlan], stop: Callable[[], bool]
+    ) -> list[torch.Tensor]:
+        if self._sampler is None:
+            self._sampler = Sampler.of_live(model, self._files.read_scheduler_config())
+        channels, vae_scale = self._files.latent_channels_and_scale()
+        shape = (channels, *self.task.size.latent(vae_scale))
+        latents: list[torch.Tensor] = []
+        for start in range(0, len(plans), self.task.together):
+            if stop():
+                break
+            batch = plans[start : start + self.task.together]
+            noise = torch.stack([plan.noise(shape) for plan in batch])
+            prompts = [plan.prompt for plan in batch]
+            latents += self._sampler.denoise(noise, prompts, self._embeddings, self.task.sampling)
+        return latents
+
+    def _decode(
+        self, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor], device: torch.device
+    ) -> list[DrawnPicture]:
+        if self._vae is None:
+            self._vae = load_vae(self._files, VAE_PRECISION, device, self.task.tile)
+        vae, errors, drawn = self._vae.to(device), [], []
+        try:
+            for plan, each in zip(plans, latents, strict=True):
+                try:
+                    drawn.append(DrawnPicture(plan.prompt, decode(vae, each)))
+                except UserError as error:
+                    errors.append(error)
+                    continue
+                plan.save(drawn[-1].picture)
+        finally:
+            vae.to("cpu")
+        if errors:
+            raise errors[0]
+        return drawn
