@@ -141,8 +141,8 @@ def _caption(picture: SheetPicture, is_numbered: bool) -> str:
     return f"{picture.index + 1}: {picture.variant}" if is_numbered else picture.variant
 
 
-def wrap(text: str, font: _Font, width_px: int) -> list[str]:
-    """The text in lines of at most `width_px`; what `CAPTION_LINES` do not hold ends in an ellipsis."""
+def wrap(text: str, font: _Font, width_px: int, most_lines: int = CAPTION_LINES) -> list[str]:
+    """The text in lines of at most `width_px`; what so many lines do not hold ends in an ellipsis."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -150,8 +150,8 @@ def wrap(text: str, font: _Font, width_px: int) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > CAPTION_LINES:
-        lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " …"]
+    if len(lines) > most_lines:
+        lines = [*lines[: most_lines - 1], lines[most_lines - 1] + " …"]
     return lines
 
 

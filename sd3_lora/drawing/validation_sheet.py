@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -11,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from sd3_lora.drawing.contact_sheet import wrap
+from sd3_lora.drawing.picture_metadata import read_settings
+
+from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, FAINT, FRAME = "#ffffff", "#202124", "#5f6368", "#dadce0"
 MARGIN_PX, GAP_PX, HEADER_GAP_PX, LABEL_GAP_PX, LINE_PX = 28, 12, 14, 20, 18
@@ -77,14 +79,12 @@ class ValidationSheet:
         """A picture of this project, no larger than the sheet shows it; None for any other file."""
         key = path, path.stat().st_mtime_ns
         if key not in self._small:
-            try:
-                with Image.open(path) as opened:
-                    opened.load()
-                    noted = json.loads(opened.text["sd3_lora"])  # type: ignore[attr-defined]
-                    column = str(noted["prompt"]), int(noted["image_index"])
-                    picture = opened.convert("RGB")
-            except (OSError, UnidentifiedImageError, AttributeError, KeyError, TypeError, ValueError):
+            noted = read_settings(path)
+            if noted is None or not {"prompt", "image_index"} <= noted.keys():
                 return None
+            column = str(noted["prompt"]), int(noted["image_index"])
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
             picture.thumbnail((LARGEST_CELL_PX, LARGEST_CELL_PX), Image.Resampling.LANCZOS)
             self._small[key] = column, picture
         return self._small[key]
@@ -106,7 +106,10 @@ def draw_sheet(rows: Sequence[SheetRow]) -> Image.Image:
     left = MARGIN_PX + label_px
     xs = _places(columns, left, cell[0])
     groups = [(prompt, count, xs[start]) for prompt, start, count in _groups(columns)]
-    texts = [wrap(prompt, prompt_font, count * (cell[0] + GAP_PX) - GAP_PX) for prompt, count, _ in groups]
+    texts = [
+        wrap(prompt or "(empty)", prompt_font, count * (cell[0] + GAP_PX) - GAP_PX, PROMPT_LINES)
+        for prompt, count, _ in groups
+    ]
     most_lines = max(map(len, texts))
     top = MARGIN_PX + LINE_PX * most_lines + HEADER_GAP_PX
     most = max(2, (MOST_PX - top - MARGIN_PX + GAP_PX) // (cell[1] + GAP_PX))
@@ -184,17 +187,3 @@ def _spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
-    """The text in lines of at most this width; what `PROMPT_LINES` do not hold ends in an ellipsis."""
-    lines = [""]
-    for word in text.split() or ["(empty)"]:
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width_px or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > PROMPT_LINES:
-        lines = [*lines[: PROMPT_LINES - 1], lines[PROMPT_LINES - 1] + " …"]
-    return lines

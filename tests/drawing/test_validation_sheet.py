@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sd3_lora.drawing import validation_sheet
+from sd3_lora.drawing.contact_sheet import wrap
 from sd3_lora.drawing.pictures import PicturePlan
-from sd3_lora.drawing.validation_sheet import GAP_PX, MARGIN_PX, SheetRow, ValidationSheet, draw_sheet, wrap
+from sd3_lora.drawing.validation_sheet import GAP_PX, MARGIN_PX, SheetRow, ValidationSheet, draw_sheet
 
 import pytest
 from PIL import Image, ImageFont
@@ -116,8 +117,7 @@ def test_many_columns_are_small_and_many_rows_are_thinned(monkeypatch: pytest.Mo
 def test_long_prompts_are_wrapped() -> None:
     font = ImageFont.load_default(13)
     assert wrap("a photo of a dog", font, 1000) == ["a photo of a dog"]
-    lines = wrap("word " * 200, font, 200)
+    lines = wrap("word " * 200, font, 200, 5)
     assert len(lines) == 5
     assert lines[-1].endswith(" …")
     assert all(font.getlength(line) <= 220 for line in lines)
-    assert wrap("", font, 200) == ["(empty)"]
