@@ -18,8 +18,8 @@ import tables
 @pytest.mark.parametrize(
     ("document", "count"),
     [
-        ("README.md", 5),
-        ("docs/memory.md", 10),
+        ("README.md", 4),
+        ("docs/memory.md", 11),
         ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
         ("docs/methods.md", 1),
