@@ -760,8 +760,9 @@ def make_validation(
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
         return None
-    embeddings = {prompt: data.embedding(prompt) for prompt in validation_prompts(flags.watch)}
-    prompts, work = validation_prompts(flags.watch)[:-1], validation_work(flags, task.files)
+    *prompts, negative_prompt = validation_prompts(flags.watch)
+    embeddings = {prompt: data.embedding(prompt) for prompt in (*prompts, negative_prompt)}
+    work = validation_work(flags, task.files)
     count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
     room = budget
     if budget:
@@ -776,7 +777,7 @@ def make_validation(
         "average": "ema" if flags.average.use_ema else None,
     }
     what = ValidationTask(
-        prompts,
+        tuple(prompts),
         flags.watch.num_validation_images,
         validation_sampling(flags.watch),
         flags.watch.validation_seed,
@@ -829,15 +830,14 @@ def make_batches(
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
-    dropout, prior = flags.data, None
-    if data.prior_prompts:
-        prior = PriorPrompts(data.prior_embeddings(), flags.prior.share)
+    prior = PriorPrompts(data.prior_embeddings(), flags.prior.share) if data.prior_prompts else None
     vae_config, dtype = files.read_config("vae"), training.model.dtype
     taken = training.step * flags.run.gradient_accumulation_steps
     sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
     early = 2 if training.ahead else 1
-    parts = EncoderDropout.of(files, dropout.clip_l_dropout, dropout.clip_g_dropout, dropout.t5_dropout)
-    return MicroBatches(training.order, data, sampler, early, dropout.caption_dropout, parts)
+    asked = flags.data
+    encoder_dropout = EncoderDropout.of(files, asked.clip_l_dropout, asked.clip_g_dropout, asked.t5_dropout)
+    return MicroBatches(training.order, data, sampler, early, asked.caption_dropout, encoder_dropout)
 
 
 def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:

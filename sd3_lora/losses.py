@@ -186,7 +186,7 @@ def run(argv: Sequence[str] | None) -> None:
     output_dir = Path(config.output_dir)
     data_config, model_config = as_in_run(data_config, output_dir), as_in_run(model_config, output_dir)
     if model_config.is_miniature:
-        say_miniature("-m sd3_lora.losses")
+        say_miniature("sd3_lora.losses")
     device = choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()

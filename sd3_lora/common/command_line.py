@@ -36,6 +36,7 @@ PATH_FLAGS = {
     "latents_path",
     "logging_dir",
     "lora",
+    "mask_data_dir",
     "outdir",
     "output",
     "output_dir",
@@ -558,11 +559,19 @@ def require_writable_folder(folder: Path) -> None:
         raise UserError(f"cannot write to {folder} ({error.strerror}): give another folder") from error
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes UTF-8 to a temporary name beside `path` and renames it."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes to a temporary name beside `path` and renames it; an attempt that fails leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Likewise, UTF-8 with the line ends of the system."""
+    write_atomically(path, text.replace("\n", os.linesep).encode())
 
 
 def read_text_lines(path: Path) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sd3_lora.common.command_line import write_atomically
 from sd3_lora.drawing.config import PictureFormat
 from sd3_lora.drawing.picture_metadata import encoded, read_settings
 
@@ -216,7 +216,5 @@ def _draw_row(sheet: Image.Image, laid_out: _LaidOut, top: int, heading_font: _F
 def save_sheet(sheet: Image.Image, folder: Path, kind: PictureFormat) -> Path:
     """Writes a run's sheet in place of the last one, atomically; returns its path."""
     path = folder / f"{SHEET_NAME}.{kind}"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(encoded(sheet, kind))
-    os.replace(temporary, path)
+    write_atomically(path, encoded(sheet, kind))
     return path

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.command_line import write_atomically
 from sd3_lora.drawing.config import PictureFormat
 from sd3_lora.drawing.picture_metadata import picture_file, read_settings
 
@@ -84,12 +84,7 @@ class PicturePlan:
     def write(self, content: bytes) -> None:
         """Writes what `file_bytes` gave, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.path, content)
 
 
 def plan_pictures(

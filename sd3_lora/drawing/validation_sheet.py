@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.drawing.contact_sheet import wrap
-from sd3_lora.drawing.picture_metadata import read_settings
+from sd3_lora.common.command_line import write_atomically
+from sd3_lora.drawing.contact_sheet import FAINT, FRAME, INK, LINE_PX, MARGIN_PX, PAPER, wrap
+from sd3_lora.drawing.picture_metadata import encoded, read_settings
 
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK, FAINT, FRAME = "#ffffff", "#202124", "#5f6368", "#dadce0"
-MARGIN_PX, GAP_PX, HEADER_GAP_PX, LABEL_GAP_PX, LINE_PX = 28, 12, 14, 20, 18
+GAP_PX, HEADER_GAP_PX, LABEL_GAP_PX = 12, 14, 20
 PROMPT_LINES = 5
 LARGEST_CELL_PX, SMALLEST_CELL_PX = 256, 128  # of a picture's longer side
 USUAL_WIDTH_PX = 2400  # cells shrink rather than exceed it, down to the smallest
@@ -58,12 +57,7 @@ class ValidationSheet:
         rows = [row for row in self._read_rows() if row.step in self._drawn or (self._goes_on and row.step < step)]
         if not rows:
             return
-        temporary = self.folder / f".{self.path.name}.{os.getpid()}"
-        try:
-            draw_sheet(rows).save(temporary, format="WEBP", quality=90)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(self.path, encoded(draw_sheet(rows), "webp"))
 
     def _read_rows(self) -> list[SheetRow]:
         paths = self.folder.iterdir() if self.folder.is_dir() else ()

@@ -36,7 +36,6 @@ from sd3_lora.training.dataset import augmented_counts, choose_variants, images_
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 # What a stage-one command read, which training of the same folder need not be told again.
 _SOURCE_FLAGS = ("instance_data_dir", "concepts_list", "instance_prompt", "recursive")
-
 _MASK_FLAGS = ("mask_data_dir", "alpha_mask")
 _CLASS_FLAGS = ("class_data_dir", "num_class_images")  # that are as typed for training, whatever stage one was told
 

@@ -208,7 +208,9 @@ class PriorConfig:
     )
     prior_prompts_file: str | None = field(
         default=None,
-        metadata={"help": "Text file with more prompts for prediction, one a line, taken at random; all in stage one."},
+        metadata={
+            "help": "Text file with more prompts for prediction, one a line, taken at random; stage one embeds them."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -360,7 +362,6 @@ class LoraFlags:
             "root of the layer's."
         },
     )
-
     init_lora: str | None = field(
         default=None,
         metadata={"help": "Start from this LoRA: a folder, file or hub id, of this or another program."},
@@ -483,7 +484,7 @@ class OptimizerConfig:
         },
     )
     scale_lr: bool = field(
-        default=False, metadata={"help": "Multiply it by batch size, accumulation steps and processes."}
+        default=False, metadata={"help": "Multiply the learning rates by batch size, accumulation steps and processes."}
     )
     lr_scheduler: Literal[
         "linear",

@@ -82,10 +82,6 @@ class TrainingData:
         """Of one crop of a picture, whether it is drawn from or not."""
         return self._cache.read(self.images[index].image_id, variant)
 
-    def embedding(self, prompt: str) -> PromptEmbedding:
-        """Of any prompt that stage one has embedded."""
-        return self._embedding(prompt)
-
     def class_prompt(self, asked: str | None) -> str | None:
         """The class prompt that has an embedding: the flag's, else stage one's; None where there is none."""
         known = self._store.prompts_with_role("class") if asked is None else (asked,)
@@ -118,8 +114,10 @@ class TrainingData:
         return trigger_of(self._instance_prompts(), asked)
 
     def _instance_prompts(self) -> Iterator[str]:
-        images = (image for pool in self.pools if pool.role == "instance" for image in pool.images)
-        return (prompt for image in images for prompt in image.prompts)
+        return (prompt for image in self._instance_images() for prompt in image.prompts)
+
+    def _instance_images(self) -> Iterator[InstanceImage]:
+        return (image for pool in self.pools if pool.role == "instance" for image in pool.images)
 
     def prompts_of(
         self, indices: Sequence[int], turns: Sequence[int], dropped: torch.Tensor | None = None
@@ -145,7 +143,7 @@ class TrainingData:
 
     def prior_embeddings(self) -> list[PromptEmbedding]:
         """Of the prior prompts."""
-        return [self._embedding(prompt) for prompt in self.prior_prompts]
+        return [self.embedding(prompt) for prompt in self.prior_prompts]
 
     def batch(
         self, indices: Sequence[int], variant_draws: torch.Tensor, prompts: Sequence[str] | None = None
@@ -162,7 +160,7 @@ class TrainingData:
         for image, draw in zip(images, variant_draws.tolist(), strict=True):
             variants = self.variants[image.image_id]
             posteriors.append(self._posterior(image.image_id, variants[int(draw * len(variants))]))
-        embeddings = [self._embedding(prompt) for prompt in prompts or [image.prompt for image in images]]
+        embeddings = [self.embedding(prompt) for prompt in prompts or [image.prompt for image in images]]
         return TrainingBatch(
             image_ids=tuple(image.image_id for image in images),
             latent_mean=torch.stack([p.mean for p in posteriors]),
@@ -202,7 +200,7 @@ class TrainingData:
     def _measure_coverage(self) -> dict[str, float]:
         """For the id of each of the subject's pictures, the mean of its crops' masks."""
         coverage = {}
-        for image in (image for pool in self.pools if pool.role == "instance" for image in pool.images):
+        for image in self._instance_images():
             masks = [self._mask(image.image_id, variant) for variant in self.variants[image.image_id]]
             coverage[image.image_id] = float(torch.stack([mask.float().mean() for mask in masks]).mean())
             if not coverage[image.image_id]:
@@ -230,7 +228,8 @@ class TrainingData:
             self._posteriors[key] = posterior
         return posterior
 
-    def _embedding(self, prompt: str) -> PromptEmbedding:
+    def embedding(self, prompt: str) -> PromptEmbedding:
+        """Of any prompt that stage one has embedded."""
         if prompt in self._embeddings:
             return self._embeddings[prompt]
         embedding = self._store.read(prompt)

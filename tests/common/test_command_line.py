@@ -170,6 +170,7 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="cut off"):
         write_text_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # The command line as a whole

@@ -232,6 +232,12 @@ def test_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 # The scores
 
 
+def test_the_first_line_names_the_command_without_a_model(script: Script, tmp_path: Path) -> None:
+    result = script(SCRIPT, "--data_df_path", tmp_path / "missing.parquet", "--output_dir", tmp_path, "--device", "cpu")
+    assert result.code == 2
+    assert result.out.startswith("no --pretrained_model_name_or_path: sd3_lora.losses runs on the bundled miniature")
+
+
 def test_robust_scores() -> None:
     assert robust_scores([1.0, 2.0, 3.0, 4.0, 100.0]) == pytest.approx([v / 1.4826 for v in (-2, -1, 0, 1, 97)])
     assert robust_scores([1.0, 1.0, 1.0, 2.0]) == pytest.approx([0, 0, 0, 1 / (1.2533 * 0.25)])
