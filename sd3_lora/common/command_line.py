@@ -36,6 +36,7 @@ PATH_FLAGS = {
     "latents_path",
     "logging_dir",
     "lora",
+    "mask_data_dir",
     "outdir",
     "output",
     "output_dir",
