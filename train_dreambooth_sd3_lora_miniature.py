@@ -541,6 +541,11 @@ def lora_kind(lora: LoraFlags) -> LoraKind:
     )
 
 
+def lora_targets(lora: LoraFlags, transformer: SD3Transformer2DModel) -> list[str]:
+    """The layers that the LoRA changes, as the flags say."""
+    return target_modules(transformer, lora.layers, chosen_blocks(lora.blocks, len(transformer.transformer_blocks)))
+
+
 def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     """The LoRA to begin with, if any, checked before anything is loaded.
 
@@ -551,9 +556,8 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
         return None
     config, kind = files.read_config("transformer"), lora_kind(lora)
     start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
-    blocks = chosen_blocks(lora.blocks, config["num_layers"])
     hollow = make_hollow(config, torch.float32)
-    targets = target_modules(hollow, lora.layers, blocks)
+    targets = lora_targets(lora, hollow)
     require_start(start, kind.ranks_of(targets, lora.rank), kind)
     if kind.type != "lora":
         with torch.device("meta"):
@@ -571,8 +575,7 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
     if not flags.optimizer.rates:
         return
     lora, hollow = flags.lora, make_hollow(config, torch.float32)
-    targets = target_modules(hollow, lora.layers, chosen_blocks(lora.blocks, config["num_layers"]))
-    attach_lora(hollow, targets, lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
+    attach_lora(hollow, lora_targets(lora, hollow), lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
     require_patterns(flags.optimizer.rates, trained_names(hollow))
 
 
@@ -590,9 +593,7 @@ def load_training(
     processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        blocks = chosen_blocks(lora.blocks, len(transformer.transformer_blocks))
-        targets = target_modules(transformer, lora.layers, blocks)
-        kind = lora_kind(lora)
+        targets, kind = lora_targets(lora, transformer), lora_kind(lora)
         trained = attach_lora(transformer, targets, lora.rank, lora.alpha, lora.lora_dropout, seed, kind)
         if start:
             start_from(transformer, start.starts())
