@@ -157,6 +157,11 @@ ELSEWHERE = {
     "plan": "test_memory_plan.py",
     "report_to": "test_trackers.py",
     "logging_dir": "test_trackers.py",
+    "push_to_hub": "test_hub.py",
+    "hub_model_id": "test_hub.py",
+    "hub_token": "test_hub.py",
+    "hub_private": "test_hub.py",
+    "hub_checkpoints": "test_hub.py",
 }
 
 
