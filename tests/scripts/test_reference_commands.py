@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Result, save_pictures
 from diffusers import DiffusionPipeline
+from hub_server import TOKEN, Hub
 from safetensors import safe_open
 from training_runs import Script
 
@@ -197,15 +198,17 @@ def typed(script: Script, words: list[str]) -> Result:
     return result
 
 
-def test_readme_sd3s_dog(script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_sd3s_dog(
+    script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
     """One command, as there: stage one is run by itself, in processes of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     save_pictures(Path("dog"), [(80, 64), (64, 64)])
     words = words_of(DOG, tiny_sd3)
     assert [flag.partition("=")[0] for flag in owed(words)] == [
         "--validation_prompt",
         "--validation_epochs",
-        "--push_to_hub",
     ]
     result = typed(script, words)
     first, second = (line for line in result.out.splitlines() if "in a process of its own" in line)
@@ -213,22 +216,25 @@ def test_readme_sd3s_dog(script: Script, tiny_sd3: Path, tmp_path: Path, monkeyp
     assert "--instance_prompt 'a photo of sks dog'" in first
     assert second.startswith("latents holds no latents yet; in a process of its own: python precompute_latents.py ")
     assert "batch 1 × accumulation 4 × processes 1, 2 steps, learning rate 0.0004 constant, weighting" in result.out
-    assert Path("trained-sd3-lora/pytorch_lora_weights.safetensors").is_file()
+    lora = Path("trained-sd3-lora/pytorch_lora_weights.safetensors")
+    assert hub.repos["alice/trained-sd3-lora"][lora.name] == lora.read_bytes()
     again = script(TRAINING_SCRIPT, *(word for word in words if word not in owed(words)), "--output_dir", "again")
     assert again.code == 0
     assert "in a process of its own" not in again.out
 
 
-def test_readme_sd3s_yarn_art(script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_sd3s_yarn_art(
+    script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
     """With a data set of the library `datasets`, whose captions are not read without --caption_column."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     paths = save_pictures(tmp_path / "source", [(64, 64), (64, 90), (90, 64)])
     give_data_set(monkeypatch, "yarn", paths)
     words = words_of(YARN_ART, tiny_sd3)
     assert [flag.partition("=")[0] for flag in owed(words)] == [
         "--train_text_encoder",
         "--text_encoder_lr",
-        "--push_to_hub",
     ]
     result = typed(script, words)
     assert "data set yarn: 3 pictures" in result.out
@@ -238,6 +244,7 @@ def test_readme_sd3s_yarn_art(script: Script, tiny_sd3: Path, tmp_path: Path, mo
     with safe_open("trained-sd3-lora/pytorch_lora_weights.safetensors", "pt") as file:
         ranks = {len(file.get_tensor(key)) for key in file.keys() if ".lora_A." in key}  # noqa: SIM118
     assert ranks == {32}
+    assert "run.json" in hub.repos["alice/trained-sd3-lora"]
 
 
 def give_data_set(monkeypatch: pytest.MonkeyPatch, name: str, paths: list[Path]) -> None:

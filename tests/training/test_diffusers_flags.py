@@ -88,7 +88,7 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
 # What diffusers, too, needs beside a flag (--push_to_hub it does not ask for: without it these change nothing).
 PRIOR = ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", "dogs"]
 BESIDE: dict[str, list[str]] = {
-    **dict.fromkeys(("hub_model_id", "hub_token"), ["--push_to_hub"]),
+    **{name: ["--push_to_hub"] for name in ("hub_model_id", "hub_token")},
     **{name: ["--dataset_name", "yarn"] for name in ("caption_column", "dataset_config_name", "image_column")},
     **dict.fromkeys(("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"), PRIOR),
     **dict.fromkeys(("prior_generation_precision", "sample_batch_size", "with_prior_preservation"), PRIOR),

@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from sd3_lora.common.command_line import Secret
@@ -21,20 +20,6 @@ from PIL.PngImagePlugin import PngInfo
 from training_runs import Run, Script, train, training_script
 
 PUSH = ["--push_to_hub", "--hub_model_id", "alice/robot"]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """The stand-in, in place of the hub: nobody is logged in."""
-    hub = Hub()
-    for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    yield hub
-    hub.close()
 
 
 def push(script: Script, prepared: Prepared, folder: Path, *words: object, code: int = 0) -> Run:
