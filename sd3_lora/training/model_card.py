@@ -110,8 +110,12 @@ def _introduction(record: RunRecord) -> str:
     facts = record.facts
     name = _MODEL_NAMES.get(facts.base_model, facts.base_model)
     base = f"[{name}](https://huggingface.co/{facts.base_model})" if facts.revision else f"`{name}`"
-    trigger = f"\n\n**Trigger:** put {_code(facts.trigger)} into the prompt." if facts.trigger else ""
-    return f"A LoRA that teaches {base} one subject, from {_count(record)} by DreamBooth.{trigger}"
+    text = f"A LoRA that teaches {base} a subject, trained on {_count(record)} as DreamBooth does."
+    if not facts.trigger:
+        return text
+    if len(facts.prompts or ()) > 1:
+        return f"{text}\n\n**Trigger:** prompt it as its pictures are captioned, for example {_code(facts.trigger)}."
+    return f"{text}\n\n**Trigger:** put {_code(facts.trigger)} into the prompt."
 
 
 def _sheet(folder: Path) -> Iterator[str]:
@@ -127,6 +131,7 @@ def _usage(record: RunRecord, folder: Path) -> str:
         if (folder / EMA_FILE).is_file()
         else ""
     )
+    folder_note = "" if facts.revision else f"\n\n`{facts.base_model}` stands for the folder of the base model."
     return f"""## Use it
 
 With [diffusers](https://huggingface.co/docs/diffusers) and peft:
@@ -139,7 +144,7 @@ pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(facts.base_model)}
 pipeline.load_lora_weights("{FOLDER_IN_CARD}", weight_name="{LORA_FILE}")
 pipeline.enable_model_cpu_offload()
 pipeline({_literal(facts.trigger or "")}).images[0].save("picture.png")
-```
+```{folder_note}
 
 With ComfyUI: put `{LORA_FILE}` into `models/loras`, and the node *LoraLoaderModelOnly* between the checkpoint and the
 sampler. The text encoders are as they were.{average}"""
@@ -180,8 +185,8 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
             "prior preservation",
             f"{flags['num_class_images']} pictures of {_code(flags['class_prompt'])}, × {weight}",
         )
-    batch = f"{flags['train_batch_size']} × {accumulated} accumulated × {facts.processes} processes"
-    yield "steps", f"{results.steps}, each of {batch}"
+    batch = flags["train_batch_size"] * accumulated * facts.processes
+    yield "steps", f"{results.steps}, of {batch} picture{'' if batch == 1 else 's'} each"
     alpha = identity.get("--lora_alpha")
     yield "LoRA", f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
     yield "optimizer", f"{flags['optimizer']}, learning rate {_rate(flags)}, {flags['lr_scheduler']}"
@@ -191,12 +196,12 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     yield "seed", facts.seed
     if results.loss is not None:
         yield "loss, mean of the last steps", f"{results.loss:.4f}"
-    trained = [stage for stage in results.stages if stage.name == "train"]
-    if trained:
-        each = f", {results.ms_a_step:.0f} ms a step" if results.ms_a_step else ""
-        yield "time of the last session", f"{_duration(trained[-1].elapsed_s)}{each}"
+    if results.ms_a_step and results.steps:
+        whole_s = results.ms_a_step * results.steps / 1000
+        yield "time", f"{results.ms_a_step:.0f} ms a step, about {_duration(whole_s)} in all"
     if results.measured_bytes:
-        yield "peak GPU memory", f"{results.measured_bytes / 1024**3:.2f} GiB of {torch.cuda.get_device_name()}"
+        name = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+        yield "peak GPU memory", f"{results.measured_bytes / 1024**3:.2f} GiB{name}"
     host = max((stage.peak_host_gib for stage in results.stages), default=0)
     yield "peak host memory", f"{host:.2f} GiB"
     yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
@@ -211,7 +216,7 @@ def _captions(record: RunRecord) -> str:
     facts, flags = record.facts, _flags(record)
     prompts = {prompt for picture in _own_pictures(record) for prompt in (picture.prompt, *picture.other_prompts)}
     if len(prompts) > 1:
-        policy = f"{len(prompts)} different ones, of the pictures' own"
+        policy = f"{len(prompts)} different ones, written for the pictures"
     else:
         policy = f"one for all: {_code(next(iter(prompts), facts.trigger))}"
     more = []
@@ -259,7 +264,7 @@ A LoRA is a derivative of its base model, and so under the
 
 > {NOTICE}"""
     if licence:
-        name, link = licence.get("license_name") or licence.get("license", ""), licence.get("license_link")
+        name, link = licence.get("license_name") or licence.get("license", "").upper(), licence.get("license_link")
         return f"## Licence\n\nThat of the base model: {f'[{name}]({link})' if link else name}."
     return f"## Licence\n\nThat of the base model, `{facts.base_model}`: a LoRA is a derivative of it."
 
@@ -268,7 +273,7 @@ def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     if seconds < 120:
         return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _plain(text: str) -> str:
