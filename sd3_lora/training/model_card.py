@@ -11,7 +11,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS
 from sd3_lora.common.run_record import RunRecord, RunResults, flag_defaults
-from sd3_lora.training.config import HUB_FLAGS
+from sd3_lora.training.config import HUB_FLAGS, OptimizerConfig
 from sd3_lora.training.gallery import find_pictures, find_sheet
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
@@ -177,7 +177,7 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     facts, flags = record.facts, _flags(record)
     identity = record.identity.values
     accumulated, prior = flags["gradient_accumulation_steps"], flags["with_prior_preservation"]
-    yield "pictures", f"{_count(record)}, at {facts.resolution} px"
+    yield "pictures", f"{len(_own_pictures(record))}, at {facts.resolution} px"
     yield "captions", _captions(record)
     if prior:
         weight = f"{flags['prior_loss_weight']:g}"
@@ -189,7 +189,8 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     yield "steps", f"{results.steps}, of {batch} picture{'' if batch == 1 else 's'} each"
     alpha = identity.get("--lora_alpha")
     yield "LoRA", f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
-    yield "optimizer", f"{flags['optimizer']}, learning rate {_rate(flags)}, {flags['lr_scheduler']}"
+    optimizer = next(group for group in record.flags if isinstance(group, OptimizerConfig))
+    yield "optimizer", f"{optimizer.kind.name}, learning rate {optimizer.rate:g}, {optimizer.lr_scheduler}"
     yield "noise levels", flags["weighting_scheme"]
     yield "base weights in", facts.precision
     yield "T5 tokens", facts.max_sequence_length
@@ -205,10 +206,6 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     host = max((stage.peak_host_gib for stage in results.stages), default=0)
     yield "peak host memory", f"{host:.2f} GiB"
     yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
-
-
-def _rate(flags: Mapping[str, Any]) -> str:
-    return "the optimizer's own" if flags["learning_rate"] is None else f"{flags['learning_rate']:g}"
 
 
 def _captions(record: RunRecord) -> str:
@@ -259,7 +256,7 @@ def _licence(record: RunRecord, licence: Mapping[str, str]) -> str:
     if licence.get("license_name") == _STABILITY["license_name"]:
         return f"""## Licence
 
-A LoRA is a derivative of its base model, and so under the
+A LoRA is a derivative of its base model, and so it is under the
 [Stability AI Community License]({_STABILITY["license_link"]}). Powered by Stability AI.
 
 > {NOTICE}"""

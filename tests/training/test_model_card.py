@@ -102,7 +102,8 @@ def test_what_it_says(tmp_path: Path) -> None:
     text = card(tmp_path, facts, *words, *more, prompts=prompts)
     assert "[Stable Diffusion 3 Medium](https://huggingface.co/" in text
     for row in (
-        "| pictures | 2 pictures, at 1024 px |",
+        "| pictures | 2, at 1024 px |",
+        "| optimizer | AdamW, learning rate 0.0001, constant |",
         "| captions | 2 different ones, written for the pictures, dropped with a chance of 0.1 |",
         "| steps | 500, of 4 pictures each |",
         "| time | 600 ms a step, about 5 minutes in all |",
@@ -129,16 +130,20 @@ def test_only_whole_pictures_of_the_last_step(tmp_path: Path) -> None:
 
 
 RECORD: dict[str, Any] = {
-    "flags": {"pretrained_model_name_or_path": "org/sd3", "instance_data_dir": "C:\\me\\dog", "hub_token": "***"},
+    "flags": {"pretrained_model_name_or_path": "org/sd3", "instance_data_dir": "../me/dog", "hub_token": "***"},
     "model": "org/sd3",
     "revision": "a",
     "prompts": ["a /b/ c", "~dog"],
-    "stages": [{"name": "/home/me/x"}],
+    "stages": [{"name": "/home/me/x"}, {"name": "C:\\me\\y"}],
 }
 
 
 def test_the_public_record() -> None:
     public = public_record(RECORD)
     assert public["flags"] == {"pretrained_model_name_or_path": "org/sd3", "instance_data_dir": "dog"}
-    assert (public["model"], public["stages"], public["prompts"]) == ("org/sd3", [{"name": "x"}], RECORD["prompts"])
+    assert (public["model"], public["stages"], public["prompts"]) == (
+        "org/sd3",
+        [{"name": "x"}, {"name": "y"}],
+        RECORD["prompts"],
+    )
     assert public_record({**RECORD, "revision": None})["model"] == "sd3"
