@@ -45,6 +45,7 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     exit_code,
+    forget_secrets,
     require_writable_folder,
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
@@ -113,6 +114,8 @@ from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
+from sd3_lora.training.hub import HubRepo, open_repo
+from sd3_lora.training.hub_folder import make_hub_folder
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
@@ -945,7 +948,7 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record
-    write_model_card(outputs.folder / "README.md", record, results.steps or 0)
+    write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
@@ -961,9 +964,30 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
         print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
 
 
+def open_hub(flags: TrainingFlags, accelerator: Accelerator) -> HubRepo | None:
+    """The repository to upload to, on rank 0, if that is asked for; checked before anything is computed.
+
+    Raises:
+        UserError: the upload would fail.
+    """
+    if not (flags.hub.push_to_hub and accelerator.is_main_process):
+        return None
+    repo = open_repo(flags.hub, Path(flags.run.output_dir))
+    print(f"after training: upload to {repo.url} ({'private' if repo.is_private else 'public'})")
+    return repo
+
+
+def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
+    """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
+    if repo:
+        folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
+        print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
+
+
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
     flags = TrainingFlags(*COMMAND_LINE.parse(argv))
+    forget_secrets()
     output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
@@ -988,6 +1012,7 @@ def run(argv: Sequence[str] | None) -> None:
         say(line)
     if flags.budget.plan:
         return
+    hub = open_hub(flags, accelerator)
     files.component("transformer")  # here and whole before latents are made
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
@@ -1042,6 +1067,7 @@ def run(argv: Sequence[str] | None) -> None:
             write_what_is_missing(outputs, training, accelerator)
             if accelerator.is_main_process:
                 write_exports(output_dir, flags, files)
+            upload(hub, flags, training.step)
             return
     trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
     log = open_log(outputs, training.step, trackers, accelerator)
@@ -1069,6 +1095,7 @@ def run(argv: Sequence[str] | None) -> None:
         finish(outputs, flags, results)
         write_exports(output_dir, flags, files)
     accelerator.end_training()
+    upload(hub, flags, training.step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

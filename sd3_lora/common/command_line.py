@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -47,6 +47,7 @@ PATH_FLAGS = {
     "resume_from_checkpoint",
     "validation_prompts_file",
 }
+SECRET_FLAGS = {"hub_token"}  # in no command that is printed, and in no record of the command line
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
     "batch_size": ("train_batch_size", "vae_batch_size"),
@@ -127,6 +128,28 @@ NO_GUESS = {
 
 _OPENING_QUOTES, _CLOSING_QUOTES = "'‘“„«", "'’”“»"
 _SMALL_WORDS = {"a", "an", "and", "at", "in", "of", "on", "the", "with"}  # no prompt by themselves
+
+
+class Secret:
+    """The value of a flag that is shown nowhere: not printed, and not written with the other flags.
+
+    It is no dataclass: `asdict` would write its field.
+
+    Args:
+        value: as typed.
+    """
+
+    def __init__(self, value: str):
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash(self.value)
 
 
 class UserError(Exception):
@@ -514,23 +537,33 @@ def quoted(words: Iterable[str]) -> str:
     return " ".join(map(quote, words))
 
 
+def forget_secrets() -> None:
+    """Takes the flags of SECRET_FLAGS out of `sys.argv`, which trackers write down."""
+    sys.argv[1:] = _without(SECRET_FLAGS, sys.argv[1:])
+
+
+def _without(flags: Collection[str], argv: Sequence[str]) -> list[str]:
+    """The arguments without some flags that take one value each."""
+    arguments, kept = deque(argv), list[str]()
+    while arguments:
+        argument = arguments.popleft()
+        name, equals, _ = argument.partition("=")
+        if not argument.startswith("--") or name.lstrip("-").replace("-", "_") not in flags:
+            kept.append(argument)
+        elif not equals and arguments:
+            arguments.popleft()  # its value
+    return kept
+
+
 def command_again(script: str, argv: Sequence[str] | None, **changed: str) -> str:
-    """The command line that was typed, with some flags changed.
+    """The command line that was typed, with some flags changed, and without those of SECRET_FLAGS.
 
     Args:
         script: its name.
         argv: its arguments; None means those of the process.
         changed: flag → its value. Each of these flags takes one value.
     """
-    arguments = deque(sys.argv[1:] if argv is None else argv)
-    kept = []
-    while arguments:
-        argument = arguments.popleft()
-        name, equals, _ = argument.partition("=")
-        if not argument.startswith("--") or name.lstrip("-").replace("-", "_") not in changed:
-            kept.append(argument)
-        elif not equals and arguments:
-            arguments.popleft()  # its value
+    kept = _without({*changed, *SECRET_FLAGS}, sys.argv[1:] if argv is None else argv)
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun and accelerate launch
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
     return quoted([*launcher, script, *kept, *command_words("", **changed)[1:]])

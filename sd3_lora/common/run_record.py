@@ -140,6 +140,11 @@ class RunFacts:
     seed: int | None = None
 
     @property
+    def base_model(self) -> str:
+        """The model as strangers may know it: its hub id, or its folder's name without the path."""
+        return self.model if self.revision else Path(self.model).name
+
+    @property
     def predicted_bytes(self) -> int:
         """The predicted peak; 0 where nothing was predicted."""
         return sum(self.predicted_parts.values())

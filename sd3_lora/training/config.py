@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_type_hints
 
-from sd3_lora.common.command_line import HarmlessFlag, UserError, less_than_one, require_right
+from sd3_lora.common.command_line import HarmlessFlag, Secret, UserError, less_than_one, require_right
 from sd3_lora.common.config import (
     BudgetConfig,
     CropFlags,
@@ -52,16 +52,12 @@ WeightingScheme = Literal["logit_normal", "sigma_sqrt", "mode", "cosmap", "none"
 ENDING_SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 DEFAULT_STEPS = 500  # what the reference's notebook trains a subject of five pictures for
 
-_UPLOAD = "type `hf upload YOUR_NAME/MODEL OUTPUT_DIR` after training"
 _FREED = "the text encoders are freed before training; only the transformer is trained"
 # Flags of diffusers' scripts that are not here, with what to do instead.
 REFUSED_FLAGS = {
     "train_text_encoder": _FREED,
     "text_encoder_lr": f"{_FREED}, at --learning_rate",
     "adam_weight_decay_text_encoder": f"{_FREED}; leave it out",
-    "push_to_hub": _UPLOAD,
-    "hub_token": f"type `hf auth login`; then {_UPLOAD}",
-    "hub_model_id": _UPLOAD,
 }
 # Those that ask for what is always so.
 HARMLESS_FLAGS = {
@@ -818,6 +814,58 @@ class FlowConfig:
 
 
 @dataclass(frozen=True)
+class HubFlags:
+    """The upload to the hub. It begins once the LoRA is on disk."""
+
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the LoRA, its card and validation pictures after training."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Where to: OWNER/NAME or NAME. Default: your name and that of --output_dir."}
+    )
+    hub_token: Secret | None = field(
+        default=None,
+        metadata={"help": "A Write token. Default: that of `hf auth login`, which leaves none in the shell's history."},
+    )
+    hub_private: bool = field(
+        default=False, metadata={"help": "For your eyes only; one that is there and public is refused."}
+    )
+    hub_checkpoints: Literal["none", "lora", "all"] = field(
+        default="none",
+        metadata={
+            "help": "Checkpoints to upload too: of each its LoRA, or all of it, to resume elsewhere. All of it names "
+            "your pictures and their captions."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        require_right(self._faults())
+
+    def _faults(self) -> Iterator[str]:
+        if not self.push_to_hub:
+            typed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            yield from (
+                f"--{name} has no effect without --push_to_hub: add that, or leave --{name} out" for name in typed
+            )
+        if self.hub_token and not all("!" <= letter <= "~" for letter in self.hub_token.value or " "):
+            yield "--hub_token is no token of the hub: type it whole, without spaces, or type `hf auth login` instead"
+        if self.hub_model_id is not None:
+            from huggingface_hub.errors import HFValidationError
+            from huggingface_hub.utils import validate_repo_id
+
+            try:
+                validate_repo_id(self.hub_model_id)
+            except HFValidationError:
+                yield (
+                    f"--hub_model_id {self.hub_model_id} is no name that the hub takes: type OWNER/NAME of letters, "
+                    "digits, hyphens, underscores and dots"
+                )
+
+
+HUB_FLAGS = frozenset(f.name for f in fields(HubFlags))  # nobody else's business
+
+
+@dataclass(frozen=True)
 class TrainingFlags:
     """All the flags of training, by group, in the order of `--help`."""
 
@@ -834,6 +882,7 @@ class TrainingFlags:
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
+    hub: HubFlags
 
     def __post_init__(self) -> None:
         if self.average.use_ema and self.optimizer.kind == SCHEDULE_FREE_ADAMW:

@@ -1,20 +1,44 @@
-"""The model card that lies beside a trained LoRA."""
+"""The model card that lies beside a trained LoRA, and goes to the hub with it."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from sd3_lora.common.run_record import RunRecord
+from sd3_lora.common.command_line import PATH_FLAGS
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, flag_defaults
+from sd3_lora.training.config import HUB_FLAGS, OptimizerConfig
+from sd3_lora.training.gallery import find_pictures, find_sheet
+from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+FOLDER_IN_CARD = "THIS_FOLDER"  # where the hub's copy has the repository's name
+NOTICE_FILE = "NOTICE"
+NOTICE = (
+    "This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd. "
+    "All Rights Reserved"
+)
 # A LoRA is a derivative of its base model and carries the base model's licence.
 _STABILITY = {
     "license": "other",
     "license_name": "stabilityai-ai-community",
     "license_link": "https://stability.ai/license",
 }
+_MODEL_NAMES = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "Stable Diffusion 3 Medium",
+    "stabilityai/stable-diffusion-3.5-medium": "Stable Diffusion 3.5 Medium",
+    "stabilityai/stable-diffusion-3.5-large": "Stable Diffusion 3.5 Large",
+}
+_TAGS = [
+    *("text-to-image", "diffusers", "diffusers-training", "lora", "dreambooth"),
+    *("template:sd-lora", "stable-diffusion-3", "sd3"),
+]
 
 _LYCORIS = {"lokr": "LoKr", "loha": "LoHa"}
 _IN_OTHERS = (
@@ -24,58 +48,252 @@ _IN_OTHERS = (
 
 
 def licence_of(base_model: str) -> dict[str, str]:
-    """The licence entries of the card; empty for a base model whose licence we do not know."""
-    if base_model.startswith("stabilityai/stable-diffusion-3"):
-        return dict(_STABILITY)
-    return {"license": "mit"} if base_model == "miniature" else {}
+    """The licence entries of the card: the base model's.
 
-
-def write_model_card(path: Path, record: RunRecord, steps: int) -> None:
-    """Writes the card.
+    Those of a folder are read from its own card. Empty for a base model whose licence we do not know.
 
     Args:
-        path: of the README.md.
-        record: of the run.
-        steps: optimizer steps that the LoRA was trained for.
+        base_model: a hub id, `miniature`, or a folder.
     """
-    facts, flags = record.facts, record.identity.values
-    base_model = facts.model
-    is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/", "~"))
+    if base_model.startswith("stabilityai/stable-diffusion-3"):
+        return dict(_STABILITY)
+    if base_model == "miniature":
+        return {"license": "mit"}
+    card = Path(base_model) / "README.md"
+    if not card.is_file():
+        return {}
+    try:
+        stated = ModelCard(card.read_text(encoding="utf-8-sig")).data.to_dict()
+    except Exception:  # of a YAML library: a card that nobody can read states nothing
+        return {}
+    if stated.get("license_name") == _STABILITY["license_name"]:
+        return dict(_STABILITY)  # its link is to a file beside that card
+    entries = {name: str(stated[name]) for name in _STABILITY if stated.get(name)}
+    if not entries.get("license_link", "").startswith("https://"):  # a file that is not here
+        entries.pop("license_link", None)
+    return entries
+
+
+def write_model_card(path: Path, record: RunRecord, results: RunResults) -> None:
+    """Writes the card. It names no folder: it is meant for strangers.
+
+    Args:
+        path: of the README.md, in the folder of the LoRA and its validation pictures.
+        record: of the run.
+        results: of the run.
+    """
+    facts, folder = record.facts, path.parent
+    trigger = facts.trigger or ""
+    pictures = find_pictures(folder)
+    licence = licence_of(facts.model)
     data = ModelCardData(
-        base_model=base_model if is_hub_id else None,
+        base_model=facts.base_model if facts.revision else None,
+        base_model_relation="adapter" if facts.revision else None,
         library_name="diffusers",
-        tags=["text-to-image", "lora", "dreambooth", "stable-diffusion-3", "diffusers"],
-        **licence_of(base_model),
+        pipeline_tag="text-to-image",
+        instance_prompt=facts.trigger,
+        tags=list(_TAGS),
+        widget=[
+            {"text": picture.prompt or trigger, "output": {"url": picture.path.relative_to(folder).as_posix()}}
+            for picture in pictures
+        ]
+        or None,
+        **licence,
     )
-    lora_type = flags["--lora_type"]
-    settings = {
-        "steps": steps,
-        **({} if lora_type == "lora" else {"kind": _LYCORIS[lora_type]}),
-        "rank": flags["--rank"],
-        "learning rate": flags["--learning_rate"],
-        "seed": facts.seed,
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    body = f"""# SD3 DreamBooth LoRA
+    parts = [
+        f"# SD3 DreamBooth LoRA: {_plain(trigger)}" if trigger else "# SD3 DreamBooth LoRA",
+        _introduction(record),
+        *(["<Gallery />"] if pictures else []),
+        *_sheet(folder),
+        _usage(record, folder),
+        _training(record, results),
+        _licence(record, licence),
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n").save(path)
 
-Trained on {base_model}. Say `{facts.trigger}` to draw the subject.
 
-{_in_diffusers(base_model, facts.trigger) if lora_type == "lora" else _IN_OTHERS.format(_LYCORIS[lora_type])}
+def _introduction(record: RunRecord) -> str:
+    facts = record.facts
+    name = _MODEL_NAMES.get(facts.base_model, facts.base_model)
+    base = f"[{name}](https://huggingface.co/{facts.base_model})" if facts.revision else f"`{name}`"
+    text = f"A LoRA that teaches {base} a subject, trained on {_count(record)} as DreamBooth does."
+    if not facts.trigger:
+        return text
+    if len(facts.prompts or ()) > 1:
+        return f"{text}\n\n**Trigger:** prompt it as its pictures are captioned, for example {_code(facts.trigger)}."
+    return f"{text}\n\n**Trigger:** put {_code(facts.trigger)} into the prompt."
 
-| setting | value |
+
+def _sheet(folder: Path) -> Iterator[str]:
+    sheet = find_sheet(folder)
+    if sheet:
+        yield f"![Validation pictures: steps down, prompts across]({sheet.relative_to(folder).as_posix()})"
+
+
+def _usage(record: RunRecord, folder: Path) -> str:
+    facts = record.facts
+    average = (
+        f"\n\n`{EMA_FILE}` is the moving average of the same run: another look at the same subject."
+        if (folder / EMA_FILE).is_file()
+        else ""
+    )
+    folder_note = "" if facts.revision else f"\n\n`{facts.base_model}` stands for the folder of the base model."
+    lora_type = _flags(record)["lora_type"]
+    drawn = _in_diffusers(facts) if lora_type == "lora" else _IN_OTHERS.format(_LYCORIS[lora_type])
+    return f"""## Use it
+
+{drawn}{folder_note}
+
+With ComfyUI: put `{LORA_FILE}` into `models/loras`, and the node *LoraLoaderModelOnly* between the checkpoint and the
+sampler. The text encoders are as they were.{average}"""
+
+
+def _training(record: RunRecord, results: RunResults) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _settings(record, results))
+    changed = _changed_flags(record)
+    table = f"""## Training
+
+| | |
 | --- | --- |
-{rows}
-"""
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}").save(path)
+{rows}"""
+    if not changed:
+        return table
+    return f"""{table}
+
+<details>
+<summary>All settings that are not the defaults</summary>
+
+| flag | value |
+| --- | --- |
+{changed}
+
+</details>"""
 
 
-def _in_diffusers(base_model: str, trigger: str | None) -> str:
-    return f"""```python
+def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, object]]:
+    """What most decides the result, and what it took."""
+    facts, flags = record.facts, _flags(record)
+    identity = record.identity.values
+    accumulated, prior = flags["gradient_accumulation_steps"], flags["with_prior_preservation"]
+    yield "pictures", f"{len(_own_pictures(record))}, at {facts.resolution} px"
+    yield "captions", _captions(record)
+    if prior:
+        weight = f"{flags['prior_loss_weight']:g}"
+        yield (
+            "prior preservation",
+            f"{flags['num_class_images']} pictures of {_code(flags['class_prompt'])}, × {weight}",
+        )
+    batch = flags["train_batch_size"] * accumulated * facts.processes
+    yield "steps", f"{results.steps}, of {batch} picture{'' if batch == 1 else 's'} each"
+    alpha = identity.get("--lora_alpha")
+    kind = _LYCORIS.get(flags["lora_type"], "LoRA")
+    yield kind, f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
+    optimizer = next(group for group in record.flags if isinstance(group, OptimizerConfig))
+    yield "optimizer", f"{optimizer.kind.name}, learning rate {optimizer.rate:g}, {optimizer.lr_scheduler}"
+    yield "noise levels", flags["weighting_scheme"]
+    yield "base weights in", facts.precision
+    yield "T5 tokens", facts.max_sequence_length
+    yield "seed", facts.seed
+    if results.loss is not None:
+        yield "loss, mean of the last steps", f"{results.loss:.4f}"
+    if results.ms_a_step and results.steps:
+        whole_s = results.ms_a_step * results.steps / 1000
+        yield "time", f"{results.ms_a_step:.0f} ms a step, about {_duration(whole_s)} in all"
+    if results.measured_bytes:
+        name = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+        yield "peak GPU memory", f"{results.measured_bytes / 1024**3:.2f} GiB{name}"
+    host = max((stage.peak_host_gib for stage in results.stages), default=0)
+    yield "peak host memory", f"{host:.2f} GiB"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+
+
+def _captions(record: RunRecord) -> str:
+    """How the pictures are captioned."""
+    facts, flags = record.facts, _flags(record)
+    prompts = {prompt for picture in _own_pictures(record) for prompt in (picture.prompt, *picture.other_prompts)}
+    if len(prompts) > 1:
+        policy = f"{len(prompts)} different ones, written for the pictures"
+    else:
+        policy = f"one for all: {_code(next(iter(prompts), facts.trigger))}"
+    more = []
+    if flags["caption_dropout"]:
+        more.append(f"dropped with a chance of {flags['caption_dropout']:g}")
+    if flags["shuffle_tags"]:
+        more.append("tags shuffled")
+    return ", ".join([policy, *more])
+
+
+def _own_pictures(record: RunRecord) -> list[Any]:
+    """Those of the subject, not of its class."""
+    flags = _flags(record)
+    of_class = flags["class_prompt"] if flags["with_prior_preservation"] else None
+    return [picture for picture in record.identity.pictures if picture.prompt != of_class]
+
+
+def _count(record: RunRecord) -> str:
+    count = len(_own_pictures(record))
+    return f"{count} picture" + ("" if count == 1 else "s")
+
+
+def _flags(record: RunRecord) -> dict[str, Any]:
+    return {name: value for group in record.flags for name, value in asdict(group).items()}
+
+
+def _changed_flags(record: RunRecord) -> str:
+    """The flags that are not at their defaults; without folders, and without what the hub is told."""
+    defaults = flag_defaults(type(group) for group in record.flags)
+    rows = [
+        f"| `--{name}` | {_code(value)} |"
+        for name, value in _flags(record).items()
+        if value != defaults.get(f"--{name}") and name not in PATH_FLAGS | HUB_FLAGS
+    ]
+    return "\n".join(rows)
+
+
+def _licence(record: RunRecord, licence: Mapping[str, str]) -> str:
+    facts = record.facts
+    if licence.get("license_name") == _STABILITY["license_name"]:
+        return f"""## Licence
+
+A LoRA is a derivative of its base model, and so it is under the
+[Stability AI Community License]({_STABILITY["license_link"]}). Powered by Stability AI.
+
+> {NOTICE}"""
+    if licence:
+        name, link = licence.get("license_name") or licence.get("license", "").upper(), licence.get("license_link")
+        return f"## Licence\n\nThat of the base model: {f'[{name}]({link})' if link else name}."
+    return f"## Licence\n\nThat of the base model, `{facts.base_model}`: a LoRA is a derivative of it."
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _plain(text: str) -> str:
+    """One line without what Markdown reads."""
+    return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(text.split()))
+
+
+def _code(value: object) -> str:
+    """As code in a table's cell or a line."""
+    text = " ".join(str(value).split()).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def _in_diffusers(facts: RunFacts) -> str:
+    return f"""With [diffusers](https://huggingface.co/docs/diffusers) and peft:
+
+```python
+import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(base_model)})
-pipeline.load_lora_weights("THIS_FOLDER")
-pipeline({_literal(trigger)}).images[0].save("picture.png")
+pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(facts.base_model)}, torch_dtype=torch.float16)
+pipeline.load_lora_weights("{FOLDER_IN_CARD}", weight_name="{LORA_FILE}")
+pipeline.enable_model_cpu_offload()
+pipeline({_literal(facts.trigger or "")}).images[0].save("picture.png")
 ```"""
 
 

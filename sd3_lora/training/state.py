@@ -146,7 +146,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 def lora_metadata(facts: RunFacts, step: int) -> dict[str, Any]:
     """The metadata of a LoRA's file; drawing reads the trigger, the resolution and the length."""
     return {
-        "base_model": facts.model,
+        "base_model": facts.base_model,
         "revision": facts.revision,
         "instance_prompts": list(facts.prompts or ()),
         "trigger": facts.trigger,

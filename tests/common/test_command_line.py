@@ -17,11 +17,13 @@ from sd3_lora.common.command_line import (
     CommandLine,
     HarmlessFlag,
     Interrupted,
+    Secret,
     UserError,
     command,
     command_again,
     command_words,
     exit_code,
+    forget_secrets,
     read_text_lines,
     require_right,
     require_writable_folder,
@@ -390,3 +392,13 @@ def test_an_interruption_in_good_order(capsys: pytest.CaptureFixture[str]) -> No
 
     assert exit_code(script, None) == 143
     assert capsys.readouterr().err == "\ninterrupted: all is kept\n"
+
+
+@pytest.mark.parametrize("token", [["--hub_token", "hf_x"], ["--hub-token=hf_x"]])
+def test_a_token_is_in_no_command_and_no_record(token: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["--push_to_hub", *token, "--rank", "8"]
+    assert command_again("script.py", typed) == "python script.py --push_to_hub --rank 8"
+    monkeypatch.setattr(sys, "argv", ["script.py", *typed])
+    forget_secrets()
+    assert sys.argv == ["script.py", "--push_to_hub", "--rank", "8"]
+    assert "hf_x" not in f"{Secret('hf_x')} {[Secret('hf_x')]}"

@@ -184,6 +184,11 @@ ELSEWHERE = {
     "early_warning_steps": "test_early_warning.py",
     "report_to": "test_trackers.py",
     "logging_dir": "test_trackers.py",
+    "push_to_hub": "test_hub.py",
+    "hub_model_id": "test_hub.py",
+    "hub_token": "test_hub.py",
+    "hub_private": "test_hub.py",
+    "hub_checkpoints": "test_hub.py",
 }
 
 

@@ -10,7 +10,7 @@ import importlib
 from dataclasses import asdict
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import Secret, UserError
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 import pytest
@@ -35,6 +35,8 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
     "dataset_name": ("Norod78/Yarn-art-style", "Norod78/Yarn-art-style"),
     "gradient_accumulation_steps": ("4", 4),
     "gradient_checkpointing": (None, True),
+    "hub_model_id": ("alice/dog", "alice/dog"),
+    "hub_token": ("hf_abc", Secret("hf_abc")),
     "image_column": ("image", "image"),
     "instance_data_dir": ("dog", "dog"),
     "instance_prompt": ("a photo of sks dog", "a photo of sks dog"),
@@ -66,6 +68,7 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
     "prodigy_decouple": ("True", True),
     "prodigy_safeguard_warmup": ("True", True),
     "prodigy_use_bias_correction": ("True", True),
+    "push_to_hub": (None, True),
     "random_flip": (None, True),
     "rank": ("32", 32),
     "repeats": ("2", 2),
@@ -81,10 +84,16 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
     "variant": ("fp16", "fp16"),
     "weighting_scheme": ("sigma_sqrt", "sigma_sqrt"),
     "with_prior_preservation": (None, True),
+    "num_validation_images": ("3", 3),
+    "validation_epochs": ("7", 7),
+    "validation_prompt": ("a photo", ["a photo"]),
 }
-# What diffusers, too, needs beside a flag.
+# What diffusers, too, needs beside a flag (--push_to_hub it does not ask for: without it these change nothing).
 PRIOR = ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", "dogs"]
 BESIDE: dict[str, list[str]] = {
+    "num_validation_images": ["--validation_prompt", "a photo"],
+    "validation_epochs": ["--validation_prompt", "a photo"],
+    **{name: ["--push_to_hub"] for name in ("hub_model_id", "hub_token")},
     **{name: ["--dataset_name", "yarn"] for name in ("caption_column", "dataset_config_name", "image_column")},
     **dict.fromkeys(("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"), PRIOR),
     **dict.fromkeys(("prior_generation_precision", "sample_batch_size", "with_prior_preservation"), PRIOR),
@@ -97,14 +106,8 @@ HARMLESS = {"cache_latents", "dataloader_num_workers", "local_rank", "upcast_bef
 # Flag → the issue that owes it.
 OWED = {
     "adam_weight_decay_text_encoder": 22,
-    "hub_model_id": 21,
-    "hub_token": 21,
-    "num_validation_images": 21,
-    "push_to_hub": 21,
     "text_encoder_lr": 22,
     "train_text_encoder": 22,
-    "validation_epochs": 21,
-    "validation_prompt": 21,
 }
 
 
