@@ -144,7 +144,7 @@ def test_lycoris_is_drawn_as_trained(script: Script, prepared: Prepared, tmp_pat
     card = (run.folder / "README.md").read_text()
     assert "ComfyUI" in card
     assert "load_lora_weights" not in card
-    assert f"| kind | {'LoKr' if type_ == 'lokr' else 'LoHa'} |" in card
+    assert f"| {'LoKr' if type_ == 'lokr' else 'LoHa'} | rank 4" in card
 
 
 def test_a_dora_on_4_bits(script: Script, prepared: Prepared, tmp_path: Path) -> None:
