@@ -189,6 +189,20 @@ def test_prompts_of_a_file_are_taken_at_random(
     assert f"--prompts_file {tmp_path / 'prompts.txt'}" in run.error
 
 
+def test_one_command_embeds_prior_and_validation_prompts(script: Script, private: Prepared, tmp_path: Any) -> None:
+    """compute_embeddings.py takes one file of prompts, and this run has two."""
+    for name, text in (("prior", "a photo of a fish\n"), ("drawn", "# later\na fish in it's bucket\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    words = ["--prior_term", "prediction", "--prior_prompts_file", tmp_path / "prior", "--max_train_steps", 1]
+    words += ["--validation_prompts_file", tmp_path / "drawn", "--validation_prompt", "a photo of sks robot at sea"]
+    words += ["--validation_num_steps", 1]
+    refused = train(script, private, tmp_path / "out", *words, code=2)
+    typed = shlex.split(refused.error.partition("`")[2].rpartition("`")[0])
+    assert typed[:2] == ["python", "compute_embeddings.py"]
+    assert script("compute_embeddings", *typed[2:]).code == 0
+    train(script, private, tmp_path / "out", *words)
+
+
 def test_modulations_ahead_need_as_many_rows_each_time(script: Script, prepared: Prepared, tmp_path: Any) -> None:
     streamed = ["--recompute_blocks", 2, "--stream_blocks", 2, "--prior_term", "prediction"]
     run = train(script, prepared, tmp_path / "out", *streamed, "--modulations_ahead", "on", code=2)
