@@ -746,6 +746,7 @@ def make_early_warning(
         flags.run.train_batch_size * flags.prior.pools,
         class_prompt,
         Path(flags.run.output_dir) / "early_warning.jsonl",
+        flags.prior.more,
     )
     warning.go_on_from(step)
     say(warning.sentence())

@@ -79,7 +79,7 @@ class StageOne:
                 "class_prompt": self.prior.class_prompt,
                 "max_sequence_length": data.max_sequence_length,
                 "output_path": data.data_df_path,
-                **self.more_prompts,
+                **self._more_prompts(),
             }
         else:
             recorded = recorded_flags(Path(data.latents_path) / "run.json", LatentConfig)
@@ -174,6 +174,16 @@ class StageOne:
         data = self.data
         names_pictures = data.instance_data_dir is not None or data.concepts_list is not None
         return names_pictures and data.data_df_path == EMBEDDINGS_PATH and not Path(EMBEDDINGS_PATH).exists()
+
+    def _more_prompts(self) -> dict[str, Any]:
+        """The flags with which compute_embeddings.py embeds what is drawn and what the base is kept on."""
+        flags, of_prior = dict(self.more_prompts), self.prior.prior_prompts_file
+        if of_prior is None:
+            return flags
+        drawn = flags.get("prompts_file")
+        if drawn is not None:  # the script takes one file
+            flags["validation_prompt"] = [*flags["validation_prompt"], *read_prompts(Path(drawn))]
+        return {**flags, "prompts_file": of_prior}
 
     def make_embeddings(self) -> None:
         """Runs `compute_embeddings.py` in another process, so that all memory of the text encoders is freed.
@@ -453,8 +463,6 @@ class StageOne:
                 f"--prior_term prediction needs the embedding of a class prompt, and {store.path} holds none: for a "
                 f"dog type `{remedy}`, for another subject what it is one of"
             )
-        if prior.prior_prompts_file is not None:
-            flags["prompts_file"] = prior.prior_prompts_file
         require_prompts(store, prompts, self.command("compute_embeddings.py", **flags))
         return prompts
 

@@ -267,6 +267,13 @@ class PriorConfig:
         return self.prior_term == "prediction"
 
     @property
+    def more(self) -> str:
+        """What holds a drifting run back more than these flags do."""
+        if self.prior_term is not None:
+            return "raise --prior_term_weight"
+        return "raise --prior_loss_weight" if self.with_prior_preservation else "add --with_prior_preservation"
+
+    @property
     def term_weight(self) -> float:
         """prior_term_weight, or the term's own; 0 without a term."""
         own = {None: 0.0, "prediction": 1.0, "preference": 10.0}[self.prior_term]

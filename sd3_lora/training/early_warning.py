@@ -80,6 +80,7 @@ class EarlyWarning:
         together: rows of a forward: those of a micro-batch, which has room for a gradient too.
         class_prompt: of the class; None where its loss is not measured.
         path: of the JSON lines.
+        against_drift: what would hold the class back, for the sentence.
     """
 
     def __init__(
@@ -90,7 +91,9 @@ class EarlyWarning:
         together: int,
         class_prompt: str | None,
         path: Path,
+        against_drift: str,
     ):
+        self._against_drift = against_drift
         self._data, self._vae_config, self._together = data, vae_config, together
         self._fixed = FixedNoise(table, NOISE_LEVELS, _NOISE_SEED)
         subject = [index for index, image in enumerate(data.images) if image.role == "instance"]
@@ -118,8 +121,9 @@ class EarlyWarning:
         return f"early warning: loss at {NOISE_LEVELS} noise levels of {pictures}, on crops {crops}{prompt}"
 
     def go_on_from(self, step: int) -> None:
-        """Keeps what was measured up to this step, and drops what a resumed run will measure again; at 0 all."""
-        self.history = [Measurement(**values) for values in keep_lines(self._path, step or -1)]
+        """Keeps what was measured and said up to this step, and drops what is to be measured again; at 0 all."""
+        for values in keep_lines(self._path, step or -1):
+            self.take(Measurement(**values))
 
     @torch.no_grad()
     def measure(self, model: VelocityModel, device: torch.device, step: int, training_loss: float) -> list[str]:
@@ -225,5 +229,5 @@ class EarlyWarning:
                 "drifts",
                 f"early warning: since step {then.step} the subject's loss has fallen by {fell:.4f}, and that of the "
                 f"class prompt {self._class[0].prompt!r} has risen by {rose:.4f}: more is forgotten than learned; pick "
-                f"an earlier LoRA, lower --learning_rate, or add --with_prior_preservation",
+                f"an earlier LoRA, lower --learning_rate, or {self._against_drift}",
             )

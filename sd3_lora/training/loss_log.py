@@ -155,9 +155,13 @@ class LossLog:
         )
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names."""
+        """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names.
+
+        The others count in `recent_mean`, as they do in a run that was not interrupted.
+        """
         if self._path is not None:
-            keep_lines(self._path, step)
+            losses = (line.get("loss") for line in keep_lines(self._path, step))
+            self.recent.extend(loss for loss in losses if isinstance(loss, float))
 
 
 def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:

@@ -119,7 +119,7 @@ def _prior_prompts_change(before: Sequence[str], now: Sequence[str]) -> RunChang
     remedy = "--prior_prompts_file" if len(before) > 1 else quoted(["--class_prompt", before[0]])
     return RunChange(
         f"with the prior prompt{'s' if len(before) > 1 else ''} {here}, not {other}",
-        f"give those of then as {remedy}" if len(before) > 1 else f"type {remedy}",
+        f"give those of then as {remedy}" if len(before) > 1 else f"type {remedy} without --prior_prompts_file",
     )
 
 

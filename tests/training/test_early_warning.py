@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,7 @@ def test_a_resumed_run_goes_on(script: Script, prepared: Prepared, tmp_path: Pat
     train(script, prepared, folder, *words)
     shutil.rmtree(folder / "checkpoint-3")
     run = train(script, prepared, folder, *words, "--max_train_steps", 4, "--resume_from_checkpoint", "latest")
-    left = ("step", "subject_loss", "class_loss")
-    assert [[line[name] for name in left] for line in lines(run)] == [
-        [line[name] for name in left] for line in lines(whole)
-    ]
+    assert lines(run) == lines(whole)
 
 
 def test_the_class_is_compared_with_the_base_alone(script: Script, prepared: Prepared, tmp_path: Path) -> None:
@@ -147,8 +145,7 @@ def history(subject: list[float], of_class: list[float], training: list[float]) 
     return [Measurement(50 * number, *values) for number, values in enumerate(columns)]
 
 
-@pytest.fixture
-def warning(prepared: Prepared, tmp_path: Path) -> EarlyWarning:
+def make_warning(prepared: Prepared, tmp_path: Path, *more: str) -> EarlyWarning:
     """Without measurements yet; whose pictures have crops that are held back."""
     module = importlib.import_module(TRAINING_SCRIPT)
     made: list[EarlyWarning] = []
@@ -158,10 +155,15 @@ def warning(prepared: Prepared, tmp_path: Path) -> EarlyWarning:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "EarlyWarning", make)
-        words = [*prepared.flags, *WARNS, "--device", "cpu", "--center_crop", "--num_crops", 1]
+        words = [*prepared.flags, *WARNS, "--device", "cpu", "--center_crop", "--num_crops", 1, *more]
         with pytest.raises(AttributeError):  # `make` returns none
             module.main([str(word) for word in [*words, "--max_train_steps", 1, "--output_dir", tmp_path]])
     return made[0]
+
+
+@pytest.fixture
+def warning(prepared: Prepared, tmp_path: Path) -> EarlyWarning:
+    return make_warning(prepared, tmp_path)
 
 
 FALLS, RISES = [0.50, 0.40, 0.30, 0.25, 0.20, 0.15], [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
@@ -204,3 +206,21 @@ def test_a_sentence_when_one_falls_and_the_other_rises(
     for measurement in history(subject, of_class, training):
         said += warning.take(measurement)
     assert said == says
+
+
+@pytest.mark.parametrize("term", ["prediction", "preference"])
+def test_its_advice_goes_with_the_flags(prepared: Prepared, tmp_path: Path, term: str) -> None:
+    """--with_prior_preservation is refused beside --prior_term."""
+    warning = make_warning(prepared, tmp_path, "--prior_term", term)
+    said = [sentence for each in history(FALLS, RISES, FALLS) for sentence in warning.take(each)]
+    assert [sentence.rpartition(", or ")[2] for sentence in said] == ["raise --prior_term_weight"]
+
+
+def test_a_resumed_run_says_nothing_twice(warning: EarlyWarning, prepared: Prepared, tmp_path: Path) -> None:
+    measured = history([*FALLS, 0.12, 0.1], [*RISES, 0.6, 0.7], [*FALLS, 0.12, 0.1])
+    assert [sentence for each in measured[:6] for sentence in warning.take(each)]
+    (tmp_path / "early_warning.jsonl").write_text("".join(json.dumps(asdict(each)) + "\n" for each in measured[:6]))
+    resumed = make_warning(prepared, tmp_path)
+    resumed.go_on_from(measured[5].step)
+    assert resumed.history == measured[:6]
+    assert not [sentence for each in measured[6:] for sentence in resumed.take(each)]

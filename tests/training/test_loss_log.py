@@ -137,8 +137,10 @@ def test_cut_back_to_a_checkpoint(tmp_path: Path) -> None:
         file.write('{"step": 11, "lo')  # torn off by a kill
     new_log(path).cut_back(10)
     assert path.read_text() == whole
-    new_log(path).cut_back(4)
+    resumed = new_log(path)
+    resumed.cut_back(4)
     assert path.read_text() == "".join(whole.splitlines(keepends=True)[:4])
+    assert resumed.recent_mean == pytest.approx((1 + 2 + 3 + 4) / 7 / 4)  # as of the run that was not interrupted
     new_log(path).cut_back(0)
     assert path.read_text() == ""
     assert [file.name for file in tmp_path.iterdir()] == ["losses.jsonl"]

@@ -19,7 +19,7 @@ from sd3_lora.transformer.velocity import VelocityModel
 
 import pytest
 import torch
-from conftest import Prepared
+from conftest import PROMPT, Prepared
 from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from safetensors.torch import load_file
@@ -189,6 +189,30 @@ def test_prompts_of_a_file_are_taken_at_random(
     assert f"--prompts_file {tmp_path / 'prompts.txt'}" in run.error
 
 
+def test_the_remedy_of_other_prior_prompts_names_both_flags(script: Script, prepared: Prepared, tmp_path: Any) -> None:
+    words = ["--prior_term", "prediction", "--checkpointing_steps", 1, "--max_train_steps", 2]
+    train(script, prepared, tmp_path / "out", *words)
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n{CLASS_PROMPT}\n", encoding="utf-8")
+    words += ["--resume_from_checkpoint", "latest"]
+    run = train(script, prepared, tmp_path / "out", *words, "--prior_prompts_file", tmp_path / "prompts", code=2)
+    assert f"type --class_prompt '{CLASS_PROMPT}' without --prior_prompts_file to go on" in run.error
+    train(script, prepared, tmp_path / "out", *words, "--class_prompt", CLASS_PROMPT)
+
+
+def test_one_command_embeds_prior_and_validation_prompts(script: Script, private: Prepared, tmp_path: Any) -> None:
+    """compute_embeddings.py takes one file of prompts, and this run has two."""
+    for name, text in (("prior", "a photo of a fish\n"), ("drawn", "# later\na fish in it's bucket\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    words = ["--prior_term", "prediction", "--prior_prompts_file", tmp_path / "prior", "--max_train_steps", 1]
+    words += ["--validation_prompts_file", tmp_path / "drawn", "--validation_prompt", "a photo of sks robot at sea"]
+    words += ["--validation_num_steps", 1]
+    refused = train(script, private, tmp_path / "out", *words, code=2)
+    typed = shlex.split(refused.error.partition("`")[2].rpartition("`")[0])
+    assert typed[:2] == ["python", "compute_embeddings.py"]
+    assert script("compute_embeddings", *typed[2:]).code == 0
+    train(script, private, tmp_path / "out", *words)
+
+
 def test_modulations_ahead_need_as_many_rows_each_time(script: Script, prepared: Prepared, tmp_path: Any) -> None:
     streamed = ["--recompute_blocks", 2, "--stream_blocks", 2, "--prior_term", "prediction"]
     run = train(script, prepared, tmp_path / "out", *streamed, "--modulations_ahead", "on", code=2)
@@ -332,8 +356,9 @@ def test_another_class_prompt_is_another_run(script: Script, private: Prepared, 
     assert script("compute_embeddings", *model, *text, "--class_prompt", "a dog", "--device", "cpu").code == 0
     words = ["--prior_term", "prediction", "--resume_from_checkpoint", "latest"]
     run = train(script, private, tmp_path / "out", *words, code=2)
-    typed = f"type --class_prompt '{CLASS_PROMPT}'"
-    assert f"was trained with the prior prompt '{CLASS_PROMPT}', not 'a dog': {typed} to go on" in run.error
+    typed = f"type --class_prompt '{CLASS_PROMPT}' without --prior_prompts_file"
+    was = f"was trained with the prior prompt '{CLASS_PROMPT}', not 'a dog'"
+    assert f"{was}: {typed} to go on" in run.error
     train(script, private, tmp_path / "out", *words, "--class_prompt", CLASS_PROMPT, "--max_train_steps", 4)
 
 
