@@ -23,6 +23,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType, ModelConfig
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.transformer.lora import (
     LORA_FILE,
     LayerStart,
@@ -419,12 +420,15 @@ def _the_lora_of(name: str, files: Sequence[str], flag: str) -> str:
 def base_of(path: Path, model: ModelConfig) -> ModelFiles:
     """The base model of a LoRA: the one that the flags name, else the one that its training noted.
 
+    Of a folder the LoRA itself holds the name alone, since it is meant for strangers; `run.json` beside it has the path.
+
     Raises:
         UserError: neither says it, or the model is not there.
     """
     if not model.is_miniature:
         return ModelFiles(model)
-    base = read_lora_record(path).get("base_model")
+    base = recorded_flags(path.parent / "run.json", ModelConfig).get("pretrained_model_name_or_path")
+    base = base or read_lora_record(path).get("base_model")
     if base is None:
         raise UserError(f"{path} does not say its base model: add --pretrained_model_name_or_path")
     return ModelFiles(replace(model, pretrained_model_name_or_path=None if base == "miniature" else base))

@@ -431,7 +431,7 @@ def test_another_transformer(script: Script, prepared: Prepared, finished: Path,
     other = Prepared(model, prepared.pictures, prepared.embeddings, prepared.latents)
     run = train(script, other, finished, "--resume_from_checkpoint", "latest", code=2)
     assert (
-        f"was trained on other weights of the transformer than this command's (its model was {prepared.model}): "
+        f"was trained on other weights of the transformer than this command's (its model was {prepared.model.name}): "
         "give those as --pretrained_model_name_or_path to go on"
     ) in run.error
 

@@ -282,8 +282,8 @@ def test_what_lies_beside_the_lora(script: Script, prepared: Prepared, tmp_path:
     assert [stage["name"] for stage in record["stages"]] == ["load transformer", "train"]
     assert all(stage["peak_host_gib"] > 0.05 for stage in record["stages"])
     card = (tmp_path / "README.md").read_text()
-    assert f"Say `{PROMPT}`" in card
-    assert "| rank | 2 |" in card
+    assert f"put `{PROMPT}` into the prompt" in card
+    assert "| LoRA | rank 2" in card
     assert same_lora(tmp_path / "checkpoint-3" / LORA_FILE, tmp_path / LORA_FILE)
     assert (tmp_path / "checkpoint-3" / LORA_FILE).read_bytes() == (tmp_path / LORA_FILE).read_bytes()
     assert record["execution"] == {
@@ -310,9 +310,9 @@ def test_the_card_names_a_prompt_that_was_trained_on(script: Script, private: Pr
         run = train(script, Flags(flags), tmp_path / "out")
         assert (said in run.out) == (PROMPT in flags)
         card = (run.folder / "README.md").read_text()
-        assert f"Say `{caption}`" in card
+        assert f"for example `{caption}`" in card
         assert f"pipeline({json.dumps(caption)}).images" in card
-        assert PROMPT not in card
+        assert PROMPT not in card.partition("## Training")[0]
         assert json.loads((run.folder / "run.json").read_text())["trigger"] == caption
         assert f"--prompt '{caption}' " in run.out.splitlines()[-1]
         shutil.rmtree(run.folder)
