@@ -420,7 +420,7 @@ def _the_lora_of(name: str, files: Sequence[str], flag: str) -> str:
 def base_of(path: Path, model: ModelConfig) -> ModelFiles:
     """The base model of a LoRA: the one that the flags name, else the one that its training noted.
 
-    Of a folder the LoRA itself holds the name alone, since it is meant for strangers; `run.json` beside it has the path.
+    Of a folder the LoRA holds the name alone, since it is meant for strangers; `run.json` beside it has the path.
 
     Raises:
         UserError: neither says it, or the model is not there.
