@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.common.config import BudgetConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import pytest
@@ -348,7 +349,8 @@ def test_each_process_plans_with_its_share_of_the_gpu(monkeypatch, tmp_path):
     flags = flags_of("--output_dir", tmp_path)
     flags.vram_budget_gib = 5.01
     words = dreambooth_runs.training_words(flags, Run(Method("m"), "robot", 0, (Point(150),)))
-    assert training_script.COMMAND_LINE.parse(words)[-1].vram_budget_gib == 5.01
+    groups = training_script.COMMAND_LINE.parse(words)
+    assert [group.vram_budget_gib for group in groups if isinstance(group, BudgetConfig)] == [5.01]
 
 
 def test_only_drawing_is_in_tf32(sweep, tmp_path, monkeypatch):
