@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, exit_code
+from sd3_lora.common.command_line import UserError, exit_code, link_or_copy
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.single_file import ENCODERS, SOURCE_FILE, TRANSFORMER, VAE, SingleFile, converted_folder, source_of
@@ -30,10 +30,7 @@ def take_from(parts: ModelFiles, component: str, folder: Path) -> None:
     (folder / component).mkdir(parents=True)
     names = [path.name for path in parts.component(component).glob("*") if path.suffix in {".json", ".txt", ".model"}]
     for path in [parts.folder / component / name for name in names] + parts.weight_files(component):
-        try:
-            os.link(path.resolve(), folder / component / path.name)
-        except OSError:
-            shutil.copyfile(path, folder / component / path.name)
+        link_or_copy(path, folder / component / path.name)
 
 
 def require_same_vocabulary(file: SingleFile, parts: ModelFiles, component: str) -> None:

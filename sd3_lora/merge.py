@@ -39,7 +39,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, exit_code, link_or_copy, require_writable_folder
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.transformer.lora_files import LoraFile, base_of, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.merged_weights import write_merged
@@ -63,17 +63,13 @@ def files_beside(files: ModelFiles) -> Iterator[str]:
                 yield str(path.relative_to(files.folder))
 
 
-def link_or_copy(source: Path, path: Path, copies: bool) -> None:
+def take(source: Path, path: Path, copies: bool) -> None:
     """A hard link for weights, where that can be; else a copy."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # in the hub's cache a file is a link
     if path.suffix in _WEIGHTS and not copies:
-        try:
-            os.link(source, path)
-            return
-        except OSError:  # another disk, or one without links
-            pass
-    shutil.copyfile(source, path)
+        link_or_copy(source, path)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
 
 
 def require_new_folder(folder: Path) -> None:
@@ -92,7 +88,7 @@ def write_model(lora: LoraFile, scale: float, files: ModelFiles, folder: Path, c
     unfinished = folder.resolve().with_name(f".{folder.name}.{os.getpid()}")
     try:
         for name in files_beside(files):
-            link_or_copy(files.folder / name, unfinished / name, copies)
+            take(files.folder / name, unfinished / name, copies)
         write_merged(lora, scale, files.weight_files("transformer"), unfinished / "transformer")
         folder.rmdir()  # it is empty
         unfinished.rename(folder)

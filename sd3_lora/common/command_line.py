@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections import deque
@@ -600,6 +601,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """A second name for a file, or a copy where it cannot have one: on another disk, or one without links."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # in the hub's cache a file is a link
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

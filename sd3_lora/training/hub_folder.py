@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import PATH_FLAGS
+from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
 from sd3_lora.training.checkpoints import checkpoint_folders
 from sd3_lora.training.config import HUB_FLAGS
 from sd3_lora.training.gallery import SAMPLES, find_pictures, find_sheet
@@ -39,7 +39,7 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     for path in _weights(output_dir, checkpoints):
-        _link(path, unfinished / path.relative_to(output_dir))
+        link_or_copy(path, unfinished / path.relative_to(output_dir))
     card, record = output_dir / "README.md", output_dir / "run.json"
     if card.is_file():
         text = card.read_text(encoding="utf-8").replace(FOLDER_IN_CARD, repo_id)
@@ -54,7 +54,7 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
         _copy_picture(picture.path, unfinished / picture.path.relative_to(output_dir))
     sheet = find_sheet(output_dir)
     if sheet:
-        _link(sheet, unfinished / SAMPLES / sheet.name)
+        link_or_copy(sheet, unfinished / SAMPLES / sheet.name)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
     return folder
@@ -68,15 +68,6 @@ def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
             yield from sorted(folder.glob("*" if checkpoints == "all" else "pytorch_lora_weights*.safetensors"))
-
-
-def _link(path: Path, link: Path) -> None:
-    """A second name for a file, or a copy where the file system has none."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, link)
-    except OSError:
-        shutil.copyfile(path, link)
 
 
 def _copy_picture(path: Path, copy: Path) -> None:

@@ -263,7 +263,8 @@ def test_a_checkpoint_without_masks_goes_on_without(script: Script, prepared: Pr
     for name in ("--masked_loss", "--unmasked_weight", "the masks"):
         del state["signature"][name]
     write_state(folder, state)
-    train(script, prepared, tmp_path / "out", "--resume_from_checkpoint", "latest", "--max_train_steps", 4)
+    again = ["--resume_from_checkpoint", "latest", "--max_train_steps", 4]
+    assert len(train(script, prepared, tmp_path / "out", *again).losses) == 4
 
 
 def test_latents_with_masks_are_made_on_the_way(script: Script, masked: Prepared, tmp_path: Path) -> None:
