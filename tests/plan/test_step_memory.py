@@ -12,7 +12,8 @@ from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.plan import memory_plan, step_memory
 from sd3_lora.plan.step_memory import DenoisingShape, Step, StepMemory, StepShape, simulate_denoising, simulate_step
-from sd3_lora.training.config import FlowConfig, PriorConfig, PriorTerm
+from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.prior_flags import PriorConfig, PriorTerm
 from sd3_lora.transformer.lora import attach_lora, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.velocity import VelocityModel
