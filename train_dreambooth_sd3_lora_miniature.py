@@ -97,7 +97,9 @@ from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.crops import choose_crops, require_masks
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
@@ -125,6 +127,7 @@ from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
 from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -201,7 +204,7 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 def run_facts(
     flags: TrainingFlags,
-    stage_one: StageOne,
+    request: StageOneRequest,
     data: TrainingData,
     plan: Plan,
     precision: str,
@@ -211,16 +214,16 @@ def run_facts(
     """The run's inputs and settings, known before its first step."""
     prompts = data.prompts
     return RunFacts(
-        model=stage_one.files.name,
-        revision=stage_one.files.revision,
+        model=request.files.name,
+        revision=request.files.revision,
         versions=library_versions(),
         precision=precision,
         processes=processes,
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(stage_one.instance_prompt),
-        resolution=stage_one.resolution,
+        trigger=data.trigger(request.instance_prompt),
+        resolution=request.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
@@ -248,7 +251,7 @@ def _short_hash(values: Sequence[object]) -> str:
 def run_identity(
     flags: TrainingFlags,
     facts: RunFacts,
-    stage_one: StageOne,
+    request: StageOneRequest,
     data: TrainingData,
     kernels: str,
 ) -> RunIdentity:
@@ -260,7 +263,7 @@ def run_identity(
         for picture, image in zip(pictures, data.images, strict=True)
     ]
     numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
-    transformer = stage_one.files.provenance(["transformer"], "", 0)
+    transformer = request.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,
         PICTURES: _short_hash(keys),
@@ -579,7 +582,7 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
 
 
 def load_training(
-    stage_one: StageOne,
+    request: StageOneRequest,
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
@@ -588,7 +591,7 @@ def load_training(
     start: LoraFile | None,
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
-    files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
+    files, lora, run, device = request.files, flags.lora, flags.run, accelerator.device
     processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
@@ -884,13 +887,17 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(
+    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator
+) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    stage_one = StageOne(request)
+    class_images = ClassImages(stage_one)
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
         require_writable_folder(output_dir)
         stage_one.make_embeddings()
     store = stage_one.open_embeddings()
-    stage_one.require_class_folder(store)
+    class_images.require_folders(store)
     stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
@@ -899,18 +906,18 @@ def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, acc
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    variants = stage_one.variants(images, cache)
+    variants = choose_crops(request, images, cache)
     sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
     if accelerator.num_processes > 1:
-        stage_one.require_class_pictures(sizes)
+        class_images.require(sizes)
     if accelerator.is_main_process:
-        stage_one.make_class_pictures(sizes)
+        class_images.make(sizes)
     accelerator.wait_for_everyone()
-    others = stage_one.find_class_images(images, sizes, cache)
-    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    stage_one.require_masks(images, variants, cache)
-    variants |= stage_one.variants(others, cache)
-    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks, prior_prompts)
+    others = class_images.find(images, sizes, cache)
+    pools = with_class_pool(images, others, request.prior.prior_loss_weight)
+    require_masks(request, images, variants, cache)
+    variants |= choose_crops(request, others, cache)
+    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
@@ -1019,7 +1026,7 @@ def run(argv: Sequence[str] | None) -> None:
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
-    stage_one = StageOne(
+    request = StageOneRequest(
         flags.data,
         flags.model,
         files,
@@ -1031,7 +1038,7 @@ def run(argv: Sequence[str] | None) -> None:
         flags.watch.stage_one_flags(),
     )
     prompts = validation_prompts(flags.watch)
-    data = open_data(stage_one, prompts, output_dir, accelerator)
+    data = open_data(request, prompts, output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     earlier = state["signature"]
     seed = choose_seed(flags.run, earlier, accelerator)
@@ -1051,10 +1058,10 @@ def run(argv: Sequence[str] | None) -> None:
         longest_side = max(longest_side, *task.drawing.shape.latent_size)
     planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
+        training = load_training(request, flags, planned, seed, data, accelerator, start)
     say(f"each micro-step: {execution.sentence()}")
-    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
+    facts = run_facts(flags, request, data, plan, chosen.name, seed, accelerator.num_processes)
+    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
     outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
     if checkpoint:
