@@ -25,7 +25,6 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
-import hashlib
 import os
 import random
 import signal
@@ -34,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ from sd3_lora.common.command_line import (
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
 from sd3_lora.common.devices import (
-    DTYPES,
     ChosenDtype,
     choose_device,
     choose_training_dtype,
@@ -63,12 +61,9 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
-    NotedPicture,
     RunFacts,
-    RunIdentity,
     RunRecord,
     RunResults,
-    flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
@@ -121,12 +116,12 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES, OptimizerConfig
+from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
-from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
 from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.run_identity import run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
@@ -221,69 +216,6 @@ def run_facts(
         max_sequence_length=data.text.size,
         seed=seed,
     )
-
-
-def noted_pictures(data: TrainingData) -> list[NotedPicture]:
-    """The pictures of a run, as its checkpoints note them."""
-    return [
-        NotedPicture(
-            image.image_id,
-            "" if image.path.suffix == ".safetensors" else image.path.name,
-            image.prompt,
-            data.variants[image.image_id],
-            image.other_prompts,
-            image.repeats,
-        )
-        for image in data.images
-    ]
-
-
-def _short_hash(values: Sequence[object]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-def run_identity(
-    flags: TrainingFlags, facts: RunFacts, request: StageOneRequest, data: TrainingData, kernels: str
-) -> RunIdentity:
-    """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = noted_pictures(data)
-    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
-    keys = [
-        (*picture.key, image.role) if image.role == "class" else picture.key
-        for picture, image in zip(pictures, data.images, strict=True)
-    ]
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
-    transformer = request.files.provenance(["transformer"], "", 0)
-    values = {
-        TRANSFORMER: transformer.identity,
-        PICTURES: _short_hash(keys),
-        "--resolution": facts.resolution,
-        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
-        "--max_sequence_length": facts.max_sequence_length,
-        "--t5_precision": data.text.precision,
-        "--caption_dropout": flags.data.caption_dropout,
-        "--clip_l_dropout": flags.data.clip_l_dropout,
-        "--clip_g_dropout": flags.data.clip_g_dropout,
-        "--t5_dropout": flags.data.t5_dropout,
-        "--masked_loss": flags.data.masked_loss,
-        "--unmasked_weight": flags.data.unmasked_weight,
-        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
-        **{f"--{name}": value for name, value in numbers.items()},
-        **flags.prior.identity(),
-        PRIOR_PROMPTS: list(data.prior_prompts) or None,
-        "--lora_alpha": flags.lora.alpha,
-        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        BATCH: flags.run.train_batch_size * facts.processes,
-        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
-        "--base_precision": facts.plan["precision"] or "16bit",
-        "--compile": kernels,
-        "--attention_kernel": flags.base.attention_kernel,
-        "--seed": facts.seed,
-    }
-    defaults = flag_defaults(type(group) for group in flags.groups())
-    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
-    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
-    return RunIdentity(values, defaults, synonyms, pictures)
 
 
 def make_step(
