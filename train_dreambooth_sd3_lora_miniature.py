@@ -57,7 +57,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
@@ -408,18 +408,19 @@ def look(
     """
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
-        watch.release()
         works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
-        for is_due, work, what in works:
-            try:
-                if is_due:
-                    with left_as_found(training.transformer), uncompiled(watch.compiled):
-                        work(training, watch, accelerator.device)
-            except Exception as error:  # whatever it is: the run is worth more
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
-        drop_workspaces(accelerator.device)
-        free_memory(accelerator.device)
+        with only_new_garbage():
+            watch.release()
+            for is_due, work, what in works:
+                try:
+                    if is_due:
+                        with left_as_found(training.transformer), uncompiled(watch.compiled):
+                            work(training, watch, accelerator.device)
+                except Exception as error:  # whatever it is: the run is worth more
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+            drop_workspaces(accelerator.device)
+            free_memory(accelerator.device)
     if draws or measures:
         accelerator.wait_for_everyone()
     return time.perf_counter() - start
