@@ -25,7 +25,6 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
-import hashlib
 import os
 import random
 import signal
@@ -33,8 +32,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ from sd3_lora.common.command_line import (
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
 from sd3_lora.common.devices import (
-    DTYPES,
     ChosenDtype,
     choose_device,
     choose_training_dtype,
@@ -63,12 +61,9 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
-    NotedPicture,
     RunFacts,
-    RunIdentity,
     RunRecord,
     RunResults,
-    flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
@@ -98,25 +93,20 @@ from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
-from sd3_lora.training.config import (
-    ENDING_SCHEDULES,
-    REFUSED_FLAGS,
-    DataConfig,
-    FlowConfig,
-    LoraFlags,
-    OptimizerConfig,
-    PriorConfig,
-    RunConfig,
-    TrainingFlags,
-)
+from sd3_lora.training.class_images import ClassImages
+from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.crops import choose_crops, require_masks
+from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
@@ -127,9 +117,13 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
+from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
 from sd3_lora.training.pool import with_class_pool
+from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
-from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
+from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.run_identity import run_identity
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -205,97 +199,24 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 
 def run_facts(
-    flags: TrainingFlags,
-    stage_one: StageOne,
-    data: TrainingData,
-    plan: Plan,
-    precision: str,
-    seed: int,
-    processes: int,
+    request: StageOneRequest, data: TrainingData, plan: Plan, precision: str, seed: int, processes: int
 ) -> RunFacts:
     """The run's inputs and settings, known before its first step."""
     prompts = data.prompts
     return RunFacts(
-        model=stage_one.files.name,
-        revision=stage_one.files.revision,
+        model=request.files.name,
+        revision=request.files.revision,
         versions=library_versions(),
         precision=precision,
         processes=processes,
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(stage_one.instance_prompt),
-        resolution=stage_one.resolution,
+        trigger=data.trigger(request.instance_prompt),
+        resolution=request.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
-
-
-def noted_pictures(data: TrainingData) -> list[NotedPicture]:
-    """The pictures of a run, as its checkpoints note them."""
-    return [
-        NotedPicture(
-            image.image_id,
-            "" if image.path.suffix == ".safetensors" else image.path.name,
-            image.prompt,
-            data.variants[image.image_id],
-            image.other_prompts,
-            image.repeats,
-        )
-        for image in data.images
-    ]
-
-
-def _short_hash(values: Sequence[object]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-def run_identity(
-    flags: TrainingFlags,
-    facts: RunFacts,
-    stage_one: StageOne,
-    data: TrainingData,
-    kernels: str,
-) -> RunIdentity:
-    """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = noted_pictures(data)
-    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
-    keys = [
-        (*picture.key, image.role) if image.role == "class" else picture.key
-        for picture, image in zip(pictures, data.images, strict=True)
-    ]
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
-    transformer = stage_one.files.provenance(["transformer"], "", 0)
-    values = {
-        TRANSFORMER: transformer.identity,
-        PICTURES: _short_hash(keys),
-        "--resolution": facts.resolution,
-        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
-        "--max_sequence_length": facts.max_sequence_length,
-        "--t5_precision": data.text.precision,
-        "--caption_dropout": flags.data.caption_dropout,
-        "--clip_l_dropout": flags.data.clip_l_dropout,
-        "--clip_g_dropout": flags.data.clip_g_dropout,
-        "--t5_dropout": flags.data.t5_dropout,
-        "--masked_loss": flags.data.masked_loss,
-        "--unmasked_weight": flags.data.unmasked_weight,
-        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
-        **{f"--{name}": value for name, value in numbers.items()},
-        **flags.prior.identity(),
-        PRIOR_PROMPTS: list(data.prior_prompts) or None,
-        "--lora_alpha": flags.lora.alpha,
-        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        BATCH: flags.run.train_batch_size * facts.processes,
-        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
-        "--base_precision": facts.plan["precision"] or "16bit",
-        "--compile": kernels,
-        "--attention_kernel": flags.base.attention_kernel,
-        "--seed": facts.seed,
-    }
-    defaults = flag_defaults(type(group) for group in flags.groups())
-    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
-    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
-    return RunIdentity(values, defaults, synonyms, pictures)
 
 
 def make_step(
@@ -490,15 +411,7 @@ def train(
             drawable = window * (training.steps - training.step + 1)
             loss, pictures = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
-            if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
-                training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
-            learning_rate = rate_in_force(training.optimizer)
-            norm, skipped = optimizer_step(
-                training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
-            )
-            if training.average:
-                training.average.update(norm)
-            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
@@ -521,6 +434,27 @@ def train(
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
+
+
+def update(
+    training: Training, max_grad_norm: float, loss: torch.Tensor, pictures: str, accelerator: Accelerator
+) -> PendingStep:
+    """The optimizer's step from what a window of micro-steps has left in the gradients, to be logged.
+
+    Args:
+        training: what is trained.
+        max_grad_norm: to which gradients are clipped.
+        loss: the window's mean, a scalar on the device.
+        pictures: their names.
+        accelerator: of the processes.
+    """
+    if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
+        training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
+    learning_rate = rate_in_force(training.optimizer)
+    norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
+    if training.average:
+        training.average.update(norm)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
@@ -587,7 +521,7 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
 
 
 def load_training(
-    stage_one: StageOne,
+    request: StageOneRequest,
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
@@ -596,7 +530,7 @@ def load_training(
     start: LoraFile | None,
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
-    files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
+    files, lora, run, device = request.files, flags.lora, flags.run, accelerator.device
     processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
@@ -899,13 +833,17 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(
+    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator
+) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    stage_one = StageOne(request)
+    class_images = ClassImages(stage_one)
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
         require_writable_folder(output_dir)
         stage_one.make_embeddings()
     store = stage_one.open_embeddings()
-    stage_one.require_class_folder(store)
+    class_images.require_folders(store)
     stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
@@ -914,18 +852,18 @@ def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, acc
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    variants = stage_one.variants(images, cache)
+    variants = choose_crops(request, images, cache)
     sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
     if accelerator.num_processes > 1:
-        stage_one.require_class_pictures(sizes)
+        class_images.require(sizes)
     if accelerator.is_main_process:
-        stage_one.make_class_pictures(sizes)
+        class_images.make(sizes)
     accelerator.wait_for_everyone()
-    others = stage_one.find_class_images(images, sizes, cache)
-    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    stage_one.require_masks(images, variants, cache)
-    variants |= stage_one.variants(others, cache)
-    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks, prior_prompts)
+    others = class_images.find(images, sizes, cache)
+    pools = with_class_pool(images, others, request.prior.prior_loss_weight)
+    require_masks(request, images, variants, cache)
+    variants |= choose_crops(request, others, cache)
+    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
@@ -943,7 +881,6 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
-    accelerator.end_training()
 
 
 def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
@@ -996,45 +933,41 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
         print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """The stage from top to bottom."""
-    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
-    forget_secrets()
-    output_dir = Path(flags.run.output_dir)
-    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
-    device, say = accelerator.device, accelerator.print
+def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
+    """Makes the device compute as the flags say, prints how, and returns the transformer's precision."""
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
-    chosen = choose_precision(flags, device)
+    chosen, say = choose_precision(flags, accelerator.device), accelerator.print
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
-    for note in optimizer_notes(flags.optimizer, device):
+    for note in optimizer_notes(flags.optimizer, accelerator.device):
         say(note)
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    return chosen
 
-    files = ModelFiles(flags.model)
-    resolution = files.resolution(flags.data.resolution)
-    budget = open_budget(flags.budget, device)
-    buckets = Buckets.of(flags.data, files)
-    task = training_task(flags, files, buckets, chosen.dtype, device, accelerator.num_processes)
-    plan = make_plan(task, budget)
-    for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
-        say(line)
-    if flags.budget.plan:
-        return
-    hub = open_hub(flags, accelerator)
-    files.component("transformer")  # here and whole before latents are made
+
+def require_possible(
+    flags: TrainingFlags, files: ModelFiles, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks what would fail once the transformer is loaded, before latents are made.
+
+    Raises:
+        UserError: the transformer's files are not whole, or flags ask for what cannot be.
+    """
+    files.component("transformer")
     head_width = files.read_config("transformer")["attention_head_dim"]
-    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
-    plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
+    require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
+    plan_execution(flags, plan, device, 0, None)
     for form in flags.run.exports:
-        require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
-    checkpoint = resume_point(flags.run, output_dir)
-    flags = with_pictures(flags, accelerator)
-    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
-    stage_one = StageOne(
+        lora_path = Path(flags.run.output_dir) / LORA_FILE
+        require_exportable(lora_path, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
+
+
+def stage_one_request(flags: TrainingFlags, files: ModelFiles, resolution: int) -> StageOneRequest:
+    """What is asked of stage one."""
+    return StageOneRequest(
         flags.data,
         flags.model,
         files,
@@ -1045,66 +978,141 @@ def run(argv: Sequence[str] | None) -> None:
         flags.run.seed or 0,
         flags.watch.stage_one_flags(),
     )
-    prompts = validation_prompts(flags.watch)
-    data = open_data(stage_one, prompts, output_dir, accelerator)
+
+
+def plan_run(
+    request: StageOneRequest,
+    flags: TrainingFlags,
+    task: TrainingTask,
+    plan: Plan,
+    data: TrainingData,
+    accelerator: Accelerator,
+    kernels_before: str | None,
+) -> PlannedTraining:
+    """All that is decided before the transformer is loaded, now that the pictures are known; prints what is in force.
+
+    Args:
+        request: of stage one.
+        flags: of the run.
+        task: that was planned.
+        plan: of it.
+        data: the pictures.
+        accelerator: of the processes.
+        kernels_before: of the checkpoint that the run goes on from.
+    """
+    processes = accelerator.num_processes
+    steps = flags.run.steps(pictures_of_pass(flags, data, processes), processes)
+    accelerator.print(f"in force: {flags.in_force(request.resolution, steps, processes)}")
+    execution = plan_execution(flags, plan, accelerator.device, steps, kernels_before)
+    execution = replace(execution, attention_backward=task.shape.attention_backward)
+    longest_side = max(size.longer_side for size in data.sizes) // task.files.latent_channels_and_scale()[1]
+    if task.drawing:
+        longest_side = max(longest_side, *task.drawing.shape.latent_size)
+    return PlannedTraining(plan, execution, task.shape.dtype, (longest_side, longest_side), steps)
+
+
+def pictures_of_pass(flags: TrainingFlags, data: TrainingData, processes: int) -> int:
+    """How many pictures a pass over all of them has, those included that fill its last batches."""
+    return places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * processes)
+
+
+def open_outputs(
+    flags: TrainingFlags,
+    facts: RunFacts,
+    request: StageOneRequest,
+    data: TrainingData,
+    execution: StepExecution,
+    argv: Sequence[str] | None,
+) -> Outputs:
+    """What writes the LoRA and the checkpoints, with the record of the run."""
+    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
+    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
+    return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
+
+
+@contextmanager
+def attention_of(planned: PlannedTraining) -> Iterator[None]:
+    """Inside the block attention is computed by the planned kernels, forward and backward."""
+    backward = exact_attention(planned.execution.attention_backward)
+    with attention_kernel(planned.plan.placement.attention_kernel), backward:
+        yield
+
+
+def report_results(
+    outputs: Outputs,
+    log: LossLog,
+    step: Callable[..., torch.Tensor],
+    planned: PlannedTraining,
+    budget: DeviceBudget | None,
+    reports: list[StageReport],
+    ms_a_step: float,
+) -> RunResults:
+    """What the run came to; prints its peak beside the plan's."""
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget:
+        print(compared(planned.plan.forecast.peak_bytes, measured))
+    carried_out = planned.execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
+    lora_path, loss, skipped = str(outputs.folder / LORA_FILE), log.recent_mean, log.skipped
+    return RunResults(lora_path, reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
+    forget_secrets()
+    output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
+    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
+    chosen = set_up_device(flags, accelerator)
+
+    files = ModelFiles(flags.model)
+    resolution, budget = files.resolution(flags.data.resolution), open_budget(flags.budget, device)
+    task = training_task(flags, files, Buckets.of(flags.data, files), chosen.dtype, device, processes)
+    plan = make_plan(task, budget)
+    say("\n".join(plan_lines(task, plan, budget, flags.step.gradient_checkpointing)))
+    if flags.budget.plan:
+        return
+    hub = open_hub(flags, accelerator)
+    require_possible(flags, files, plan, chosen.dtype, device)
+    checkpoint = resume_point(flags.run, output_dir)
+    flags = with_pictures(flags, accelerator)
+    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
+    request = stage_one_request(flags, files, resolution)
+    data = open_data(request, validation_prompts(flags.watch), output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
-    earlier = state["signature"]
-    seed = choose_seed(flags.run, earlier, accelerator)
+    seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
     if budget:
         budget.cap()
-    reports: list[StageReport] = []
-    pictures = places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * accelerator.num_processes)
-    steps = flags.run.steps(pictures, accelerator.num_processes)
-    say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
-    execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
-    execution = replace(execution, attention_backward=task.shape.attention_backward)
-    start_compile_workers(execution.compiled, device)  # while the transformer is loaded
-    longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
-    if task.drawing:
-        longest_side = max(longest_side, *task.drawing.shape.latent_size)
-    planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
+    planned = plan_run(request, flags, task, plan, data, accelerator, state["signature"].get("--compile"))
+    start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
-    say(f"each micro-step: {execution.sentence()}")
-    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
+        training = load_training(request, flags, planned, seed, data, accelerator, start)
+    say(f"each micro-step: {planned.execution.sentence()}")
+    facts = run_facts(request, data, plan, chosen.name, seed, processes)
+    outputs = open_outputs(flags, facts, request, data, planned.execution, argv)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
-        say(f"resumed from {checkpoint}: step {training.step} of {steps}")
-        if training.step >= steps:
-            write_what_is_missing(outputs, training, accelerator)
-            if accelerator.is_main_process:
-                write_exports(output_dir, flags, files)
-            upload(hub, flags, training.step)
-            return
-    trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
-    log = open_log(outputs, training.step, trackers, accelerator)
-    validation = make_validation(flags, task, plan, budget, data, record, training.step)
-
-    batches = make_batches(training, data, files, flags, device)
-    step = make_step(training, flags, execution, say, len(set(data.sizes)))
-    steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
-    release = step.release if isinstance(step, CapturedCall) else lambda: None
-    is_rank_0 = accelerator.is_main_process
-    warning = make_early_warning(flags, data, files, training.step, say) if is_rank_0 else None
-    watch = Watch(log, trackers, validation, warning, steps_of_epoch, execution.compiled, release)
-    attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
-    with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
-        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
+    if training.step < planned.steps:
+        trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
+        log = open_log(outputs, training.step, trackers, accelerator)
+        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
+        batches = make_batches(training, data, files, flags, device)
+        step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
+        warning = make_early_warning(flags, data, files, training.step, say) if accelerator.is_main_process else None
+        steps_of_epoch = pictures_of_pass(flags, data, processes) / flags.run.pictures_per_step(processes)
+        release = step.release if isinstance(step, CapturedCall) else lambda: None
+        watch = Watch(log, trackers, validation, warning, steps_of_epoch, planned.execution.compiled, release)
+        with trackers, memory_stage("train", device, reports, say), attention_of(planned):
+            ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        if accelerator.is_main_process:
+            results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
+            finish(outputs, flags, results)
+    else:
+        write_what_is_missing(outputs, training, accelerator)
     if accelerator.is_main_process:
-        measured = budget.used_bytes(reports) if budget else 0
-        if budget:
-            say(compared(plan.forecast.peak_bytes, measured))
-        carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
-        loss, skipped = log.recent_mean, log.skipped
-        results = RunResults(
-            str(output_dir / LORA_FILE), reports, measured, training.step, ms_a_step, carried_out, loss, skipped
-        )
-        finish(outputs, flags, results)
         write_exports(output_dir, flags, files)
     accelerator.end_training()
     upload(hub, flags, training.step)
