@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
@@ -281,7 +281,8 @@ def run(argv: Sequence[str] | None) -> None:
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
     settings = picture_settings(config, files, size, chosen.name)
     pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
-    print(f"{config.num_class_images} class pictures, {config.num_class_images - len(pictures)} of them in {folder}")
+    count = config.num_class_images
+    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures:
         return
     require_writable_folder(folder)
@@ -302,9 +303,9 @@ def run(argv: Sequence[str] | None) -> None:
         resolution=resolution,
         seed=config.seed,
     )
-    results = RunResults(f"{len(pictures)} class pictures in {folder}", reports, measured)
+    results = RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured)
     RunRecord(configs, facts).save(folder / "run.json", results)
-    print(f"wrote {len(pictures)} class pictures to {folder}, and their latents to {cache.folder}")
+    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

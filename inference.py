@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
@@ -222,7 +222,7 @@ def embed(
         return known
     work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
     plan = choose_text_encoder_plan(files, work, context.device, context.budget)
-    print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
+    print(f"{counted(len(missing), 'prompt')} to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, context.reports)
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
 
@@ -239,7 +239,7 @@ def embed_with(
     prompts = list(base)
     work = TextWork(length, config.t5_precision, config.t5_stream, stored_precision(Path(config.data_df_path)))
     plan = choose_clip_plan(files, work, context.device, context.budget)
-    print(f"{len(prompts)} prompts to encode with the CLIPs, which the LoRA changes")
+    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, which the LoRA changes")
     clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, clip_loras.merge_into)
     t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
     prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
@@ -370,7 +370,7 @@ def picture_settings(
 def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
     """Prints how many pictures there will be, how many are there, and where others keep their names."""
     before = sum(plan.is_drawn for plan in plans)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    print(f"{counted(len(plans), 'picture')} of {size.width}×{size.height}, {before} of them drawn before")
     beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
     if beside:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
@@ -486,7 +486,7 @@ def draw(
         thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
     if ended_by:
-        print(f"drew {len(latents)} of {len(to_draw)} pictures")
+        print(f"drew {len(latents)} of {counted(len(to_draw), 'picture')}")
         raise ended_by
     return thumbnails
 
@@ -608,10 +608,10 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
+    results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
     RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
-    print(f"wrote {count} pictures to {outdir}")
+    print(f"wrote {counted(count, 'picture')} to {outdir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import (
     EMBEDDINGS_PATH,
     LATENTS_PATH,
@@ -321,7 +321,7 @@ class CacheState:
         """What is cached, and a note where --vae_tile has no effect on it."""
         in_tiles = f" ({self.tiled} of them in tiles)" if self.tiled else ""
         lines = [
-            f"{self.pictures - len(self.missing)} of {self.pictures} pictures cached before{in_tiles}; "
+            f"{self.pictures - len(self.missing)} of {counted(self.pictures, 'picture')} cached before{in_tiles}; "
             f"{cache.resolution} px, VAE in {cache.wanted.precision}"
         ]
         if self.otherwise_tiled:
@@ -460,7 +460,7 @@ def cache_masks(masks: Sequence[Mask], cache: LatentCache, scale: int, threads: 
     with ThreadPoolExecutor(threads) as pool:
         written = sum(tqdm(pool.map(add, masks), total=len(masks), desc="masks", leave=False))
     if masks:
-        yield f"wrote the masks of {written} pictures to {cache.folder}"
+        yield f"wrote the masks of {counted(written, 'picture')} to {cache.folder}"
 
 
 def sentence_of(picture: BrokenPicture, config: LatentConfig) -> str:
@@ -510,7 +510,7 @@ def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> 
     if not others:
         raise UserError(f"{folder} holds no class pictures: check the path, or leave out --class_data_dir")
     require_apart({image.image_id for image in images}, others)
-    print(f"{len(others)} class pictures in {folder}")
+    print(f"{counted(len(others), 'class picture')} in {folder}")
     return list(others)
 
 
@@ -603,9 +603,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if state.missing and budget:
         print(compared(sum(predicted.values()), measured))
     facts = facts_of(files, cache, tile, predicted, processes)
-    results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
+    results = RunResults(f"{counted(count, 'crop')} in {cache.folder}", reports, measured)
     RunRecord(configs, facts).save(cache.folder / "run.json", results)
-    print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
+    print(f"wrote {counted(count, 'crop')} of {counted(len(state.missing) - len(broken), 'picture')} to {cache.folder}")
     require_whole(broken, len(pictures), config)
     cache.note_broken(broken)
     cached = ((image.path.name, cache.look(image.image_id)) for image in pictures)

@@ -43,6 +43,7 @@ from sd3_lora.common.command_line import (
     UserError,
     command,
     command_again,
+    counted,
     exit_code,
     forget_secrets,
     require_writable_folder,
@@ -55,7 +56,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
@@ -329,18 +330,19 @@ def look(
     """
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
-        watch.release()
         works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
-        for is_due, work, what in works:
-            try:
-                if is_due:
-                    with left_as_found(training.transformer), uncompiled(watch.compiled):
-                        work(training, watch, accelerator.device)
-            except Exception as error:  # whatever it is: the run is worth more
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
-        drop_workspaces(accelerator.device)
-        free_memory(accelerator.device)
+        with only_new_garbage():
+            watch.release()
+            for is_due, work, what in works:
+                try:
+                    if is_due:
+                        with left_as_found(training.transformer), uncompiled(watch.compiled):
+                            work(training, watch, accelerator.device)
+                except Exception as error:  # whatever it is: the run is worth more
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+            drop_workspaces(accelerator.device)
+            free_memory(accelerator.device)
     if draws or measures:
         accelerator.wait_for_everyone()
     return time.perf_counter() - start
@@ -356,8 +358,8 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
     tqdm.write(
-        f"step {training.step}: {len(drawn)} pictures in {validation.step_folder(training.step)}, {elapsed_s:.1f} s; "
-        f"all steps in {validation.sheet_path}"
+        f"step {training.step}: {counted(len(drawn), 'picture')} in {validation.step_folder(training.step)}, "
+        f"{elapsed_s:.1f} s; all steps in {validation.sheet_path}"
     )
 
 
@@ -877,7 +879,8 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     schedule = outputs.record.identity.values["--lr_scheduler"]
     ends = f"--lr_scheduler {schedule} has come to its end"
     longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
-    accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
+    asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
+    accelerator.print(f"nothing to do: {asked}; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
 
@@ -894,7 +897,7 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
     print(f"wrote {results.wrote}, read back and compared")
-    print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
+    print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped, 'step')} skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
@@ -929,7 +932,7 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
     """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
     if repo:
         folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
+        print(f"uploaded {folder} to {repo.upload(folder, 'LoRA after ' + counted(step, 'step'))}")
 
 
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
@@ -939,7 +942,8 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
     chosen, say = choose_precision(flags, accelerator.device), accelerator.print
-    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
+    processes = counted(accelerator.num_processes, "process")
+    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
     for note in optimizer_notes(flags.optimizer, accelerator.device):
         say(note)
     if flags.run.allow_tf32:

@@ -203,6 +203,13 @@ def all_of(faults: Sequence[str], noun: str, most: int | None = None) -> str:
     return "\n  ".join([f"{len(faults)} things are wrong with {noun}:", *faults[:most], *others])
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, which is given in the singular: "1 picture", "2 class pictures", "3 processes"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}" + ("es" if noun.endswith("s") else "s")
+
+
 def shown(names: Sequence[str]) -> str:
     """The first names of a list, for a sentence, and how many more there are."""
     others = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -203,8 +203,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     too_long = [prompt for prompt, tokens in zip(prompts, untruncated, strict=True) if len(tokens) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
-        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
-        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+        others = f" and {counted(len(too_long) - 1, 'more prompt')}" if len(too_long) > 1 else ""
+        print(f"note: cut off after {length} tokens of {type(tokenizer).__name__}: {shown}{others}")
     return ids
 
 

@@ -22,6 +22,7 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     command_words,
+    counted,
     exit_code,
     forget_secrets,
     read_text_lines,
@@ -176,6 +177,11 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
 
 
 # The command line as a whole
+
+
+def test_a_number_with_its_noun() -> None:
+    said = [counted(0, "picture"), counted(1, "class picture"), counted(2, "picture"), counted(3, "process")]
+    assert said == ["0 pictures", "1 class picture", "2 pictures", "3 processes"]
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
