@@ -14,13 +14,13 @@ norms of the base's rows (a change of that is proposed there).
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError, quoted
 from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
@@ -92,12 +92,8 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
             found = _matrices(parts, places, form == "kohya") if plain else _differences(parts, places, base)
             key = _PREFIX + layer.replace(".", "_")
             tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_tensors(temporary, tensors, _metadata(lora, config))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        write_tensors(unfinished, tensors, _metadata(lora, config))
 
 
 def _matrices(
