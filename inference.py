@@ -9,13 +9,14 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -549,7 +550,7 @@ def run(argv: Sequence[str] | None) -> None:
         seed=config.seed,
     )
     results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
     print(f"wrote {count} pictures to {outdir}")
 

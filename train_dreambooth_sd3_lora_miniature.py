@@ -9,13 +9,14 @@ memory here.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
     "train_dreambooth_sd3_lora_miniature.py",
     __doc__,
-    tuple(TrainingFlags.classes()),
+    group_classes(TrainingFlags),
     REFUSED_FLAGS,
     HARMLESS_FLAGS,
 )
@@ -1014,7 +1015,7 @@ def open_outputs(
     argv: Sequence[str] | None,
 ) -> Outputs:
     """What writes the LoRA and the checkpoints, with the record of the run."""
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
+    record = RunRecord(groups_of(flags), facts, run_identity(flags, facts, request, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
     return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
 
