@@ -82,6 +82,7 @@ from sd3_lora.plan.memory_plan import (
     plain_placement,
     plan_training,
     recompute_note,
+    room_to_draw,
 )
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
@@ -90,7 +91,7 @@ from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
-from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
+from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
 from sd3_lora.training.class_images import ClassImages
@@ -349,7 +350,7 @@ def look(
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
-    if validation is None:
+    if validation is None or validation.has_drawn(training.step):
         return
     with training.ready_to_draw():
         drawn = validation.draw(training.model, device, training.step, stop)
@@ -363,7 +364,7 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
 
 def measure(training: Training, watch: Watch, device: torch.device) -> None:
     """Measures the early warning's losses, and prints what they warn of."""
-    if watch.warning is None:
+    if watch.warning is None or watch.warning.has_measured(training.step):
         return
     for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
         tqdm.write(sentence)
@@ -394,8 +395,10 @@ def train(
     log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    is_new = training.step == 0
-    aside_s = look(training, watch, is_new and flags.watch.draws, is_new and flags.watch.measures_at(0), accelerator)
+    # Before the first step; and of a run that is resumed, what its interruption left out.
+    saves = training.step % steps_to_checkpoint == 0
+    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
+    aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = tqdm(
@@ -644,14 +647,14 @@ def validation_work(flags: TrainingFlags, files: ModelFiles) -> VaeWork:
 
 
 def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> DrawingBetween | None:
-    """What validation takes at the least: one picture at a time, decoded in the smallest tiles."""
+    """What validation takes at the least: one row of a forward, and the smallest tiles."""
     if not flags.watch.draws:
         return None
     work, (_, vae_scale) = validation_work(flags, files), files.latent_channels_and_scale()
-    rows, tokens = validation_sampling(flags.watch).rows, text_tokens_of(flags.data, files)
+    shape = DenoisingShape(1, work.size.latent(vae_scale), text_tokens_of(flags.data, files), dtype, 0)
     tile = smallest_tile(files, work)
     decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
-    return DrawingBetween(DenoisingShape(rows, work.size.latent(vae_scale), tokens, dtype, 0), decoding)
+    return DrawingBetween(shape, validation_sampling(flags.watch).rows, decoding)
 
 
 def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
@@ -688,6 +691,16 @@ def make_early_warning(
     return warning
 
 
+def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: DeviceBudget | None) -> VaeTile:
+    """What the VAE decodes at a time: the largest tile that leaves the step's peak the peak, or the smallest of all."""
+    if budget is None:
+        return choose_tile(files, work, None)
+    parts = plan.forecast.phases[-1].parts
+    kept = sum(parts[name] for name in ("weights", "LoRA", "unused between them"))
+    least = sum(parts.values()) - kept
+    return choose_tile(files, work, replace(budget, total_bytes=max(least, room_to_draw(plan) - kept)))
+
+
 def make_validation(
     flags: TrainingFlags,
     task: TrainingTask,
@@ -695,7 +708,7 @@ def make_validation(
     budget: DeviceBudget | None,
     data: TrainingData,
     record: RunRecord,
-    goes_on: bool,
+    resumed_at: int,
 ) -> Validation | None:
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
@@ -703,12 +716,9 @@ def make_validation(
     *prompts, negative_prompt = validation_prompts(flags.watch)
     embeddings = {prompt: data.embedding(prompt) for prompt in (*prompts, negative_prompt)}
     work = validation_work(flags, task.files)
-    count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
-    room = budget
-    if budget:
-        kept = sum(plan.forecast.phases[-1].parts[name] for name in ("weights", "LoRA", "unused between them"))
-        room = replace(budget, total_bytes=plan.forecast.peak_bytes - kept)
-    tile = choose_tile(task.files, work, room)
+    sampling, per_picture = validation_sampling(flags.watch), task.drawing.rows
+    rows = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
+    tile = validation_tile(task.files, work, plan, budget)
     facts = record.facts
     settings = {
         "model": task.files.provenance(["transformer", "vae"], "", 0).identity,
@@ -719,15 +729,15 @@ def make_validation(
     what = ValidationTask(
         tuple(prompts),
         flags.watch.num_validation_images,
-        validation_sampling(flags.watch),
+        replace(sampling, apart=rows < per_picture),
         flags.watch.validation_seed,
         work.size,
-        count,
+        max(1, rows // per_picture),
         tile,
         settings,
     )
     tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
-    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", goes_on)
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", resumed_at)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -1088,7 +1098,7 @@ def run(argv: Sequence[str] | None) -> None:
     if training.step < planned.steps:
         trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
         log = open_log(outputs, training.step, trackers, accelerator)
-        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step > 0)
+        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
         batches = make_batches(training, data, files, flags, device)
         step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
         warning = make_early_warning(flags, data, files, training.step, say) if accelerator.is_main_process else None
