@@ -56,18 +56,10 @@ from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig
+from sd3_lora.stage_one.crop_boxes import CropBox, crop_box_of, crop_boxes, crop_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    CropBox,
-    crop_box_of,
-    crop_boxes,
-    crop_rgb,
-    open_rgb,
-    size_notes,
-    to_pixels,
-)
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.masks import Mask, find_masks, latent_mask, require_right_masks
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME

@@ -87,9 +87,9 @@ from sd3_lora.plan.memory_plan import (
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne

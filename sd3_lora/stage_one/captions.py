@@ -17,7 +17,7 @@ from typing import Any, Literal
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, print_in_rank_0, read_text_lines, shown
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import (
+from sd3_lora.stage_one.image_files import (
     CAPTION_EXTENSIONS,
     METADATA_NAMES,
     caption_stems,

@@ -17,7 +17,7 @@ from sd3_lora.common.atomic_files import UNFINISHED, replacing
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
 from sd3_lora.common.tensor_files import write_tensors
-from sd3_lora.stage_one.images import number_of_variant
+from sd3_lora.stage_one.crop_boxes import number_of_variant
 
 import torch
 from safetensors import SafetensorError, safe_open

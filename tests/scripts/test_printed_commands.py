@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pytest
 from conftest import TRAINING_SCRIPT, Result, save_pictures

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pyarrow.parquet as pq
 import pytest
