@@ -29,7 +29,8 @@ from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib, open_budget
 from sd3_lora.stage_one.captions import read_captions
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.image_files import list_images
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import torch
 from PIL import Image

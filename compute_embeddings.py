@@ -36,7 +36,7 @@ from sd3_lora.common.command_line import UserError, command, counted, exit_code,
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
-from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
@@ -279,7 +279,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
     print(f"wrote {output_path}: {counted(count, 'prompt')}, {output_path.stat().st_size / 1024**2:.1f} MiB")
-    print("next: " + next_command(configs))
+    print_next("next: " + next_command(configs))
 
 
 def next_command(configs: tuple[Any, ...]) -> str:

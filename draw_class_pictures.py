@@ -54,8 +54,8 @@ from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
+from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile

@@ -10,13 +10,14 @@ prompts encoded anew by these two, and T5's part read.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -609,7 +610,7 @@ def run(argv: Sequence[str] | None) -> None:
         seed=config.seed,
     )
     results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
     print(f"wrote {counted(count, 'picture')} to {outdir}")
 

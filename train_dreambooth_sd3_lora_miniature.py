@@ -9,13 +9,14 @@ memory here.
 from __future__ import annotations
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
     "train_dreambooth_sd3_lora_miniature.py",
     __doc__,
-    tuple(TrainingFlags.classes()),
+    group_classes(TrainingFlags),
     REFUSED_FLAGS,
     HARMLESS_FLAGS,
 )
@@ -87,9 +88,9 @@ from sd3_lora.plan.memory_plan import (
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
@@ -1028,7 +1029,7 @@ def open_outputs(
     argv: Sequence[str] | None,
 ) -> Outputs:
     """What writes the LoRA and the checkpoints, with the record of the run."""
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
+    record = RunRecord(groups_of(flags), facts, run_identity(flags, facts, request, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
     return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
 

@@ -93,6 +93,16 @@ from diffusers import SD3Transformer2DModel
 from tqdm import tqdm
 
 LOSSES_FILE = "picture_losses.json"
+IDLE_FLAGS = (
+    "caption_dropout",
+    "clip_l_dropout",
+    "clip_g_dropout",
+    "t5_dropout",
+    "masked_loss",
+    "unmasked_weight",
+    "mask_data_dir",
+    "alpha_mask",
+)
 _Group = TypeVar("_Group", DataConfig, ModelConfig)
 
 
@@ -109,6 +119,15 @@ def as_in_run(group: _Group, output_dir: Path) -> _Group:
     if "pretrained_model_name_or_path" in typed:
         recorded = {}
     return replace(group, **{name: value for name, value in recorded.items() if name not in typed})
+
+
+def idle_note(data: DataConfig) -> str | None:
+    """Which of the flags that were typed decide how training draws and weights, and so change nothing here."""
+    idle = [f"--{name}" for name in IDLE_FLAGS if getattr(data, name) != getattr(DataConfig, name)]
+    if not idle:
+        return None
+    change = "changes" if len(idle) == 1 else "change"
+    return f"note: {', '.join(idle)} {change} nothing: each loss is of the whole picture with its whole caption"
 
 
 def open_data(request: StageOneRequest) -> TrainingData:
@@ -186,10 +205,12 @@ def write(losses: Sequence[PictureLoss], path: Path, config: LossesConfig, files
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     config, data_config, base, model_config, device_config, budget_config = COMMAND_LINE.parse(argv)
-    output_dir = Path(config.output_dir)
+    output_dir, note = Path(config.output_dir), idle_note(data_config)
     data_config, model_config = as_in_run(data_config, output_dir), as_in_run(model_config, output_dir)
     if model_config.is_miniature:
         say_miniature("sd3_lora.losses")
+    if note:
+        print(note)
     device = choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()

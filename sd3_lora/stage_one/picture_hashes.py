@@ -18,7 +18,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import write_text_atomically
 from sd3_lora.common.devices import cpu_cores
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 from tqdm import tqdm
 

@@ -36,7 +36,7 @@ import torch
 from conftest import PROJECT
 
 SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
-COMMANDS = ("sd3_lora.export", "sd3_lora.merge")
+COMMANDS = ("sd3_lora.convert", "sd3_lora.export", "sd3_lora.losses", "sd3_lora.merge")
 
 
 @dataclass(frozen=True)
