@@ -325,7 +325,7 @@ def make_step(
 
 def accumulate(
     training: Training, batches: MicroBatches, step: Callable[..., torch.Tensor], window: int, drawable: int
-) -> tuple[torch.Tensor, str]:
+) -> tuple[torch.Tensor, str, list[float]]:
     """The micro-steps of one optimizer step.
 
     The host draws the next micro-batch while the device computes (two, where modulations are computed ahead).
@@ -338,21 +338,24 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        The mean loss of a picture, a scalar on the device; and the names of the pictures.
+        The mean loss of a picture, a scalar on the device; the names of the pictures; and their noise levels.
     """
-    losses, names, full_batches = [], [], 0.0
+    losses, names, sigmas, full_batches = [], list[str](), list[float](), 0.0
     for drawable_now in range(drawable, drawable - window, -1):
         batches.draw_ahead(drawable_now)
-        inputs, seen, of_full, coming = batches.take()
+        batch, coming = batches.take()
+        inputs = batch.inputs
         if training.ahead:
             with training.model.precision(inputs.latents.device):
                 training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
         losses.append(step(*inputs))
-        names += seen
-        full_batches += of_full
+        names += batch.names
+        sigmas += batch.sigmas
+        full_batches += batch.of_full
         batches.draw_ahead(drawable_now - 1)  # while the device computes
     mean = torch.stack(losses).mean()
-    return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
+    seen = ", ".join(dict.fromkeys(names))
+    return mean if full_batches == window else mean * (window / full_batches), seen, sigmas
 
 
 @dataclass(frozen=True)
@@ -480,7 +483,7 @@ def train(
             training.step += 1
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
-            loss, pictures = accumulate(training, batches, step, window, drawable)
+            loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
             if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
                 training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
@@ -490,7 +493,7 @@ def train(
             )
             if training.average:
                 training.average.update(norm)
-            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
