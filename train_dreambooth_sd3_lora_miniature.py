@@ -96,7 +96,13 @@ from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.checkpoints import (
+    checkpoint_folders,
+    find_checkpoint,
+    read_state,
+    require_own_checkpoints,
+    write_pictures,
+)
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
@@ -944,12 +950,13 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
 
 
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
-    """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
+    """Writes the card, `run.json` and `pictures.json` beside the LoRA, and prints the command that draws with it."""
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
+    write_pictures(outputs.folder, record.identity.pictures)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
@@ -962,6 +969,17 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
         print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
+
+
+def report(outputs: Outputs) -> None:
+    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
+    try:
+        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
+
+        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
+    except Exception as error:  # whatever it is: the run is done
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the report was not written ({reason})")
 
 
 def open_hub(flags: TrainingFlags, accelerator: Accelerator) -> HubRepo | None:
@@ -1094,6 +1112,7 @@ def run(argv: Sequence[str] | None) -> None:
         )
         finish(outputs, flags, results)
         write_exports(output_dir, flags, files)
+        report(outputs)
     accelerator.end_training()
     upload(hub, flags, training.step)
 

@@ -36,16 +36,15 @@ def window_of(count: int) -> int:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of `window` values around each; of fewer at both ends, as many on either side.
+    """The mean of `window` values around each; of those that there are near both ends.
 
-    >>> smoothed([1.0, 2.0, 6.0, 3.0], 3)
-    [1.0, 3.0, 3.6666666666666665, 3.0]
+    >>> smoothed([1.0, 2.0, 6.0, 4.0], 3)
+    [1.5, 3.0, 4.0, 5.0]
     """
-    sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))])
-    means = []
-    for place in range(len(values)):
-        reach = min(window // 2, place, len(values) - 1 - place)
-        means.append(float((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1)))
+    sums, count = np.concatenate([[0.0], np.cumsum(np.asarray(values, np.float64))]), len(values)
+    places = np.arange(count)
+    first, behind = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, count)
+    means: list[float] = ((sums[behind] - sums[first]) / (behind - first)).tolist()
     return means
 
 

@@ -4,7 +4,8 @@
   const css = (name) => `var(--${name})`;
   const gib = (value) => `${value.toFixed(2)} GiB`;
   const seconds = (value) => (value < 120 ? `${value.toFixed(1)} s` : `${(value / 60).toFixed(1)} min`);
-  const byStep = { label: "step", labelAnchor: "right", tickFormat: d3.format(",") };
+  const last = Math.max(...data.losses.map((d) => d.step), ...data.warning.map((d) => d.step), 1);
+  const byStep = { label: "step", labelAnchor: "right", labelOffset: 34, tickFormat: d3.format(","), domain: [0, last] };
   const steps = (width) => ({ ...byStep, ticks: Math.max(3, Math.round(width / 110)) });
   // Single steps far above the rest would press the curve flat.
   const top = (values) => {
@@ -12,7 +13,7 @@
     return [Math.min(sorted[0], 0.9 * sorted[0]), Math.min(sorted.at(-1), 1.5 * d3.quantileSorted(sorted, 0.98))];
   };
   const chart = (width, height, options) =>
-    Plot.plot({ width, height, marginLeft: 48, marginRight: 14, style: { background: "none", fontSize: "12px" }, ...options });
+    Plot.plot({ width, height, marginLeft: 48, marginRight: 14, marginBottom: 38, style: { background: "none", fontSize: "12px" }, ...options });
   const rule = (x) => Plot.ruleX(x === null ? [] : [x], { stroke: css("accent"), strokeOpacity: 0.5, strokeDasharray: "2 3" });
 
   const charts = {
@@ -22,7 +23,7 @@
         ariaLabel: "Loss by optimizer step", clip: true, x: steps(width), y: { label: "loss", grid: true, domain, ticks: 5 },
         marks: [
           rule(step),
-          Plot.dot(data.losses, { x: "step", y: "loss", r: 1.7, fill: css("dot"), fillOpacity: 0.6, clip: true }),
+          Plot.dot(data.losses, { x: "step", y: "loss", r: data.losses.length < 300 ? 2.2 : 1.6, fill: css("dot"), fillOpacity: 0.7, clip: true }),
           Plot.lineY(data.losses, { x: "step", y: "smooth", stroke: css("accent"), strokeWidth: 2.25, clip: true }),
           Plot.tip(data.losses, Plot.pointerX({
             x: "step", y: "smooth",
@@ -37,7 +38,7 @@
       }))).filter((d) => d.loss !== null);
       const colour = (level) => css(`level-${level}`);
       return chart(width, width < 500 ? 220 : 260, {
-        ariaLabel: "Loss by noise level", x: steps(width), y: { label: "loss", grid: true, ticks: 5 },
+        ariaLabel: "Loss by noise level", x: steps(width), y: { label: "loss", grid: true, ticks: 5, nice: true },
         marks: [
           rule(step),
           ...[0, 1, 2, 3].map((level) => Plot.lineY(points.filter((d) => d.level === level), {
@@ -61,12 +62,12 @@
     const best = name === "subject_loss" ? [d3.least(points, (d) => d[name])] : [];
     return chart(width, 210, {
       ariaLabel: name === "subject_loss" ? "Loss of the subject at fixed noise" : "Drift of the class prompt",
-      x: steps(width), y: { label: null, grid: true, ticks: 4, zero: name === "class_loss" }, marginTop: 26,
+      x: steps(width), y: { label: null, grid: true, ticks: 4, zero: name === "class_loss", insetBottom: best.length ? 24 : 0 }, marginTop: 10,
       marks: [
         rule(step),
         Plot.lineY(points, { x: "step", y: name, stroke: css(colour), strokeWidth: 2, marker: "circle" }),
         Plot.dot(best, { x: "step", y: name, r: 6, stroke: css(colour), strokeWidth: 1.5 }),
-        Plot.text(best, { x: "step", y: name, text: (d) => `lowest, step ${d.step}`, dy: 16, fill: "currentColor", textAnchor: best[0] && best[0].step > 0.7 * points.at(-1).step ? "end" : "start" }),
+        Plot.text(best, { x: "step", y: name, text: (d) => `lowest, step ${d.step}`, dy: 15, fill: "currentColor", stroke: css("paper"), strokeWidth: 4, textAnchor: best[0] && best[0].step > 0.7 * points.at(-1).step ? "end" : "start" }),
         Plot.tip(points, Plot.pointerX({ x: "step", y: name, title: (d) => `step ${d.step}\n${d[name].toFixed(4)}` })),
       ],
     });

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from sd3_lora.reporting.memory_timeline import MemoryTimeline, memory_timeline
 from sd3_lora.reporting.run_folder import RunFolder, read_run
 from sd3_lora.reporting.settings import Setting, commands, shown_value, training_settings
 from sd3_lora.reporting.thumbnails import drawn_columns, instance_pictures, shown_pictures
+from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import PromptTokens, tokens_of
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 REPORT_FILE = "report.html"
@@ -65,15 +67,19 @@ def write_report(folder: Path) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page."""
+    return _template().render(**contents(run))
+
+
+@lru_cache(1)
+def _template() -> Template:
+    """`page.html` with its style and scripts."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": duration, "gib": gib, "shown": shown_value, "loss": _loss, "changed": _changed}
+    environment.filters |= {"duration": duration, "gib": gib, "shown": shown_value, "loss": _loss}
+    environment.filters |= {"changed": _changed, "breakable": _breakable}
     scripts = [Markup(_asset(name).replace("</script", "<\\/script")) for name in (*_LIBRARIES, "page.js")]
-    context = {
-        "style": Markup(_asset("page.css")),
-        "scripts": scripts,
-        "hashes": [_csp_hash(script) for script in scripts],
-    }
-    return environment.from_string(_asset("page.html")).render(**context, **contents(run))
+    environment.globals |= {"style": Markup(_asset("page.css")), "scripts": scripts, "rows": _rows}
+    environment.globals |= {"hashes": [_csp_hash(script) for script in scripts]}
+    return environment.from_string(_asset("page.html"))
 
 
 def contents(run: RunFolder) -> dict[str, Any]:
@@ -106,7 +112,6 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "commands": commands(run),
         "data": chart_data(run, timeline),
         "levels": [f"{lower:g}–{upper:g}" for lower, upper in LEVELS],
-        "rows": _rows,
     }
 
 
@@ -144,10 +149,9 @@ def tiles(run: RunFolder, timeline: MemoryTimeline) -> Iterator[tuple[str, str, 
         of = f" of {planned:,}" if planned and planned > run.steps else ""
         yield "steps", f"{run.steps:,}{of}", "going on, or interrupted"
     if run.losses:
-        last = smoothed([line.loss for line in run.losses], window_of(len(run.losses)))
-        reach = min(50, len(run.losses))
+        reach = min(50, len(run.losses))  # as in `run.json`
         mean = sum(line.loss for line in run.losses[-reach:]) / reach
-        yield "loss", f"{mean:.4f}", f"mean of the last {reach} steps; {last[0]:.4f} at the start"
+        yield "loss", f"{mean:.4f}", f"mean of the last {reach} steps"
     if timeline.elapsed_s:
         per_step = record.get("ms_a_step")
         yield "time", duration(timeline.elapsed_s), f"{per_step:,.0f} ms a step" if per_step else ""
@@ -173,9 +177,14 @@ def prompt_rows(run: RunFolder) -> tuple[list[PromptRow], str]:
     captions = Counter(prompt for picture in pictures for prompt in (picture.prompt, *picture.other_prompts))
     for prompt, count in captions.items():
         uses.setdefault(prompt, []).append(f"{count} picture{'' if count == 1 else 's'}")
-    for name, use in (("class_prompt", "class"), ("validation_prompt", "validation")):
-        value = run.value(name)
-        for prompt in value if isinstance(value, list) else [value] if value else []:
+    embedded = [record.flags for record in run.earlier if record.script == "compute_embeddings.py"]
+    others = {
+        "class": [run.value("class_prompt"), *(flags.get("class_prompt") for flags in embedded)],
+        "validation": run.value("validation_prompt") or (),
+        "negative": [run.value("validation_negative_prompt")],
+    }
+    for use, named in others.items():
+        for prompt in dict.fromkeys(prompt for prompt in named if prompt):
             uses.setdefault(prompt, []).append(use)
     if not uses:
         uses = {prompt: ["captions"] for prompt in run.training.values.get("prompts") or ()}
@@ -213,7 +222,8 @@ def _by_prompt(columns: Sequence[Any]) -> dict[str, list[Any]]:
 
 def _buckets(run: RunFolder) -> dict[str, int]:
     """Size of the crops → how many of the subject's pictures have crops of it."""
-    sizes = Counter(name.split("+")[0] for picture in instance_pictures(run) for name in picture.crops[:1])
+    crops = [picture.crops[0] for picture in instance_pictures(run) if picture.crops]
+    sizes = Counter(str(size_of_variant(name)).replace("x", "×") for name in crops)
     return dict(sizes.most_common())
 
 
@@ -247,6 +257,11 @@ def _loss(value: float | None) -> str:
 
 def _changed(settings: Sequence[Setting]) -> list[Setting]:
     return [each for each in settings if not each.is_default]
+
+
+def _breakable(name: str) -> Markup:
+    """A name that may go on in a new line behind an underscore."""
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _asset(name: str) -> str:

@@ -7,9 +7,11 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.defaults import default_folder
@@ -37,6 +39,8 @@ MOST_DRAWN = 240  # validation pictures; of more the steps are thinned out
 MOST_INSTANCE, MOST_CROPS = 24, 4  # pictures of the subject that are shown, and crops of each
 CROP_PX = 224
 _QUALITY = 80
+_T = TypeVar("_T")
+_Columns = dict[tuple[str, int], dict[int, _T]]  # a prompt and the index of its picture → optimizer step → the picture
 _BESIDE_MASK = (0.25, 0.45)  # of what is not trained on: how bright, and how much of it grey
 
 
@@ -80,19 +84,17 @@ def drawn_columns(step_folders: Mapping[int, Path]) -> list[DrawnColumn]:
         step_folders: optimizer step → the folder of its pictures.
     """
     found = defaultdict[tuple[str, int], dict[int, Image.Image]](dict)
-    for step, folder in sorted(step_folders.items()):
-        for key, picture in _pictures_in(folder):
-            found[key][step] = picture
+    with ThreadPoolExecutor() as pool:
+        steps = sorted(step_folders)
+        for step, pictures in zip(steps, pool.map(_pictures_in, [step_folders[step] for step in steps]), strict=True):
+            for key, picture in pictures:
+                found[key][step] = picture
     # Prompts in the order of the last step's files; an earlier run's come behind.
     keys = list(found)
     last = max((step for pictures in found.values() for step in pictures), default=0)
     keys.sort(key=lambda key: last not in found[key])
-    steps = _thinned(sorted({step for pictures in found.values() for step in pictures}), len(keys))
-    shown = {key: {step: picture for step, picture in found[key].items() if step in steps} for key in keys}
-    for side in SIDES_PX:
-        files = {key: {s: small_webp(p, side) for s, p in pictures.items()} for key, pictures in shown.items()}
-        if sum(len(content) for pictures in files.values() for content in pictures.values()) <= MOST_BYTES:
-            break
+    kept = _thinned(sorted({step for pictures in found.values() for step in pictures}), len(keys))
+    files = _fitting({key: {step: found[key][step] for step in found[key] if step in kept} for key in keys})
     columns = []
     for (prompt, index), contents in files.items():
         if contents:
@@ -103,8 +105,24 @@ def drawn_columns(step_folders: Mapping[int, Path]) -> list[DrawnColumn]:
     return columns
 
 
-def _pictures_in(folder: Path) -> Iterator[tuple[tuple[str, int], Image.Image]]:
+def _fitting(shown: _Columns[Image.Image]) -> _Columns[bytes]:
+    """The pictures as files that have no more than `MOST_BYTES` together, if the smallest side allows it."""
+    files: _Columns[bytes] = {}
+    with ThreadPoolExecutor() as pool:
+        for side in SIDES_PX:
+            small = partial(small_webp, side_px=side)
+            files = {
+                key: dict(zip(pictures, pool.map(small, pictures.values()), strict=True))
+                for key, pictures in shown.items()
+            }
+            if sum(len(content) for pictures in files.values() for content in pictures.values()) <= MOST_BYTES:
+                break
+    return files
+
+
+def _pictures_in(folder: Path) -> list[tuple[tuple[str, int], Image.Image]]:
     """The pictures of this project in a folder, by prompt and index, no larger than they are shown."""
+    pictures = []
     for path in sorted(folder.glob("*.png")):
         try:
             with Image.open(path) as opened:
@@ -116,7 +134,8 @@ def _pictures_in(folder: Path) -> Iterator[tuple[tuple[str, int], Image.Image]]:
         except (OSError, UnidentifiedImageError, SyntaxError):
             continue
         picture.thumbnail((SIDES_PX[0], SIDES_PX[0]), Image.Resampling.LANCZOS)
-        yield (str(noted["prompt"]), int(noted["image_index"])), picture
+        pictures.append(((str(noted["prompt"]), int(noted["image_index"])), picture))
+    return pictures
 
 
 def _thinned(steps: Sequence[int], columns: int) -> set[int]:
@@ -170,9 +189,10 @@ class ShownPicture:
 
 
 def instance_pictures(run: RunFolder) -> list[NotedPicture]:
-    """The subject's pictures, without those of its class."""
+    """The subject's pictures by name, without those of its class."""
     of_class = run.value("class_prompt") if run.value("with_prior_preservation") else None
-    return [picture for picture in run.pictures or () if of_class is None or picture.prompt != of_class]
+    pictures = [picture for picture in run.pictures or () if of_class is None or picture.prompt != of_class]
+    return sorted(pictures, key=lambda picture: picture.name)
 
 
 def shown_pictures(run: RunFolder) -> list[ShownPicture]:
