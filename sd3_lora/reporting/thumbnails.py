@@ -214,8 +214,8 @@ def _shown(picture: NotedPicture, paths: Sequence[Path], background: Any, cache:
     try:
         path = next((path for path in paths if hash_file(path) == picture.image_id), None)
         if path is None:
-            reason = "changed since it was trained on" if paths else "no longer where it was"
-            return ShownPicture(picture, (), more, sizes, missing=f"the file is {reason}")
+            reason = "has changed since it was trained on" if paths else "is no longer where it was"
+            return ShownPicture(picture, (), more, sizes, missing=f"the file {reason}")
         whole = open_rgb(path, background)
     except (BrokenImage, UserError) as error:
         return ShownPicture(picture, (), more, sizes, missing=str(error))
