@@ -906,14 +906,26 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
             print(f"wrote {path}")
 
 
+def report(outputs: Outputs) -> None:
+    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
+    try:
+        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
+
+        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
+    except Exception as error:  # whatever it is: the run is done
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the report was not written ({reason})")
+
+
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
-    """Writes the card, `run.json` and `pictures.json` beside the LoRA, and prints the command that draws with it."""
+    """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
     write_pictures(outputs.folder, record.identity.pictures)
+    report(outputs)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
@@ -926,17 +938,6 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
         print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
-
-
-def report(outputs: Outputs) -> None:
-    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
-    try:
-        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
-
-        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
-    except Exception as error:  # whatever it is: the run is done
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"note: the report was not written ({reason})")
 
 
 def open_hub(flags: TrainingFlags, accelerator: Accelerator) -> HubRepo | None:
@@ -1140,7 +1141,6 @@ def run(argv: Sequence[str] | None) -> None:
         write_what_is_missing(outputs, training, accelerator)
     if accelerator.is_main_process:
         write_exports(output_dir, flags, files)
-        report(outputs)
     accelerator.end_training()
     upload(hub, flags, training.step)
 
