@@ -10,22 +10,25 @@
   // Single steps far above the rest would press the curve flat.
   const top = (values) => {
     const sorted = Float64Array.from(values).sort();
-    return [Math.min(sorted[0], 0.9 * sorted[0]), Math.min(sorted.at(-1), 1.5 * d3.quantileSorted(sorted, 0.98))];
+    return [sorted[0], Math.min(sorted.at(-1), 2 * d3.quantileSorted(sorted, 0.98))];
   };
   const chart = (width, height, options) =>
     Plot.plot({ width, height, marginLeft: 48, marginRight: 14, marginBottom: 38, style: { background: "none", fontSize: "12px" }, ...options });
+  const tip = (points, options) => Plot.tip(points, { ...options, lineHeight: 1.3 });
   const rule = (x) => Plot.ruleX(x === null ? [] : [x], { stroke: css("accent"), strokeOpacity: 0.5, strokeDasharray: "2 3" });
 
   const charts = {
     loss: (width, step) => {
       const domain = top(data.losses.map((d) => d.loss));
+      const above = data.losses.filter((d) => d.loss > domain[1]).length;
+      document.getElementById("above").textContent = above ? ` Dots above the chart: ${above}.` : "";
       return chart(width, width < 500 ? 240 : 300, {
-        ariaLabel: "Loss by optimizer step", clip: true, x: steps(width), y: { label: "loss", grid: true, domain, ticks: 5 },
+        ariaLabel: "Loss by optimizer step", x: steps(width), y: { label: "loss", grid: true, domain, ticks: 5, nice: true },
         marks: [
           rule(step),
           Plot.dot(data.losses, { x: "step", y: "loss", r: data.losses.length < 300 ? 2.2 : 1.6, fill: css("dot"), fillOpacity: 0.7, clip: true }),
           Plot.lineY(data.losses, { x: "step", y: "smooth", stroke: css("accent"), strokeWidth: 2.25, clip: true }),
-          Plot.tip(data.losses, Plot.pointerX({
+          tip(data.losses, Plot.pointerX({
             x: "step", y: "smooth",
             title: (d) => `step ${d.step}\nloss ${d.loss.toFixed(4)}\nsmoothed ${d.smooth.toFixed(4)}\nlearning rate ${d.rate.toPrecision(3)}`,
           })),
@@ -42,9 +45,9 @@
         marks: [
           rule(step),
           ...[0, 1, 2, 3].map((level) => Plot.lineY(points.filter((d) => d.level === level), {
-            x: "x", y: "loss", stroke: colour(level), strokeWidth: 2, marker: "circle", curve: "monotone-x",
+            x: "x", y: "loss", stroke: colour(level), strokeWidth: 2, marker: "dot", curve: "monotone-x",
           })),
-          Plot.tip(points, Plot.pointer({
+          tip(points, Plot.pointer({
             x: "x", y: "loss", title: (d) => `steps ${d.span.first} to ${d.span.last}\nnoise ${d.level / 4} to ${(d.level + 1) / 4}\nloss ${d.loss.toFixed(4)}`,
           })),
         ],
@@ -65,10 +68,10 @@
       x: steps(width), y: { label: null, grid: true, ticks: 4, zero: name === "class_loss", insetBottom: best.length ? 24 : 0 }, marginTop: 10,
       marks: [
         rule(step),
-        Plot.lineY(points, { x: "step", y: name, stroke: css(colour), strokeWidth: 2, marker: "circle" }),
+        Plot.lineY(points, { x: "step", y: name, stroke: css(colour), strokeWidth: 2, marker: "dot" }),
         Plot.dot(best, { x: "step", y: name, r: 6, stroke: css(colour), strokeWidth: 1.5 }),
         Plot.text(best, { x: "step", y: name, text: (d) => `lowest, step ${d.step}`, dy: 15, fill: "currentColor", stroke: css("paper"), strokeWidth: 4, textAnchor: best[0] && best[0].step > 0.7 * points.at(-1).step ? "end" : "start" }),
-        Plot.tip(points, Plot.pointerX({ x: "step", y: name, title: (d) => `step ${d.step}\n${d[name].toFixed(4)}` })),
+        tip(points, Plot.pointerX({ x: "step", y: name, title: (d) => `step ${d.step}\n${d[name].toFixed(4)}` })),
       ],
     });
   }
@@ -89,7 +92,7 @@
         Plot.link(planned, { x1: "start", x2: "end", y1: "planned_gib", y2: "planned_gib", stroke: css("plan"), strokeWidth: 2, strokeDasharray: "5 3" }),
         Plot.link(budgets, { x1: "start", x2: "end", y1: "budget_gib", y2: "budget_gib", stroke: css("faint"), strokeWidth: 1 }),
         Plot.ruleY([0]),
-        Plot.tip(data.bars, Plot.pointerX({
+        tip(data.bars, Plot.pointerX({
           x: (d) => (d.start + d.end) / 2, y: name, maxRadius: Infinity,
           title: (d) => `${d.name}\n${d.script}\n${gib(d[name])}, ${seconds(d.elapsed_s)}`,
         })),
@@ -102,7 +105,7 @@
     const names = Object.keys(span.parts);
     const rows = names.map((part) => ({ row: "planned", part, size: span.parts[part] }));
     const measured = span.measured_gib ? [{ row: "measured", size: span.measured_gib }] : [];
-    const colour = (part) => css(`part-${names.indexOf(part) % 6}`);
+    const colour = (part) => css(`part-${names.indexOf(part) % 8}`);
     let end = 0;
     for (const d of rows) { d.from = end; end += d.size; }
     const fits = rows.filter((d) => (d.size / end) * (width - 90) > 7 * d.part.length + 8);
@@ -115,7 +118,7 @@
         Plot.text(fits, { x: (d) => d.from + d.size / 2, y: "row", text: "part", fill: css("paper") }),
         Plot.barX(measured, { x1: 0, x2: "size", y: "row", fill: css("faint") }),
         Plot.text(measured, { x: (d) => d.size / 2, y: "row", text: (d) => gib(d.size), fill: css("paper") }),
-        Plot.tip(rows, Plot.pointer({ x: (d) => d.from + d.size / 2, y: "row", title: (d) => `${d.part}\n${gib(d.size)}`, maxRadius: 60 })),
+        tip(rows, Plot.pointer({ x: (d) => d.from + d.size / 2, y: "row", title: (d) => `${d.part}\n${gib(d.size)}`, maxRadius: 60 })),
       ],
     });
   }

@@ -74,6 +74,7 @@ def render(run: RunFolder) -> str:
 def _template() -> Template:
     """`page.html` with its style and scripts."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {}  # in their order, not in the alphabet's
     environment.filters |= {"duration": duration, "gib": gib, "shown": shown_value, "loss": _loss}
     environment.filters |= {"changed": _changed, "breakable": _breakable}
     scripts = [Markup(_asset(name).replace("</script", "<\\/script")) for name in (*_LIBRARIES, "page.js")]
@@ -246,9 +247,9 @@ def duration(seconds: float) -> str:
     return f"{minutes:.1f} min" if minutes < 120 else f"{int(minutes) // 60} h {int(minutes) % 60} min"
 
 
-def gib(value: float | None) -> str:
+def gib(value: float | None, unit: str = " GiB") -> str:
     """GiB with two decimals; a dash where there is none."""
-    return f"{value:.2f} GiB" if value else "–"
+    return f"{value:.2f}{unit}" if value else "–"
 
 
 def _loss(value: float | None) -> str:

@@ -103,9 +103,9 @@ def test_the_numbers_are_those_of_the_files(a_run: Run) -> None:
     ]
     training = made.data["spans"][-1]
     assert (training["planned_gib"], training["measured_gib"]) == (10.0, pytest.approx(9.8))
-    assert training["parts"] == {"weights": 4.0, "activations": 6.0}
+    assert list(training["parts"].items()) == [("weights", 4.0), ("activations", 6.0)]  # as planned, not by name
     memory = made.section("memory")
-    assert "9.80 GiB 10.00 GiB planned, -2.0 %" in memory
+    assert "in all 5.1 min 9.80 0.50 planned; measured −2.0 % 10.00" in memory
     assert "torch 2.13.0" in made.section("settings")
 
 
@@ -282,6 +282,19 @@ def test_a_real_run_writes_its_report_and_the_command_writes_the_same(
     path.unlink()
     assert report.main([str(tmp_path)]) == 0
     assert path.read_bytes() == written
+
+
+def test_a_resumed_run_is_shown_as_one(script: Callable[..., Result], prepared: Prepared, tmp_path: Path) -> None:
+    train(script, prepared, tmp_path, "--max_train_steps", 3, "--early_warning_steps", 1)
+    words = "--max_train_steps", 5, "--early_warning_steps", 1, "--resume_from_checkpoint", "latest"
+    run = train(script, prepared, tmp_path, *words)
+    made = Page(tmp_path / "report.html")
+    assert [(point["step"], point["loss"]) for point in made.data["losses"]] == [
+        (line["step"], line["loss"]) for line in run.losses
+    ]
+    assert [each["step"] for each in made.data["warning"]] == [0, 1, 2, 3, 4, 5]
+    assert "Training was resumed: its stages are those of the last command." in made.section("memory")
+    assert "--resume_from_checkpoint" not in made.section("again")
 
 
 def test_noise_levels_are_those_of_the_step(
