@@ -94,7 +94,13 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.checkpoints import (
+    checkpoint_folders,
+    find_checkpoint,
+    read_state,
+    require_own_checkpoints,
+    write_pictures,
+)
 from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.crops import choose_crops, require_masks
@@ -253,7 +259,7 @@ def make_step(
 
 def accumulate(
     training: Training, batches: MicroBatches, step: Callable[..., torch.Tensor], window: int, drawable: int
-) -> tuple[torch.Tensor, str]:
+) -> tuple[torch.Tensor, str, list[float]]:
     """The micro-steps of one optimizer step.
 
     The host draws the next micro-batch while the device computes (two, where modulations are computed ahead).
@@ -266,21 +272,24 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        The mean loss of a picture, a scalar on the device; and the names of the pictures.
+        The mean loss of a picture, a scalar on the device; the names of the pictures; and their noise levels.
     """
-    losses, names, full_batches = [], [], 0.0
+    losses, names, sigmas, full_batches = [], list[str](), list[float](), 0.0
     for drawable_now in range(drawable, drawable - window, -1):
         batches.draw_ahead(drawable_now)
-        inputs, seen, of_full, coming = batches.take()
+        batch, coming = batches.take()
+        inputs = batch.inputs
         if training.ahead:
             with training.model.precision(inputs.latents.device):
                 training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
         losses.append(step(*inputs))
-        names += seen
-        full_batches += of_full
+        names += batch.names
+        sigmas += batch.sigmas
+        full_batches += batch.of_full
         batches.draw_ahead(drawable_now - 1)  # while the device computes
     mean = torch.stack(losses).mean()
-    return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
+    seen = ", ".join(dict.fromkeys(names))
+    return mean if full_batches == window else mean * (window / full_batches), seen, sigmas
 
 
 @dataclass(frozen=True)
@@ -411,9 +420,9 @@ def train(
             training.step += 1
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
-            loss, pictures = accumulate(training, batches, step, window, drawable)
+            loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
-            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, accelerator)
+            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, sigmas, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
@@ -439,7 +448,12 @@ def train(
 
 
 def update(
-    training: Training, max_grad_norm: float, loss: torch.Tensor, pictures: str, accelerator: Accelerator
+    training: Training,
+    max_grad_norm: float,
+    loss: torch.Tensor,
+    pictures: str,
+    sigmas: Sequence[float],
+    accelerator: Accelerator,
 ) -> PendingStep:
     """The optimizer's step from what a window of micro-steps has left in the gradients, to be logged.
 
@@ -448,6 +462,7 @@ def update(
         max_grad_norm: to which gradients are clipped.
         loss: the window's mean, a scalar on the device.
         pictures: their names.
+        sigmas: their noise levels.
         accelerator: of the processes.
     """
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
@@ -456,7 +471,7 @@ def update(
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
     if training.average:
         training.average.update(norm)
-    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
@@ -895,13 +910,26 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
             print(f"wrote {path}")
 
 
+def report(outputs: Outputs) -> None:
+    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
+    try:
+        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
+
+        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
+    except Exception as error:  # whatever it is: the run is done
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the report was not written ({reason})")
+
+
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
-    """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
+    """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
     print(f"wrote {results.wrote}, read back and compared")
     print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped, 'step')} skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
+    write_pictures(outputs.folder, record.identity.pictures)
+    report(outputs)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
