@@ -234,7 +234,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     budget = open_budget(budget_config, device, FEW_KERNELS_BYTES)
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
 
     subject = processes.from_rank_0(lambda: read_subject(concepts, config))
     images = subject.images
@@ -243,7 +243,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     print(*subject.sentences(about_prompts=True), sep="\n")
     roles, image_ids = collect_prompts(config, subject)
     trigger = trigger_of((prompt for image in images for prompt in image.prompts), subject.instance_prompts)
-    print_words(files, trigger, config.class_prompt, roles)
+    if not files.is_known:
+        print_words(files, trigger, config.class_prompt, roles)
 
     existing = read_existing(output_path, config.overwrite)
     work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
     ChosenDtype,
@@ -86,6 +86,12 @@ def read_embeddings(config: ClassDrawingConfig, files: ModelFiles) -> Embeddings
         if any(prompt not in store for prompt in prompts):
             raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`")
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(prompts)}
+
+
+def text_tokens_of(embeddings: Embeddings, files: ModelFiles) -> int:
+    """The tokens of a prompt, by its embedding, or by default where a plan is made without one."""
+    shapes = [prompt_embeds.shape for prompt_embeds, _ in embeddings.values()]
+    return shapes[0][0] if shapes else files.clip_tokens() + DEFAULT_SEQUENCE_LENGTH
 
 
 def plan_drawing(
@@ -260,12 +266,12 @@ def run(argv: Sequence[str] | None) -> None:
     budget, reports = open_budget(budget_config, device), list[StageReport]()
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
     resolution = files.resolution(config.resolution)
     asked = "no" if config.prior_generation_precision == "fp32" else config.prior_generation_precision
     chosen = choose_training_dtype(asked, planned_device(device_config.device, device, budget_config.plan))
-    embeddings = read_embeddings(config, files)
-    text_tokens = next(iter(embeddings.values()))[0].shape[0]
+    embeddings = {} if files.is_known else read_embeddings(config, files)
+    text_tokens = text_tokens_of(embeddings, files)
     size = size_of(config, files, resolution)
     latent_size = size.latent(files.latent_channels_and_scale()[1])
     plan, together = plan_drawing(files, config, latent_size, text_tokens, chosen.dtype, budget)

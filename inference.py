@@ -510,7 +510,7 @@ def run(argv: Sequence[str] | None) -> None:
     budget = open_budget(flags.budget, device)
     if budget and not is_plan:
         budget.cap()
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, is_plan)
     loras = find_loras(config, files, flags.model.is_miniature)
     variants = find_variants(config, loras)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
@@ -521,10 +521,12 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    plans = plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
+    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
+    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
     to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
     count = sum(map(len, to_draw.values()))
-    print_plans([plan for each in plans.values() for plan in each], drawing.size)
+    if not known:
+        print_plans([plan for each in plans.values() for plan in each], drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if count or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)

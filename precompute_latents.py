@@ -546,7 +546,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
     cache, buckets = open_cache(files, config), Buckets.of(config, files)
     longest = PictureSize.square(buckets.longest_side)
     asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
@@ -569,8 +569,11 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
     replacing = tile if config.overwrite else None
-    state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
-    print(*state.sentences(cache, asked), sep="\n")
+    if files.is_known:
+        state = CacheState(len(pictures), pictures, set(), 0, 0)
+    else:
+        state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
+        print(*state.sentences(cache, asked), sep="\n")
     threads = min(MOST_THREADS, processes.cpu_cores)
     if masks and not budget_config.plan:
         masks = processes.from_rank_0(lambda: outdated_masks(masks, cache, state.missing, threads))

@@ -1003,7 +1003,7 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
 
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, flags.budget.plan)
     resolution = files.resolution(flags.data.resolution)
     budget = open_budget(flags.budget, device)
     buckets = Buckets.of(flags.data, files)
