@@ -97,25 +97,18 @@ from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
-from sd3_lora.training.config import (
-    ENDING_SCHEDULES,
-    REFUSED_FLAGS,
-    DataConfig,
-    FlowConfig,
-    LoraFlags,
-    OptimizerConfig,
-    PriorConfig,
-    RunConfig,
-    TrainingFlags,
-)
+from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.early_warning import EarlyWarning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
@@ -126,9 +119,12 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
+from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES, OptimizerConfig
 from sd3_lora.training.pool import with_class_pool
+from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
+from sd3_lora.training.run_flags import RunConfig
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers

@@ -205,7 +205,7 @@ def measure(flags: argparse.Namespace, names: Sequence[str]) -> None:
             if is_done(subject, trainer, given):
                 continue
             # Whole ones, even if the last run was stopped at one.
-            write_pictures(name, subject.pictures, subject.captioned)
+            write_pictures(name, subject.pictures, subject.captioned, subject.masks)
             start, lora, record = time.perf_counter(), given, {}
             if trainer != "before" and not given:
                 lora = subject.lora(trainer) / LORA_FILE

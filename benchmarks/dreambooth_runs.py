@@ -39,14 +39,20 @@ CLASS_PICTURES_TOGETHER = 25  # drawn: of a hundred four batches
 LARGEST_BUDGET_GIB = 16.0  # for a process: the miniature needs a fraction
 
 
+def words_for(subject: Subject, flags: str) -> list[str]:
+    """Flags as typed, for a subject."""
+    own = {"{class_prompt}": subject.class_prompt, "{masks}": str(subject.masks)}
+    return [own.get(word, word) for word in shlex.split(flags)]
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to train, which is told to the training script over the benchmark's own flags.
 
     Attributes:
         name: in the table, and of a folder.
-        flags: of training, as typed; {class_prompt} stands for the subject's.
-        stage_one: flags of precompute_latents.py, as typed.
+        flags: of training, as typed; {class_prompt} and {masks} stand for the subject's.
+        stage_one: flags of precompute_latents.py, likewise.
         one_prompt: whether all pictures have the instance prompt, and none its caption; the layers are then the
             script's own unless `flags` says which.
         class_images: class pictures of each subject, for prior preservation.
@@ -69,7 +75,7 @@ class Method:
 
     def words(self, subject: Subject) -> list[str]:
         """`flags` for a subject."""
-        return [word.replace("{class_prompt}", subject.class_prompt) for word in shlex.split(self.flags)]
+        return words_for(subject, self.flags)
 
     def files(self, subject: Subject) -> StageOneFiles:
         """Stage one's, shared by all methods with the same flags of stage one."""
@@ -149,7 +155,7 @@ def preparation(flags: argparse.Namespace, subject: Subject, methods: Sequence[M
         most[method.stage_one] = (method, max(before, method.class_images))
     scripts = []
     for stage_one, (method, class_images) in most.items():
-        files, more = method.files(subject), shlex.split(stage_one)
+        files, more = method.files(subject), words_for(subject, stage_one)
         found = dict(stage_one_words(flags, subject, files, class_images))
         found["precompute_latents"] += more
         if class_images:
@@ -173,7 +179,7 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
     done = (read_json(path) or {"scripts": []})["scripts"]
     if all(words in done for words in scripts):
         return
-    write_pictures(name, subject.pictures, subject.captioned)
+    write_pictures(name, subject.pictures, subject.captioned, subject.masks)
     for script, *words in scripts:
         with process_settings():
             run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)

@@ -18,7 +18,7 @@ from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, Pict
 from sd3_lora.common.defaults import LORA_FOLDER
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.common.placement_flags import BaseFlags
-from sd3_lora.training.config import DataConfig
+from sd3_lora.training.data_flags import DataConfig
 
 
 @dataclass(frozen=True)

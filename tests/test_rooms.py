@@ -97,6 +97,7 @@ def test_an_import_that_is_allowed_is_not_refused(copy: Path, room: str, other: 
         ("micro_batches", "training.state"),
         ("micro_batches", "training.artefacts"),
         ("state", "training.config"),
+        ("state", "training.run_flags"),
         ("loss_log", "gpu.copy_stream"),
     ],
 )

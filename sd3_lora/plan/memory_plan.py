@@ -370,7 +370,9 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
         planners.append((places, planner))
         if not asked.streamed:
             base = places.on_device()
-            whole = replace(planner, memory=memory.compiled()) if shape.compiled and precision is None else planner
+            whole = (
+                replace(planner, memory=memory.compiled(config)) if shape.compiled and precision is None else planner
+            )
             yield from (whole.plan(base, k, offload) for offload, k in _recomputing(asked, counts))
     if not task.can_stream or asked.streamed == 0:
         return

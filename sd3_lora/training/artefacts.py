@@ -29,8 +29,9 @@ from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents, recorded_
 from sd3_lora.stage_one.masks import ALPHA, noted_masks, picture_name
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.stage_one.prompts import read_prompts
-from sd3_lora.training.config import DataConfig, PriorConfig
+from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import augmented_counts, choose_variants, images_of_store, require_prompts
+from sd3_lora.training.prior_flags import PriorConfig
 
 # Set by torchrun and accelerate launch: a child process with them would wait for ranks that do not exist.
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GROUP_RANK", "ROLE_", "LOCAL_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")

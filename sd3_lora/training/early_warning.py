@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.stage_one.latent_cache import normalize_latents
-from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.loss_log import keep_lines
 from sd3_lora.training.picture_losses import FixedNoise
 from sd3_lora.transformer.lora import lora_off

@@ -10,11 +10,11 @@ from typing import Any
 from sd3_lora.common.devices import one_thread
 from sd3_lora.common.records import StepInputs, TrainingBatch
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
-from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 
 import torch

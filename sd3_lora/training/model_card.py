@@ -11,8 +11,9 @@ from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, flag_defaults
-from sd3_lora.training.config import HUB_FLAGS, OptimizerConfig
 from sd3_lora.training.gallery import find_pictures, find_sheet
+from sd3_lora.training.hub_flags import HUB_FLAGS
+from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import torch

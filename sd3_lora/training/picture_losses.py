@@ -21,9 +21,9 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one.latent_cache import normalize_latents
-from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch

@@ -270,7 +270,7 @@ def test_what_is_always_so_is_taken_with_a_note() -> None:
 
 
 def test_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sd3_lora.training.config import DataConfig
+    from sd3_lora.training.data_flags import DataConfig
 
     monkeypatch.setenv("HOME", "/home/me")
     (data,) = CommandLine("a.py", "A.", (DataConfig,)).parse(["--instance_data_dir", "~/dog", "--instance_prompt", "~"])

@@ -14,7 +14,7 @@ from sd3_lora.stage_one.images import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeWork, vae_weight_bytes, working_bytes
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.config import DataConfig
+from sd3_lora.training.data_flags import DataConfig
 
 import pytest
 import torch

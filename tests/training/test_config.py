@@ -13,14 +13,9 @@ from typing import Any
 
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.stage_one.config import LatentConfig
-from sd3_lora.training.config import (
-    DEFAULT_STEPS,
-    HARMLESS_FLAGS,
-    REFUSED_FLAGS,
-    OptimizerConfig,
-    RunConfig,
-    TrainingFlags,
-)
+from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.optimizer_flags import OptimizerConfig
+from sd3_lora.training.run_flags import DEFAULT_STEPS, RunConfig
 from sd3_lora.transformer import recompute
 from sd3_lora.transformer.lora import LORA_FILE
 

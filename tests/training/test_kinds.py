@@ -39,7 +39,7 @@ def attach(transformer: SD3Transformer2DModel, kind: LoraKind) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def attached(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:

@@ -15,8 +15,8 @@ from sd3_lora.common.records import StepInputs
 from sd3_lora.plan.memory_plan import TrainingTask
 from sd3_lora.plan.step_memory import StepShape, _hollow_inputs, simulate_step
 from sd3_lora.training.checkpoints import read_state, write_state
-from sd3_lora.training.config import FlowConfig, WeightingScheme
 from sd3_lora.training.flow import flow_matching_loss, mask_weights
+from sd3_lora.training.flow_flags import FlowConfig, WeightingScheme
 from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.transformer.lora import LORA_FILE
 

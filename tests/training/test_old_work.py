@@ -13,7 +13,7 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents
 from sd3_lora.training.checkpoints import read_state
-from sd3_lora.training.config import FlowConfig
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
 import numpy as np

@@ -16,7 +16,7 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.gpu.budget import BudgetTooSmall
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.images import crop_boxes
-from sd3_lora.training.config import DataConfig
+from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, ranked, robust_scores
 
 import numpy as np

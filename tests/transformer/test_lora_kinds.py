@@ -77,7 +77,7 @@ def move(transformer: SD3Transformer2DModel) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
-            draw = torch.randn(parameter.shape, generator=generator)
+            draw = torch.randn(parameter.shape, generator=generator).to(parameter.device)
             parameter.data += (0.5 * parameter.data if "magnitude" in name else 0.2) * draw
 
 
