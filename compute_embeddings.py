@@ -8,6 +8,11 @@ stage ever loads T5's 4.8 billion parameters.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.lean_imports import import_pyarrow, start_driver
@@ -42,6 +47,7 @@ from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATE
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
@@ -61,8 +67,6 @@ from sd3_lora.stage_one.text_encoder_plan import (
     describe_t5,
 )
 from sd3_lora.stage_one.text_encoders import encode_prompts
-
-from tqdm import tqdm
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
 
@@ -165,7 +169,7 @@ def encode_chunks(
 ) -> None:
     """Encodes this process' share chunk by chunk; each chunk is on disk before the next begins."""
     share = processes.share(list(chunks.items()))
-    for number, chunk in tqdm(share, desc="chunks", unit="chunk", disable=len(share) < 2):
+    for number, chunk in Progress(share, desc="chunks", unit="chunk", disable=len(share) < 2):
         prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
         parts.add(number, chunk, prompt_embeds, pooled)
 

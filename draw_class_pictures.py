@@ -8,6 +8,11 @@ loaded; the latents are cached as they come from the transformer, and decoded on
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
@@ -43,6 +48,7 @@ from sd3_lora.common.devices import (
 )
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -63,7 +69,6 @@ from sd3_lora.transformer.placement import arrange
 
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 VAE_PRECISION = "fp32"  # of the pictures to look at
 
@@ -172,7 +177,7 @@ def denoise_all(
 ) -> None:
     """Denoises what does not wait to be decoded yet; each batch is on disk before the next begins."""
     missing = [picture for picture in pictures if waiting.read(picture) is None]
-    for start in tqdm(range(0, len(missing), together), desc="denoising", unit="batch"):
+    for start in Progress(range(0, len(missing), together), desc="denoising", unit="batch"):
         batch = missing[start : start + together]
         noise = torch.stack([picture.noise(shape) for picture in batch])
         latents = sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, settings)
@@ -197,7 +202,7 @@ def decode_all(
     vae: AutoencoderKL, pictures: Sequence[PicturePlan], waiting: WaitingLatents, cache: LatentCache
 ) -> None:
     """Decodes one picture at a time and keeps it."""
-    for picture in tqdm(pictures, desc="decoding", unit="picture"):
+    for picture in Progress(pictures, desc="decoding", unit="picture"):
         latents = waiting.read(picture)
         if latents is None:
             raise UserError(f"{waiting.folder} was changed meanwhile: type the same command again")

@@ -8,6 +8,11 @@ prompts are already in an embeddings file, no text encoder is loaded at all.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
@@ -34,6 +39,7 @@ from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FI
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
@@ -58,7 +64,6 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -361,7 +366,7 @@ def denoise_all(
     ]
     used: Variant | None = None
     try:
-        for variant, batch in tqdm(batches, desc="denoising", unit="batch"):
+        for variant, batch in Progress(batches, desc="denoising", unit="batch"):
             if variant is not used:
                 use_variant(sampler.transformer, variant)
                 used = variant
@@ -385,7 +390,7 @@ def decode_and_save(
         UserError: pictures were NaN; all others are written.
     """
     errors, thumbnails = [], {}
-    for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
+    for plan, latent in Progress(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
         try:
             picture = decode(vae, latent)
             plan.save(picture)

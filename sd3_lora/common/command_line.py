@@ -473,13 +473,15 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         if library in sys.modules:  # else the script does not use it
             # A progress bar for each file would bury the scripts' output.
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    if signal.getsignal(signal.SIGINT) is _end_on_interrupt:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not sys.stderr.isatty():
+        importlib.import_module("huggingface_hub.utils").disable_progress_bars()  # of downloads: they draw no lines
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A Windows console of another code page must not turn a prompt into a crash.
-            stream.reconfigure(errors="replace")
+            # A Windows console of another code page must not turn a prompt into a crash. In a pipe both come in order.
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
+        if signal.getsignal(signal.SIGINT) in (_end_on_interrupt, signal.SIG_DFL):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         script(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -314,6 +315,29 @@ finally:
     assert f"usage: python {script}.py [flags]\n" in shown.stdout
     assert "\nWhere to compute, and whether always alike; every script has these flags:\n" in shown.stdout
     assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *COMMANDS, "sd3_lora.convert"])
+def test_an_interruption_in_the_first_moment_shows_no_traceback(script: str) -> None:
+    """Before the command line is read, while Python imports our first module."""
+    code = f"""
+import builtins, os, runpy, signal, sys
+sys.argv = ["script", "--plan"]
+original = builtins.__import__
+def interrupted(name, *arguments, **more):
+    if name.startswith("sd3_lora.common."):
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(name, *arguments, **more)
+if {"." in script}:
+    import sd3_lora
+    builtins.__import__ = interrupted
+    runpy.run_module({script!r}, run_name="__main__")
+else:
+    builtins.__import__ = interrupted
+    runpy.run_path({script!r} + ".py", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_an_interruption_while_libraries_are_imported_is_a_sentence() -> None:
