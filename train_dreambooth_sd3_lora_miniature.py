@@ -8,6 +8,11 @@ memory here.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
@@ -60,6 +65,7 @@ from sd3_lora.common.devices import (
 from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
@@ -163,7 +169,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -350,7 +355,7 @@ def look(
                             work(training, watch, accelerator.device)
                 except Exception as error:  # whatever it is: the run is worth more
                     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+                    Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
             drop_workspaces(accelerator.device)
             free_memory(accelerator.device)
     if draws or measures:
@@ -367,7 +372,7 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
         drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
-    tqdm.write(
+    Progress.write(
         f"step {training.step}: {counted(len(drawn), 'picture')} in {validation.step_folder(training.step)}, "
         f"{elapsed_s:.1f} s; all steps in {validation.sheet_path}"
     )
@@ -378,7 +383,7 @@ def measure(training: Training, watch: Watch, device: torch.device) -> None:
     if watch.warning is None or watch.warning.has_measured(training.step):
         return
     for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
-        tqdm.write(sentence)
+        Progress.write(sentence)
     last = watch.warning.history[-1]
     values = {"subject_loss": last.subject_loss, "class_loss": last.class_loss}
     watch.trackers.log(training.step, {name: value for name, value in values.items() if value is not None})
@@ -412,7 +417,7 @@ def train(
     aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
-    bar_of_steps = tqdm(
+    bar_of_steps = Progress(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
     )
     with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
@@ -1097,7 +1102,7 @@ def run(argv: Sequence[str] | None) -> None:
     device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
     chosen = set_up_device(flags, accelerator)
 
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, flags.budget.plan)
     resolution, budget = files.resolution(flags.data.resolution), open_budget(flags.budget, device)
     task = training_task(flags, files, Buckets.of(flags.data, files), chosen.dtype, device, processes)
     plan = make_plan(task, budget)

@@ -35,7 +35,7 @@ HARMLESS_FLAGS = {
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """All the flags of training, by group, in the order of `--help`."""
+    """All the flags of training, by group, in the order of `--help_all`."""
 
     data: DataConfig
     prior: PriorConfig
