@@ -75,9 +75,8 @@ def collect_prompts(
     class_prompts = subject.class_prompts if config.class_prompt is None else (config.class_prompt,)
     asked += [(prompt, "class") for prompt in class_prompts]
     validation = list(config.validation_prompt)
-    if config.prompts_file is not None:
-        validation += read_prompts(Path(config.prompts_file))
-    elif subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT and not validation:
+    validation += (prompt for file in config.prompts_file for prompt in read_prompts(Path(file)))
+    if not validation and subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT:
         validation = read_prompts(EXAMPLE_PROMPTS_FILE)
     asked += [(prompt, "validation") for prompt in with_subject(validation, config.subject)]
     asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
