@@ -90,9 +90,7 @@ def test_a_picture_drawn_without_the_alpha_is_drawn_again(
     with monkeypatch.context() as patch:
         identity = inference.LoraFile.identity
         patch.setattr(inference.LoraFile, "identity", lambda self: identity(self).split("/")[0])
-        patch.setattr(inference.LoraFile, "attach", lambda *_: None)
-        patch.setattr(SD3Transformer2DModel, "set_adapters", lambda *_: None)
-        patch.setattr(SD3Transformer2DModel, "enable_adapters", lambda *_: None)
+        patch.setattr(inference.MergedLoras, "use", lambda *_: None)
         before = draw(script, prepared, tmp_path / "out", "--lora", path)
     assert not np.array_equal(draw(script, prepared, tmp_path / "out", "--lora", path), before)
 

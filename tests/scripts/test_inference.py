@@ -343,18 +343,18 @@ def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path
     import inference
 
     seen = {}
-    denoise, decode = inference.denoise_all, inference.decode_and_save
+    denoise, make_decoder = inference.denoise_all, inference.Decoder
 
     def denoise_spy(sampler, *rest):
         seen["transformer"] = sampler.transformer.dtype
         return denoise(sampler, *rest)
 
-    def decode_spy(vae, *rest):
+    def decoder_spy(vae, *rest):
         seen["vae"] = vae.dtype
-        return decode(vae, *rest)
+        return make_decoder(vae, *rest)
 
     monkeypatch.setattr(inference, "denoise_all", denoise_spy)
-    monkeypatch.setattr(inference, "decode_and_save", decode_spy)
+    monkeypatch.setattr(inference, "Decoder", decoder_spy)
     flags = [*base_flags(prepared, tmp_path), "--prompt", "unknown"]
     assert "T5 in fp32\n" in script("inference", *flags).out
     assert seen == {"transformer": torch.float32, "vae": torch.float32}
@@ -441,9 +441,9 @@ def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path
     load = inference.load_sampler
 
     def broken(*args: object) -> object:
-        sampler = load(*args)
+        sampler, use = load(*args)
         sampler.transformer.proj_out.bias.data.fill_(float("nan"))
-        return sampler
+        return sampler, use
 
     monkeypatch.setattr(inference, "load_sampler", broken)
     result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT)
