@@ -190,7 +190,7 @@ class Work:
     def words(self, case: Case, output: Path) -> list[object]:
         """The flags of inference.py."""
         # Of smaller pictures more are drawn at a time.
-        prompts = 1 if case.is_process else max(3, -(-self.pictures // 4)) * max(1, min(3, (1024 // case.size) ** 2))
+        prompts = 1 if case.is_process else max(3, -(-self.pictures // 4)) * (2 if case.size == 512 else 1)
         words: list[object] = ["--pretrained_model_name_or_path", self.model, "--lora", self.lora, "--outdir", output]
         words += [word for prompt in PROMPTS[:prompts] for word in ("--prompt", prompt)]
         words += ["--num_images", 1 if case.is_process else 4, "--num_steps", self.steps]
@@ -210,7 +210,7 @@ def run_ours(case: Case, work: Work) -> dict[str, Any]:
     output, watch = work.output / case.key.replace(" ", "-"), Stopwatch()
     shutil.rmtree(output, ignore_errors=True)
     start = time.perf_counter()
-    with watch.watching(), contextlib.redirect_stdout(io.StringIO()) as said:
+    with watch.watching(), contextlib.redirect_stdout(io.StringIO()):
         inference.run([str(word) for word in work.words(case, output)])
     record = json.loads((output / "run.json").read_text(encoding="utf-8"))
     stages = [stage for stage in record["stages"] if stage["name"].startswith(("denoise", "decode"))]
@@ -226,7 +226,6 @@ def run_ours(case: Case, work: Work) -> dict[str, Any]:
         "measured_gib": round(record.get("measured_bytes", 0) / GIB, 2),
         "execution": record.get("execution"),
         "plan": {key: value for key, value in record["plan"].items() if key in ("merged", "streamed", "buffers")},
-        "said": [line for line in said.getvalue().splitlines() if "not captured" in line],
     }
 
 
@@ -398,7 +397,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def save() -> None:
         compare(rows, wanted, work)
-        result = {**circumstances(device, VERSIONS), "steps": flags.steps, "lora_rank": RANK, **extra, "rows": rows}
+        result = {
+            **circumstances(device, (*VERSIONS, "bitsandbytes")),
+            "steps": flags.steps,
+            "lora_rank": RANK,
+            **extra,
+            "rows": rows,
+        }
         if flags.result:
             flags.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
