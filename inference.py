@@ -384,15 +384,16 @@ def choose_execution(
     """
     config, place = flags.drawing, drawing.plan.placement
     sampling = sampling_of(config)
-    row = (
+    tokens_a_row = (
         image_tokens(files.read_config("transformer"), drawing.latent_shape[1:]) + files.clip_tokens() + drawing.length
     )
     rows = sampling.rows * sum(len(batch.pictures) for batch in batches)
-    calls = sampling.num_steps * (2 if sampling.scheduler == "heun" else 1)
+    calls_each = sampling.num_steps * (2 if sampling.scheduler == "heun" else 1)
     must_be_deterministic = flags.device.must_be_deterministic
     asked = AskedExecution(is_on(config.compile), is_on(config.capture), must_be_deterministic)
     several = not place.merged and len({batch.variant.scales for batch in batches}) > 1
-    return choose_drawing_execution(asked, drawing.plan, device, calls * rows * row, several)
+    calls, tokens = calls_each * len(batches), calls_each * rows * tokens_a_row
+    return choose_drawing_execution(asked, drawing.plan, device, calls, tokens, several)
 
 
 def load_sampler(
@@ -530,6 +531,8 @@ def draw(
             count, ended_by = denoise_all(sampler, use, batches, embeddings, drawing, sampling_of(config), finish)
             execution = execution.carried_out(sampler.call.captured)
             del sampler, use
+        if device.type == "cuda":
+            print(f"denoised with {execution.sentence()}")
         if decoder is None:
             if isinstance(ended_by, KeyboardInterrupt):
                 print(f"\ninterrupted: the {count} pictures that are denoised will be decoded first")
@@ -590,7 +593,9 @@ def print_memory(
         decoding = Phase("decode", tile.predicted_parts(budget))
         beside = decoding_beside(drawing.plan, tile, budget)
         forecast = replace(forecast, phases=(*forecast.phases, beside or decoding))
-        print(f"transformer in {precision}, {drawing.plan.base_sentence()}: {forecast.phases[0].sentence()}")
+        loras = ", LoRA merged" if drawing.plan.placement.merged else ""
+        together = f"{loras}, up to {drawing.together} at a time" if drawing.together > 1 else loras
+        print(f"transformer in {precision}, {drawing.plan.base_sentence()}{together}: {forecast.phases[0].sentence()}")
         print(f"VAE in {vae_precision}, {tile.describe()}: {decoding.sentence()}")
     note = drawing.asked.without_effect(drawing.plan.placement)
     if note:

@@ -21,6 +21,8 @@ import torch
 COMPILE_FROM_MICRO_STEPS = 2000
 # Of drawing, in tokens of all forwards together: a forward alone compiles in half the time.
 COMPILE_FROM_TOKENS = 15_000_000
+# Of drawing, calls of the transformer: capturing one takes the time of four, and one batch of 28 does not repay it.
+CAPTURE_FROM_CALLS = 50
 COMPILED, NOT_COMPILED = "blocks", "off or graph"  # as checkpoints have it
 
 
@@ -155,7 +157,7 @@ def choose_execution(
 
 
 def choose_drawing_execution(
-    asked: AskedExecution, plan: Plan, device: torch.device, tokens: int, several_strengths: bool
+    asked: AskedExecution, plan: Plan, device: torch.device, calls: int, tokens: int, several_strengths: bool
 ) -> StepExecution:
     """The same for drawing.
 
@@ -163,7 +165,8 @@ def choose_drawing_execution(
         asked: what flags fix.
         plan: with the placement of the base.
         device: that computes.
-        tokens: of all forwards together.
+        calls: of the transformer, in the whole run.
+        tokens: in all of them together.
         several_strengths: whether LoRAs that are not merged change their strength.
 
     Raises:
@@ -172,6 +175,8 @@ def choose_drawing_execution(
     is_repaid = tokens >= COMPILE_FROM_TOKENS and device.type == "cuda" and _has_triton()
     compiles = is_repaid and not asked.deterministic if asked.compile is None else asked.compile
     of_loras = "blocks beside which LoRAs change their strength are not compiled" if several_strengths else ""
+    if asked.capture is None and calls < CAPTURE_FROM_CALLS:
+        asked = replace(asked, capture=False)
     return _execution(asked, plan, compiles, _why_no_graph(plan, device, 0.0, bool(asked.capture)), of_loras)
 
 
