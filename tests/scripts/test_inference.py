@@ -16,6 +16,7 @@ import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_transformer import needs_gpu
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +292,35 @@ def test_within_a_budget_batches_are_filled_and_decoded_at_once(
     assert batches == [1] * 5  # no budget: on a CPU more at a time are no faster
     for path in sorted((tmp_path / "plain").glob("*/img_*.png")):
         assert np.abs(pixels(path) - pixels(tmp_path / "all" / path.parent.name / path.name)).max() <= 1
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--unmerged"], ["--stream_blocks", 2], ["--compile", "on"], ["--vram_budget_gib", 3]],
+    ids=lambda words: " ".join(map(str, words)) or "merged",
+)
+def test_a_gpu_draws_the_same_captured(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, words: list[Any]
+) -> None:
+    """Base and LoRA, skip-layer guidance in some of the steps, and a smaller last batch."""
+    flags = ["--lora", lora, "--prompt", PROMPT, "--num_images", 3, "--compare", "--mixed_precision", "no"]
+    flags += ["--skip_guidance_layers", 1, "--skip_layer_guidance_start", 0, "--skip_layer_guidance_stop", 1]
+    plain = ["--unmerged", "--capture", "off", "--compile", "off", "--batch_size", 1]
+    assert script("inference", *base_flags(prepared, tmp_path / "plain"), *flags, *plain).code == 0
+    captured = ["--capture", "on", "--batch_size", 2, *words]
+    result = script("inference", *base_flags(prepared, tmp_path / "captured"), *flags, *captured)
+    assert result.code == 0
+    assert "replayed as one CUDA graph" in result.out
+    compared = json.loads((tmp_path / "captured" / "run.json").read_text())
+    assert compared["execution"]["captured"]
+    assert compared["execution"]["compiled"] == ("--compile" in words)
+    assert compared["plan"]["merged"] == ("--unmerged" not in words)
+    paths = sorted((tmp_path / "plain").glob("*/img_*.png"))
+    assert len(paths) == 6
+    for path in paths:
+        drawn = tmp_path / "captured" / path.parent.name / path.name
+        assert np.abs(pixels(path) - pixels(drawn)).max() <= 2
 
 
 def test_a_picture_that_cannot_be_written_ends_the_run(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
