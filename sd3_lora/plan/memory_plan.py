@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sd3_lora.common.memory import GIB, available_host_bytes
@@ -38,6 +39,8 @@ from sd3_lora.plan.step_memory import (
     simulate_step,
 )
 from sd3_lora.plan.step_time import (
+    BlockSize,
+    PieceCost,
     StepCost,
     StepSize,
     block_sizes,
@@ -264,10 +267,8 @@ class _Places:
         latent_size: tuple[int, int],
         asked: AskedPlacement,
     ):
-        config = files.read_config("transformer")
-        self.blocks: int = config["num_layers"]
-        self.costs = model_costs(config, dtype, precision)
-        self.block_sizes = block_sizes(self.costs)
+        self._config, self._dtype, self._precision = files.read_config("transformer"), dtype, precision
+        self.blocks: int = self._config["num_layers"]
         self._asked = asked
         ahead = asked.modulations_ahead is not False
         self._plain = Placement(
@@ -275,6 +276,16 @@ class _Places:
         )
         self._whole = base_bytes(files, dtype, precision, latent_size)
         self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
+
+    @cached_property
+    def costs(self) -> list[PieceCost]:
+        """Of all pieces; only a streamed base asks for them, and they take a third of a second."""
+        return model_costs(self._config, self._dtype, self._precision)
+
+    @cached_property
+    def block_sizes(self) -> list[BlockSize]:
+        """Of all blocks."""
+        return block_sizes(self.costs)
 
     def on_device(self) -> _Base:
         """All of them on the device."""
@@ -332,20 +343,7 @@ def plan_denoising(
     if budget is None:
         placement = plain_placement(files, asked)
         return Plan(replace(placement, merged=shape.merging_bytes > 0 and placement.can_merge), Forecast())
-    plans: list[Plan] = []
-    for precision in _PRECISIONS[asked.precision]:
-        config = files.read_config("transformer")
-        working = simulate_denoising(config, shape, precision, asked.attention_kernel)
-        places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
-        bases = [] if asked.streamed else [places.on_device()]
-        if asked.streamed != 0:
-            resident = _resident_counts(asked, places.blocks)
-            bases += [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
-            bases += places.most_streamed(resident)[1:]
-        plans += [_denoising_plan(base, shape, working, budget) for base in bases]
-    # 4 bits on the device before the exact ones are streamed.
-    resident_first = sorted(plans, key=lambda plan: bool(plan.placement.streamed))
-    chosen, smallest_bytes = _first_that_fits(_only_smaller(resident_first), budget)
+    chosen, smallest_bytes = _first_that_fits(_only_smaller(_denoising_plans(files, shape, budget, asked)), budget)
     if chosen:
         return chosen
     smallest = enough_gib(smallest_bytes)
@@ -356,6 +354,24 @@ def plan_denoising(
         f"--batch_size{leave}",
         smallest_bytes,
     )
+
+
+def _denoising_plans(
+    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget, asked: AskedPlacement
+) -> Iterator[Plan]:
+    """All plans, the fastest first: 4 bits on the device before the exact ones are streamed."""
+    config, found = files.read_config("transformer"), list[tuple[_Places, int]]()
+    for precision in _PRECISIONS[asked.precision]:
+        working = simulate_denoising(config, shape, precision, asked.attention_kernel)
+        places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
+        found.append((places, working))
+        if not asked.streamed:
+            yield _denoising_plan(places.on_device(), shape, working, budget)
+    for places, working in found if asked.streamed != 0 else []:
+        resident = _resident_counts(asked, places.blocks)
+        bases = [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
+        for base in [*bases, *places.most_streamed(resident)[1:]]:
+            yield _denoising_plan(base, shape, working, budget)
 
 
 def _denoising_plan(base: _Base, shape: DenoisingShape, working: int, budget: DeviceBudget) -> Plan:
