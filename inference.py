@@ -1,21 +1,28 @@
 """LoRA and prompts → PNGs.
 
 Encode, free, denoise, free, decode: as in training, no two of the large models are ever in memory together. Where the
-prompts are already in an embeddings file, no text encoder is loaded at all.
+prompts are already in an embeddings file, no text encoder is loaded at all; a LoRA that changes the CLIPs has its
+prompts encoded anew by these two, and T5's part read.
 
     python inference.py --lora sd3-dreambooth-lora --prompt "a photo of sks dog in a bucket"
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -31,12 +38,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.placement_flags import is_on
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
@@ -58,10 +66,11 @@ from sd3_lora.plan.step_execution import AskedExecution, StepExecution, choose_d
 from sd3_lora.plan.step_memory import DenoisingShape, image_tokens
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts, with_subject
-from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
-from sd3_lora.stage_one.text_encoders import encode_prompts
+from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_clip_plan, choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts, join_embeddings
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
+from sd3_lora.transformer.clip_loras import ClipLoras
 from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
@@ -71,7 +80,6 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from tqdm import tqdm
 
 WRITING_THREADS = 4
 
@@ -149,7 +157,7 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
     if not names and is_miniature and (Path(LORA_FOLDER) / LORA_FILE).is_file():
         print(f"drawing with the LoRA in {LORA_FOLDER}")
         names = [LORA_FOLDER]
-    found = [read_lora_file(find_lora(name), files.read_config("transformer")) for name in names]
+    found = [read_lora_file(find_lora(name), files.read_config("transformer"), files.read_config) for name in names]
     for file in found:
         if not file.has_effect:
             print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
@@ -210,20 +218,75 @@ def read_known(
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in rows}
 
 
+def stored_precision(path: Path) -> str | None:
+    """T5's in the embeddings file; None where there is none."""
+    if not path.is_file():
+        return None
+    with EmbeddingStore(path) as store:
+        return store.provenance.precision
+
+
 def embed(
-    prompts: Sequence[str], files: ModelFiles, config: InferenceConfig, length: int, context: DeviceContext
+    prompts: Sequence[str],
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+    without: str = "no text encoder",
 ) -> Embeddings:
-    """Every prompt's `(S, D)` and `(P,)` float16 embeddings, read or computed."""
+    """Every prompt's `(S, D)` and `(P,)` float16 embeddings of the base, read or computed.
+
+    `without` names what is not loaded where all are read.
+    """
     known = read_known(Path(config.data_df_path), prompts, files, config, length)
     missing = [prompt for prompt in prompts if prompt not in known]
     if not missing:
-        print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
+        print(f"all {len(prompts)} prompts are in {config.data_df_path}: {without} is loaded")
         return known
     work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
     plan = choose_text_encoder_plan(files, work, context.device, context.budget)
-    print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
+    print(f"{counted(len(missing), 'prompt')} to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, context.reports)
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
+
+
+def embed_with(
+    clip_loras: ClipLoras,
+    base: Embeddings,
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+) -> Embeddings:
+    """The prompts encoded anew by CLIPs with LoRAs in them; T5's part is that of `base`, which has every prompt."""
+    prompts = list(base)
+    work = TextWork(length, config.t5_precision, config.t5_stream, stored_precision(Path(config.data_df_path)))
+    plan = choose_clip_plan(files, work, context.device, context.budget)
+    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, which the LoRA changes")
+    clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, clip_loras.merge_into)
+    t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
+    prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
+    return dict(zip(prompts, zip(prompt_embeds, pooled, strict=True), strict=True))
+
+
+def embed_variants(
+    variants: Sequence[Variant],
+    loras: Sequence[LoraFile],
+    prompts: Sequence[str],
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+) -> dict[Variant, Embeddings]:
+    """Each variant's embeddings: the base's, unless its LoRAs change a CLIP."""
+    changes = {variant: ClipLoras.of(loras, variant.scales) for variant in variants}
+    without = "no T5" if any(changes.values()) else "no text encoder"
+    base = embed(prompts, files, config, length, context, without)
+    by_change = {ClipLoras().key: base}
+    for change in changes.values():
+        if change.key not in by_change:
+            by_change[change.key] = embed_with(change, base, files, config, length, context)
+    return {variant: by_change[change.key] for variant, change in changes.items()}
 
 
 def size_of(config: InferenceConfig, loras: Sequence[LoraFile], files: ModelFiles) -> PictureSize:
@@ -346,7 +409,7 @@ def picture_settings(
 def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
     """Prints how many pictures there will be, how many are there, and where others keep their names."""
     before = sum(plan.is_drawn for plan in plans)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    print(f"{counted(len(plans), 'picture')} of {size.width}×{size.height}, {before} of them drawn before")
     beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
     if beside:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
@@ -437,19 +500,21 @@ def load_sampler(
 
 
 def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
-    """Gives LoRAs beside the weights their strengths, or leaves them out."""
-    if variant.scales is None:
+    """Gives LoRAs beside the weights their strengths, or leaves them out; what changes a CLIP alone is not there."""
+    attached = getattr(transformer, "peft_config", {})
+    if variant.scales is None and attached:
         transformer.disable_adapters()
-    elif variant.scales:
+    scales = {f"lora_{index}": scale for index, scale in enumerate(variant.scales or ()) if f"lora_{index}" in attached}
+    if scales:
         transformer.enable_adapters()
-        transformer.set_adapters([f"lora_{index}" for index in range(len(variant.scales))], list(variant.scales))
+        transformer.set_adapters(list(scales), list(scales.values()))
 
 
 def denoise_all(
     sampler: Sampler,
     use: Callable[[Variant], None],
     batches: Sequence[Batch],
-    embeddings: Embeddings,
+    embeddings: Mapping[Variant, Embeddings],
     drawing: Drawing,
     sampling: SamplingSettings,
     finish: Callable[[Sequence[PicturePlan], torch.Tensor], None],
@@ -460,20 +525,20 @@ def denoise_all(
         sampler: that denoises.
         use: gives its LoRAs a variant's strengths.
         batches: of pictures.
-        embeddings: of their prompts.
+        embeddings: of their prompts, for each variant.
         drawing: what is drawn.
         sampling: how.
         finish: is given each batch with its normalized latents `(B, 16, H/8, W/8)` on the CPU.
     """
     count, used = 0, None
     try:
-        for batch in tqdm(batches, desc="denoising", unit="batch"):
+        for batch in Progress(batches, desc="denoising", unit="batch"):
             if batch.variant is not used:
                 use(batch.variant)
                 used = batch.variant
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch.pictures])
             prompts = [picture.prompt for picture in batch.pictures]
-            latents = sampler.denoise(noise, prompts, embeddings, sampling)
+            latents = sampler.denoise(noise, prompts, embeddings[batch.variant], sampling)
             finish(batch.pictures, latents)
             count += len(batch.pictures)
     except (KeyboardInterrupt, UserError) as error:
@@ -516,7 +581,7 @@ def draw(
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
         files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
-    embeddings = embed(wanted, files, config, drawing.length, context)
+    embeddings = embed_variants(list(by_variant), loras, wanted, files, config, drawing.length, context)
 
     waiting: list[torch.Tensor] = []
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
@@ -538,12 +603,12 @@ def draw(
                 print(f"\ninterrupted: the {count} pictures that are denoised will be decoded first")
             with memory_stage(f"decode ({config.vae_precision})", device, reports):
                 decoder = Decoder(load_vae(files, config.vae_precision, device, tile), writer)
-                bar = tqdm(zip(to_draw, waiting, strict=False), total=count, desc="decoding", unit="picture")
+                bar = Progress(zip(to_draw, waiting, strict=False), total=count, desc="decoding", unit="picture")
                 for picture, latents in bar:
                     decoder.decode([picture], [latents])
         decoder.raise_errors()
     if ended_by:
-        print(f"drew {count} of {len(to_draw)} pictures")
+        print(f"drew {count} of {counted(len(to_draw), 'picture')}")
         raise ended_by
     return Drawn(writer.made, execution.to_dict())
 
@@ -640,7 +705,7 @@ def run(argv: Sequence[str] | None) -> None:
     budget = open_budget(flags.budget, device)
     if budget and not is_plan:
         budget.cap()
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, is_plan)
     loras = find_loras(config, files, flags.model.is_miniature)
     variants = find_variants(config, loras)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
@@ -652,10 +717,12 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    plans = plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
+    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
+    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
     to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
     count = sum(map(len, to_draw.values()))
-    print_plans([plan for each in plans.values() for plan in each], drawing.size)
+    if not known:
+        print_plans([plan for each in plans.values() for plan in each], drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if count or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
@@ -679,10 +746,12 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{count} pictures in {outdir}", context.reports, measured, execution=drawn.execution or None)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    results = RunResults(
+        f"{counted(count, 'picture')} in {outdir}", context.reports, measured, execution=drawn.execution or None
+    )
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, drawn.thumbnails)
-    print(f"wrote {count} pictures to {outdir}")
+    print(f"wrote {counted(count, 'picture')} to {outdir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,14 +30,23 @@ from sd3_lora.common.memory import GIB
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import torch
-from dreambooth import Bench, load_bench, read_json, write_json
+from dreambooth import Bench, load_bench, read_json, require_same_settings, write_json
+from dreambooth_scores import COLUMNS, write_result
 from dreambooth_subjects import Subject, write_pictures
 from dreambooth_trainers import StageOneFiles, class_words, run_script, shared_words, stage_one_words, stored_words
+from evaluate import circumstances
+from judge import JUDGE_FILE
 
 DRIFT_BEFORE = "drift_before.json"  # of the miniature without a LoRA
 TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
 CLASS_PICTURES_TOGETHER = 25  # drawn: of a hundred four batches
 LARGEST_BUDGET_GIB = 16.0  # for a process: the miniature needs a fraction
+
+
+def words_for(subject: Subject, flags: str) -> list[str]:
+    """Flags as typed, for a subject."""
+    own = {"{class_prompt}": subject.class_prompt, "{masks}": str(subject.masks)}
+    return [own.get(word, word) for word in shlex.split(flags)]
 
 
 @dataclass(frozen=True)
@@ -45,8 +55,8 @@ class Method:
 
     Attributes:
         name: in the table, and of a folder.
-        flags: of training, as typed; {class_prompt} stands for the subject's.
-        stage_one: flags of precompute_latents.py, as typed.
+        flags: of training, as typed; {class_prompt} and {masks} stand for the subject's.
+        stage_one: flags of precompute_latents.py, likewise.
         one_prompt: whether all pictures have the instance prompt, and none its caption; the layers are then the
             script's own unless `flags` says which.
         class_images: class pictures of each subject, for prior preservation.
@@ -69,7 +79,7 @@ class Method:
 
     def words(self, subject: Subject) -> list[str]:
         """`flags` for a subject."""
-        return [word.replace("{class_prompt}", subject.class_prompt) for word in shlex.split(self.flags)]
+        return words_for(subject, self.flags)
 
     def files(self, subject: Subject) -> StageOneFiles:
         """Stage one's, shared by all methods with the same flags of stage one."""
@@ -120,7 +130,7 @@ class Run:
         return found if {key: found[key] for key in ("method", "points")} == self.noted() else None
 
 
-def subject_of(flags: argparse.Namespace, name: str) -> Subject:
+def prepared_subject(flags: argparse.Namespace, name: str) -> Subject:
     """A subject with the folder that all methods share."""
     return Subject(name, flags.output_dir / "subjects" / name.replace(" ", "_"))
 
@@ -149,7 +159,7 @@ def preparation(flags: argparse.Namespace, subject: Subject, methods: Sequence[M
         most[method.stage_one] = (method, max(before, method.class_images))
     scripts = []
     for stage_one, (method, class_images) in most.items():
-        files, more = method.files(subject), shlex.split(stage_one)
+        files, more = method.files(subject), words_for(subject, stage_one)
         found = dict(stage_one_words(flags, subject, files, class_images))
         found["precompute_latents"] += more
         if class_images:
@@ -167,13 +177,13 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
     Raises:
         UserError: a script refused.
     """
-    subject = subject_of(flags, name)
+    subject = prepared_subject(flags, name)
     scripts = [[script, *words] for script, words in preparation(flags, subject, methods)]
     path = subject.folder / "prepared.json"
     done = (read_json(path) or {"scripts": []})["scripts"]
     if all(words in done for words in scripts):
         return
-    write_pictures(name, subject.pictures, subject.captioned)
+    write_pictures(name, subject.pictures, subject.captioned, subject.masks)
     for script, *words in scripts:
         with process_settings():
             run_script(script, [*words, *budget_words(flags)], subject.folder / "log.txt", name)
@@ -182,7 +192,7 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
 
 def training_words(flags: argparse.Namespace, run: Run) -> list[str]:
     """The training script's command line; where a flag stands twice, the last counts."""
-    subject, method = subject_of(flags, run.subject), run.method
+    subject, method = prepared_subject(flags, run.subject), run.method
     files, lora = method.files(subject), run.folder(flags.output_dir) / "lora"
     words = shared_words(flags, subject, lora, has_layers=not method.one_prompt)
     words += stored_words(flags, subject.pictures if method.one_prompt else subject.captioned, files)
@@ -239,6 +249,61 @@ def mean_times(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The seconds that a run took, on average, beside all that the other processes did."""
     names = ("training_s", "sampling_s")
     return {name: round(sum(result[name] for result in results) / len(results), 2) for name in names}
+
+
+def carry_out_benchmark(
+    flags: argparse.Namespace,
+    settings: dict[str, Any],
+    measure: Callable[[], list[str]],
+    parts: Callable[[], dict[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Carries out a benchmark in its output folder, and writes its result, also of what is whole where it is stopped.
+
+    Args:
+        flags: of the benchmark.
+        settings: what decides the scores.
+        measure: carries out what has no result yet; returns a sentence for each run that failed.
+        parts: of the result, beside what all have.
+
+    Returns:
+        The result, and a sentence for each run that failed.
+
+    Raises:
+        UserError: the folder holds scores of other settings.
+    """
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    require_same_settings(settings, flags.output_dir / "settings.json")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C: what is whole is written
+    start = time.perf_counter()
+    try:
+        failures = measure()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        result = {
+            **circumstances(choose_device(flags.device)),
+            "settings": settings,
+            "subjects": flags.subjects,
+            "seeds": flags.seeds,
+            "jobs": flags.jobs,
+            "elapsed_s": round(time.perf_counter() - start, 1),
+            "judge": read_json(JUDGE_FILE.with_suffix(".json")),
+            "drift_before": read_json(flags.output_dir / DRIFT_BEFORE),
+            "columns": COLUMNS,
+            **parts(),
+        }
+        if flags.result:
+            write_result(flags.result, result)
+    return result, failures
+
+
+def require_none(failures: Sequence[str]) -> None:
+    """Names the first of the runs that failed.
+
+    Raises:
+        UserError: there is one.
+    """
+    if failures:
+        raise UserError(f"{len(failures)} runs failed; the first: {failures[0]}")
 
 
 def lora_of(folder: Path, point: Point, last_step: int) -> Path:

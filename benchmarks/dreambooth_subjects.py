@@ -128,15 +128,20 @@ def to_pil(pictures: torch.Tensor) -> list[Image.Image]:
     return VaeImageProcessor().postprocess(pictures, output_type="pil")
 
 
-def write_pictures(name: str, folder: Path, captioned: Path) -> None:
-    """Renders the five scenes of a subject: alone into a folder, and with their captions into another.
+def write_pictures(name: str, folder: Path, captioned: Path, masks: Path) -> None:
+    """Renders the five scenes of a subject: alone into a folder, with their captions into another, and their masks.
 
     The captions are a `metadata.jsonl`, as `datasets` has it; diffusers' script takes every file of a plain folder for
-    a picture.
+    a picture. A mask is white where the background's colour makes no difference.
     """
     scenes = training_scenes(name)
     renderer = Renderer([load_objects()[object_index(name)]], None, "cpu")  # its own only: loading all takes seconds
-    drawn = renderer(dataclasses.replace(scenes, object=torch.zeros_like(scenes.object)))
+    alone = dataclasses.replace(scenes, object=torch.zeros_like(scenes.object))
+    drawn = renderer(alone)
+    recoloured = renderer(dataclasses.replace(alone, colour=(scenes.colour + 1) % len(COLOURS)))
+    masks.mkdir(parents=True, exist_ok=True)
+    for index, changes in enumerate((drawn - recoloured).abs().amax(dim=1)):
+        Image.fromarray((changes == 0).numpy()).save(masks / f"{index}.png")
     for place in (folder, captioned):
         place.mkdir(parents=True, exist_ok=True)
         for index, picture in enumerate(to_pil(drawn)):
@@ -169,6 +174,11 @@ class Subject:
     def captioned(self) -> Path:
         """The same pictures with their captions."""
         return self.folder / "captioned"
+
+    @property
+    def masks(self) -> Path:
+        """Of the pictures: white where the subject is."""
+        return self.folder / "masks"
 
     def lora(self, trainer: str) -> Path:
         """The folder that a trainer fills."""

@@ -7,27 +7,21 @@ writes docs/ladder-light.svg and docs/ladder-dark.svg, the same on a light and o
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
-
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from plots import INK, WIDTH_INCHES, draw_for_both_pages, same_file_each_time, write_figure
 
 PARTS = ("CUDA itself", "transformer's weights", "VAE's", "text encoders'", "activations and the rest")
 COLOURS = {
     "light": ("#8c959f", "#0969da", "#8250df", "#bf3989", "#d4a72c"),
     "dark": ("#6e7681", "#388bfd", "#a371f7", "#db61a2", "#d29922"),
 }
-INK = {"light": ("#1f2328", "#59636e", "#d1d9e0"), "dark": ("#f0f6fc", "#9198a1", "#3d444d")}  # text, lesser, lines
-ROW_INCHES, WIDTH_INCHES = 0.34, 9.6
+ROW_INCHES = 0.34
 HOST, STEP, NUMBERS = 1.2, 1.37, 1.42  # where the columns are, in widths of the axes
 
 
@@ -76,7 +70,7 @@ def draw(axes: Axes, rows: Sequence[dict[str, Any]], theme: str) -> None:
 def save(result: dict[str, Any], path: Path, theme: str) -> None:
     """One picture."""
     rows = [row for row in result["rows"] if row["name"] != "warm-up" and "failed" not in row]
-    with plt.rc_context({"svg.hashsalt": "ladder", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with same_file_each_time("ladder"):
         height = ROW_INCHES * len(rows) + 1.35
         figure, axes = plt.subplots(figsize=(WIDTH_INCHES, height))
         draw(axes, rows, theme)
@@ -96,21 +90,12 @@ def save(result: dict[str, Any], path: Path, theme: str) -> None:
             columnspacing=1.8,
             handletextpad=0.5,
         )
-        figure.savefig(path, transparent=True, metadata={"Date": None}, format=path.suffix[1:], dpi=110)
-        plt.close(figure)
+        write_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="A JSON file of `memory.py ladder`.")
-    parser.add_argument("path", type=Path, help="Where to, without -light.svg and -dark.svg.")
-    parser.add_argument("--format", default="svg", choices=["svg", "png"])
-    flags = parser.parse_args(argv)
-    result = json.loads(flags.result.read_text(encoding="utf-8"))
-    for theme in COLOURS:
-        save(result, flags.path.with_name(f"{flags.path.name}-{theme}.{flags.format}"), theme)
-    return 0
+    return draw_for_both_pages(__doc__, "memory.py ladder", save, argv)
 
 
 if __name__ == "__main__":

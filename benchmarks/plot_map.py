@@ -7,21 +7,15 @@ writes docs/map-light.svg and docs/map-dark.svg, the same on a light and on a da
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
-
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from plot_ladder import INK
+from plots import INK, WIDTH_INCHES, draw_for_both_pages, same_file_each_time, write_figure
 
 SCORES = ("subject", "prompt", "drift")
 HEADS = {
@@ -34,7 +28,7 @@ COLOURS = {
     "light": ("#54aeff", "#0969da", "#8250df", "#bf3989", "#d1570a"),
     "dark": ("#a5d6ff", "#388bfd", "#a371f7", "#db61a2", "#f0883e"),
 }
-WIDTH_INCHES, PANEL_INCHES, HEAD_INCHES = 9.6, 2.05, 0.72
+PANEL_INCHES, HEAD_INCHES = 2.05, 0.72
 
 
 def colours_of(rates: Sequence[float], theme: str) -> dict[float, Any]:
@@ -99,7 +93,7 @@ def save(result: dict[str, Any], path: Path, theme: str) -> None:
     rates = sorted({line["learning_rate"] for line in result["lines"]})
     steps = sorted({point["steps"] for line in result["lines"] for point in line["points"]})
     colours, height = colours_of(rates, theme), PANEL_INCHES * len(SCORES) + HEAD_INCHES
-    with plt.rc_context({"svg.hashsalt": "map", "svg.fonttype": "path", "font.family": "DejaVu Sans"}):
+    with same_file_each_time("map"):
         figure, panels = plt.subplots(
             len(SCORES), len(variants), figsize=(WIDTH_INCHES, height), sharex=True, sharey="row", squeeze=False
         )
@@ -131,21 +125,12 @@ def save(result: dict[str, Any], path: Path, theme: str) -> None:
         figure.subplots_adjust(
             left=0.075, right=0.995, top=1 - 0.62 / height, bottom=0.5 / height, wspace=0.06, hspace=0.12
         )
-        figure.savefig(path, transparent=True, metadata={"Date": None}, format=path.suffix[1:], dpi=110)
-        plt.close(figure)
+        write_figure(figure, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("result", type=Path, help="A JSON file of `dreambooth_map.py`.")
-    parser.add_argument("path", type=Path, help="Where to, without -light.svg and -dark.svg.")
-    parser.add_argument("--format", default="svg", choices=["svg", "png"])
-    flags = parser.parse_args(argv)
-    result = json.loads(flags.result.read_text(encoding="utf-8"))
-    for theme in COLOURS:
-        save(result, flags.path.with_name(f"{flags.path.name}-{theme}.{flags.format}"), theme)
-    return 0
+    return draw_for_both_pages(__doc__, "dreambooth_map.py", save, argv)
 
 
 if __name__ == "__main__":

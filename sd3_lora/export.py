@@ -7,6 +7,11 @@ Two formats: kohya for sd-scripts, Forge and ComfyUI; a1111 for A1111. docs/lora
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from dataclasses import dataclass, field
 
 from sd3_lora.common.command_line import CommandLine
@@ -44,7 +49,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags, model = COMMAND_LINE.parse(argv)
     path = find_lora(flags.lora)
     files = base_of(path, model)
-    lora = read_lora_file(path, files.read_config("transformer"))
+    lora = read_lora_file(path, files.read_config("transformer"), files.read_config)
     output = Path(flags.output) if flags.output else export_path(path, flags.format)
     require_writable_folder(output.parent)
     export_lora(lora, flags.format, output, files)

@@ -8,6 +8,11 @@ and the model; where the output folder has the `run.json` of a run, what is not 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +23,7 @@ from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, Pict
 from sd3_lora.common.defaults import LORA_FOLDER
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.common.placement_flags import BaseFlags
-from sd3_lora.training.config import DataConfig
+from sd3_lora.training.data_flags import DataConfig
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ from sd3_lora.common.command_line import exit_code, require_writable_folder, wri
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.common.stage_report import memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
@@ -78,19 +84,30 @@ from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.crops import choose_crops
 from sd3_lora.training.dataset import TrainingData, require_prompts
 from sd3_lora.training.flow import load_noise_table
 from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, measure_losses, ranked, table
 from sd3_lora.training.pool import Pool
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 LOSSES_FILE = "picture_losses.json"
+IDLE_FLAGS = (
+    "caption_dropout",
+    "clip_l_dropout",
+    "clip_g_dropout",
+    "t5_dropout",
+    "masked_loss",
+    "unmasked_weight",
+    "mask_data_dir",
+    "alpha_mask",
+)
 _Group = TypeVar("_Group", DataConfig, ModelConfig)
 
 
@@ -109,17 +126,27 @@ def as_in_run(group: _Group, output_dir: Path) -> _Group:
     return replace(group, **{name: value for name, value in recorded.items() if name not in typed})
 
 
-def open_data(stage_one: StageOne) -> TrainingData:
+def idle_note(data: DataConfig) -> str | None:
+    """Which of the flags that were typed decide how training draws and weights, and so change nothing here."""
+    idle = [f"--{name}" for name in IDLE_FLAGS if getattr(data, name) != getattr(DataConfig, name)]
+    if not idle:
+        return None
+    change = "changes" if len(idle) == 1 else "change"
+    return f"note: {', '.join(idle)} {change} nothing: each loss is of the whole picture with its whole caption"
+
+
+def open_data(request: StageOneRequest) -> TrainingData:
     """The subject's pictures, their captions and the empty prompt, checked as training checks them.
 
     Raises:
         UserError: something is missing or stale; says which command mends it.
     """
+    stage_one = StageOne(request)
     store = stage_one.open_embeddings()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    require_prompts(store, [""], stage_one.command("compute_embeddings.py"))
-    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+    require_prompts(store, [""], request.command("compute_embeddings.py"))
+    return TrainingData([Pool(images)], choose_crops(request, images, cache), store, cache)
 
 
 def plan_forwards(
@@ -154,7 +181,7 @@ def measure(
     """Every picture's losses, the most suspicious first."""
     fixed = FixedNoise(load_noise_table(files.read_scheduler_config(), None), config.noise_levels, config.seed)
     rows = config.noise_levels * sum(len({*image.prompts, ""}) for image in data.images)
-    with attention_kernel(plan.placement.attention_kernel), tqdm(total=rows, desc="losses", unit="row") as bar:
+    with attention_kernel(plan.placement.attention_kernel), Progress(total=rows, desc="losses", unit="row") as bar:
         return ranked(measure_losses(model, data, fixed, files.read_config("vae"), device, together, bar.update))
 
 
@@ -183,10 +210,12 @@ def write(losses: Sequence[PictureLoss], path: Path, config: LossesConfig, files
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     config, data_config, base, model_config, device_config, budget_config = COMMAND_LINE.parse(argv)
-    output_dir = Path(config.output_dir)
+    output_dir, note = Path(config.output_dir), idle_note(data_config)
     data_config, model_config = as_in_run(data_config, output_dir), as_in_run(model_config, output_dir)
     if model_config.is_miniature:
         say_miniature("sd3_lora.losses")
+    if note:
+        print(note)
     device = choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()
@@ -201,7 +230,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     resolution = files.resolution(data_config.resolution)
     data_config = with_folder(data_config, model_config.cache_dir)
-    data = open_data(StageOne(data_config, model_config, files, resolution, device_config.device))
+    data = open_data(StageOneRequest(data_config, model_config, files, resolution, device_config.device))
 
     scale = files.latent_channels_and_scale()[1]
     latent_size = max((size.latent(scale) for size in data.sizes), key=math.prod)

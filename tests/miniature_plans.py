@@ -10,7 +10,8 @@ from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, DeviceBudget
 from sd3_lora.plan import memory_plan
 from sd3_lora.plan.memory_plan import Plan, TrainingTask, each_plan
 from sd3_lora.plan.step_memory import StepMemory, StepShape, simulate_step
-from sd3_lora.training.config import FlowConfig, PriorConfig
+from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.transformer.placement import AskedPlacement
 from train_dreambooth_sd3_lora_miniature import micro_step
 

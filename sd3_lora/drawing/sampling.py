@@ -17,6 +17,7 @@ from sd3_lora.drawing.schedulers import make_scheduler, set_noise_levels
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.latent_cache import denormalize_latents
 from sd3_lora.transformer.compiled import Compiled, uncompiled
+from sd3_lora.transformer.lora import lora_in
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -68,6 +69,7 @@ class SamplingSettings:
         scheduler: by name.
         timestep_shift: of its noise levels; None for the model's.
         skip_layers: what is guided away from, beside the negative prompt.
+        apart: whether the negative prompt has a forward of its own, which takes less memory.
     """
 
     num_steps: int
@@ -76,6 +78,7 @@ class SamplingSettings:
     scheduler: SchedulerName = "euler"
     timestep_shift: float | None = None
     skip_layers: SkipLayerGuidance | None = None
+    apart: bool = False
 
     @property
     def rows(self) -> int:
@@ -110,17 +113,27 @@ class _GuidedVelocity:
         settings = self.settings
         if settings.guidance <= 1:
             return self._call(latents, timestep)
-        negative, positive = self._call(torch.cat([latents] * 2), timestep).chunk(2)
+        if settings.apart:
+            negative, positive = self._call(latents, timestep, is_negative=True), self._call(latents, timestep)
+        else:
+            negative, positive = self._call(torch.cat([latents] * 2), timestep).chunk(2)
         velocity = negative + settings.guidance * (positive - negative)
         skipping = settings.skip_layers
         if skipping and skipping.is_on(level, settings.num_steps):
-            without = self._call(latents, timestep, skipping.layers)
+            without = self._call(latents, timestep, left_out=skipping.layers)
             velocity = velocity + (positive - without) * skipping.scale
         return velocity
 
-    def _call(self, latents: torch.Tensor, timestep: torch.Tensor, left_out: Sequence[int] = ()) -> torch.Tensor:
-        rows = len(latents)  # the prompts' are the last
-        return self.call(latents, timestep, self.prompt_embeds[-rows:], self.pooled[-rows:], left_out)
+    def _call(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        is_negative: bool = False,
+        left_out: Sequence[int] = (),
+    ) -> torch.Tensor:
+        rows = len(latents)
+        given = slice(rows) if is_negative else slice(-rows, None)  # the prompts' are the last
+        return self.call(latents, timestep, self.prompt_embeds[given], self.pooled[given], left_out)
 
 
 class TransformerCall:
@@ -227,7 +240,7 @@ class Sampler:
     Args:
         transformer: that draws; its adapters may change between two calls.
         scheduler_config: of the model's scheduler.
-        precision: the autocast under which the transformer is called; none where its adapters have its dtype.
+        precision: the context in which the transformer is called; none where its adapters have its dtype.
         dtype_flag: that chose the transformer's dtype, for a message.
         call: how the transformer is called; None for kernel by kernel.
 
@@ -250,9 +263,8 @@ class Sampler:
 
     @classmethod
     def of_live(cls, model: VelocityModel, scheduler_config: Mapping[str, Any]) -> Sampler:
-        """Of a model that is being trained, whose LoRA is float32 whatever the base's dtype."""
-        device = next(model.transformer.parameters()).device
-        return cls(model.transformer, scheduler_config, lambda: model.precision(device))
+        """Of a model that is being trained, whose LoRA is float32 whatever the base's dtype; it draws in the base's."""
+        return cls(model.transformer, scheduler_config, lambda: lora_in(model.transformer, model.dtype))
 
     @torch.no_grad()
     def denoise(

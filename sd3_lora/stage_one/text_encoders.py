@@ -6,16 +6,17 @@ Shapes: N prompts, B prompts of a batch, C CLIP tokens, T T5 tokens, S = C + T t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.read_ahead import read_ahead
@@ -25,7 +26,6 @@ from sd3_lora.stage_one.text_encoder_plan import T5Precision, TextEncoderPlan, d
 
 import torch
 from accelerate import cpu_offload
-from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
     CLIPTextModelWithProjection,
@@ -34,6 +34,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+# Gets the component's name, such as text_encoder, and the CLIP.
+ClipChange = Callable[[str, CLIPTextModelWithProjection], None]
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -54,17 +56,7 @@ def encode_prompts(
     """
     for component in TEXT_COMPONENTS:  # all of them are here and whole before the first computes
         files.component(component)
-    clip_hidden, pooled = [], []
-    clip_tokens = files.clip_tokens()
-    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
-        with memory_stage(f"encode with {name}", plan.device, reports):
-            encoder = load_clip(files, f"text_encoder{suffix}", plan)
-            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
-            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
-            clip_hidden.append(hidden)
-            pooled.append(projected)
-            del encoder
-
+    clip_hidden, pooled = encode_clips(files, prompts, plan, reports)
     with (
         memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
         tensor_cores_for_wo(files, plan.t5_precision),
@@ -74,7 +66,44 @@ def encode_prompts(
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
         (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
 
-    return join_embeddings(clip_hidden, t5_hidden), torch.cat(pooled, dim=-1)
+    return join_embeddings(clip_hidden, t5_hidden), pooled
+
+
+@torch.no_grad()
+def encode_clips(
+    files: ModelFiles,
+    prompts: Sequence[str],
+    plan: TextEncoderPlan,
+    reports: list[StageReport],
+    change: ClipChange | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Prompts through CLIP-L and CLIP-G, one at a time.
+
+    Args:
+        files: the model.
+        prompts: N.
+        plan: how they run.
+        reports: gets one for each CLIP.
+        change: what is done to a CLIP's weights before it encodes.
+
+    Returns:
+        Of each CLIP the penultimate hidden states `(N, C, d)`, and the pooled projections of both, `(N, P)`; float16 on
+        the CPU.
+
+    Raises:
+        UserError: as `encode_prompts`.
+    """
+    clip_hidden, pooled = [], []
+    clip_tokens = files.clip_tokens()
+    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
+        with memory_stage(f"encode with {name}", plan.device, reports):
+            encoder = load_clip(files, f"text_encoder{suffix}", plan, change)
+            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
+            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
+            clip_hidden.append(hidden)
+            pooled.append(projected)
+            del encoder
+    return clip_hidden, torch.cat(pooled, dim=-1)
 
 
 def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor) -> torch.Tensor:
@@ -157,7 +186,7 @@ def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> to
 def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """Yields `size` rows at a time, with a progress bar from four batches on."""
     pieces = values.split(size)
-    return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
+    return iter(Progress(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
 
 
 @lru_cache(3)
@@ -174,16 +203,20 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     too_long = [prompt for prompt, tokens in zip(prompts, untruncated, strict=True) if len(tokens) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
-        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
-        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+        others = f" and {counted(len(too_long) - 1, 'more prompt')}" if len(too_long) > 1 else ""
+        print(f"note: cut off after {length} tokens of {type(tokenizer).__name__}: {shown}{others}")
     return ids
 
 
-def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
-    """One CLIP text encoder on the plan's device, whole or streamed layer by layer."""
+def load_clip(
+    files: ModelFiles, component: str, plan: TextEncoderPlan, change: ClipChange | None = None
+) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder on the plan's device, whole or streamed layer by layer; changed while it is on the host."""
     encoder = CLIPTextModelWithProjection.from_pretrained(
         files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
     )
+    if change is not None:
+        change(component, encoder)
     if plan.t5_stream and not plan.whole_clips:
         return cpu_offload(encoder, execution_device=plan.device)
     return encoder.to(plan.device)
@@ -257,7 +290,7 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
         weight_buffer = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
         position_bias = None  # (1, heads, T, T): computed by the first block, used by all
         halves = read_ahead(read_halves(weights, encoder.block))
-        for half in tqdm(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
+        for half in Progress(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
             half.place(weight_buffer)
             for i, batch in enumerate(hidden):
                 states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)

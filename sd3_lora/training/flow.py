@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sd3_lora.training.config import FlowConfig
+from sd3_lora.training.flow_flags import FlowConfig
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd3_lora.common.command_line import Interrupted, UserError, quoted
-from sd3_lora.training.config import HubFlags
+from sd3_lora.training.hub_flags import HubFlags
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError

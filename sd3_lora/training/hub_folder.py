@@ -15,8 +15,8 @@ from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
 from sd3_lora.training.checkpoints import checkpoint_folders
-from sd3_lora.training.config import HUB_FLAGS
 from sd3_lora.training.gallery import SAMPLES, find_pictures, find_sheet
+from sd3_lora.training.hub_flags import HUB_FLAGS
 from sd3_lora.training.model_card import FOLDER_IN_CARD, NOTICE, NOTICE_FILE
 
 from PIL import Image

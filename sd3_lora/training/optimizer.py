@@ -9,7 +9,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import DeviceFlag
-from sd3_lora.training.config import OptimizerConfig
+from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.optimizer_kinds import (
     ADAFACTOR,
     ADAMW,

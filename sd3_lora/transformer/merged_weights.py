@@ -1,4 +1,4 @@
-"""LoRAs merged into their base's weights: in a transformer that is loaded to draw, or in its files, written again.
+"""LoRAs merged into their base's weights: in a transformer that is loaded to draw, or in files that are written again.
 
 Either way a weight is added to in float32, and rounded once.
 """
@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.transformer.lora import LayerStart
 from sd3_lora.transformer.lora_files import LoraFile
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in safetensors
 
@@ -93,13 +93,13 @@ def with_loras(plain: torch.Tensor, part: str, starts: Sequence[tuple[LayerStart
 
 
 def write_merged(lora: LoraFile, scale: float, paths: Sequence[Path], folder: Path) -> None:
-    """Writes the transformer's weight files with the LoRA added, under the same names.
+    """Writes a model's weight files with the LoRA added, under the same names.
 
     Each weight is added to in float32, and rounded once to the dtype that it has in the base. All other tensors, and
     the files' headers, are the base's.
 
     Args:
-        lora: of this transformer.
+        lora: what it has of this model, `LoraFile.parts`.
         scale: of what is added.
         paths: the base's files, which together hold each tensor once.
         folder: where the new files go.
@@ -113,13 +113,13 @@ def write_merged(lora: LoraFile, scale: float, paths: Sequence[Path], folder: Pa
             dtype = dtypes[f"{name}.weight"]
             if dtype not in _NAMES.values():
                 raise UserError(f"{name}.weight of the base is quantized ({dtype}): merge into a base of 16 or 32 bits")
-        bar = tqdm(total=len(dtypes), desc="tensors")
+        bar = Progress(total=len(dtypes), desc="tensors")
         with bar:
             for path in paths:
                 _write_file(lora, scale, base, path, folder / path.name, bar)
 
 
-def _write_file(lora: LoraFile, scale: float, base: TensorFiles, source: Path, path: Path, bar: tqdm) -> None:
+def _write_file(lora: LoraFile, scale: float, base: TensorFiles, source: Path, path: Path, bar: Progress) -> None:
     with source.open("rb") as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))

@@ -92,7 +92,8 @@ def test_drift_asks_for_other_objects_that_pretraining_knew():
 
 def test_the_pictures_are_five_and_always_the_same(tmp_path):
     for folder in ("once", "again"):
-        dreambooth_subjects.write_pictures("teapot", tmp_path / folder, tmp_path / f"{folder}, captioned")
+        folders = (tmp_path / f"{folder}{more}" for more in ("", ", captioned", ", masks"))
+        dreambooth_subjects.write_pictures("teapot", *folders)
     paths = sorted((tmp_path / "once").iterdir())  # diffusers' script reads every file there as a picture
     assert [path.name for path in paths] == ["0.png", "1.png", "2.png", "3.png", "4.png"]
     assert len({path.read_bytes() for path in paths}) == 5

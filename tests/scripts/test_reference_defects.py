@@ -17,8 +17,8 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan
 from sd3_lora.stage_one.text_encoders import load_t5
 from sd3_lora.training import micro_batches
-from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.flow import flow_matching_loss, load_noise_table
+from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.model_card import licence_of
 
 import pyarrow.parquet as pq

@@ -8,8 +8,9 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.training.config import AverageFlags, TrainingFlags
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
+from sd3_lora.training.lora_flags import AverageFlags
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, read_lora_record

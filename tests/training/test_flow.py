@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sd3_lora.training.config import FlowConfig
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate, load_noise_table
 from sd3_lora.training.flow import sample_table_indices as sample_indices
+from sd3_lora.training.flow_flags import FlowConfig
 
 import pytest
 import torch

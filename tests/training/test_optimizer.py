@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 from sd3_lora.gpu.copy_stream import DeviceFlag
-from sd3_lora.training.config import OptimizerConfig
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step
+from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.trainables import Trainables, TrainedGroup
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 

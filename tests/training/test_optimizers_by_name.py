@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.training.checkpoints import read_state, write_state
-from sd3_lora.training.config import OptimizerConfig
 from sd3_lora.training.optimizer import bytes_per_parameter, make_optimizer, optimizer_step, rate_in_force
+from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.optimizer_kinds import KINDS, SCHEDULE_FREE_ADAMW, OptimizerKind, find_kind
 from sd3_lora.training.schedule_free import averaged_weights
 from sd3_lora.training.trainables import Trainables, TrainedGroup

@@ -10,9 +10,10 @@ from typing import Any
 
 from sd3_lora.common.records import PromptEmbedding, StepInputs
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.training.config import FlowConfig, PriorConfig
 from sd3_lora.training.draws import GlobalDraws
 from sd3_lora.training.flow import flow_matching_loss, prediction_loss, preference_loss
+from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.transformer.lora import LoraKind, attach_lora, target_modules
 from sd3_lora.transformer.velocity import VelocityModel

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.training.config import OptimizerConfig
 from sd3_lora.training.optimizer import make_optimizer, optimizer_step
+from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, pattern_of, require_patterns
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import EMA_FILE

@@ -73,7 +73,7 @@ def move(transformer: SD3Transformer2DModel) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 @each_kind
