@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -344,10 +345,11 @@ def check_size(size_px: int, flag: str, transformer_config: dict[str, Any], vae_
 
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that decide the numbers."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "safetensors")
-    }
+    names = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "safetensors")
+    return {name: _version(name) for name in names}
+
+
+_version = cache(importlib.metadata.version)  # it parses a long text each time
 
 
 def _state_of(paths: Sequence[Path]) -> list[_FileState]:

@@ -167,6 +167,16 @@ class LoraFile:
         tensors = sum(4 * layer.rank * (layer.in_features + layer.out_features) for layer in self.layers.values())
         return max(self.path.stat().st_size, tensors) + 4 * max(working, default=0)
 
+    @property
+    def merging_bytes(self) -> int:
+        """The most that merging one layer takes on the device: five of its weight in float32, and its tensors."""
+        layers = self.layers.values()
+        sizes = (
+            5 * layer.in_features * layer.out_features + layer.rank * (layer.in_features + layer.out_features)
+            for layer in layers
+        )
+        return 4 * max(sizes, default=0)
+
     def identity(self) -> str:
         """Of its bytes; and of how they are read, where that is not plainly with alpha = rank."""
         identity = hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]

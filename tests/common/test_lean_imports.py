@@ -36,6 +36,17 @@ def test_what_was_left_out_of_diffusers_is_there_for_all_others() -> None:
     assert found == "diffusers\nTrue True\n"
 
 
+def test_what_is_imported_is_not_looked_through_for_garbage() -> None:
+    """But all that is made later is."""
+    found = run(
+        "import gc\n"
+        "from sd3_lora.common.lean_imports import import_diffusers\n"
+        "import_diffusers(without=('bitsandbytes', 'peft'))\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 50_000)"
+    )
+    assert found == "True True True\n"
+
+
 def test_bitsandbytes_for_a_gpu_is_imported_without_the_compiler() -> None:
     found = run(
         "import sys\n"
