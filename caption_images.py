@@ -8,6 +8,11 @@ put the identifier into every caption, and leave out what is part of the subject
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig
 from sd3_lora.stage_one.config import CaptioningConfig
@@ -26,14 +31,15 @@ from sd3_lora.common.command_line import UserError, command, counted, exit_code,
 from sd3_lora.common.config import missing_path
 from sd3_lora.common.devices import choose_device, make_deterministic
 from sd3_lora.common.memory import GIB, free_memory
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib, open_budget
 from sd3_lora.stage_one.captions import read_captions
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.image_files import list_images
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -179,7 +185,7 @@ def run(argv: Sequence[str] | None) -> None:
         with memory_stage("caption pictures", device, reports):
             model = to_device(model, device, budget)
             answers = caption_all(model, processor, list(missing), config)
-            for path, answer in tqdm(answers, total=len(missing), desc="captions", unit="picture"):
+            for path, answer in Progress(answers, total=len(missing), desc="captions", unit="picture"):
                 if isinstance(answer, BrokenImage):
                     broken.append(str(answer))
                     continue

@@ -9,14 +9,20 @@ prompts encoded anew by these two, and T5's part read.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -35,6 +41,7 @@ from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FI
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
@@ -60,7 +67,6 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -420,7 +426,7 @@ def denoise_all(
     ]
     used: Variant | None = None
     try:
-        for variant, batch in tqdm(batches, desc="denoising", unit="batch"):
+        for variant, batch in Progress(batches, desc="denoising", unit="batch"):
             if variant is not used:
                 use_variant(sampler.transformer, variant)
                 used = variant
@@ -445,7 +451,7 @@ def decode_and_save(
         UserError: pictures were NaN; all others are written.
     """
     errors, thumbnails = [], {}
-    for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
+    for plan, latent in Progress(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
         try:
             picture = decode(vae, latent)
             plan.save(picture)
@@ -570,7 +576,7 @@ def run(argv: Sequence[str] | None) -> None:
     budget = open_budget(flags.budget, device)
     if budget and not is_plan:
         budget.cap()
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, is_plan)
     loras = find_loras(config, files, flags.model.is_miniature)
     variants = find_variants(config, loras)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
@@ -581,10 +587,12 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    plans = plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
+    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
+    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
     to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
     count = sum(map(len, to_draw.values()))
-    print_plans([plan for each in plans.values() for plan in each], drawing.size)
+    if not known:
+        print_plans([plan for each in plans.values() for plan in each], drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if count or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
@@ -609,7 +617,7 @@ def run(argv: Sequence[str] | None) -> None:
         seed=config.seed,
     )
     results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
     print(f"wrote {counted(count, 'picture')} to {outdir}")
 

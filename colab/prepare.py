@@ -139,7 +139,7 @@ def check_access(model: str) -> int:
 def example_photos(folder: Path) -> int:
     """Downloads five photos of a dog, unless the folder has pictures already."""
     from sd3_lora.common.command_line import UserError, counted, exit_code
-    from sd3_lora.stage_one.images import list_images
+    from sd3_lora.stage_one.image_files import list_images
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

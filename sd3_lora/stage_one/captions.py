@@ -25,7 +25,7 @@ from sd3_lora.common.command_line import (
 )
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import (
+from sd3_lora.stage_one.image_files import (
     CAPTION_EXTENSIONS,
     METADATA_NAMES,
     caption_stems,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from sd3_lora.common.command_line import UserError, counted, print_in_rank_0, shown, write_text_atomically
 from sd3_lora.common.config import PictureFlags
-from sd3_lora.stage_one.images import RASTER_EXTENSIONS, list_images
+from sd3_lora.stage_one.image_files import RASTER_EXTENSIONS, list_images
 
 from PIL import Image
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import get_type_hints
+from dataclasses import dataclass
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, counted, require_right
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
@@ -36,7 +35,7 @@ HARMLESS_FLAGS = {
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """All the flags of training, by group, in the order of `--help`."""
+    """All the flags of training, by group, in the order of `--help_all`."""
 
     data: DataConfig
     prior: PriorConfig
@@ -90,14 +89,6 @@ class TrainingFlags:
             + (f" after {counted(optimizer.lr_warmup_steps, 'step')} of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")
+            + self.data.sentence()
             + prior.sentence()
         )
-
-    def groups(self) -> list[object]:
-        """The groups, to save them."""
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @classmethod
-    def classes(cls) -> list[type]:
-        """The groups' classes, to parse them."""
-        return list(get_type_hints(cls).values())

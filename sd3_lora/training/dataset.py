@@ -14,8 +14,8 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, Provenance, TrainingBatch
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
+from sd3_lora.stage_one.crop_boxes import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.flow import mask_weights
 from sd3_lora.training.pool import Pool

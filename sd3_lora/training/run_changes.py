@@ -54,7 +54,7 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     identity = record.identity
     for name, value in identity.unknown(saved):
         raise UserError(
-            f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
+            f"{folder} was trained {_as_typed(name, value)}, which this build does not know: resume it with the newer "
             "build that wrote it, or give another --output_dir for a new run"
         )
     differences = {name: (before, now) for name, before, now in identity.changed(saved)}
@@ -91,6 +91,13 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     )
 
 
+def _as_typed(name: str, value: Any) -> str:
+    """How a flag was given, or that it was not."""
+    if value is None or value is False:
+        return f"without {name}"
+    return f"with {name if value is True else quoted([name, str(value)])}"
+
+
 def _flag_change(name: str, before: Any, now: Any) -> RunChange:
     if name == "--compile":  # as `StepExecution.kernels` has it
         compiled = before == "blocks"
@@ -103,8 +110,8 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
     if name == PRIOR_PROMPTS:
         return _prior_prompts_change(before, now)
     if before is None or before is False:
-        return RunChange(f"without {name}", f"leave {name} out")
-    typed = name if before is True else quoted([name, str(before)])
+        return RunChange(_as_typed(name, before), f"leave {name} out")
+    typed = _as_typed(name, before).removeprefix("with ")
     with_other = f"with {typed}" + ("" if now is None or isinstance(now, bool) else f", not {now}")
     if name in ("--t5_precision", "--max_sequence_length"):  # the file decides
         return RunChange(

@@ -15,7 +15,7 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget
 from sd3_lora.stage_one import text_encoders
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan, encoder_bytes, working_bytes
 from sd3_lora.stage_one.text_encoders import encode_prompts
 

@@ -15,7 +15,9 @@ from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one import latent_cache
-from sd3_lora.stage_one.images import crop_boxes, crop_rgb, hash_file, open_rgb, to_pixels
+from sd3_lora.stage_one.crop_boxes import crop_boxes, crop_rgb, to_pixels
+from sd3_lora.stage_one.image_files import hash_file
+from sd3_lora.stage_one.images import open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, normalize_latents
 
 import numpy as np

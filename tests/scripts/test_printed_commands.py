@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pytest
 from conftest import TRAINING_SCRIPT, Result, save_pictures
@@ -313,6 +313,24 @@ def test_class_pictures(user: User) -> None:
     assert "3 pictures and 2 class pictures at 64 px" in trained.out
     prior = "--with_prior_preservation --class_prompt 'a photo of a dog' --class_data_dir dogs --num_class_images 2"
     assert prior in user.typed[2]
+
+
+def test_concepts_with_classes_of_their_own(user: User) -> None:
+    """The list names class pictures, so training is told to take them."""
+    save_concepts()
+    path = Path("my concepts.json")
+    entries = json.loads(path.read_text())
+    save_pictures(Path("animals"), [(64, 64)] * 100, seed=1)
+    for entry in entries:
+        entry |= {"class_prompt": "a photo of an animal", "class_data_dir": "animals"}
+    path.write_text(json.dumps(entries))
+    embedded = user.type(EMBED, "--concepts_list", path)
+    trained = user.follow_to_pictures(embedded, CACHE, TRAIN)
+    assert "--with_prior_preservation" in user.typed[1]
+    assert "5 pictures and 100 class pictures at 64 px" in trained.out
+    del entries[1]["class_prompt"]
+    path.write_text(json.dumps(entries))
+    assert "--with_prior_preservation" not in user.type(CACHE, "--concepts_list", path).out
 
 
 def test_class_pictures_whose_prompt_is_not_embedded(user: User) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.stage_one.captions import CaptionRules, instance_images, label_of, read_captions, tag_orders, trigger_of
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pyarrow as pa
 import pyarrow.parquet as pq

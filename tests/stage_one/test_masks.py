@@ -6,16 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.stage_one.images import (
-    crop_box_of,
-    crop_boxes,
-    crop_rgb,
-    list_images,
-    open_grey,
-    open_rgb,
-    picture_paths,
-    upright_size,
-)
+from sd3_lora.stage_one.crop_boxes import crop_box_of, crop_boxes, crop_rgb
+from sd3_lora.stage_one.image_files import list_images, picture_paths
+from sd3_lora.stage_one.images import open_grey, open_rgb, upright_size
 from sd3_lora.stage_one.masks import latent_mask
 
 import numpy as np

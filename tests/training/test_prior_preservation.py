@@ -17,7 +17,7 @@ from typing import Any
 
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.class_images import shared_out
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
