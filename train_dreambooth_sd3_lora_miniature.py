@@ -142,13 +142,8 @@ from sd3_lora.transformer.lora import (
     trained_names,
 )
 from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
-from sd3_lora.transformer.lora_files import (
-    LoraFile,
-    find_lora,
-    read_lora_file,
-    require_lycoris_start,
-    require_start,
-)
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
+from sd3_lora.transformer.lora_starts import require_lycoris_start, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
 
