@@ -9,6 +9,11 @@ always are.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from dataclasses import dataclass, field
 
 from sd3_lora.common.command_line import CommandLine
@@ -41,7 +46,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, exit_code, link_or_copy
+from sd3_lora.common.command_line import UserError, counted, exit_code, link_or_copy
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.single_file import ENCODERS, SOURCE_FILE, TRANSFORMER, VAE, SingleFile, converted_folder, source_of
@@ -92,7 +97,7 @@ def convert(path: Path, parts: ModelFiles) -> Path:
                 require_same_vocabulary(file, parts, component)
             if component == TRANSFORMER:
                 config = file.transformer_config(config)
-            print(f"{component}: {len(file.components[component])} tensors of the file")
+            print(f"{component}: {counted(len(file.components[component]), 'tensor')} of the file")
             file.write(component, temporary / component, config)
         for component in ("scheduler", *(name for name in TEXT_COMPONENTS if name not in ENCODERS)):
             take_from(parts, component, temporary)

@@ -8,6 +8,11 @@ and the model; where the output folder has the `run.json` of a run, what is not 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -70,6 +75,7 @@ from sd3_lora.common.command_line import exit_code, require_writable_folder, wri
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.common.stage_report import memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
@@ -90,7 +96,6 @@ from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 LOSSES_FILE = "picture_losses.json"
 IDLE_FLAGS = (
@@ -176,7 +181,7 @@ def measure(
     """Every picture's losses, the most suspicious first."""
     fixed = FixedNoise(load_noise_table(files.read_scheduler_config(), None), config.noise_levels, config.seed)
     rows = config.noise_levels * sum(len({*image.prompts, ""}) for image in data.images)
-    with attention_kernel(plan.placement.attention_kernel), tqdm(total=rows, desc="losses", unit="row") as bar:
+    with attention_kernel(plan.placement.attention_kernel), Progress(total=rows, desc="losses", unit="row") as bar:
         return ranked(measure_losses(model, data, fixed, files.read_config("vae"), device, together, bar.update))
 
 

@@ -169,7 +169,7 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class DrawingFlags:
-    """All the flags of drawing, by group, in the order of `--help`."""
+    """All the flags of drawing, by group, in the order of `--help_all`."""
 
     drawing: InferenceConfig
     base: BaseFlags

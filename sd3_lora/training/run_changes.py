@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, quoted
+from sd3_lora.common.command_line import UserError, counted, quoted
 from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
@@ -137,7 +137,7 @@ def _and_more(prompts: Sequence[str]) -> str:
 def _batch_change(before: int, now: int, processes: int) -> RunChange:
     share, rest = divmod(before, processes)
     return RunChange(
-        f"with {before} picture{'s' if before > 1 else ''} in a micro-batch of all processes, not {now}",
+        f"with {counted(before, 'picture')} in a micro-batch of all processes, not {now}",
         f"start as many processes as {before} can be divided by"
         if rest
         else f"type --train_batch_size {share}" + (f" with {processes} processes" if processes > 1 else ""),
@@ -211,5 +211,5 @@ def _names(pictures: Sequence[NotedPicture]) -> str:
     names = sorted(picture.name for picture in pictures if picture.name)[:_MOST_NAMES]
     rest = len(pictures) - len(names)
     if not names:
-        return f"{rest} picture{'s' if rest > 1 else ''}"
+        return f"{counted(rest, 'picture')}"
     return ", ".join(names) + (f" and {rest} more" if rest else "")

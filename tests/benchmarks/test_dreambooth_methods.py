@@ -339,7 +339,7 @@ def test_processes_share_the_runs(tiny_sd3, tmp_path):
     (method,) = read(tmp_path / "x.json")["methods"]
     assert method["rows"].keys() == {"robot", "fox"}
     logs = [path.read_text() for path in (tmp_path / "out" / "runs").rglob("log.txt")]
-    assert ["1 steps" in log for log in logs] == [True, True]
+    assert ["1 step" in log for log in logs] == [True, True]
 
 
 def test_each_process_plans_with_its_share_of_the_gpu(monkeypatch, tmp_path):

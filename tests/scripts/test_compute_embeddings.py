@@ -109,7 +109,7 @@ def test_every_distinct_prompt_once_with_its_roles_and_pictures(
     )  # fmt: skip
     assert (result.code, result.err) == (0, "")
     assert "3 pictures in" in result.out
-    assert "1 other files left out" in result.out
+    assert "1 other file left out" in result.out
     wide, square, tall = (hash_file(pictures / f"0{i}.png") for i in range(3))
     with EmbeddingStore(out) as store:
         found = {row.prompt: (set(row.roles), row.image_ids) for row in store.read_all()}

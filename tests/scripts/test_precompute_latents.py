@@ -395,7 +395,7 @@ def test_files_that_are_no_pictures_are_listed(cache: Callable[..., Result], pic
     assert "3 other files left out" in result.out
     left_out = [line for line in result.out.splitlines() if line.startswith("left out: ")]
     assert left_out == ["left out: .cache, more, notes.pdf"]
-    assert "wrote 1 crops of 1 pictures" in cache("--center_crop", "--recursive").out
+    assert "wrote 1 crop of 1 picture" in cache("--center_crop", "--recursive").out
 
 
 def test_identical_pictures_are_encoded_once(cache: Callable[..., Result], pictures: Path, encoded: list[Any]) -> None:
@@ -424,7 +424,7 @@ def test_broken_pictures_are_named_and_cost_the_others_nothing(
     no_vae()
     result = cache("--center_crop")
     assert result.code == 0
-    assert "1 of 1 pictures cached before" in result.out
+    assert "1 of 1 picture cached before" in result.out
     assert len(read(latents)) == 2  # of the square picture, and of what the tall one was
 
 

@@ -70,7 +70,7 @@ def test_a_caption_without_a_picture_is_left_out_by_name(tmp_path: Path, dog: Pa
     subject = instance_images(tmp_path, PROMPT)
     assert subject.left_out == (tmp_path / "dgo.txt",)
     assert subject.sentences(PROMPT) == [
-        f"1 pictures in {tmp_path}, 1 other files left out",
+        f"1 picture in {tmp_path}, 1 other file left out",
         "left out: dgo.txt",
         "note: no picture has the name of the caption dgo.txt",
     ]

@@ -161,7 +161,8 @@ def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> 
         (["--ranks", 3], "type --rank"),
         (
             ["stray"],
-            f"put double quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
+            "put double quotes around a value of several words; "
+            f"`python {TRAINING_SCRIPT}.py --help_all` lists the flags",
         ),
     ):
         run = train(script, prepared, tmp_path / "out", *arguments, code=2)
