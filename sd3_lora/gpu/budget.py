@@ -106,6 +106,20 @@ def compared(predicted_bytes: int, measured_bytes: int) -> str:
     return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
 
 
+def measured_peak(budget: DeviceBudget | None, reports: Iterable[StageReport], predicted_bytes: int) -> int:
+    """The bytes that were used at most, printed beside the predicted ones; 0 without a budget or a GPU.
+
+    Args:
+        budget: of the stage.
+        reports: of its parts.
+        predicted_bytes: 0 where nothing was computed, and so nothing is to be compared.
+    """
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget and predicted_bytes:
+        print(compared(predicted_bytes, measured))
+    return measured
+
+
 class BudgetTooSmall(UserError):
     """The refusal of a budget that nothing fits.
 
