@@ -53,7 +53,7 @@ from sd3_lora.common.command_line import (
     forget_secrets,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
     ChosenDtype,
@@ -958,8 +958,11 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
 
+    guidance = MINIATURE_GUIDANCE if flags.model.is_bundled else None
+
     def drawing(lora: Path) -> str:
-        return command("inference.py", **shared, lora=lora, prompt=prompt, data_df_path=embeddings_path)
+        settings = {"lora": lora, "prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
+        return command("inference.py", **shared, **settings)
 
     print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
@@ -991,12 +994,12 @@ def run(argv: Sequence[str] | None) -> None:
     flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     forget_secrets()
     output_dir = Path(flags.run.output_dir)
-    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
     device, say = accelerator.device, accelerator.print
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
-        say_miniature(SCRIPT)
+        say_miniature(SCRIPT, flags.data.instance_data_dir)
     chosen = choose_precision(flags, device)
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
     for note in optimizer_notes(flags.optimizer, device):

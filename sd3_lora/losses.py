@@ -192,7 +192,7 @@ def run(argv: Sequence[str] | None) -> None:
     data_config, model_config = as_in_run(data_config, output_dir), as_in_run(model_config, output_dir)
     if model_config.is_miniature:
         say_miniature("sd3_lora.losses")
-    device = choose_device(device_config.device)
+    device = choose_device(device_config.device, model_config)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget = open_budget(budget_config, device)

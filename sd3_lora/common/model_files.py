@@ -13,7 +13,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, print_in_rank_0
 from sd3_lora.common.component_weights import missing_shards, require_whole, shapes_by_config, tensors_hash
 from sd3_lora.common.config import ModelConfig, missing_path
-from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.defaults import MINIATURE
 from sd3_lora.common.known_models import known_configs
 from sd3_lora.common.records import Provenance
 from sd3_lora.common.single_file import require_converted
@@ -33,7 +33,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-MINIATURE = PROJECT_FOLDER / "miniature"
 TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 FORMAT_VERSION = 1
 _SAMPLES_PER_FILE, _BYTES_PER_SAMPLE = 16, 4096
