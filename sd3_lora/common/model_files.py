@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -404,6 +405,24 @@ class _WeightHashes:
         if self.files and other.files:
             return self.files == other.files
         return self.tensors is not None and self.tensors == other.tensors
+
+
+class _OneLine(logging.Filter):
+    """Of huggingface_hub's notes about requests that it tries again, two for each, lets one sentence of ours through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        is_first, self._is_said = not self._is_said, True
+        record.msg, record.args = "the hub does not answer: trying again for up to half a minute", ()
+        return is_first
+
+
+logging.getLogger("huggingface_hub.utils._http").addFilter(_OneLine())
 
 
 class _HubErrors:
