@@ -408,7 +408,7 @@ class _WeightHashes:
 
 
 class _OneLine(logging.Filter):
-    """Of huggingface_hub's notes about requests that it tries again, two for each, lets one sentence of ours through."""
+    """In place of huggingface_hub's notes about requests that it tries again, two for each, one sentence."""
 
     def __init__(self) -> None:
         super().__init__()
