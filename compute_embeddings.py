@@ -37,16 +37,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import (
-    UserError,
-    command,
-    exit_code,
-    require_writable_folder,
-)
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
-from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
@@ -265,7 +260,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     parts = EmbeddingParts(output_path, provenance)
     missing, numbers = processes.from_rank_0(lambda: find_missing(roles, output_path, existing, parts))
     chunks = in_chunks(missing, numbers, processes.count)
-    print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
+    print(
+        f"{counted(len(roles), 'prompt')}, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}"
+    )
 
     def write(cancelled: threading.Event) -> int:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
@@ -286,8 +283,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
-    print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
-    print("next: " + next_command(configs))
+    print(f"wrote {output_path}: {counted(count, 'prompt')}, {output_path.stat().st_size / 1024**2:.1f} MiB")
+    print_next("next: " + next_command(configs))
 
 
 def next_command(configs: tuple[Any, ...]) -> str:

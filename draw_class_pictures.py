@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
@@ -60,8 +60,8 @@ from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
+from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
@@ -292,7 +292,8 @@ def run(argv: Sequence[str] | None) -> None:
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
     settings = picture_settings(config, files, size, chosen.name)
     pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
-    print(f"{config.num_class_images} class pictures, {config.num_class_images - len(pictures)} of them in {folder}")
+    count = config.num_class_images
+    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures:
         return
     require_writable_folder(folder)
@@ -313,9 +314,9 @@ def run(argv: Sequence[str] | None) -> None:
         resolution=resolution,
         seed=config.seed,
     )
-    results = RunResults(f"{len(pictures)} class pictures in {folder}", reports, measured)
+    results = RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured)
     RunRecord(configs, facts).save(folder / "run.json", results)
-    print(f"wrote {len(pictures)} class pictures to {folder}, and their latents to {cache.folder}")
+    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """LoRA and prompts → PNGs.
 
 Encode, free, denoise, free, decode: as in training, no two of the large models are ever in memory together. Where the
-prompts are already in an embeddings file, no text encoder is loaded at all.
+prompts are already in an embeddings file, no text encoder is loaded at all; a LoRA that changes the CLIPs has its
+prompts encoded anew by these two, and T5's part read.
 
     python inference.py --lora sd3-dreambooth-lora --prompt "a photo of sks dog in a bucket"
 """
@@ -14,13 +15,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -34,7 +36,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
@@ -53,10 +55,11 @@ from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts, with_subject
-from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_text_encoder_plan, describe_t5
-from sd3_lora.stage_one.text_encoders import encode_prompts
+from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_clip_plan, choose_text_encoder_plan, describe_t5
+from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts, join_embeddings
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
+from sd3_lora.transformer.clip_loras import ClipLoras
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -137,7 +140,7 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
     if not names and is_miniature and (Path(LORA_FOLDER) / LORA_FILE).is_file():
         print(f"drawing with the LoRA in {LORA_FOLDER}")
         names = [LORA_FOLDER]
-    found = [read_lora_file(find_lora(name), files.read_config("transformer")) for name in names]
+    found = [read_lora_file(find_lora(name), files.read_config("transformer"), files.read_config) for name in names]
     for file in found:
         if not file.has_effect:
             print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
@@ -198,20 +201,75 @@ def read_known(
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in rows}
 
 
+def stored_precision(path: Path) -> str | None:
+    """T5's in the embeddings file; None where there is none."""
+    if not path.is_file():
+        return None
+    with EmbeddingStore(path) as store:
+        return store.provenance.precision
+
+
 def embed(
-    prompts: Sequence[str], files: ModelFiles, config: InferenceConfig, length: int, context: DeviceContext
+    prompts: Sequence[str],
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+    without: str = "no text encoder",
 ) -> Embeddings:
-    """Every prompt's `(S, D)` and `(P,)` float16 embeddings, read or computed."""
+    """Every prompt's `(S, D)` and `(P,)` float16 embeddings of the base, read or computed.
+
+    `without` names what is not loaded where all are read.
+    """
     known = read_known(Path(config.data_df_path), prompts, files, config, length)
     missing = [prompt for prompt in prompts if prompt not in known]
     if not missing:
-        print(f"all {len(prompts)} prompts are in {config.data_df_path}: no text encoder is loaded")
+        print(f"all {len(prompts)} prompts are in {config.data_df_path}: {without} is loaded")
         return known
     work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
     plan = choose_text_encoder_plan(files, work, context.device, context.budget)
-    print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
+    print(f"{counted(len(missing), 'prompt')} to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, context.reports)
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
+
+
+def embed_with(
+    clip_loras: ClipLoras,
+    base: Embeddings,
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+) -> Embeddings:
+    """The prompts encoded anew by CLIPs with LoRAs in them; T5's part is that of `base`, which has every prompt."""
+    prompts = list(base)
+    work = TextWork(length, config.t5_precision, config.t5_stream, stored_precision(Path(config.data_df_path)))
+    plan = choose_clip_plan(files, work, context.device, context.budget)
+    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, which the LoRA changes")
+    clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, clip_loras.merge_into)
+    t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
+    prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
+    return dict(zip(prompts, zip(prompt_embeds, pooled, strict=True), strict=True))
+
+
+def embed_variants(
+    variants: Sequence[Variant],
+    loras: Sequence[LoraFile],
+    prompts: Sequence[str],
+    files: ModelFiles,
+    config: InferenceConfig,
+    length: int,
+    context: DeviceContext,
+) -> dict[Variant, Embeddings]:
+    """Each variant's embeddings: the base's, unless its LoRAs change a CLIP."""
+    changes = {variant: ClipLoras.of(loras, variant.scales) for variant in variants}
+    without = "no T5" if any(changes.values()) else "no text encoder"
+    base = embed(prompts, files, config, length, context, without)
+    by_change = {ClipLoras().key: base}
+    for change in changes.values():
+        if change.key not in by_change:
+            by_change[change.key] = embed_with(change, base, files, config, length, context)
+    return {variant: by_change[change.key] for variant, change in changes.items()}
 
 
 def size_of(config: InferenceConfig, loras: Sequence[LoraFile], files: ModelFiles) -> PictureSize:
@@ -318,7 +376,7 @@ def picture_settings(
 def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
     """Prints how many pictures there will be, how many are there, and where others keep their names."""
     before = sum(plan.is_drawn for plan in plans)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    print(f"{counted(len(plans), 'picture')} of {size.width}×{size.height}, {before} of them drawn before")
     beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
     if beside:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
@@ -338,18 +396,20 @@ def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, lora
 
 
 def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
-    """Gives the LoRAs their strengths, or leaves them out."""
-    if variant.scales is None:
+    """Gives the LoRAs their strengths, or leaves them out; what changes a CLIP alone is not in the transformer."""
+    attached = getattr(transformer, "peft_config", {})
+    if variant.scales is None and attached:
         transformer.disable_adapters()
-    elif variant.scales:
+    scales = {f"lora_{index}": scale for index, scale in enumerate(variant.scales or ()) if f"lora_{index}" in attached}
+    if scales:
         transformer.enable_adapters()
-        transformer.set_adapters([f"lora_{index}" for index in range(len(variant.scales))], list(variant.scales))
+        transformer.set_adapters(list(scales), list(scales.values()))
 
 
 def denoise_all(
     sampler: Sampler,
     by_variant: Mapping[Variant, Sequence[PicturePlan]],
-    embeddings: Embeddings,
+    embeddings: Mapping[Variant, Embeddings],
     drawing: Drawing,
     config: InferenceConfig,
 ) -> tuple[list[torch.Tensor], BaseException | None]:
@@ -371,7 +431,8 @@ def denoise_all(
                 use_variant(sampler.transformer, variant)
                 used = variant
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch])
-            latents += sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, sampling_of(config))
+            prompts = [picture.prompt for picture in batch]
+            latents += sampler.denoise(noise, prompts, embeddings[variant], sampling_of(config))
     except (KeyboardInterrupt, UserError) as error:
         if not latents:
             raise
@@ -418,7 +479,7 @@ def draw(
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
         files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
-    embeddings = embed(wanted, files, config, drawing.length, context)
+    embeddings = embed_variants(list(by_variant), loras, wanted, files, config, drawing.length, context)
 
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
     with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
@@ -431,7 +492,7 @@ def draw(
         thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
     if ended_by:
-        print(f"drew {len(latents)} of {len(to_draw)} pictures")
+        print(f"drew {len(latents)} of {counted(len(to_draw), 'picture')}")
         raise ended_by
     return thumbnails
 
@@ -555,10 +616,10 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
-    print(f"wrote {count} pictures to {outdir}")
+    print(f"wrote {counted(count, 'picture')} to {outdir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

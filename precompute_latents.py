@@ -39,7 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import (
     EMBEDDINGS_PATH,
     LATENTS_PATH,
@@ -50,7 +50,7 @@ from sd3_lora.common.defaults import (
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
@@ -62,18 +62,10 @@ from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig
+from sd3_lora.stage_one.crop_boxes import CropBox, crop_box_of, crop_boxes, crop_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    CropBox,
-    crop_box_of,
-    crop_boxes,
-    crop_rgb,
-    open_rgb,
-    size_notes,
-    to_pixels,
-)
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.masks import Mask, find_masks, latent_mask, require_right_masks
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
@@ -326,7 +318,7 @@ class CacheState:
         """What is cached, and a note where --vae_tile has no effect on it."""
         in_tiles = f" ({self.tiled} of them in tiles)" if self.tiled else ""
         lines = [
-            f"{self.pictures - len(self.missing)} of {self.pictures} pictures cached before{in_tiles}; "
+            f"{self.pictures - len(self.missing)} of {counted(self.pictures, 'picture')} cached before{in_tiles}; "
             f"{cache.resolution} px, VAE in {cache.wanted.precision}"
         ]
         if self.otherwise_tiled:
@@ -465,7 +457,7 @@ def cache_masks(masks: Sequence[Mask], cache: LatentCache, scale: int, threads: 
     with ThreadPoolExecutor(threads) as pool:
         written = sum(Progress(pool.map(add, masks), total=len(masks), desc="masks", leave=False))
     if masks:
-        yield f"wrote the masks of {written} pictures to {cache.folder}"
+        yield f"wrote the masks of {counted(written, 'picture')} to {cache.folder}"
 
 
 def sentence_of(picture: BrokenPicture, config: LatentConfig) -> str:
@@ -515,7 +507,7 @@ def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> 
     if not others:
         raise UserError(f"{folder} holds no class pictures: check the path, or leave out --class_data_dir")
     require_apart({image.image_id for image in images}, others)
-    print(f"{len(others)} class pictures in {folder}")
+    print(f"{counted(len(others), 'class picture')} in {folder}")
     return list(others)
 
 
@@ -611,14 +603,16 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if state.missing and budget:
         print(compared(sum(predicted.values()), measured))
     facts = facts_of(files, cache, tile, predicted, processes)
-    results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
+    results = RunResults(f"{counted(count, 'crop')} in {cache.folder}", reports, measured)
     RunRecord(configs, facts).save(cache.folder / "run.json", results)
-    print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
+    print(f"wrote {counted(count, 'crop')} of {counted(len(state.missing) - len(broken), 'picture')} to {cache.folder}")
     require_whole(broken, len(pictures), config)
     cache.note_broken(broken)
     cached = ((image.path.name, cache.look(image.image_id)) for image in pictures)
     sizes = {name: (PictureSize(*it.size), buckets.size_for(*it.size)) for name, it in cached if it}
-    print(*size_notes(sizes, config.crops), next_line(configs, images), sep="\n")
+    for line in size_notes(sizes, config.crops):
+        print(line)
+    print_next(next_line(configs, images))
 
 
 def facts_of(
@@ -670,12 +664,16 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
 
 def prior_flags(config: LatentConfig, embeddings_path: Path) -> dict[str, Any] | None:
     """Training's flags of the class pictures, none where there are none; None where no class prompt is embedded."""
+    if config.concepts_list is not None:
+        concepts = concepts_of(config)
+        folders = {concept.class_folder for concept in concepts}
+        have_classes = all(
+            concept.class_prompt is not None and concept.class_folder is not None for concept in concepts
+        )
+        if have_classes and (config.class_data_dir is None or Path(config.class_data_dir) in folders):
+            return {"with_prior_preservation": True}
     if config.class_data_dir is None:
         return {}
-    if config.concepts_list is not None:
-        folders = {concept.class_folder for concept in concepts_of(config)}
-        if Path(config.class_data_dir) in folders:
-            return {"with_prior_preservation": True}
     with EmbeddingStore(embeddings_path) as store:
         prompts = store.prompts_with_role("class")
     if not prompts:

@@ -14,13 +14,14 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
 
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
     "train_dreambooth_sd3_lora_miniature.py",
     __doc__,
-    tuple(TrainingFlags.classes()),
+    group_classes(TrainingFlags),
     REFUSED_FLAGS,
     HARMLESS_FLAGS,
 )
@@ -30,7 +31,6 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
-import hashlib
 import os
 import random
 import signal
@@ -38,8 +38,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,32 +49,29 @@ from sd3_lora.common.command_line import (
     UserError,
     command,
     command_again,
+    counted,
     exit_code,
     forget_secrets,
     require_writable_folder,
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
-    DTYPES,
     ChosenDtype,
     choose_device,
     choose_training_dtype,
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
-    NotedPicture,
     RunFacts,
-    RunIdentity,
     RunRecord,
     RunResults,
-    flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
@@ -92,18 +89,27 @@ from sd3_lora.plan.memory_plan import (
     plain_placement,
     plan_training,
     recompute_note,
+    room_to_draw,
 )
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
-from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
+from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.checkpoints import (
+    checkpoint_folders,
+    find_checkpoint,
+    read_state,
+    require_own_checkpoints,
+    write_pictures,
+)
+from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.crops import choose_crops, require_masks
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
@@ -125,12 +131,13 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES, OptimizerConfig
+from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
-from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
 from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.run_identity import run_identity
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -205,97 +212,24 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 
 def run_facts(
-    flags: TrainingFlags,
-    stage_one: StageOne,
-    data: TrainingData,
-    plan: Plan,
-    precision: str,
-    seed: int,
-    processes: int,
+    request: StageOneRequest, data: TrainingData, plan: Plan, precision: str, seed: int, processes: int
 ) -> RunFacts:
     """The run's inputs and settings, known before its first step."""
     prompts = data.prompts
     return RunFacts(
-        model=stage_one.files.name,
-        revision=stage_one.files.revision,
+        model=request.files.name,
+        revision=request.files.revision,
         versions=library_versions(),
         precision=precision,
         processes=processes,
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(stage_one.instance_prompt),
-        resolution=stage_one.resolution,
+        trigger=data.trigger(request.instance_prompt),
+        resolution=request.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
-
-
-def noted_pictures(data: TrainingData) -> list[NotedPicture]:
-    """The pictures of a run, as its checkpoints note them."""
-    return [
-        NotedPicture(
-            image.image_id,
-            "" if image.path.suffix == ".safetensors" else image.path.name,
-            image.prompt,
-            data.variants[image.image_id],
-            image.other_prompts,
-            image.repeats,
-        )
-        for image in data.images
-    ]
-
-
-def _short_hash(values: Sequence[object]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-def run_identity(
-    flags: TrainingFlags,
-    facts: RunFacts,
-    stage_one: StageOne,
-    data: TrainingData,
-    kernels: str,
-) -> RunIdentity:
-    """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = noted_pictures(data)
-    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
-    keys = [
-        (*picture.key, image.role) if image.role == "class" else picture.key
-        for picture, image in zip(pictures, data.images, strict=True)
-    ]
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
-    transformer = stage_one.files.provenance(["transformer"], "", 0)
-    values = {
-        TRANSFORMER: transformer.identity,
-        PICTURES: _short_hash(keys),
-        "--resolution": facts.resolution,
-        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
-        "--max_sequence_length": facts.max_sequence_length,
-        "--t5_precision": data.text.precision,
-        "--caption_dropout": flags.data.caption_dropout,
-        "--clip_l_dropout": flags.data.clip_l_dropout,
-        "--clip_g_dropout": flags.data.clip_g_dropout,
-        "--t5_dropout": flags.data.t5_dropout,
-        "--masked_loss": flags.data.masked_loss,
-        "--unmasked_weight": flags.data.unmasked_weight,
-        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
-        **{f"--{name}": value for name, value in numbers.items()},
-        **flags.prior.identity(),
-        PRIOR_PROMPTS: list(data.prior_prompts) or None,
-        "--lora_alpha": flags.lora.alpha,
-        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        BATCH: flags.run.train_batch_size * facts.processes,
-        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
-        "--base_precision": facts.plan["precision"] or "16bit",
-        "--compile": kernels,
-        "--attention_kernel": flags.base.attention_kernel,
-        "--seed": facts.seed,
-    }
-    defaults = flag_defaults(type(group) for group in flags.groups())
-    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
-    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
-    return RunIdentity(values, defaults, synonyms, pictures)
 
 
 def make_step(
@@ -330,7 +264,7 @@ def make_step(
 
 def accumulate(
     training: Training, batches: MicroBatches, step: Callable[..., torch.Tensor], window: int, drawable: int
-) -> tuple[torch.Tensor, str]:
+) -> tuple[torch.Tensor, str, list[float]]:
     """The micro-steps of one optimizer step.
 
     The host draws the next micro-batch while the device computes (two, where modulations are computed ahead).
@@ -343,21 +277,24 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        The mean loss of a picture, a scalar on the device; and the names of the pictures.
+        The mean loss of a picture, a scalar on the device; the names of the pictures; and their noise levels.
     """
-    losses, names, full_batches = [], [], 0.0
+    losses, names, sigmas, full_batches = [], list[str](), list[float](), 0.0
     for drawable_now in range(drawable, drawable - window, -1):
         batches.draw_ahead(drawable_now)
-        inputs, seen, of_full, coming = batches.take()
+        batch, coming = batches.take()
+        inputs = batch.inputs
         if training.ahead:
             with training.model.precision(inputs.latents.device):
                 training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
         losses.append(step(*inputs))
-        names += seen
-        full_batches += of_full
+        names += batch.names
+        sigmas += batch.sigmas
+        full_batches += batch.of_full
         batches.draw_ahead(drawable_now - 1)  # while the device computes
     mean = torch.stack(losses).mean()
-    return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
+    seen = ", ".join(dict.fromkeys(names))
+    return mean if full_batches == window else mean * (window / full_batches), seen, sigmas
 
 
 @dataclass(frozen=True)
@@ -408,18 +345,19 @@ def look(
     """
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
-        watch.release()
         works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
-        for is_due, work, what in works:
-            try:
-                if is_due:
-                    with left_as_found(training.transformer), uncompiled(watch.compiled):
-                        work(training, watch, accelerator.device)
-            except Exception as error:  # whatever it is: the run is worth more
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
-        drop_workspaces(accelerator.device)
-        free_memory(accelerator.device)
+        with only_new_garbage():
+            watch.release()
+            for is_due, work, what in works:
+                try:
+                    if is_due:
+                        with left_as_found(training.transformer), uncompiled(watch.compiled):
+                            work(training, watch, accelerator.device)
+                except Exception as error:  # whatever it is: the run is worth more
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+            drop_workspaces(accelerator.device)
+            free_memory(accelerator.device)
     if draws or measures:
         accelerator.wait_for_everyone()
     return time.perf_counter() - start
@@ -428,21 +366,21 @@ def look(
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
-    if validation is None:
+    if validation is None or validation.has_drawn(training.step):
         return
     with training.ready_to_draw():
         drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
     Progress.write(
-        f"step {training.step}: {len(drawn)} pictures in {validation.step_folder(training.step)}, {elapsed_s:.1f} s; "
-        f"all steps in {validation.sheet_path}"
+        f"step {training.step}: {counted(len(drawn), 'picture')} in {validation.step_folder(training.step)}, "
+        f"{elapsed_s:.1f} s; all steps in {validation.sheet_path}"
     )
 
 
 def measure(training: Training, watch: Watch, device: torch.device) -> None:
     """Measures the early warning's losses, and prints what they warn of."""
-    if watch.warning is None:
+    if watch.warning is None or watch.warning.has_measured(training.step):
         return
     for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
         Progress.write(sentence)
@@ -473,8 +411,10 @@ def train(
     log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    is_new = training.step == 0
-    aside_s = look(training, watch, is_new and flags.watch.draws, is_new and flags.watch.measures_at(0), accelerator)
+    # Before the first step; and of a run that is resumed, what its interruption left out.
+    saves = training.step % steps_to_checkpoint == 0
+    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
+    aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = Progress(
@@ -485,17 +425,9 @@ def train(
             training.step += 1
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
-            loss, pictures = accumulate(training, batches, step, window, drawable)
+            loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
-            if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
-                training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
-            learning_rate = rate_in_force(training.optimizer)
-            norm, skipped = optimizer_step(
-                training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
-            )
-            if training.average:
-                training.average.update(norm)
-            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, sigmas, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
@@ -518,6 +450,33 @@ def train(
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
+
+
+def update(
+    training: Training,
+    max_grad_norm: float,
+    loss: torch.Tensor,
+    pictures: str,
+    sigmas: Sequence[float],
+    accelerator: Accelerator,
+) -> PendingStep:
+    """The optimizer's step from what a window of micro-steps has left in the gradients, to be logged.
+
+    Args:
+        training: what is trained.
+        max_grad_norm: to which gradients are clipped.
+        loss: the window's mean, a scalar on the device.
+        pictures: their names.
+        sigmas: their noise levels.
+        accelerator: of the processes.
+    """
+    if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
+        training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
+    learning_rate = rate_in_force(training.optimizer)
+    norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
+    if training.average:
+        training.average.update(norm)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
@@ -584,7 +543,7 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
 
 
 def load_training(
-    stage_one: StageOne,
+    request: StageOneRequest,
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
@@ -593,7 +552,7 @@ def load_training(
     start: LoraFile | None,
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
-    files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
+    files, lora, run, device = request.files, flags.lora, flags.run, accelerator.device
     processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
@@ -710,14 +669,14 @@ def validation_work(flags: TrainingFlags, files: ModelFiles) -> VaeWork:
 
 
 def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> DrawingBetween | None:
-    """What validation takes at the least: one picture at a time, decoded in the smallest tiles."""
+    """What validation takes at the least: one row of a forward, and the smallest tiles."""
     if not flags.watch.draws:
         return None
     work, (_, vae_scale) = validation_work(flags, files), files.latent_channels_and_scale()
-    rows, tokens = validation_sampling(flags.watch).rows, text_tokens_of(flags.data, files)
+    shape = DenoisingShape(1, work.size.latent(vae_scale), text_tokens_of(flags.data, files), dtype, 0)
     tile = smallest_tile(files, work)
     decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
-    return DrawingBetween(DenoisingShape(rows, work.size.latent(vae_scale), tokens, dtype, 0), decoding)
+    return DrawingBetween(shape, validation_sampling(flags.watch).rows, decoding)
 
 
 def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
@@ -754,6 +713,16 @@ def make_early_warning(
     return warning
 
 
+def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: DeviceBudget | None) -> VaeTile:
+    """What the VAE decodes at a time: the largest tile that leaves the step's peak the peak, or the smallest of all."""
+    if budget is None:
+        return choose_tile(files, work, None)
+    parts = plan.forecast.phases[-1].parts
+    kept = sum(parts[name] for name in ("weights", "LoRA", "unused between them"))
+    least = sum(parts.values()) - kept
+    return choose_tile(files, work, replace(budget, total_bytes=max(least, room_to_draw(plan) - kept)))
+
+
 def make_validation(
     flags: TrainingFlags,
     task: TrainingTask,
@@ -761,7 +730,7 @@ def make_validation(
     budget: DeviceBudget | None,
     data: TrainingData,
     record: RunRecord,
-    goes_on: bool,
+    resumed_at: int,
 ) -> Validation | None:
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
@@ -769,12 +738,9 @@ def make_validation(
     *prompts, negative_prompt = validation_prompts(flags.watch)
     embeddings = {prompt: data.embedding(prompt) for prompt in (*prompts, negative_prompt)}
     work = validation_work(flags, task.files)
-    count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
-    room = budget
-    if budget:
-        kept = sum(plan.forecast.phases[-1].parts[name] for name in ("weights", "LoRA", "unused between them"))
-        room = replace(budget, total_bytes=plan.forecast.peak_bytes - kept)
-    tile = choose_tile(task.files, work, room)
+    sampling, per_picture = validation_sampling(flags.watch), task.drawing.rows
+    rows = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
+    tile = validation_tile(task.files, work, plan, budget)
     facts = record.facts
     settings = {
         "model": task.files.provenance(["transformer", "vae"], "", 0).identity,
@@ -785,15 +751,15 @@ def make_validation(
     what = ValidationTask(
         tuple(prompts),
         flags.watch.num_validation_images,
-        validation_sampling(flags.watch),
+        replace(sampling, apart=rows < per_picture),
         flags.watch.validation_seed,
         work.size,
-        count,
+        max(1, rows // per_picture),
         tile,
         settings,
     )
     tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
-    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", goes_on)
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", resumed_at)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -889,13 +855,17 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(
+    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator
+) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    stage_one = StageOne(request)
+    class_images = ClassImages(stage_one)
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
         require_writable_folder(output_dir)
         stage_one.make_embeddings()
     store = stage_one.open_embeddings()
-    stage_one.require_class_folder(store)
+    class_images.require_folders(store)
     stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
@@ -904,18 +874,18 @@ def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, acc
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    variants = stage_one.variants(images, cache)
+    variants = choose_crops(request, images, cache)
     sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
     if accelerator.num_processes > 1:
-        stage_one.require_class_pictures(sizes)
+        class_images.require(sizes)
     if accelerator.is_main_process:
-        stage_one.make_class_pictures(sizes)
+        class_images.make(sizes)
     accelerator.wait_for_everyone()
-    others = stage_one.find_class_images(images, sizes, cache)
-    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    stage_one.require_masks(images, variants, cache)
-    variants |= stage_one.variants(others, cache)
-    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks, prior_prompts)
+    others = class_images.find(images, sizes, cache)
+    pools = with_class_pool(images, others, request.prior.prior_loss_weight)
+    require_masks(request, images, variants, cache)
+    variants |= choose_crops(request, others, cache)
+    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
@@ -930,10 +900,10 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     schedule = outputs.record.identity.values["--lr_scheduler"]
     ends = f"--lr_scheduler {schedule} has come to its end"
     longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
-    accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
+    asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
+    accelerator.print(f"nothing to do: {asked}; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
-    accelerator.end_training()
 
 
 def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
@@ -945,13 +915,26 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
             print(f"wrote {path}")
 
 
+def report(outputs: Outputs) -> None:
+    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
+    try:
+        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
+
+        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
+    except Exception as error:  # whatever it is: the run is done
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the report was not written ({reason})")
+
+
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
-    """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
+    """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
     print(f"wrote {results.wrote}, read back and compared")
-    print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
+    print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped, 'step')} skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
+    write_pictures(outputs.folder, record.identity.pictures)
+    report(outputs)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
@@ -986,48 +969,45 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
     """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
     if repo:
         folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
+        print(f"uploaded {folder} to {repo.upload(folder, 'LoRA after ' + counted(step, 'step'))}")
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """The stage from top to bottom."""
-    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
-    forget_secrets()
-    output_dir = Path(flags.run.output_dir)
-    accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
-    device, say = accelerator.device, accelerator.print
+def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
+    """Makes the device compute as the flags say, prints how, and returns the transformer's precision."""
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT, flags.data.instance_data_dir)
-    chosen = choose_precision(flags, device)
-    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
-    for note in optimizer_notes(flags.optimizer, device):
+    chosen, say = choose_precision(flags, accelerator.device), accelerator.print
+    processes = counted(accelerator.num_processes, "process")
+    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
+    for note in optimizer_notes(flags.optimizer, accelerator.device):
         say(note)
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    return chosen
 
-    files = ModelFiles(flags.model, flags.budget.plan)
-    resolution = files.resolution(flags.data.resolution)
-    budget = open_budget(flags.budget, device)
-    buckets = Buckets.of(flags.data, files)
-    task = training_task(flags, files, buckets, chosen.dtype, device, accelerator.num_processes)
-    plan = make_plan(task, budget)
-    for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
-        say(line)
-    if flags.budget.plan:
-        return
-    hub = open_hub(flags, accelerator)
-    files.component("transformer")  # here and whole before latents are made
+
+def require_possible(
+    flags: TrainingFlags, files: ModelFiles, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks what would fail once the transformer is loaded, before latents are made.
+
+    Raises:
+        UserError: the transformer's files are not whole, or flags ask for what cannot be.
+    """
+    files.component("transformer")
     head_width = files.read_config("transformer")["attention_head_dim"]
-    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
-    plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
+    require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
+    plan_execution(flags, plan, device, 0, None)
     for form in flags.run.exports:
-        require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
-    checkpoint = resume_point(flags.run, output_dir)
-    flags = with_pictures(flags, accelerator)
-    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
-    stage_one = StageOne(
+        lora_path = Path(flags.run.output_dir) / LORA_FILE
+        require_exportable(lora_path, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
+
+
+def stage_one_request(flags: TrainingFlags, files: ModelFiles, resolution: int) -> StageOneRequest:
+    """What is asked of stage one."""
+    return StageOneRequest(
         flags.data,
         flags.model,
         files,
@@ -1038,66 +1018,141 @@ def run(argv: Sequence[str] | None) -> None:
         flags.run.seed or 0,
         flags.watch.stage_one_flags(),
     )
-    prompts = validation_prompts(flags.watch)
-    data = open_data(stage_one, prompts, output_dir, accelerator)
+
+
+def plan_run(
+    request: StageOneRequest,
+    flags: TrainingFlags,
+    task: TrainingTask,
+    plan: Plan,
+    data: TrainingData,
+    accelerator: Accelerator,
+    kernels_before: str | None,
+) -> PlannedTraining:
+    """All that is decided before the transformer is loaded, now that the pictures are known; prints what is in force.
+
+    Args:
+        request: of stage one.
+        flags: of the run.
+        task: that was planned.
+        plan: of it.
+        data: the pictures.
+        accelerator: of the processes.
+        kernels_before: of the checkpoint that the run goes on from.
+    """
+    processes = accelerator.num_processes
+    steps = flags.run.steps(pictures_of_pass(flags, data, processes), processes)
+    accelerator.print(f"in force: {flags.in_force(request.resolution, steps, processes)}")
+    execution = plan_execution(flags, plan, accelerator.device, steps, kernels_before)
+    execution = replace(execution, attention_backward=task.shape.attention_backward)
+    longest_side = max(size.longer_side for size in data.sizes) // task.files.latent_channels_and_scale()[1]
+    if task.drawing:
+        longest_side = max(longest_side, *task.drawing.shape.latent_size)
+    return PlannedTraining(plan, execution, task.shape.dtype, (longest_side, longest_side), steps)
+
+
+def pictures_of_pass(flags: TrainingFlags, data: TrainingData, processes: int) -> int:
+    """How many pictures a pass over all of them has, those included that fill its last batches."""
+    return places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * processes)
+
+
+def open_outputs(
+    flags: TrainingFlags,
+    facts: RunFacts,
+    request: StageOneRequest,
+    data: TrainingData,
+    execution: StepExecution,
+    argv: Sequence[str] | None,
+) -> Outputs:
+    """What writes the LoRA and the checkpoints, with the record of the run."""
+    record = RunRecord(groups_of(flags), facts, run_identity(flags, facts, request, data, execution.kernels))
+    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
+    return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
+
+
+@contextmanager
+def attention_of(planned: PlannedTraining) -> Iterator[None]:
+    """Inside the block attention is computed by the planned kernels, forward and backward."""
+    backward = exact_attention(planned.execution.attention_backward)
+    with attention_kernel(planned.plan.placement.attention_kernel), backward:
+        yield
+
+
+def report_results(
+    outputs: Outputs,
+    log: LossLog,
+    step: Callable[..., torch.Tensor],
+    planned: PlannedTraining,
+    budget: DeviceBudget | None,
+    reports: list[StageReport],
+    ms_a_step: float,
+) -> RunResults:
+    """What the run came to; prints its peak beside the plan's."""
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget:
+        print(compared(planned.plan.forecast.peak_bytes, measured))
+    carried_out = planned.execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
+    lora_path, loss, skipped = str(outputs.folder / LORA_FILE), log.recent_mean, log.skipped
+    return RunResults(lora_path, reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
+    forget_secrets()
+    output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
+    accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
+    device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
+    chosen = set_up_device(flags, accelerator)
+
+    files = ModelFiles(flags.model, flags.budget.plan)
+    resolution, budget = files.resolution(flags.data.resolution), open_budget(flags.budget, device)
+    task = training_task(flags, files, Buckets.of(flags.data, files), chosen.dtype, device, processes)
+    plan = make_plan(task, budget)
+    say("\n".join(plan_lines(task, plan, budget, flags.step.gradient_checkpointing)))
+    if flags.budget.plan:
+        return
+    hub = open_hub(flags, accelerator)
+    require_possible(flags, files, plan, chosen.dtype, device)
+    checkpoint = resume_point(flags.run, output_dir)
+    flags = with_pictures(flags, accelerator)
+    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
+    request = stage_one_request(flags, files, resolution)
+    data = open_data(request, validation_prompts(flags.watch), output_dir, accelerator)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
-    earlier = state["signature"]
-    seed = choose_seed(flags.run, earlier, accelerator)
+    seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
     if budget:
         budget.cap()
-    reports: list[StageReport] = []
-    pictures = places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * accelerator.num_processes)
-    steps = flags.run.steps(pictures, accelerator.num_processes)
-    say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
-    execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
-    execution = replace(execution, attention_backward=task.shape.attention_backward)
-    start_compile_workers(execution.compiled, device)  # while the transformer is loaded
-    longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
-    if task.drawing:
-        longest_side = max(longest_side, *task.drawing.shape.latent_size)
-    planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
+    planned = plan_run(request, flags, task, plan, data, accelerator, state["signature"].get("--compile"))
+    start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
-    say(f"each micro-step: {execution.sentence()}")
-    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
+        training = load_training(request, flags, planned, seed, data, accelerator, start)
+    say(f"each micro-step: {planned.execution.sentence()}")
+    facts = run_facts(request, data, plan, chosen.name, seed, processes)
+    outputs = open_outputs(flags, facts, request, data, planned.execution, argv)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
-        say(f"resumed from {checkpoint}: step {training.step} of {steps}")
-        if training.step >= steps:
-            write_what_is_missing(outputs, training, accelerator)
-            if accelerator.is_main_process:
-                write_exports(output_dir, flags, files)
-            upload(hub, flags, training.step)
-            return
-    trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
-    log = open_log(outputs, training.step, trackers, accelerator)
-    validation = make_validation(flags, task, plan, budget, data, record, training.step > 0)
-
-    batches = make_batches(training, data, files, flags, device)
-    step = make_step(training, flags, execution, say, len(set(data.sizes)))
-    steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
-    release = step.release if isinstance(step, CapturedCall) else lambda: None
-    is_rank_0 = accelerator.is_main_process
-    warning = make_early_warning(flags, data, files, training.step, say) if is_rank_0 else None
-    watch = Watch(log, trackers, validation, warning, steps_of_epoch, execution.compiled, release)
-    attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
-    with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
-        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
+    if training.step < planned.steps:
+        trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
+        log = open_log(outputs, training.step, trackers, accelerator)
+        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
+        batches = make_batches(training, data, files, flags, device)
+        step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
+        warning = make_early_warning(flags, data, files, training.step, say) if accelerator.is_main_process else None
+        steps_of_epoch = pictures_of_pass(flags, data, processes) / flags.run.pictures_per_step(processes)
+        release = step.release if isinstance(step, CapturedCall) else lambda: None
+        watch = Watch(log, trackers, validation, warning, steps_of_epoch, planned.execution.compiled, release)
+        with trackers, memory_stage("train", device, reports, say), attention_of(planned):
+            ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        if accelerator.is_main_process:
+            results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
+            finish(outputs, flags, results)
+    else:
+        write_what_is_missing(outputs, training, accelerator)
     if accelerator.is_main_process:
-        measured = budget.used_bytes(reports) if budget else 0
-        if budget:
-            say(compared(plan.forecast.peak_bytes, measured))
-        carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
-        loss, skipped = log.recent_mean, log.skipped
-        results = RunResults(
-            str(output_dir / LORA_FILE), reports, measured, training.step, ms_a_step, carried_out, loss, skipped
-        )
-        finish(outputs, flags, results)
         write_exports(output_dir, flags, files)
     accelerator.end_training()
     upload(hub, flags, training.step)

@@ -49,7 +49,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags, model = COMMAND_LINE.parse(argv)
     path = find_lora(flags.lora)
     files = base_of(path, model)
-    lora = read_lora_file(path, files.read_config("transformer"))
+    lora = read_lora_file(path, files.read_config("transformer"), files.read_config)
     output = Path(flags.output) if flags.output else export_path(path, flags.format)
     require_writable_folder(output.parent)
     export_lora(lora, flags.format, output, files)

@@ -1,6 +1,7 @@
 """A LoRA merged into its base model → a whole model in diffusers' layout, which needs no LoRA any more.
 
-Only the transformer is written, one tensor in memory at a time; what is beside it is linked or copied.
+Only what the LoRA changes is written, the transformer and maybe the CLIPs, one tensor in memory at a time; what is
+beside it is linked or copied.
 
     python -m sd3_lora.merge sd3-dreambooth-lora --output_dir merged
 """
@@ -41,7 +42,7 @@ if __name__ == "__main__":
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, command, exit_code, link_or_copy, require_writable_folder
@@ -52,8 +53,8 @@ from sd3_lora.transformer.merged_weights import write_merged
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
 
 
-def files_beside(files: ModelFiles) -> Iterator[str]:
-    """All files of the pipeline but the transformer's weights, by their paths in its folder.
+def files_beside(files: ModelFiles, changed: Collection[str]) -> Iterator[str]:
+    """All files of the pipeline but the weights of the changed models, by their paths in its folder.
 
     Of weights, and of lists of weight files, those of the variant that was asked for.
     """
@@ -61,7 +62,7 @@ def files_beside(files: ModelFiles) -> Iterator[str]:
     variant = files.config.variant
     for component in files.components():
         folder = files.component(component)
-        kept = [] if component == "transformer" else files.weight_files(component)
+        kept = [] if component in changed else files.weight_files(component)
         for path in sorted(folder.rglob("*")):
             is_of_variant = ".index." not in path.name or not variant or f".{variant}" in path.name
             if path.is_file() and is_of_variant and (path.suffix not in _WEIGHTS or path in kept):
@@ -92,9 +93,10 @@ def write_model(lora: LoraFile, scale: float, files: ModelFiles, folder: Path, c
     """Writes the whole model under another name, and renames it; nothing is left of an attempt that failed."""
     unfinished = folder.resolve().with_name(f".{folder.name}.{os.getpid()}")
     try:
-        for name in files_beside(files):
+        for name in files_beside(files, lora.parts):
             take(files.folder / name, unfinished / name, copies)
-        write_merged(lora, scale, files.weight_files("transformer"), unfinished / "transformer")
+        for model, part in lora.parts.items():
+            write_merged(part, scale, files.weight_files(model), unfinished / model)
         folder.rmdir()  # it is empty
         unfinished.rename(folder)
     finally:
@@ -106,7 +108,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags, model = COMMAND_LINE.parse(argv)
     path = find_lora(flags.lora)
     files = base_of(path, model)
-    lora = read_lora_file(path, files.read_config("transformer"))
+    lora = read_lora_file(path, files.read_config("transformer"), files.read_config)
     require_drawable([lora], [flags.lora_scale], is_streamed=False)
     folder = Path(flags.output_dir)
     require_new_folder(folder)

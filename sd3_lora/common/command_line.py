@@ -34,6 +34,7 @@ PATH_FLAGS = {
     "concepts_list",
     "data_df_path",
     "dataset_name",
+    "file",
     "init_lora",
     "instance_data_dir",
     "latents_path",
@@ -44,6 +45,7 @@ PATH_FLAGS = {
     "output",
     "output_dir",
     "output_path",
+    "parts",
     "pretrained_model_name_or_path",
     "prior_prompts_file",
     "prompts_file",
@@ -203,6 +205,13 @@ def all_of(faults: Sequence[str], noun: str, most: int | None = None) -> str:
         return faults[0]
     others = [f"and {len(faults) - most} more"] if most is not None and len(faults) > most else []
     return "\n  ".join([f"{len(faults)} things are wrong with {noun}:", *faults[:most], *others])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, which is given in the singular: "1 picture", "2 class pictures", "3 processes"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}" + ("es" if noun.endswith("s") else "s")
 
 
 def shown(names: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import PicturePlan, folder_name
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
 from sd3_lora.drawing.validation_sheet import ValidationSheet
@@ -91,14 +94,14 @@ class Validation:
         files: the model.
         embeddings: of the task's prompts and of its negative prompt.
         folder: `samples`; it need not exist yet.
-        goes_on: whether the run was resumed, and the sheet with it.
+        resumed_at: the step that the run was resumed at, with which the sheet goes on; 0 of a new run.
     """
 
     def __init__(
-        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, goes_on: bool = False
+        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, resumed_at: int = 0
     ):
-        self.task, self.folder = task, folder
-        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, goes_on)
+        self.task, self.folder, self._resumed_at = task, folder, resumed_at
+        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, resumed_at > 0)
         self._sampler: Sampler | None = None
         self._vae: AutoencoderKL | None = None  # on the host between two drawings
 
@@ -110,6 +113,14 @@ class Validation:
     def step_folder(self, step: int) -> Path:
         """Where the pictures of a step are."""
         return self.folder / f"step_{step:06d}"
+
+    def has_drawn(self, step: int) -> bool:
+        """Whether the run was resumed at this step, and had drawn its pictures before."""
+        if not step or step != self._resumed_at:
+            return False
+        return all(
+            read_settings(plan.path) == plan.settings for plan in self.task.pictures(self.step_folder(step), step)
+        )
 
     def draw(
         self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
@@ -158,19 +169,31 @@ class Validation:
     def _decode(
         self, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor], device: torch.device
     ) -> list[DrawnPicture]:
-        if self._vae is None:
-            self._vae = load_vae(self._files, VAE_PRECISION, device, self.task.tile)
-        vae, errors, drawn = self._vae.to(device), [], []
-        try:
+        errors, drawn, saved = [], [], []
+        with ThreadPoolExecutor() as saving, self._vae_on(device) as vae:
             for plan, each in zip(plans, latents, strict=True):
                 try:
                     drawn.append(DrawnPicture(plan.prompt, decode(vae, each)))
                 except UserError as error:
                     errors.append(error)
                     continue
-                plan.save(drawn[-1].picture)
-        finally:
-            vae.to("cpu")
+                saved.append(saving.submit(plan.save, drawn[-1].picture))  # while the next one is decoded
+        for each_saved in saved:
+            each_saved.result()
         if errors:
             raise errors[0]
         return drawn
+
+    @contextmanager
+    def _vae_on(self, device: torch.device) -> Iterator[AutoencoderKL]:
+        """The VAE, on the device within the block. What it leaves there is not copied back: it stays on the host."""
+        if self._vae is None:
+            self._vae = load_vae(self._files, VAE_PRECISION, device, self.task.tile).to("cpu")
+        held = [(tensor, tensor.data) for tensor in (*self._vae.parameters(), *self._vae.buffers())]
+        try:
+            for tensor, data in held:
+                tensor.data = data.to(device)
+            yield self._vae
+        finally:
+            for tensor, data in held:
+                tensor.data = data

@@ -19,7 +19,7 @@ from typing import Any
 from sd3_lora.common.command_line import write_text_atomically
 from sd3_lora.common.devices import cpu_cores
 from sd3_lora.common.progress import Progress
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 NOTES_NAME = "pictures.json"  # beside the latents of these pictures
 NOTED_FROM_BYTES = 256 * 1024**2  # a smaller folder is read in a second

@@ -164,6 +164,34 @@ def choose_text_encoder_plan(
     return _within(plan, files, budget, work.prompts) if budget else plan
 
 
+def choose_clip_plan(
+    files: ModelFiles, work: TextWork, device: torch.device, budget: DeviceBudget | None
+) -> TextEncoderPlan:
+    """The plan of the two CLIPs where T5 does not run: whole if they fit, else streamed, with fewer prompts at a time.
+
+    Args:
+        files: the model; nothing of T5 is read.
+        work: what is to be done. Where T5 is exact, in fp32, so are the CLIPs.
+        device: where to run.
+        budget: what may be used of the device; None, on a CPU alone, for the memory that is available.
+
+    Raises:
+        UserError: a budget that not even one prompt at a time fits.
+    """
+    is_exact = (work.t5_precision or work.existing_precision) == "fp32"
+    plan = TextEncoderPlan("fp32" if is_exact else "fp16", work.t5_stream, work.max_sequence_length, device)
+    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    if not work.t5_stream and clip_bytes(files, plan) + clip_working_bytes(files, plan) <= free:
+        return plan
+    plan = replace(plan, t5_stream=True)
+    largest = max(max(sizes) for sizes in _clip_sizes(files, plan))
+    while budget and largest + clip_working_bytes(files, plan) > free:
+        if plan.batch_size == 1:
+            raise too_small("encoding with a CLIP", budget.context_bytes + largest + clip_working_bytes(files, plan))
+        plan = replace(plan, batch_size=plan.batch_size // 2)
+    return plan
+
+
 def _in_large_batches(plan: TextEncoderPlan, prompts: int) -> TextEncoderPlan:
     """The plan with as large batches as so many prompts fill; a CPU gains nothing by them."""
     size = min(LARGE_BATCH_SIZE, -(-prompts // BATCH_SIZE) * BATCH_SIZE)

@@ -6,14 +6,14 @@ Shapes: N prompts, B prompts of a batch, C CLIP tokens, T T5 tokens, S = C + T t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.progress import Progress
@@ -34,6 +34,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+# Gets the component's name, such as text_encoder, and the CLIP.
+ClipChange = Callable[[str, CLIPTextModelWithProjection], None]
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
@@ -54,17 +56,7 @@ def encode_prompts(
     """
     for component in TEXT_COMPONENTS:  # all of them are here and whole before the first computes
         files.component(component)
-    clip_hidden, pooled = [], []
-    clip_tokens = files.clip_tokens()
-    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
-        with memory_stage(f"encode with {name}", plan.device, reports):
-            encoder = load_clip(files, f"text_encoder{suffix}", plan)
-            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
-            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
-            clip_hidden.append(hidden)
-            pooled.append(projected)
-            del encoder
-
+    clip_hidden, pooled = encode_clips(files, prompts, plan, reports)
     with (
         memory_stage(f"encode with T5 ({describe_t5(plan)})", plan.device, reports),
         tensor_cores_for_wo(files, plan.t5_precision),
@@ -74,7 +66,44 @@ def encode_prompts(
         encode_t5 = encode_t5_streamed if plan.t5_stream else encode_t5_resident
         (t5_hidden,) = rounded(([states] for states in encode_t5(files, token_ids, plan)), prompts, "T5")
 
-    return join_embeddings(clip_hidden, t5_hidden), torch.cat(pooled, dim=-1)
+    return join_embeddings(clip_hidden, t5_hidden), pooled
+
+
+@torch.no_grad()
+def encode_clips(
+    files: ModelFiles,
+    prompts: Sequence[str],
+    plan: TextEncoderPlan,
+    reports: list[StageReport],
+    change: ClipChange | None = None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Prompts through CLIP-L and CLIP-G, one at a time.
+
+    Args:
+        files: the model.
+        prompts: N.
+        plan: how they run.
+        reports: gets one for each CLIP.
+        change: what is done to a CLIP's weights before it encodes.
+
+    Returns:
+        Of each CLIP the penultimate hidden states `(N, C, d)`, and the pooled projections of both, `(N, P)`; float16 on
+        the CPU.
+
+    Raises:
+        UserError: as `encode_prompts`.
+    """
+    clip_hidden, pooled = [], []
+    clip_tokens = files.clip_tokens()
+    for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
+        with memory_stage(f"encode with {name}", plan.device, reports):
+            encoder = load_clip(files, f"text_encoder{suffix}", plan, change)
+            tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
+            hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
+            clip_hidden.append(hidden)
+            pooled.append(projected)
+            del encoder
+    return clip_hidden, torch.cat(pooled, dim=-1)
 
 
 def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor) -> torch.Tensor:
@@ -174,16 +203,20 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     too_long = [prompt for prompt, tokens in zip(prompts, untruncated, strict=True) if len(tokens) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
-        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
-        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+        others = f" and {counted(len(too_long) - 1, 'more prompt')}" if len(too_long) > 1 else ""
+        print(f"note: cut off after {length} tokens of {type(tokenizer).__name__}: {shown}{others}")
     return ids
 
 
-def load_clip(files: ModelFiles, component: str, plan: TextEncoderPlan) -> CLIPTextModelWithProjection:
-    """One CLIP text encoder on the plan's device, whole or streamed layer by layer."""
+def load_clip(
+    files: ModelFiles, component: str, plan: TextEncoderPlan, change: ClipChange | None = None
+) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder on the plan's device, whole or streamed layer by layer; changed while it is on the host."""
     encoder = CLIPTextModelWithProjection.from_pretrained(
         files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
     )
+    if change is not None:
+        change(component, encoder)
     if plan.t5_stream and not plan.whole_clips:
         return cpu_offload(encoder, execution_device=plan.device)
     return encoder.to(plan.device)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
@@ -66,8 +66,9 @@ class VaeTile:
 
     def describe(self) -> str:
         """In words: "1 picture at a time, in tiles of 512 px"."""
-        pictures = "1 picture" if self.batch_size == 1 else f"{self.batch_size} pictures"
-        return f"{pictures} at a time, " + ("whole" if self.side_px is None else f"in tiles of {self.side_px} px")
+        return f"{counted(self.batch_size, 'picture')} at a time, " + (
+            "whole" if self.side_px is None else f"in tiles of {self.side_px} px"
+        )
 
 
 @dataclass(frozen=True)

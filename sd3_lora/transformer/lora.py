@@ -11,7 +11,6 @@ Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (o
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraStart, LoraType
 from sd3_lora.common.tensor_files import write_tensors
@@ -294,6 +294,11 @@ class AddedLora(Linear):
         """`(rank, in)` and `(out, rank)`, whose product is subtracted; None where the LoRA starts at zero."""
         return (self.start_A, self.start_B) if "start_A" in self._buffers else None
 
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """Of the LoRA that is trained, and of its start."""
+        return [self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight, *(self.start or ())]
+
     def subtract_start(self) -> None:
         """Has what `lora_A` and `lora_B` are now subtracted from now on."""
         self.register_buffer("start_A", self.lora_A[_ADAPTER].weight.detach().clone(), persistent=False)
@@ -464,6 +469,23 @@ def lora_layers(transformer: SD3Transformer2DModel) -> dict[str, AddedLora]:
     }
 
 
+@contextmanager
+def lora_in(transformer: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the matrices of the LoRA that is trained have this dtype, as those of one that was loaded to draw.
+
+    So nothing needs autocast, under which norms are computed in float32. Afterwards they are in the memory that they
+    had, with the bits that they had. DoRA's magnitudes, a LoKr and a LoHa stay in float32, as when they are loaded.
+    """
+    held = [(tensor, tensor.data) for layer in lora_layers(transformer).values() for tensor in layer.matrices]
+    try:
+        for tensor, data in held:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
+
+
 @torch.no_grad()
 def _decompose(name: str, layer: AddedLora, start: LoraStart) -> None:
     """Writes the start that is taken from the weight into `lora_A` and `lora_B`."""
@@ -553,15 +575,11 @@ def save_lora(
     if bad:
         raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
     path = folder / file_name
-    temporary = folder / f".{file_name}.{os.getpid()}"
-    try:
-        write_tensors(temporary, tensors, metadata)
-        written = load_file(temporary)
+    with replacing(path) as unfinished:
+        write_tensors(unfinished, tensors, metadata)
+        written = load_file(unfinished)
         if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
             raise OSError(f"{path}: the disk returned other bytes than were written")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

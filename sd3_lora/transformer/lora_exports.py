@@ -3,6 +3,9 @@
 Layers that are joined there (q, k, v) have one LoRA, whose `lora_up` is block-diagonal: with ranks r of the parts,
 `lora_down (sum of r, in)` and `lora_up (3 * out, sum of r)`. Parts that are not trained are zero.
 
+The CLIPs' layers are named `lora_te1_…` and `lora_te2_…`; for A1111, which knows its own modules' names alone,
+`clip_l_transformer_…` and `clip_g_transformer_…`.
+
 The strength is folded into `lora_up`, so `.alpha` is the number of `lora_down`'s rows. sd-scripts fails without one;
 A1111 cuts a key at its last two dots and fails at `name.alpha`, so its format has none, and is read at strength 1.
 
@@ -14,25 +17,26 @@ norms of the base's rows (a change of that is proposed there).
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError, quoted
 from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 from sd3_lora.transformer.lora import METADATA_KEY, LayerStart
 from sd3_lora.transformer.lora_files import LoraFile
-from sd3_lora.transformer.lora_keys import layer_widths
+from sd3_lora.transformer.lora_keys import FLAT_CLIP_PREFIXES, TRANSFORMER, layer_widths
 from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
 import torch
 
 _PREFIX = "lora_unet_"
+_CLIP_FORMS = ("kohya", "a1111")  # in the order of `FLAT_CLIP_PREFIXES`
 
 
 def export_path(path: Path, form: str) -> Path:
@@ -76,28 +80,37 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
     Raises:
         UserError: the format cannot hold it.
     """
-    plain = is_plain(lora.type, lora.is_dora) and not lora.has_biases
-    require_exportable(lora.path, plain, form)
-    config = files.read_config("transformer")
-    places = original_places(layer_widths(config))
+    is_plain_part = {
+        model: is_plain(part.type, part.is_dora) and not part.has_biases for model, part in lora.parts.items()
+    }
+    require_exportable(lora.path, all(is_plain_part.values()), form)
+    tensors: dict[str, torch.Tensor] = {}
+    for model, part in lora.parts.items():
+        tensors |= _tensors(part, model, form, is_plain_part[model], files)
+    with replacing(path) as unfinished:
+        write_tensors(unfinished, tensors, _metadata(lora, files.read_config(TRANSFORMER)))
+
+
+def _tensors(lora: LoraFile, model: str, form: str, plain: bool, files: ModelFiles) -> dict[str, torch.Tensor]:
+    """What a LoRA has of one model, in the format's names."""
+    if model == TRANSFORMER:
+        places, prefix = original_places(layer_widths(files.read_config(model))), _PREFIX
+    else:
+        places = {name: OriginalPlace(name) for name in lora.layers}
+        prefix = FLAT_CLIP_PREFIXES[model][_CLIP_FORMS.index(form)]
     names_of: dict[str, list[str]] = defaultdict(list)
     for name in sorted(places, key=lambda name: places[name].part):
         names_of[places[name].layer].append(name)
     tensors: dict[str, torch.Tensor] = {}
     if not plain:
-        files.component("transformer")
-    with TensorFiles([] if plain else files.weight_files("transformer")) as base:
+        files.component(model)
+    with TensorFiles([] if plain else files.weight_files(model)) as base:
         for layer in dict.fromkeys(places[name].layer for name in lora.layers):
             parts = {name: lora.start(name) if name in lora.layers else None for name in names_of[layer]}
             found = _matrices(parts, places, form == "kohya") if plain else _differences(parts, places, base)
-            key = _PREFIX + layer.replace(".", "_")
+            key = prefix + layer.replace(".", "_")
             tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_tensors(temporary, tensors, _metadata(lora, config))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return tensors
 
 
 def _matrices(
@@ -136,7 +149,8 @@ def _differences(
 def _metadata(lora: LoraFile, config: Mapping[str, Any]) -> dict[str, str]:
     """What other programs show of a LoRA: modelspec's keys, and those of sd-scripts; and this project's record."""
     record = lora.record
-    rank = str(Counter(layer.rank for layer in lora.layers.values()).most_common(1)[0][0])
+    ranks = [layer.rank for part in lora.parts.values() for layer in part.layers.values()]
+    rank = str(Counter(ranks).most_common(1)[0][0])
     version = _model_version(config)
     written = datetime.fromtimestamp(lora.path.stat().st_mtime, UTC)
     resolution, trigger = record.get("resolution"), record.get("trigger")

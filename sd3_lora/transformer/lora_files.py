@@ -15,12 +15,12 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, all_of
 from sd3_lora.common.config import LoraType, ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.run_record import recorded_flags
@@ -32,7 +32,16 @@ from sd3_lora.transformer.lora import (
     read_lora_record,
     scale_inputs,
 )
-from sd3_lora.transformer.lora_keys import IN_COMFYUI, PEFT_PREFIX, PLAIN, LayerKeys, keys_of_layers, layer_widths
+from sd3_lora.transformer.lora_keys import (
+    IN_COMFYUI,
+    PEFT_PREFIX,
+    PLAIN,
+    TRANSFORMER,
+    LayerKeys,
+    keys_of_layers,
+    keys_of_models,
+    layer_widths,
+)
 from sd3_lora.transformer.lycoris import PARTS, ROW_PARTS, add_lycoris, lycoris_layers, misfit, parts_of, set_parts
 from sd3_lora.transformer.original_layers import WHOLE, OriginalPlace
 
@@ -100,19 +109,27 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file whose every tensor is known to fit a transformer.
+    """A LoRA file whose every tensor is known to fit a transformer, or one of the CLIPs beside it.
 
     Attributes:
         path: the safetensors file.
-        layers: by the names of the transformer's modules.
+        layers: by the names of the transformer's modules; empty where it changes a CLIP alone.
         record: what this project's training noted; empty for another program's file.
         has_effect: whether any change of a weight is other than zero.
+        clips: what the file has of CLIPs, by the names of `CLIPS`: each like a file of its own, whose layers have the
+            names of that CLIP's modules.
     """
 
     path: Path
     layers: Mapping[str, LoraLayer]
     record: dict[str, Any]
     has_effect: bool
+    clips: Mapping[str, LoraFile] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, LoraFile]:
+        """By model, those that it changes; of the transformer this is itself."""
+        return ({TRANSFORMER: self} if self.layers else {}) | dict(self.clips)
 
     @property
     def is_dora(self) -> bool:
@@ -132,7 +149,7 @@ class LoraFile:
     @property
     def type(self) -> LoraType:
         """That of its layers, which is one."""
-        return next(layer.type for layer in self.layers.values())
+        return next((layer.type for layer in self.layers.values()), "lora")
 
     @property
     def device_bytes(self) -> int:
@@ -141,6 +158,8 @@ class LoraFile:
         In a DoRA those are an identity `(in, in)`, and the weight, the difference and their sum, `(out, in)` each; in a
         LoKr and a LoHa less than three of the latter.
         """
+        if not self.layers:
+            return 0
         layers = self.layers.values() if self.is_dora or self.type != "lora" else ()
         identity = int(self.is_dora)
         working = [layer.in_features * (identity * layer.in_features + 3 * layer.out_features) for layer in layers]
@@ -151,16 +170,23 @@ class LoraFile:
     def identity(self) -> str:
         """Of its bytes; and of how they are read, where that is not plainly with alpha = rank."""
         identity = hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
-        strengths = [[name, layer.alpha / layer.rank, bool(layer.magnitude)] for name, layer in self.layers.items()]
-        if not self.is_dora and all(strength == 1 for _, strength, _ in strengths):
+        strengths = [
+            [name if model == TRANSFORMER else f"{model}.{name}", layer.alpha / layer.rank, bool(layer.magnitude)]
+            for model, part in self.parts.items()
+            for name, layer in part.layers.items()
+        ]
+        if all(strength == 1 and not is_dora for _, strength, is_dora in strengths):
             return identity
         return f"{identity}/{hashlib.sha256(json.dumps(sorted(strengths)).encode()).hexdigest()[:8]}"
 
     def attach(self, transformer: SD3Transformer2DModel, name: str) -> None:
         """Adds the LoRA to a transformer as adapter `name`, in the base's dtype.
 
-        Magnitudes stay in float32, and a LoKr and a LoHa, whose products are of small numbers.
+        Magnitudes stay in float32, and a LoKr and a LoHa, whose products are of small numbers. What it has of CLIPs is
+        left to `ClipLoras`.
         """
+        if not self.layers:
+            return
         with warnings.catch_warnings():  # PEFT's, that a second adapter makes several
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             if self.type != "lora":
@@ -209,6 +235,16 @@ class LoraFile:
             of_inputs = layer.place if not layer.scales_inputs else WHOLE
             magnitudes = _rows(handle, layer.magnitude, of_inputs).flatten() if layer.magnitude else None
         return LayerStart(down, up * strength, magnitudes, bias=bias, scales_inputs=layer.scales_inputs)
+
+    @torch.no_grad()
+    def merge_into(self, model: torch.nn.Module, scale: float) -> None:
+        """Adds it to a model's weights and biases, in float32, each rounded once to the dtype that it has."""
+        for name in self.layers:
+            layer: Any = model.get_submodule(name)
+            start = self.start(name)
+            layer.weight.copy_(start.added_to(layer.weight, scale))
+            if start.bias is not None:
+                layer.bias.copy_(layer.bias.float() + scale * start.bias)
 
     def starts(self) -> dict[str, LayerStart]:
         """What training begins with, `start_from`, by the names of the transformer's modules."""
@@ -271,17 +307,19 @@ def _matrices(handle: Any, keys: Mapping[str, str], place: OriginalPlace) -> tup
 def require_drawable(loras: Sequence[LoraFile], scales: Sequence[float], is_streamed: bool) -> None:
     """Checks what is asked of a DoRA, whose magnitudes belong to the whole weight and not to what is added.
 
+    A CLIP's are merged before it computes, so its weights may be streamed.
+
     Raises:
         UserError: it is scaled, or beside another LoRA, or its weights are streamed.
     """
     for lora, scale in zip(loras, scales, strict=True):
-        if not lora.is_dora:
+        if not any(part.is_dora for part in lora.parts.values()):
             continue
         if scale != 1:
             raise UserError(f"{lora.path} is a DoRA, which has one strength: leave out --lora_scale {scale:g}")
         if len(loras) > 1:
             raise UserError(f"{lora.path} is a DoRA, which does not add up with other LoRAs: give one --lora alone")
-        if is_streamed:
+        if is_streamed and lora.is_dora:
             raise UserError(
                 f"{lora.path} is a DoRA, whose layers cannot be streamed to the device: type --stream_blocks 0, or "
                 "--stream_blocks 0 --base_precision nf4 where that does not fit"
@@ -303,29 +341,36 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
     if lora.scales_inputs or lora.has_biases:
         of = "magnitudes of the layers' inputs" if lora.scales_inputs else "biases"
         raise UserError(f"{flag} has {of}, which are not trained here: begin with another")
+    for name in lora.layers:
+        if name not in ranks and not name.startswith("transformer_blocks."):
+            raise UserError(f"{flag} has a LoRA on {name}, which is not trained here: begin with another")
+    faults = [f"{flag} {fault}" for fault in _start_faults(lora, ranks, kind)]
+    if faults:
+        raise UserError(all_of(faults, "--init_lora"))
+
+
+def _start_faults(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> Iterator[str]:
+    """What flags can mend, all of it, so that one round of typing does."""
     if lora.type != kind.type:
         remedy = f"leave out --lora_type {kind.type}" if lora.type == "lora" else f"type --lora_type {lora.type}"
-        raise UserError(f"{flag} is a {TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}")
-    for name in lora.layers:
-        if name in ranks:
-            continue
-        if not name.startswith("transformer_blocks."):
-            raise UserError(f"{flag} has a LoRA on {name}, which is not trained here: begin with another")
+        yield f"is a {TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}"
+    more = [name for name in lora.layers if name not in ranks]
+    if more:
         wanted = sorted({each.split(".", 2)[2] for each in (*lora.layers, *ranks) if each.startswith("transformer_b")})
-        raise UserError(
-            f"{flag} has a LoRA on {name}, which this command does not train: type --lora_layers {','.join(wanted)} "
+        yield (
+            f"has a LoRA on {more[0]}, which this command does not train: type --lora_layers {','.join(wanted)} "
             "and leave out --lora_blocks"
         )
-    if lora.type != "lora":  # `require_lycoris_start` compares their shapes
-        return
-    larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks[name]}
-    for name, rank in larger.items():
-        raise UserError(
-            f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
-            f"{max(larger.values())} and leave out --rank_pattern"
-        )
+    if lora.type == "lora":  # `require_lycoris_start` compares the shapes of others
+        least = min(ranks.values(), default=0)  # what a layer will have that is not trained yet
+        larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks.get(name, least)}
+        for name, rank in list(larger.items())[:1]:
+            yield (
+                f"has a rank of {rank} on {name}, and this command {ranks.get(name, least)}: type --rank "
+                f"{max(larger.values())} and leave out --rank_pattern"
+            )
     if lora.is_dora and not kind.use_dora:
-        raise UserError(f"{flag} is a DoRA: add --use_dora")
+        yield "is a DoRA: add --use_dora"
 
 
 def require_lycoris_start(lora: LoraFile, transformer: SD3Transformer2DModel) -> None:
@@ -434,32 +479,63 @@ def base_of(path: Path, model: ModelConfig) -> ModelFiles:
     return ModelFiles(replace(model, pretrained_model_name_or_path=None if base == "miniature" else base))
 
 
-def read_lora_file(path: Path, transformer_config: Mapping[str, Any]) -> LoraFile:
-    """Reads a LoRA's names, shapes and settings, and checks that each tensor fits the transformer and is finite.
+def read_lora_file(
+    path: Path,
+    transformer_config: Mapping[str, Any],
+    read_config: Callable[[str], Mapping[str, Any]] | None = None,
+) -> LoraFile:
+    """Reads a LoRA's names, shapes and settings, and checks that each tensor fits its model and is finite.
 
     Args:
         path: the safetensors file. A PEFT adapter has its adapter_config.json beside it.
         transformer_config: of the model to draw with; nothing of the model is loaded.
+        read_config: gives the configuration of a CLIP by its name, where the caller applies what the file has of it.
 
     Raises:
-        UserError: the file is not whole, of another model, or of a format that is not drawn.
+        UserError: the file is not whole, of another model, or of a format that is not drawn; or it has layers of text
+            encoders, and the caller does not apply them.
     """
     record = read_lora_record(path)
     with safe_open(path, "pt") as handle:
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-        widths = layer_widths(transformer_config)
-        keyed = keys_of_layers(path, shapes, widths)
-        settings = _read_settings(path, handle.metadata() or {}, shapes)
-        layers: dict[str, LoraLayer] = {}
-        for name, layer in keyed.items():
-            layers |= _read_layer(path, handle, name, layer, shapes, widths[name], settings)
-        if len({layer.type for layer in layers.values()}) > 1:
-            raise UserError(f"{path} has layers of several kinds, which are {IN_COMFYUI}")
-        magnitudes = [layer.magnitude for layer in layers.values()]
-        if not all(magnitudes) and (any(magnitudes) or settings.use_dora):
-            raise UserError(f"{path} is a DoRA that lacks magnitudes of some layers: save or download it again")
-        has_effect = _require_finite(path, handle, shapes, layers)
-    return LoraFile(path, layers, record, has_effect)
+        parts = {}
+        for model, keys in (keys_of_models(shapes) or {TRANSFORMER: []}).items():
+            if model == TRANSFORMER:
+                config = transformer_config
+            elif read_config is not None:
+                config = read_config(model)
+            else:
+                raise UserError(
+                    f"{path} has LoRA layers of text encoders (its tensor {keys[0]}), which this command does not "
+                    "apply: give a LoRA of the transformer alone; only drawing, export and merge take the whole"
+                )
+            layers = _read_layers(path, handle, model, {key: shapes[key] for key in keys}, layer_widths(config, model))
+            parts[model] = LoraFile(path, layers, record, _has_effect(handle, layers))
+        _require_finite(path, handle, shapes)
+    transformer = parts.pop(TRANSFORMER, LoraFile(path, {}, record, False))
+    has_effect = transformer.has_effect or any(part.has_effect for part in parts.values())
+    return replace(transformer, has_effect=has_effect, clips=parts)
+
+
+def _read_layers(
+    path: Path,
+    handle: Any,
+    model: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    widths: Mapping[str, tuple[int, int] | None],
+) -> dict[str, LoraLayer]:
+    """What the file has of one model, by the names of its modules."""
+    keyed = keys_of_layers(path, shapes, widths, model)
+    settings = _read_settings(path, handle.metadata() or {}, shapes, model)
+    layers: dict[str, LoraLayer] = {}
+    for name, layer in keyed.items():
+        layers |= _read_layer(path, handle, name, layer, shapes, widths[name], settings)
+    if len({layer.type for layer in layers.values()}) > 1:
+        raise UserError(f"{path} has layers of several kinds, which are {IN_COMFYUI}")
+    magnitudes = [layer.magnitude for layer in layers.values()]
+    if not all(magnitudes) and (any(magnitudes) or settings.use_dora):
+        raise UserError(f"{path} is a DoRA that lacks magnitudes of some layers: save or download it again")
+    return layers
 
 
 def _read_layer(
@@ -585,13 +661,12 @@ def _require_difference(
             raise UserError(f"{path} was trained on another model ({keys[part]} does not fit): give its own base model")
 
 
-def _require_finite(path: Path, handle: Any, keys: Mapping[str, Any], layers: Mapping[str, LoraLayer]) -> bool:
-    """Reads each tensor once; returns whether any changes a picture.
+def _require_finite(path: Path, handle: Any, keys: Iterable[str]) -> None:
+    """Checks every tensor.
 
     Raises:
         UserError: a NaN or an infinity, or a tensor of whole numbers.
     """
-    zeros = set()
     for key in keys:
         tensor = handle.get_tensor(key)
         if not tensor.is_floating_point() and not key.endswith("alpha"):
@@ -601,10 +676,13 @@ def _require_finite(path: Path, handle: Any, keys: Mapping[str, Any], layers: Ma
                 f"{path} has NaN or infinity in {key}: use an earlier checkpoint of its training, or train again at a "
                 "lower --learning_rate"
             )
-        if not tensor.float().any():
-            zeros.add(key)
+
+
+def _has_effect(handle: Any, layers: Mapping[str, LoraLayer]) -> bool:
+    """Whether any of the layers changes a picture."""
     return any(
-        bool(layer.magnitude) or (layer.alpha != 0 and zeros.isdisjoint(layer.keys.values()))
+        bool(layer.magnitude)
+        or (layer.alpha != 0 and all(handle.get_tensor(key).float().any() for key in layer.keys.values()))
         for layer in layers.values()
     )
 
@@ -638,8 +716,8 @@ class _Settings:
         return alpha * math.sqrt(rank) if self.use_rslora else float(alpha)
 
 
-def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, Any]) -> _Settings:
-    """PEFT's configuration: of an adapter folder, or in the metadata as diffusers writes it.
+def _read_settings(path: Path, metadata: Mapping[str, str], keys: Iterable[str], model: str) -> _Settings:
+    """PEFT's configuration for one model: of an adapter folder, or in the metadata as diffusers writes it.
 
     Raises:
         UserError: it cannot be read, or asks for what is not drawn.
@@ -656,8 +734,10 @@ def _read_settings(path: Path, metadata: Mapping[str, str], keys: Mapping[str, A
             raise ValueError("not a JSON object")
     except (ValueError, OSError) as error:
         raise UserError(f"the adapter's settings beside {path} cannot be read ({error}): download it again") from error
-    own = {key.removeprefix("transformer."): value for key, value in settings.items() if key.startswith("transformer.")}
-    settings = own or {key: value for key, value in settings.items() if not key.startswith("text_encoder")}
+    prefix = f"{model}."
+    own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    is_of_all = model == TRANSFORMER  # settings without a model's name
+    settings = own or {key: value for key, value in settings.items() if is_of_all and not key.startswith("text_enc")}
     if not settings:
         if is_adapter:
             raise UserError(

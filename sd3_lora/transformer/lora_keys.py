@@ -1,13 +1,14 @@
-"""What the names in a LoRA file say: which layer of the transformer a tensor changes, and how; or whose file it is.
+"""What the names in a LoRA file say: which layer of which model a tensor changes, and how; or whose file it is.
 
-Programs name layers as diffusers does, or as the original SD3 (MMDiT) does, where q, k and v are one layer; with dots
-or with underscores for them; behind a prefix of their own.
+Programs name the transformer's layers as diffusers does, or as the original SD3 (MMDiT) does, where q, k and v are one
+layer; with dots or with underscores for them; behind a prefix of their own. The CLIPs' layers have the same names
+everywhere, those of transformers, and the prefix tells which of the two it is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,22 @@ from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
 import torch
 from diffusers import SD3Transformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 PEFT_PREFIX = "base_model.model."
 _PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_transformer.")
 _FLAT_PREFIXES = ("lora_transformer_", "lycoris_", "lora_unet_")  # before a name with underscores for dots
+TRANSFORMER, CLIPS = "transformer", ("text_encoder", "text_encoder_2")  # a pipeline's names of its models
+# Of each CLIP, before a name with dots: diffusers', OneTrainer's and ai-toolkit's, OneTrainer's OMI, ComfyUI's.
+_CLIP_PREFIXES = {
+    "text_encoder": ("text_encoder.", "lora_te1.", "clip_l.", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2.", "clip_g.", "text_encoders.clip_g.transformer."),
+}
+# Before a name with underscores: sd-scripts' and OneTrainer's; A1111's.
+FLAT_CLIP_PREFIXES = {
+    "text_encoder": ("lora_te1_", "clip_l_transformer_"),
+    "text_encoder_2": ("lora_te2_", "clip_g_transformer_"),
+}
 _KEY = re.compile(
     r"(?P<layer>.+?)\.(?:"
     r"(?P<down>lora_A(\.[^.]+)?\.weight|lora_down\.weight|lora(_linear_layer)?\.down\.weight)|"
@@ -33,7 +46,7 @@ _KEY = re.compile(
 )
 PLAIN = "not drawn here: train a plain LoRA"
 IN_COMFYUI = "not drawn here: draw with it in ComfyUI, or train a plain LoRA"
-_TEXT_ENCODERS = "holds LoRA layers of text encoders, without which the picture would be another, and which are "
+_WITHOUT = ", without which the picture would be another, and which are not drawn here: draw with it in "
 # What a key that is not read says of its file, and what to do. The first that any such key fits is named.
 _FOREIGN = (
     (r"\.(hada|lokr)_t\d$", "is a LyCORIS LoHa or LoKr with a Tucker decomposition, which is " + IN_COMFYUI),
@@ -43,11 +56,9 @@ _FOREIGN = (
     (r"\.lora_mid\.weight$", "is a LyCORIS LoCon with a Tucker decomposition, which is " + IN_COMFYUI),
     (r"\.(on_input|ia3_l)", "is an IA3 adapter, which is " + PLAIN),
     (r"\.(w_norm|b_norm|set_weight)$", "holds weights of norms, or whole ones in place of the base's, " + IN_COMFYUI),
-    (r"^lora_te\d?[._]", _TEXT_ENCODERS + IN_COMFYUI + " without the text encoders"),
     (
-        r"^(?=.*(lora|alpha)).*(text_encoder|clip_[lg]\.|t5(xxl)?\.|text_model\.|encoder\.layers\.|encoder\.block\.)",
-        _TEXT_ENCODERS + "not drawn here: draw with it in diffusers (pipeline.load_lora_weights), or train it again "
-        "without --train_text_encoder",
+        r"^lora_te3[._]|^(?=.*(lora|alpha|lokr|hada|diff)).*(text_encoder_3|t5|t5xxl)\.",
+        "holds LoRA layers of T5" + _WITHOUT + "ComfyUI, or train it again on the CLIPs alone",
     ),
     (
         r"^bundle_emb|^emb_params$|^string_to_param|^(clip_[lg]|t5xxl)$",
@@ -60,6 +71,10 @@ _FOREIGN = (
     (
         r"^unet\.|(down|up|mid|input|output|middle)_blocks?[._]",
         "was trained on Stable Diffusion 1, 2 or XL: give a LoRA of a Stable Diffusion 3 model",
+    ),
+    (
+        r"^lora_te_|^(?=.*(lora|alpha|lokr|hada)).*(text_model|encoder)[._]",
+        "holds LoRA layers of a text encoder by names that are not known here" + _WITHOUT + "the program that wrote it",
     ),
     (
         r"^(model\.diffusion_model|first_stage_model|text_encoders)\.|^joint_blocks\.|\.base_layer\.|"
@@ -84,36 +99,56 @@ class LayerKeys:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-def layer_widths(config: Mapping[str, Any]) -> dict[str, tuple[int, int] | None]:
-    """The transformer's modules: features in and out of linear layers, None for all others."""
+def layer_widths(config: Mapping[str, Any], model: str = TRANSFORMER) -> dict[str, tuple[int, int] | None]:
+    """A model's modules: features in and out of linear layers, None for all others.
+
+    Args:
+        config: of the model.
+        model: which it is, `TRANSFORMER` or one of `CLIPS`.
+    """
     with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config)
+        if model == TRANSFORMER:
+            made = SD3Transformer2DModel.from_config(config)
+        else:
+            made = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
     return {
         name: (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None
-        for name, module in transformer.named_modules()
+        for name, module in made.named_modules()
         if name
     }
 
 
+def keys_of_models(keys: Iterable[str]) -> dict[str, list[str]]:
+    """A file's keys by model, each model that has any; the transformer is first, and has what is of no CLIP."""
+    found: dict[str, list[str]] = {model: [] for model in (TRANSFORMER, *CLIPS)}
+    prefixes = {clip: _CLIP_PREFIXES[clip] + FLAT_CLIP_PREFIXES[clip] for clip in CLIPS}
+    for key in keys:
+        clip = next((clip for clip in CLIPS if key.startswith(prefixes[clip]) and _KEY.fullmatch(key)), None)
+        found[clip or TRANSFORMER].append(key)
+    return {model: own for model, own in found.items() if own}
+
+
 def keys_of_layers(
-    path: Path, keys: Mapping[str, Any], widths: Mapping[str, tuple[int, int] | None]
+    path: Path, keys: Iterable[str], widths: Mapping[str, tuple[int, int] | None], model: str = TRANSFORMER
 ) -> dict[str, LayerKeys]:
-    """Each layer's tensors, by the names of the transformer's modules.
+    """Each layer's tensors, by the names of the model's modules.
 
     Args:
         path: of the file, for messages.
-        keys: its tensors' names.
-        widths: of the transformer's layers, `layer_widths`.
+        keys: its tensors' names, of this model alone.
+        widths: of the model's layers, `layer_widths`.
+        model: which it is.
 
     Raises:
         UserError: a tensor is of no layer, or of a format that is not read.
     """
-    names = _written_names(widths)
+    names = _written_names(widths) if model == TRANSFORMER else _names_in_clip(widths, model)
     layers: dict[str, LayerKeys] = {}
     unread = []
     for key in keys:
         match = _KEY.fullmatch(key)
-        targets = _targets(match["layer"], names) if match else []
+        written = match["layer"] if match else ""
+        targets = _targets(written, names) if model == TRANSFORMER else names.get(written, [])
         if match is None or not targets:
             unread.append(key)
             continue
@@ -125,7 +160,7 @@ def keys_of_layers(
                 raise UserError(f"{path} has two tensors for one place ({other}, {key}): give one LoRA a file")
             layer.keys[part] = key
     if unread:
-        raise UserError(f"{path} {_describe_foreign(unread)}")
+        raise UserError(f"{path} {_describe_foreign(unread, model)}")
     if not layers:
         raise UserError(f"{path} holds no tensor: it would have no effect")
     return layers
@@ -146,6 +181,13 @@ def _written_names(widths: Mapping[str, Any]) -> dict[str, _Targets]:
     return {name.replace(".", "_"): targets for name, targets in named.items()} | named
 
 
+def _names_in_clip(widths: Mapping[str, Any], clip: str) -> dict[str, _Targets]:
+    """A CLIP's modules by their names behind each prefix, with dots and with underscores."""
+    dotted = {prefix + name: name for prefix in _CLIP_PREFIXES[clip] for name in widths}
+    flat = {prefix + name.replace(".", "_"): name for prefix in FLAT_CLIP_PREFIXES[clip] for name in widths}
+    return {written: [(name, None)] for written, name in (dotted | flat).items()}
+
+
 def _targets(written: str, names: Mapping[str, _Targets]) -> _Targets:
     name = written
     for prefix in _PREFIXES:
@@ -156,8 +198,10 @@ def _targets(written: str, names: Mapping[str, _Targets]) -> _Targets:
     return next((names[rest] for rest in map(written.removeprefix, prefixes) if rest in names), [])
 
 
-def _describe_foreign(unread: Sequence[str]) -> str:
+def _describe_foreign(unread: Sequence[str], model: str) -> str:
     """What the keys that are not read say of the file, and the remedy."""
+    if model in CLIPS:
+        return f"was trained on another model ({unread[0]} does not fit): give its own base model"
     for pattern, sentence in _FOREIGN:
         key = next((key for key in unread if re.search(pattern, key)), None)
         if key:

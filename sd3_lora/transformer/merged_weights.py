@@ -1,4 +1,4 @@
-"""A LoRA merged into its base's weights: the transformer's files written again, one tensor in memory at a time."""
+"""A LoRA merged into its base's weights: a model's files written again, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 
 
 def write_merged(lora: LoraFile, scale: float, paths: Sequence[Path], folder: Path) -> None:
-    """Writes the transformer's weight files with the LoRA added, under the same names.
+    """Writes a model's weight files with the LoRA added, under the same names.
 
     Each weight is added to in float32, and rounded once to the dtype that it has in the base. All other tensors, and
     the files' headers, are the base's.
 
     Args:
-        lora: of this transformer.
+        lora: what it has of this model, `LoraFile.parts`.
         scale: of what is added.
         paths: the base's files, which together hold each tensor once.
         folder: where the new files go.

@@ -24,6 +24,7 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     command_words,
+    counted,
     exit_code,
     forget_secrets,
     read_text_lines,
@@ -39,7 +40,7 @@ import torch
 from conftest import PROJECT
 
 SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
-COMMANDS = ("sd3_lora.export", "sd3_lora.merge")
+COMMANDS = ("sd3_lora.convert", "sd3_lora.export", "sd3_lora.losses", "sd3_lora.merge")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,11 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
 
 
 # The command line as a whole
+
+
+def test_a_number_with_its_noun() -> None:
+    said = [counted(0, "picture"), counted(1, "class picture"), counted(2, "picture"), counted(3, "process")]
+    assert said == ["0 pictures", "1 class picture", "2 pictures", "3 processes"]
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -359,7 +365,9 @@ finally:
     assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *COMMANDS, "sd3_lora.convert"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, *COMMANDS, "sd3_lora.report"]
+)
 def test_an_interruption_in_the_first_moment_shows_no_traceback(script: str) -> None:
     """Before the command line is read, while Python imports our first module."""
     code = f"""

@@ -212,8 +212,10 @@ def test_a_dora_of_inputs(
 @pytest.mark.parametrize(
     ("extra", "words", "says"),
     [
-        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", [], "holds LoRA layers of text encoders"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", [], "holds LoRA layers of text encoders"),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", [], "lacks a part of the LoRA"),
+        ("lora_te1_text_model_encoder_layers_9_mlp_fc1.lora_down.weight", [], "was trained on another model"),
+        ("text_encoder_3.encoder.block.0.layer.0.SelfAttention.k.lora_A.weight", [], "holds LoRA layers of T5"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_k.alpha", [], "holds LoRA layers of T5"),
         ("transformer.pos_embed.proj.lora_A.weight", [], "no linear layer"),
         ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", [], "was trained on another model"),
         ("nan", [], "has NaN or infinity"),

@@ -149,10 +149,10 @@ def test_onetrainers_omi_form(base: Base, tmp_path: Path) -> None:
         (f"{flat('x_embedder.proj')}.lora_down.weight", r"has a LoRA on pos_embed\.proj, which is no linear layer"),
         (f"{flat('joint_blocks.7.x_block.mlp.fc1')}.alpha", "was trained on another model"),
         (f"diffusion_model.{SECOND.replace('0', '2')}.lora_A.weight", "was trained on another model"),
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "holds LoRA layers of text encoders"),
-        ("lora_te3_encoder_block_0_layer_0_SelfAttention_k.alpha", "holds LoRA layers of text encoders"),
-        ("t5.encoder.block.0.layer.0.SelfAttention.k.lora_down.weight", "holds LoRA layers of text encoders"),
-        ("clip_g.text_model.encoder.layers.0.mlp.fc1.lora_up.weight", "holds LoRA layers of text encoders"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "has LoRA layers of text encoders"),
+        ("lora_te3_encoder_block_0_layer_0_SelfAttention_k.alpha", "holds LoRA layers of T5"),
+        ("t5.encoder.block.0.layer.0.SelfAttention.k.lora_down.weight", "holds LoRA layers of T5"),
+        ("clip_g.text_model.encoder.layers.0.mlp.fc1.lora_up.weight", "has LoRA layers of text encoders"),
     ],
 )
 def test_what_is_not_whole_is_refused(base: Base, tmp_path: Path, key: str, says: str) -> None:
