@@ -39,7 +39,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     commands = [shlex.split(line)[1:] for line in bash_lines() if line.startswith("python ")]
     assert commands.pop(0)[:1] == ["examples/demo.py"]  # which test_demo.py runs
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
-    assert [len(bare), len(sd3)] == [4, 8]
+    assert [len(bare), len(sd3)] == [4, 10]
     said = ""
     for folder, group in (("miniature", bare), ("sd3", sd3)):
         (tmp_path / folder).mkdir()
@@ -55,6 +55,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     outputs = tmp_path / "sd3" / "outputs" / "dog"
     assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
+    assert len(list((tmp_path / "sd3" / "outputs" / "dog-pictures").glob("*/img_00.png"))) == 1
     assert (outputs / "lora-with-prior" / "pytorch_lora_weights.safetensors").is_file()
     assert [path.name for path in sorted((outputs / "watched" / "samples").iterdir())] == [
         "sheet.webp",
@@ -63,7 +64,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     ]
     assert [path.name for path in sorted(Path("dogs").glob("*.png"))] == ["class_0000.png", "class_0001.png"]
     assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
-    assert said.count("no text encoder is loaded") == 2  # the README's own prompts were embedded by its first commands
+    assert said.count("no text encoder is loaded") == 3  # the README's own prompts were embedded by its first commands
 
 
 def test_the_other_commands() -> None:
@@ -96,8 +97,8 @@ def test_the_commands_for_windows_are_the_same_on_one_line() -> None:
     """In cmd and in PowerShell: without `\\` at the end of a line, and without single quotes."""
     install, photos = blocks("bat")
     commands = [line for line in bash_lines() if SD3 in line and "--plan" not in line]
-    assert photos.splitlines() == commands[:4]
-    assert [line.split()[1] for line in commands[:4]] == STAGES
+    assert photos.splitlines() == commands[:6]
+    assert [line.split()[1] for line in commands[:6]] == [*STAGES[2:], *STAGES]
     assert "'" not in install + photos
     make_environment, activate, torch, libraries = install.splitlines()
     assert (make_environment, activate) == ("py -m venv .venv", r".venv\Scripts\activate")
