@@ -534,10 +534,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
-        say_miniature("precompute_latents.py")
+        say_miniature("precompute_latents.py", config.instance_data_dir)
     config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
     configs = (config, model, device_config, budget_config)
-    device = processes.choose_device(device_config.device)
+    device = processes.choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget = open_budget(budget_config, device)

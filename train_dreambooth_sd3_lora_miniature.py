@@ -54,7 +54,7 @@ from sd3_lora.common.command_line import (
     forget_secrets,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
     ChosenDtype,
     choose_device,
@@ -945,8 +945,11 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
 
+    guidance = MINIATURE_GUIDANCE if flags.model.is_bundled else None
+
     def drawing(lora: Path) -> str:
-        return command("inference.py", **shared, lora=lora, prompt=prompt, data_df_path=embeddings_path)
+        settings = {"lora": lora, "prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
+        return command("inference.py", **shared, **settings)
 
     print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
@@ -978,7 +981,7 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
-        say_miniature(SCRIPT)
+        say_miniature(SCRIPT, flags.data.instance_data_dir)
     chosen, say = choose_precision(flags, accelerator.device), accelerator.print
     processes = counted(accelerator.num_processes, "process")
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
@@ -1100,7 +1103,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     forget_secrets()
     output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
-    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
     device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
     chosen = set_up_device(flags, accelerator)
 

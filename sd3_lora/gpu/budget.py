@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -191,7 +192,7 @@ def driver_bytes(index: int) -> int | None:
     Through NVML, because torch's own function would create the context that is to be measured.
     """
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
     except OSError:
         return None
     handle, memory = ctypes.c_void_p(), _Memory()
