@@ -25,7 +25,7 @@ from sd3_lora.reporting.memory_timeline import MemoryTimeline, memory_timeline
 from sd3_lora.reporting.run_folder import RunFolder, read_run
 from sd3_lora.reporting.settings import Setting, commands, shown_value, training_settings
 from sd3_lora.reporting.thumbnails import drawn_columns, instance_pictures, shown_pictures
-from sd3_lora.stage_one.images import size_of_variant
+from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.prompts import PromptTokens, tokens_of
 
 from jinja2 import Environment, StrictUndefined, Template

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sd3_lora.common.command_line import SECRET_FLAGS, command
-from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
+from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, group_classes
 from sd3_lora.common.run_record import flag_defaults
 from sd3_lora.drawing.config import ClassDrawingConfig
 from sd3_lora.reporting.run_folder import TRAINING_SCRIPT, RunFolder, ScriptRecord
@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[type, ...]] = {
     "compute_embeddings.py": (EmbeddingConfig, *_SHARED),
     "precompute_latents.py": (LatentConfig, *_SHARED),
     "draw_class_pictures.py": (ClassDrawingConfig, *_SHARED),
-    TRAINING_SCRIPT: tuple(TrainingFlags.classes()),
+    TRAINING_SCRIPT: group_classes(TrainingFlags),
 }
 _NOT_AGAIN = {"resume_from_checkpoint", "overwrite", "plan"} | SECRET_FLAGS
 

@@ -18,16 +18,9 @@ from sd3_lora.common.defaults import default_folder
 from sd3_lora.common.run_record import NotedPicture
 from sd3_lora.drawing.picture_metadata import settings_in
 from sd3_lora.reporting.run_folder import RunFolder
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    crop_box_of,
-    crop_picture,
-    hash_file,
-    mirrored,
-    number_of_variant,
-    open_rgb,
-    size_of_variant,
-)
+from sd3_lora.stage_one.crop_boxes import crop_box_of, crop_picture, mirrored, number_of_variant, size_of_variant
+from sd3_lora.stage_one.image_files import hash_file
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import numpy as np
 from PIL import Image, ImageEnhance, UnidentifiedImageError

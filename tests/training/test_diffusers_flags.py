@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sd3_lora.common.command_line import Secret, UserError
+from sd3_lora.common.config import groups_of
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 import pytest
@@ -113,7 +114,7 @@ OWED = {
 
 def parse(*words: str) -> dict[str, Any]:
     flags = TrainingFlags(*importlib.import_module(TRAINING_SCRIPT).COMMAND_LINE.parse(words))
-    return {name: value for group in flags.groups() for name, value in asdict(group).items()}  # type: ignore[call-overload]
+    return {name: value for group in groups_of(flags) for name, value in asdict(group).items()}  # type: ignore[call-overload]
 
 
 def test_only_what_another_issue_owes_is_refused() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.checkpoints import read_state
 from sd3_lora.transformer.lora import LORA_FILE
 
