@@ -305,7 +305,9 @@ def test_a_resumed_run_is_shown_as_one(script: Callable[..., Result], prepared: 
         (line["step"], line["loss"]) for line in run.losses
     ]
     assert [each["step"] for each in made.data["warning"]] == [0, 1, 2, 3, 4, 5]
-    assert "Training was resumed: its stages are those of the last command." in made.section("memory")
+    assert "where training went on from a checkpoint, its stages are those of the last command." in made.section(
+        "memory"
+    )
     assert "--resume_from_checkpoint" not in made.section("again")
 
 
