@@ -83,6 +83,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "saving": saving_table,
         "streaming": streaming_table,
         "picture": picture_table,
+        "drawing": drawing_table,
         "stages": stages_table,
         "exchange": exchange_table,
         "exactness": exactness_table,
@@ -402,6 +403,40 @@ def picture_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' / '.join(f'{s:.1f}' for s in seconds)} | {ratios} | {peak:.2f} |")
     said = f"SD3-Medium, {result['size']} px, {result['steps']} steps, guidance 7, fp16; a process each, in turns, text"
     return "\n".join([*lines, "", f"{said} encoders included, files in the page cache. {_measured_on(result)}"])
+
+
+def drawing_table(result: dict[str, Any]) -> str:
+    """Pictures a second of each way, beside the stock pipeline's at as many pictures at a time; and the first PNG's."""
+    rows = _measured_rows(result)
+    timed = [row for row in rows if "s_a_picture" in row]
+    stock = {(row["size"], row["pictures_at_a_time"]): row for row in timed if row["name"].startswith("diffusers")}
+    lines = ["| | px | at a time | pictures/s | of the pipeline's, 4 at a time | 1 at a time | GiB | of its | off by |"]
+    lines.append("| --- |" + " ---: |" * 8)
+    for row in sorted(timed, key=lambda row: -row["size"]):
+        ratios = [_of_stock(row, stock.get((row["size"], count)), "s_a_picture") for count in (4, 1)]
+        like = stock.get((row["size"], row["pictures_at_a_time"])) or stock.get((row["size"], 4))
+        gib = f"{row['allocated_gib']:.2f}" if "allocated_gib" in row else ""
+        ratio = f"{row['allocated_gib'] / like['allocated_gib']:.2f}" if like and like.get("allocated_gib") else ""
+        cells = [row["name"], row["size"], row["pictures_at_a_time"], f"{1 / row['s_a_picture']:.2f}", *ratios]
+        lines.append(f"| {' | '.join(map(str, [*cells, gib, ratio, row.get('mean_off_by', '')]))} |")
+    first = [row for row in rows if "first_png_s" in row]
+    if first:
+        lines += ["", "| from process start to the first PNG | seconds | GiB |", "| --- | ---: | ---: |"]
+        lines += [f"| {row['name']} | {row['first_png_s']:.1f} | {row['device_gib']:.2f} |" for row in first]
+    off = result.get("miniature", {}).get("mean_off_by")
+    trained = (
+        f" On the miniature's trained weights merging changes pictures by {off:.2f}/255." if off is not None else ""
+    )
+    said = (
+        f"SD3-Medium with random weights and a LoRA of rank {result['lora_rank']}, fp16, {result['steps']} steps, "
+        "guidance 7, embeddings given, PNGs written; after the first batch. GiB: the most that tensors took. Off by: "
+        f"the mean difference of pixels, of 255, from the row that it changes.{trained}"
+    )
+    return "\n".join([*lines, "", f"{said} {_measured_on(result)}"])
+
+
+def _of_stock(row: dict[str, Any], stock: dict[str, Any] | None, key: str) -> str:
+    return f"{stock[key] / row[key]:.2f}" if stock else ""
 
 
 # Columns of each set's table, by the name of what they show.
