@@ -349,8 +349,7 @@ def look(
                         with left_as_found(training.transformer), uncompiled(watch.compiled):
                             work(training, watch, accelerator.device)
                 except Exception as error:  # whatever it is: the run is worth more
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+                    note_failure(what, training.step, error)
             drop_workspaces(accelerator.device)
             free_memory(accelerator.device)
     if draws or measures:
@@ -358,11 +357,34 @@ def look(
     return time.perf_counter() - start
 
 
+def note_failure(what: str, step: int, error: BaseException) -> None:
+    """Says that something between the steps failed, which stops no run."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    Progress.write(f"note: {what} of step {step} failed ({reason}): training goes on")
+
+
+def finish_pictures(validation: Validation | None) -> None:
+    """Waits until the pictures drawn last are written, or says that they are not."""
+    failed = validation and validation.finish()
+    if failed:
+        note_failure("the pictures", *failed)
+
+
+@contextmanager
+def finished_pictures(validation: Validation | None) -> Iterator[None]:
+    """At the end of the block all pictures are written, whatever ends it."""
+    try:
+        yield
+    finally:
+        finish_pictures(validation)
+
+
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
     if validation is None or validation.has_drawn(training.step):
         return
+    finish_pictures(validation)
     with training.ready_to_draw():
         drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
@@ -415,7 +437,8 @@ def train(
     bar_of_steps = Progress(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
     )
-    with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
+    signals = StopSignals(outputs.kept, accelerator.device, over_ranks)
+    with finished_pictures(watch.validation), signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
             at_end = training.step == training.steps

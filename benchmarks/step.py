@@ -114,10 +114,10 @@ def sd35_cases() -> Iterator[Case]:
 
 def prior_cases() -> Iterator[Case]:
     """Prior preservation without class pictures, beside the same step without it."""
-    for resolution, batch in ((1024, 1), (512, 1), (512, 4)):
-        yield Case("no prior term", resolution, CAPTURED, batch=batch)
+    for resolution in (1024, 512):
+        yield Case("no prior term", resolution, CAPTURED)
         for term in ("preference", "prediction"):
-            yield Case(f"`{term}`", resolution, (*CAPTURED, "--prior_term", term), batch=batch)
+            yield Case(f"`{term}`", resolution, (*CAPTURED, "--prior_term", term))
 
 
 def bucket_cases() -> Iterator[Case]:
