@@ -699,7 +699,7 @@ def run(argv: Sequence[str] | None) -> None:
     config, is_plan = flags.drawing, flags.budget.plan
     if flags.model.is_miniature:
         say_miniature("inference.py")
-    device = choose_device(flags.device.device)
+    device = choose_device(flags.device.device, flags.model)
     if flags.device.must_be_deterministic:
         make_deterministic()
     budget = open_budget(flags.budget, device)

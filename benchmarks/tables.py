@@ -87,6 +87,9 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "stages": stages_table,
         "exchange": exchange_table,
         "exactness": exactness_table,
+        "prior": ratio_table,
+        "buckets": ratio_table,
+        "validation": validation_table,
         "predictions": predictions_table,
     }
     return tables[re.split(r"[-.]", name)[0]]
@@ -144,6 +147,50 @@ def exactness_table(result: dict[str, Any]) -> str:
     for name, times in result["step_times"].items():
         lines.append(f"| {name} | {times['fast_ms']:.1f} | {times['exact_ms']:.1f} | {times['ratio']:.3f} |")
     return "\n".join([*lines, "", f"{result['model']}, rank 8, 12 steps. {_measured_on(result)}"])
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Milliseconds of a step, and of it the share of that of the first row of the same size and batch."""
+    times: dict[str, dict[tuple[int, int], float]] = {}
+    for row in _measured_rows(result):
+        times.setdefault(row["name"], {})[row["resolution"], row["batch"]] = row["ms"]
+    first = next(iter(times.values()))
+    heads = [f"{resolution} px" + (f", batch {batch}" if batch > 1 else "") for resolution, batch in first]
+    lines = [
+        f"| | {' | '.join(f'{head}: ms a step | ratio' for head in heads)} |",
+        "| --- |" + " ---: | ---: |" * len(heads),
+    ]
+    for name, found in times.items():
+        cells = [
+            f"{found[size]:.1f} | {found[size] / ms:.2f}" if size in found else "– | –" for size, ms in first.items()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"SD3-Medium, rank 4, captured. {_measured_on(result)}"])
+
+
+def validation_table(result: dict[str, Any]) -> str:
+    """A drawing's time beside the stock pipeline's, its peak beside the step's, and what runs have the same bits."""
+    rows, stock = _measured_rows(result), {k: v for k, v in result["stock"].items() if isinstance(v, dict)}
+    fastest = min((found["s"] for found in stock.values()), default=None)
+    lines = [
+        "| | seconds | of the stock pipeline's | denoising | decoding | step GiB | drawing GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["kind"] == "exact":
+            continue
+        is_timed = row["kind"] == "timed"
+        of_stock = f"{row['drawing_s'] / fastest:.2f}" if is_timed and fastest else ""
+        seconds = [f"{row[name]:.1f}" if is_timed else "" for name in ("drawing_s", "denoise_s", "decode_s")]
+        peaks = [f"{row[name]:.2f}" for name in ("step_gib", "drawing_gib")]
+        lines.append(f"| {row['name']} | {' | '.join([seconds[0], of_stock, *seconds[1:], *peaks])} |")
+    lines += [f"| stock, {name} | {found['s']:.1f} | | | | | |" for name, found in stock.items()]
+    same = [row["name"] for row in rows if row.get("bit_equal")]
+    others = [row["name"] for row in rows if row.get("bit_equal") is False]
+    said = f"The same bits with pictures and early warning as without: {', '.join(same) or 'none'}."
+    said += f" Other bits: {', '.join(others)}." if others else ""
+    shape = f"{result['prompts']} prompts at 1024 px, 28 steps, rank 16; peaks are the allocator's."
+    return "\n".join([*lines, "", f"{shape} {said} {_measured_on(result)}"])
 
 
 def streaming_table(result: dict[str, Any]) -> str:

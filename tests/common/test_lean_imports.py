@@ -102,3 +102,12 @@ def test_a_machine_without_a_driver_starts_none(monkeypatch: pytest.MonkeyPatch)
     for thread in set(threading.enumerate()) - before:
         thread.join()
     assert sought == 2 * ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+
+
+def test_threads_of_a_cpu_do_not_wait_busily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other work that costs a step of the miniature ten times its time. What the user sets is kept."""
+    code = "import os, sd3_lora; print(os.environ['OMP_WAIT_POLICY'])"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert run(code) == "PASSIVE\n"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run(code) == "ACTIVE\n"

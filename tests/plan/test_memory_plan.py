@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 from sd3_lora.common.command_line import UserError
@@ -13,7 +15,7 @@ from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
-from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, open_budget, sentence
+from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, driver_bytes, open_budget, sentence
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
@@ -148,6 +150,35 @@ def test_a_context_that_was_there_cannot_be_measured(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     assert _context_bytes(torch.device("cpu", 0)) == int(gib * GIB)
+
+
+class Nvml:
+    """The driver's library, of a GPU with three gibibytes in use."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, identity: bytes, handle: object) -> int:
+        return 0 if identity == b"GPU-an-id" else 1
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object, memory: Any) -> int:
+        memory._obj.used = 3 * GIB
+        return 0
+
+
+@pytest.mark.parametrize(("platform", "library"), [("win32", "nvml.dll"), ("linux", "libnvidia-ml.so.1")])
+def test_the_driver_is_asked_by_the_system_s_name_of_its_library(
+    monkeypatch: pytest.MonkeyPatch, platform: str, library: str
+) -> None:
+    def load(name: str) -> Nvml:
+        if name != library:
+            raise OSError(f"there is no {name}")
+        return Nvml()
+
+    monkeypatch.setattr("sd3_lora.gpu.budget.sys.platform", platform)
+    monkeypatch.setattr("sd3_lora.gpu.budget.ctypes.CDLL", load)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="an-id"))
+    assert driver_bytes(0) == 3 * GIB
 
 
 @needs_gpu
