@@ -342,7 +342,11 @@ def _resident_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
 
 
 def plan_denoising(
-    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget | None, asked: AskedPlacement | None = None
+    files: ModelFiles,
+    shape: DenoisingShape,
+    budget: DeviceBudget | None,
+    asked: AskedPlacement | None = None,
+    has_slack: bool = False,
 ) -> Plan:
     """The fastest plan that fits; everything on the device where there is no budget.
 
@@ -351,6 +355,8 @@ def plan_denoising(
         shape: of a forward.
         budget: to stay under.
         asked: what flags fix.
+        has_slack: whether there must be room for what the allocator leaves unused, with streamed weights too. Without
+            it returns that and takes it again in each pass, and waits for the device.
 
     Raises:
         UserError: nothing fits; names the smallest budget that would.
@@ -359,7 +365,9 @@ def plan_denoising(
     if budget is None:
         placement = plain_placement(files, asked)
         return Plan(replace(placement, merged=shape.merging_bytes > 0 and placement.can_merge), Forecast())
-    chosen, smallest_bytes = _first_that_fits(_only_smaller(_denoising_plans(files, shape, budget, asked)), budget)
+    chosen, smallest_bytes = _first_that_fits(
+        _only_smaller(_denoising_plans(files, shape, budget, asked, has_slack)), budget
+    )
     if chosen:
         return chosen
     smallest = enough_gib(smallest_bytes)
@@ -373,7 +381,7 @@ def plan_denoising(
 
 
 def _denoising_plans(
-    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget, asked: AskedPlacement
+    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget, asked: AskedPlacement, has_slack: bool
 ) -> Iterator[Plan]:
     """All plans, the fastest first: 4 bits on the device before the exact ones are streamed."""
     config, found = files.read_config("transformer"), list[tuple[_Places, int]]()
@@ -382,19 +390,19 @@ def _denoising_plans(
         places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
         found.append((places, working))
         if not asked.streamed:
-            yield _denoising_plan(places.on_device(), shape, working, budget)
+            yield _denoising_plan(places.on_device(), shape, working, budget, has_slack)
     for places, working in found if asked.streamed != 0 else []:
         resident = _resident_counts(asked, places.blocks)
         bases = [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
         for base in [*bases, *places.most_streamed(resident)[1:]]:
-            yield _denoising_plan(base, shape, working, budget)
+            yield _denoising_plan(base, shape, working, budget, has_slack)
 
 
-def _denoising_plan(base: _Base, shape: DenoisingShape, working: int, budget: DeviceBudget) -> Plan:
+def _denoising_plan(base: _Base, shape: DenoisingShape, working: int, budget: DeviceBudget, has_slack: bool) -> Plan:
     """The plan with its peak; LoRAs are merged where they can be."""
     merged, streamed = shape.merging_bytes > 0 and base.placement.can_merge, bool(base.placement.streamed)
     kept = {"CUDA": budget.context_bytes, "weights": base.device_bytes, "LoRA": 0 if merged else shape.lora_bytes}
-    parts = _denoising_parts(kept, working, streamed)
+    parts = _denoising_parts(kept, working, streamed, has_slack)
     parts["unused between them"] += GRAPH_UNUSED_BYTES if shape.captured else 0
     phases = [Phase("denoise", parts)]
     if merged:
@@ -431,15 +439,19 @@ def plan_drawing(
     filled = max(1, FILLING_TOKENS // (size.rows * (size.tokens + size.text_tokens)))
     best: tuple[float, Plan, int] | None = None
     for count in sorted(range(1, min(most, MOST_DRAWN) + 1), key=lambda count: (count > filled, abs(count - filled))):
+        together = replace(shape, batch_size=count * shape.batch_size)
         try:
-            plan = plan_denoising(files, replace(shape, batch_size=count * shape.batch_size), budget, asked)
+            plan = plan_denoising(files, together, budget, asked, has_slack=True)
         except BudgetTooSmall:
-            if count == 1:
-                raise
-            continue
+            if count > 1:
+                continue
+            plan = plan_denoising(files, together, budget, asked)
         place = plan.placement
         if not place.streamed:
             return plan, count
+        few_buffers = len(place.streamed) == place.blocks and place.buffers < (asked.buffers or STREAM_BUFFERS[0])
+        if count > 1 and few_buffers:
+            continue
         costs = model_costs(config, dtype, place.precision)
         computed = count * computed_flops(costs, size, ()).forward
         rate = measure_flops_a_byte(budget.device, dtype)
@@ -584,11 +596,11 @@ class _Planner:
         yield Phase("decode a validation picture", {**parts, "unused between them": _unused(parts, streamed)})
 
 
-def _denoising_parts(kept: Mapping[str, int], working: int, streamed: bool) -> dict[str, int]:
+def _denoising_parts(kept: Mapping[str, int], working: int, streamed: bool, has_slack: bool = False) -> dict[str, int]:
     """Bytes by part of a forward that draws, beside what is there anyway."""
     parts = {**kept, "working memory": working + WORKSPACE_BYTES}
     # A streamed base is there because the budget is small, and then the allocator gives back what is unused.
-    fragments = 0 if streamed else int(UNUSED_WORKING_SHARE * working)
+    fragments = 0 if streamed and not has_slack else int(UNUSED_WORKING_SHARE * working)
     return {**parts, "unused between them": _unused(parts, streamed) + fragments}
 
 

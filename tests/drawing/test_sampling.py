@@ -152,7 +152,7 @@ SKIPPING = replace(SETTINGS, num_steps=6, skip_layers=SkipLayerGuidance((1, 2), 
 
 def to_draw(device: torch.device = CPU, streamed: bool = False) -> SD3Transformer2DModel:
     dtype = torch.float16 if device == GPU else torch.float32
-    transformer = make_transformer(dtype=dtype).eval().requires_grad_(False)
+    transformer = make_transformer(dtype=dtype).eval()
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     if streamed:

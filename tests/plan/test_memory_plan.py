@@ -333,6 +333,13 @@ def test_as_many_pictures_are_drawn_together_as_are_fastest(
     assert together(1 << 40, asked=AskedPlacement(streamed=6))[0] == memory_plan.MOST_DRAWN
     monkeypatch.setattr(memory_plan, "measure_flops_a_byte", lambda *_: 1e-9)
     assert together(1 << 40, asked=AskedPlacement(streamed=6))[0] == 5
+    # With all buffers, and with room for what the allocator leaves unused.
+    three = plan_denoising(
+        miniature_files, replace(shape, batch_size=6), budget_of(1 << 40), AskedPlacement(streamed=6)
+    )
+    count, plan = together(three.forecast.peak_bytes, asked=AskedPlacement(streamed=6))
+    assert 1 < count < 3
+    assert plan.placement.buffers == 6
     with pytest.raises(UserError, match="are too little to denoise a picture"):
         together(GIB // 2)
 
