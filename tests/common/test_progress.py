@@ -105,3 +105,12 @@ for name, words in {calls!r}:
     said = re.split(r"end of \w+\n", ended.stdout)
     assert len(said) == len(calls) + 1
     assert all(len(each.splitlines()) <= MOST_LINES for each in said)
+
+
+def test_every_bar_is_ours() -> None:
+    """tqdm's own would fill a pipe."""
+    paths = [*PROJECT.glob("*.py"), *(PROJECT / "sd3_lora").rglob("*.py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
+    assert [name for name, text in texts.items() if re.search(r"\btqdm(\.auto)?\(|import tqdm\b", text)] == [
+        "progress.py"
+    ]
