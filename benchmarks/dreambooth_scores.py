@@ -115,9 +115,10 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def methods_table(result: dict[str, Any]) -> str:
-    """A row for each method, with the standard error over subjects, and the targets; in markdown."""
+    """A row for each method, best subject first, with standard errors over subjects; and the targets; in markdown."""
     lines = ["| method | told | subject, % | prompt, % | drift, % |", "| --- | --- | ---: | ---: | ---: |"]
-    for method in result["methods"]:
+    best_first = sorted(result["methods"], key=lambda method: (method["one_prompt"], -method["means"]["subject"]))
+    for method in best_first:
         cells = []
         for name in TARGETS:
             mean, error = method["means"][name], method["standard_errors"][name]

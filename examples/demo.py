@@ -30,7 +30,7 @@ STEPS, TRAIN_BATCH_SIZE, RANK = 150, 2, 8
 PRESET = (
     *("--lora_layers", "ff_context.net.0.proj,ff_context.net.2", "--lora_blocks", "0,1,2"),
     *("--learning_rate", "2e-3", "--use_ema", "--ema_decay", "0.98"),
-    *("--prior_term", "prediction", "--prior_term_weight", "3", "--prior_share", "1"),
+    *("--prior_term", "prediction", "--prior_term_weight", "2", "--prior_share", "1"),
     *("--prior_prompts_file", PRIOR_PROMPTS_FILE),
 )
 
