@@ -1,7 +1,7 @@
 """Stage two: cached embeddings and latents → LoRA.
 
 Only the transformer is loaded, frozen, and only its LoRA is trained; neither the VAE nor a text encoder is ever in
-memory here.
+memory here. With --train_text_encoder the two CLIPs are, frozen, and their LoRA is trained too.
 
     python train_dreambooth_sd3_lora_miniature.py --instance_data_dir dog --instance_prompt "a photo of sks dog"
 """
@@ -165,16 +165,17 @@ def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig, prior
     """The loss of one micro-batch, a float32 scalar. The plan simulates this very function."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
     target = inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow
+    conditions = model.conditions(inputs)
     if prior.prior_term == "preference":
         base_velocity = model.base_velocity(noisy_latents, *inputs.conditions)
-        velocity = model(noisy_latents, *inputs.conditions)
+        velocity = model(noisy_latents, *conditions)
         return preference_loss(velocity, base_velocity, *target, prior.term_weight)
     count, again = len(noisy_latents), inputs.prior_rows
     if not len(again):
-        return flow_matching_loss(model(noisy_latents, *inputs.conditions), *target)
+        return flow_matching_loss(model(noisy_latents, *conditions), *target)
     # The pictures that come once more, with a prior prompt, are rows of the same pass.
     base_velocity = model.base_velocity(noisy_latents[again], *(rows[count:] for rows in inputs.conditions))
-    both = model(torch.cat([noisy_latents, noisy_latents[again]]), *inputs.conditions)
+    both = model(torch.cat([noisy_latents, noisy_latents[again]]), *conditions)
     velocity, prior_velocity = both.split([count, len(again)])
     moved = prediction_loss(prior_velocity, base_velocity, inputs.sigmas[again], inputs.loss_weights[again], flow)
     weight = prior.term_weight * len(again) / (float(prior.share) * count)
@@ -276,6 +277,7 @@ def run_identity(
         "--unmasked_weight": flags.data.unmasked_weight,
         MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
         **{f"--{name}": value for name, value in numbers.items()},
+        **flags.text.identity(flags.text_encoder_rate(1), flags.lora.rank),
         **flags.prior.identity(),
         PRIOR_PROMPTS: list(data.prior_prompts) or None,
         "--lora_alpha": flags.lora.alpha,
@@ -418,6 +420,22 @@ def look(
     if draws or measures:
         accelerator.wait_for_everyone()
     return time.perf_counter() - start
+
+
+@torch.no_grad()
+def live_embeddings(
+    model: VelocityModel, data: TrainingData, prompts: Sequence[str], device: torch.device
+) -> Embeddings:
+    """The prompts' embeddings by the CLIPs as they are now, `(S, D)` and `(P,)` on the CPU."""
+    found: Embeddings = {}
+    for prompt in prompts:
+        cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
+        tokens = data.clip_tokens[prompt][None].to(device)
+        with model.precision(device):
+            assert model.clips is not None
+            prompt_embeds, pooled = model.clips(cached, tokens, torch.ones(1, 2, device=device))
+        found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()
+    return found
 
 
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:

@@ -65,7 +65,7 @@ UNUSED_WORKING_SHARE = 0.25
 WHILE_DRAWING_BYTES = 12
 # More pictures at a time than these are no faster.
 MOST_TOGETHER = 4
-_KEPT = ("CUDA", "weights", "LoRA")  # of a phase of drawing: what is there whatever the batch
+_KEPT = ("CUDA", "weights", "CLIPs", "LoRA")  # of a phase of drawing: what is there whatever the batch
 # For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
 # The host memory that a streamed base leaves free: for Python and its libraries, and for offloaded inputs.
@@ -441,6 +441,7 @@ class _Planner:
         parts = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
+            **self._clips,
             "LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter),
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
@@ -453,6 +454,10 @@ class _Planner:
         phases = Phase("step", parts), *self._between(base)
         return Plan(placement, Forecast(phases, base.host_bytes, room_for_graph))
 
+    @property
+    def _clips(self) -> dict[str, int]:
+        return {"CLIPs": self.memory.clips} if self.memory.clips else {}
+
     def _between(self, base: _Base) -> Iterator[Phase]:
         """The phases of drawing between the steps, while the optimizer's state waits on the host."""
         if not self.denoising:
@@ -460,6 +465,7 @@ class _Planner:
         kept = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
+            **self._clips,
             "LoRA": int(self.memory.lora / 4 * WHILE_DRAWING_BYTES),
         }
         streamed = bool(base.placement.streamed)

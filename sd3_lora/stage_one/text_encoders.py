@@ -15,6 +15,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
@@ -104,22 +105,6 @@ def encode_clips(
             pooled.append(projected)
             del encoder
     return clip_hidden, torch.cat(pooled, dim=-1)
-
-
-def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor) -> torch.Tensor:
-    """The prompt's embedding of the encoders' hidden states, as `StableDiffusion3Pipeline.encode_prompt` joins them.
-
-    Args:
-        clip_hidden: of each CLIP, the penultimate hidden states `(B, C, d)`. Side by side they are narrower than T5's,
-            and are padded with zeros.
-        t5_hidden: `(B, T, D)`; they follow the CLIPs' tokens.
-
-    Returns:
-        `(B, C + T, D)` in the dtype of `t5_hidden`.
-    """
-    clips = torch.cat(list(clip_hidden), dim=-1)  # (B, C, d1 + d2)
-    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (B, C, D)
-    return torch.cat([clips.to(t5_hidden.dtype), t5_hidden], dim=1)
 
 
 @contextmanager

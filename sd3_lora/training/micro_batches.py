@@ -55,10 +55,11 @@ class InputSampler:
         posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
         indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rows(count)]
         conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
-        prior_rows = torch.empty(0, dtype=torch.long)
+        prior_rows, prior_tokens = torch.empty(0, dtype=torch.long), None
         if self._prior:
             prior_rows = self._prior.rows(self._number, draws, count)
-            again = conditions[0][prior_rows], *self._prior.draw(prior_rows, draws, count)
+            *embeddings, prior_tokens = self._prior.draw(prior_rows, draws, count)
+            again = conditions[0][prior_rows], *embeddings
             conditions = [torch.cat(pair) for pair in zip(conditions, again, strict=True)]
         self._number += 1
         timesteps, prompt_embeds, pooled = conditions
@@ -72,10 +73,21 @@ class InputSampler:
             pooled.to(self._dtype),
             batch.loss_weights,
             prior_rows,
+            *_of_clips(batch, prior_tokens),
         )
         if self.device.type != "cuda":
             return on_host
         return StepInputs(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in on_host))
+
+
+def _of_clips(batch: TrainingBatch, prior_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """`clip_tokens` and `clip_kept` of a micro-step's rows; none where the CLIPs are not trained."""
+    if batch.clip_tokens is None:
+        return ()
+    kept = torch.ones(len(batch.clip_tokens), 2) if batch.clip_kept is None else batch.clip_kept
+    if prior_tokens is None:
+        return batch.clip_tokens, kept
+    return torch.cat([batch.clip_tokens, prior_tokens]), torch.cat([kept, torch.ones(len(prior_tokens), 2)])
 
 
 class MicroBatches:

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.records import TrainingBatch
-from sd3_lora.stage_one.text_encoders import join_embeddings
 from sd3_lora.training.draws import GlobalDraws
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.micro_batches import InputSampler
