@@ -25,7 +25,6 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
-import hashlib
 import os
 import random
 import signal
@@ -33,8 +32,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ from sd3_lora.common.command_line import (
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
 from sd3_lora.common.devices import (
-    DTYPES,
     ChosenDtype,
     choose_device,
     choose_training_dtype,
@@ -63,15 +61,12 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
-    NotedPicture,
     RunFacts,
-    RunIdentity,
     RunRecord,
     RunResults,
-    flag_defaults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
+from sd3_lora.drawing.sampling import Embeddings, SamplingSettings, left_as_found
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
@@ -86,6 +81,7 @@ from sd3_lora.plan.memory_plan import (
     plain_placement,
     plan_training,
     recompute_note,
+    room_to_draw,
 )
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
@@ -94,10 +90,12 @@ from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
-from sd3_lora.stage_one.vae_tiles import VaeWork, choose_tile, smallest_tile
+from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
+from sd3_lora.training.crops import choose_crops, require_masks
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
@@ -119,18 +117,20 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES, OptimizerConfig
+from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
-from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
 from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.run_identity import run_identity
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     EMA_FILE,
     LORA_FILE,
@@ -149,7 +149,9 @@ from sd3_lora.transformer.lora_files import (
     require_lycoris_start,
     require_start,
 )
+from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.placement import AskedPlacement, arrange
+from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -201,98 +203,24 @@ def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
 
 
 def run_facts(
-    flags: TrainingFlags,
-    stage_one: StageOne,
-    data: TrainingData,
-    plan: Plan,
-    precision: str,
-    seed: int,
-    processes: int,
+    request: StageOneRequest, data: TrainingData, plan: Plan, precision: str, seed: int, processes: int
 ) -> RunFacts:
     """The run's inputs and settings, known before its first step."""
     prompts = data.prompts
     return RunFacts(
-        model=stage_one.files.name,
-        revision=stage_one.files.revision,
+        model=request.files.name,
+        revision=request.files.revision,
         versions=library_versions(),
         precision=precision,
         processes=processes,
         plan=plan.to_dict(),
         predicted_parts=dict(plan.forecast.largest.parts),
         prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(stage_one.instance_prompt),
-        resolution=stage_one.resolution,
+        trigger=data.trigger(request.instance_prompt),
+        resolution=request.resolution,
         max_sequence_length=data.text.size,
         seed=seed,
     )
-
-
-def noted_pictures(data: TrainingData) -> list[NotedPicture]:
-    """The pictures of a run, as its checkpoints note them."""
-    return [
-        NotedPicture(
-            image.image_id,
-            "" if image.path.suffix == ".safetensors" else image.path.name,
-            image.prompt,
-            data.variants[image.image_id],
-            image.other_prompts,
-            image.repeats,
-        )
-        for image in data.images
-    ]
-
-
-def _short_hash(values: Sequence[object]) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-def run_identity(
-    flags: TrainingFlags,
-    facts: RunFacts,
-    stage_one: StageOne,
-    data: TrainingData,
-    kernels: str,
-) -> RunIdentity:
-    """All that decides the numbers of a run, and so must not change when it is resumed."""
-    pictures = noted_pictures(data)
-    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
-    keys = [
-        (*picture.key, image.role) if image.role == "class" else picture.key
-        for picture, image in zip(pictures, data.images, strict=True)
-    ]
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
-    transformer = stage_one.files.provenance(["transformer"], "", 0)
-    values = {
-        TRANSFORMER: transformer.identity,
-        PICTURES: _short_hash(keys),
-        "--resolution": facts.resolution,
-        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
-        "--max_sequence_length": facts.max_sequence_length,
-        "--t5_precision": data.text.precision,
-        "--caption_dropout": flags.data.caption_dropout,
-        "--clip_l_dropout": flags.data.clip_l_dropout,
-        "--clip_g_dropout": flags.data.clip_g_dropout,
-        "--t5_dropout": flags.data.t5_dropout,
-        "--masked_loss": flags.data.masked_loss,
-        "--unmasked_weight": flags.data.unmasked_weight,
-        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
-        **{f"--{name}": value for name, value in numbers.items()},
-        **flags.text.identity(flags.text_encoder_rate(1), flags.lora.rank),
-        **flags.prior.identity(),
-        PRIOR_PROMPTS: list(data.prior_prompts) or None,
-        "--lora_alpha": flags.lora.alpha,
-        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
-        BATCH: flags.run.train_batch_size * facts.processes,
-        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
-        "--base_precision": facts.plan["precision"] or "16bit",
-        "--compile": kernels,
-        "--attention_kernel": flags.base.attention_kernel,
-        "--seed": facts.seed,
-    }
-    defaults = flag_defaults(type(group) for group in flags.groups())
-    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
-    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
-    return RunIdentity(values, defaults, synonyms, pictures)
 
 
 def make_step(
@@ -422,26 +350,10 @@ def look(
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def live_embeddings(
-    model: VelocityModel, data: TrainingData, prompts: Sequence[str], device: torch.device
-) -> Embeddings:
-    """The prompts' embeddings by the CLIPs as they are now, `(S, D)` and `(P,)` on the CPU."""
-    found: Embeddings = {}
-    for prompt in prompts:
-        cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
-        tokens = data.clip_tokens[prompt][None].to(device)
-        with model.precision(device):
-            assert model.clips is not None
-            prompt_embeds, pooled = model.clips(cached, tokens, torch.ones(1, 2, device=device))
-        found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()
-    return found
-
-
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
-    if validation is None:
+    if validation is None or validation.has_drawn(training.step):
         return
     with training.ready_to_draw():
         drawn = validation.draw(training.model, device, training.step, stop)
@@ -455,7 +367,7 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
 
 def measure(training: Training, watch: Watch, device: torch.device) -> None:
     """Measures the early warning's losses, and prints what they warn of."""
-    if watch.warning is None:
+    if watch.warning is None or watch.warning.has_measured(training.step):
         return
     for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
         tqdm.write(sentence)
@@ -486,8 +398,10 @@ def train(
     log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    is_new = training.step == 0
-    aside_s = look(training, watch, is_new and flags.watch.draws, is_new and flags.watch.measures_at(0), accelerator)
+    # Before the first step; and of a run that is resumed, what its interruption left out.
+    saves = training.step % steps_to_checkpoint == 0
+    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
+    aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = tqdm(
@@ -496,19 +410,13 @@ def train(
     with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
+            if training.leave_clips() and training.step - 1 == training.clips_until:
+                watch.release()  # the step is captured anew, without the CLIPs' backward pass
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
             loss, pictures = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
-            if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
-                training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
-            learning_rate = rate_in_force(training.optimizer)
-            norm, skipped = optimizer_step(
-                training.trainables, training.optimizer, training.scaler, flags.optimizer.max_grad_norm
-            )
-            if training.average:
-                training.average.update(norm)
-            queued = PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
@@ -531,6 +439,28 @@ def train(
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
+
+
+def update(
+    training: Training, max_grad_norm: float, loss: torch.Tensor, pictures: str, accelerator: Accelerator
+) -> PendingStep:
+    """The optimizer's step from what a window of micro-steps has left in the gradients, to be logged.
+
+    Args:
+        training: what is trained.
+        max_grad_norm: to which gradients are clipped.
+        loss: the window's mean, a scalar on the device.
+        pictures: their names.
+        accelerator: of the processes.
+    """
+    if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
+        training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
+    training.leave_clips()  # the schedule has given them a new rate
+    learning_rate = rate_in_force(training.optimizer)
+    norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
+    if training.average:
+        training.average.update(norm)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
@@ -596,8 +526,25 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
     require_patterns(flags.optimizer.rates, trained_names(hollow))
 
 
+def clip_lora(flags: TrainingFlags, files: ModelFiles, seed: int = 0) -> ClipLora | None:
+    """The LoRA of the CLIPs, if it is trained."""
+    if not flags.text.train_text_encoder:
+        return None
+    configs = {name: files.read_config(name) for name in CLIPS}
+    return ClipLora(configs, flags.text.rank(flags.lora.rank), flags.lora.lora_dropout, seed)
+
+
+def load_clips(lora: ClipLora, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> TrainedClips:
+    """The frozen CLIPs with a new LoRA, on the device."""
+    from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
+
+    clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
+    lora.attach(clips)
+    return TrainedClips(clips).to(device)
+
+
 def load_training(
-    stage_one: StageOne,
+    request: StageOneRequest,
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
@@ -606,7 +553,7 @@ def load_training(
     start: LoraFile | None,
 ) -> Training:
     """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
-    files, lora, run, device = stage_one.files, flags.lora, flags.run, accelerator.device
+    files, lora, run, device = request.files, flags.lora, flags.run, accelerator.device
     processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
@@ -622,12 +569,19 @@ def load_training(
     )
     pictures = run.pictures_per_step(processes)
     group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
-    trainables = Trainables(groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures)))
+    groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
+    of_clips, clips = clip_lora(flags, files, seed), None
+    if of_clips:
+        clips = load_clips(of_clips, files, dtype, device)
+        parts = tuple(parameter for parameter in clips.parameters() if parameter.requires_grad)
+        rate, decay = flags.text_encoder_rate(pictures), flags.text.weight_decay
+        groups.append(TrainedGroup("CLIPs", flatten_parameters(parts), rate, parts, decay))
+    trainables = Trainables(groups)
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
     return Training(
-        VelocityModel(arranged.transformer, dtype, arranged.ahead),
+        VelocityModel(arranged.transformer, dtype, arranged.ahead, clips),
         trainables,
         optimizer,
         lr_scheduler,
@@ -637,6 +591,7 @@ def load_training(
         planned.steps,
         arranged.ahead,
         average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
+        clips_until=flags.text.last_step(planned.steps),
     )
 
 
@@ -653,6 +608,13 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
     """
     asked = AskedPlacement.of(flags.base, flags.step, blocks)
     asked.check(blocks, processes)
+    if flags.text.train_text_encoder:
+        if asked.modulations_ahead:
+            raise UserError(
+                "--modulations_ahead on computes from prompts before the CLIPs have encoded them: leave it out, or "
+                "leave out --train_text_encoder"
+            )
+        asked = replace(asked, modulations_ahead=False)
     if flags.prior.is_even(flags.run.train_batch_size):
         return asked
     if asked.modulations_ahead:
@@ -704,6 +666,7 @@ def training_task(
         masked=flags.data.masked_loss,
         prior_rows=prior_rows,
         base_rows=base_rows,
+        clips=clip_lora(flags, files),
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
@@ -723,14 +686,14 @@ def validation_work(flags: TrainingFlags, files: ModelFiles) -> VaeWork:
 
 
 def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> DrawingBetween | None:
-    """What validation takes at the least: one picture at a time, decoded in the smallest tiles."""
+    """What validation takes at the least: one row of a forward, and the smallest tiles."""
     if not flags.watch.draws:
         return None
     work, (_, vae_scale) = validation_work(flags, files), files.latent_channels_and_scale()
-    rows, tokens = validation_sampling(flags.watch).rows, text_tokens_of(flags.data, files)
+    shape = DenoisingShape(1, work.size.latent(vae_scale), text_tokens_of(flags.data, files), dtype, 0)
     tile = smallest_tile(files, work)
     decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
-    return DrawingBetween(DenoisingShape(rows, work.size.latent(vae_scale), tokens, dtype, 0), decoding)
+    return DrawingBetween(shape, validation_sampling(flags.watch).rows, decoding)
 
 
 def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
@@ -767,6 +730,35 @@ def make_early_warning(
     return warning
 
 
+def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: DeviceBudget | None) -> VaeTile:
+    """What the VAE decodes at a time: the largest tile that leaves the step's peak the peak, or the smallest of all."""
+    if budget is None:
+        return choose_tile(files, work, None)
+    parts = plan.forecast.phases[-1].parts
+    kept = sum(parts.get(name, 0) for name in ("weights", "CLIPs", "LoRA", "unused between them"))
+    least = sum(parts.values()) - kept
+    return choose_tile(files, work, replace(budget, total_bytes=max(least, room_to_draw(plan) - kept)))
+
+
+@torch.no_grad()
+def live_embeddings(
+    model: VelocityModel, device: torch.device, data: TrainingData, prompts: Sequence[str]
+) -> Embeddings:
+    """The prompts' embeddings by the CLIPs as they are now, `(S, D)` and `(P,)` on the CPU."""
+    clips, found = model.clips, {}
+    assert clips is not None
+    was_training = clips.training
+    clips.eval()
+    for prompt in prompts:
+        cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
+        tokens, kept = data.clip_tokens[prompt][None].to(device), torch.ones(1, 2, device=device)
+        with model.precision(device):
+            prompt_embeds, pooled = clips(cached, tokens, kept)
+        found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()
+    clips.train(was_training)
+    return found
+
+
 def make_validation(
     flags: TrainingFlags,
     task: TrainingTask,
@@ -774,7 +766,7 @@ def make_validation(
     budget: DeviceBudget | None,
     data: TrainingData,
     record: RunRecord,
-    goes_on: bool,
+    resumed_at: int,
 ) -> Validation | None:
     """What draws while training: as many pictures at a time, and in as large tiles, as the plan's peak has room for."""
     if task.drawing is None:
@@ -782,12 +774,9 @@ def make_validation(
     *prompts, negative_prompt = validation_prompts(flags.watch)
     embeddings = {prompt: data.embedding(prompt) for prompt in (*prompts, negative_prompt)}
     work = validation_work(flags, task.files)
-    count = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
-    room = budget
-    if budget:
-        kept = sum(plan.forecast.phases[-1].parts[name] for name in ("weights", "LoRA", "unused between them"))
-        room = replace(budget, total_bytes=plan.forecast.peak_bytes - kept)
-    tile = choose_tile(task.files, work, room)
+    sampling, per_picture = validation_sampling(flags.watch), task.drawing.rows
+    rows = drawn_together(task, plan, len(prompts) * flags.watch.num_validation_images)
+    tile = validation_tile(task.files, work, plan, budget)
     facts = record.facts
     settings = {
         "model": task.files.provenance(["transformer", "vae"], "", 0).identity,
@@ -798,15 +787,16 @@ def make_validation(
     what = ValidationTask(
         tuple(prompts),
         flags.watch.num_validation_images,
-        validation_sampling(flags.watch),
+        replace(sampling, apart=rows < per_picture),
         flags.watch.validation_seed,
         work.size,
-        count,
+        max(1, rows // per_picture),
         tile,
         settings,
     )
     tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
-    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", goes_on)
+    encode = partial(live_embeddings, data=data, prompts=list(tensors)) if data.clip_tokens else None
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", resumed_at, encode)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -849,7 +839,10 @@ def make_batches(
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
-    prior = PriorPrompts(data.prior_embeddings(), flags.prior.share) if data.prior_prompts else None
+    prior = None
+    if data.prior_prompts:
+        tokens = [data.clip_tokens[prompt] for prompt in data.prior_prompts] if data.clip_tokens else ()
+        prior = PriorPrompts(data.prior_embeddings(), flags.prior.share, tokens)
     vae_config, dtype = files.read_config("vae"), training.model.dtype
     taken = training.step * flags.run.gradient_accumulation_steps
     sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
@@ -902,13 +895,17 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
         return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
 
 
-def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator) -> TrainingData:
+def open_data(
+    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator, trains_clips: bool
+) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    stage_one = StageOne(request)
+    class_images = ClassImages(stage_one)
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
         require_writable_folder(output_dir)
         stage_one.make_embeddings()
     store = stage_one.open_embeddings()
-    stage_one.require_class_folder(store)
+    class_images.require_folders(store)
     stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
     require_writable_folder(output_dir)
@@ -917,18 +914,24 @@ def open_data(stage_one: StageOne, prompts: Sequence[str], output_dir: Path, acc
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    variants = stage_one.variants(images, cache)
+    variants = choose_crops(request, images, cache)
     sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
     if accelerator.num_processes > 1:
-        stage_one.require_class_pictures(sizes)
+        class_images.require(sizes)
     if accelerator.is_main_process:
-        stage_one.make_class_pictures(sizes)
+        class_images.make(sizes)
     accelerator.wait_for_everyone()
-    others = stage_one.find_class_images(images, sizes, cache)
-    pools = with_class_pool(images, others, stage_one.prior.prior_loss_weight)
-    stage_one.require_masks(images, variants, cache)
-    variants |= stage_one.variants(others, cache)
-    return TrainingData(pools, variants, store, cache, stage_one.data.weight_beside_masks, prior_prompts)
+    others = class_images.find(images, sizes, cache)
+    pools = with_class_pool(images, others, request.prior.prior_loss_weight)
+    require_masks(request, images, variants, cache)
+    variants |= choose_crops(request, others, cache)
+    tokens: dict[str, torch.Tensor] = {}
+    if trains_clips:
+        from sd3_lora.stage_one.text_encoders import clip_token_ids  # imports all of transformers' encoders
+
+        captions = [prompt for pool in pools for image in pool.images for prompt in image.prompts]
+        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts])
+    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts, tokens)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
@@ -946,7 +949,6 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
-    accelerator.end_training()
 
 
 def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
@@ -954,7 +956,8 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
     for name in (LORA_FILE, EMA_FILE) if flags.average.use_ema else (LORA_FILE,):
         for form in flags.run.exports:
             path = export_path(folder / name, form)
-            export_lora(read_lora_file(folder / name, files.read_config("transformer")), form, path, files)
+            lora = read_lora_file(folder / name, files.read_config("transformer"), files.read_config)
+            export_lora(lora, form, path, files)
             print(f"wrote {path}")
 
 
@@ -999,45 +1002,42 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
         print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """The stage from top to bottom."""
-    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
-    forget_secrets()
-    output_dir = Path(flags.run.output_dir)
-    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
-    device, say = accelerator.device, accelerator.print
+def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
+    """Makes the device compute as the flags say, prints how, and returns the transformer's precision."""
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
-    chosen = choose_precision(flags, device)
+    chosen, say = choose_precision(flags, accelerator.device), accelerator.print
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
-    for note in optimizer_notes(flags.optimizer, device):
+    for note in optimizer_notes(flags.optimizer, accelerator.device):
         say(note)
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    return chosen
 
-    files = ModelFiles(flags.model)
-    resolution = files.resolution(flags.data.resolution)
-    budget = open_budget(flags.budget, device)
-    buckets = Buckets.of(flags.data, files)
-    task = training_task(flags, files, buckets, chosen.dtype, device, accelerator.num_processes)
-    plan = make_plan(task, budget)
-    for line in plan_lines(task, plan, budget, flags.step.gradient_checkpointing):
-        say(line)
-    if flags.budget.plan:
-        return
-    hub = open_hub(flags, accelerator)
-    files.component("transformer")  # here and whole before latents are made
+
+def require_possible(
+    flags: TrainingFlags, files: ModelFiles, plan: Plan, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Checks what would fail once the transformer is loaded, before latents are made.
+
+    Raises:
+        UserError: the transformer's files are not whole, or flags ask for what cannot be.
+    """
+    for component in ("transformer", *(CLIPS if flags.text.train_text_encoder else ())):
+        files.component(component)
     head_width = files.read_config("transformer")["attention_head_dim"]
-    require_attention_kernel(plan.placement.attention_kernel, device, chosen.dtype, head_width, trains=True)
-    plan_execution(flags, plan, device, 0, None)  # what cannot be is refused before latents are made
+    require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
+    plan_execution(flags, plan, device, 0, None)
     for form in flags.run.exports:
-        require_exportable(output_dir / LORA_FILE, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
-    checkpoint = resume_point(flags.run, output_dir)
-    flags = with_pictures(flags, accelerator)
-    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
-    stage_one = StageOne(
+        lora_path = Path(flags.run.output_dir) / LORA_FILE
+        require_exportable(lora_path, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
+
+
+def stage_one_request(flags: TrainingFlags, files: ModelFiles, resolution: int) -> StageOneRequest:
+    """What is asked of stage one."""
+    return StageOneRequest(
         flags.data,
         flags.model,
         files,
@@ -1048,66 +1048,142 @@ def run(argv: Sequence[str] | None) -> None:
         flags.run.seed or 0,
         flags.watch.stage_one_flags(),
     )
+
+
+def plan_run(
+    request: StageOneRequest,
+    flags: TrainingFlags,
+    task: TrainingTask,
+    plan: Plan,
+    data: TrainingData,
+    accelerator: Accelerator,
+    kernels_before: str | None,
+) -> PlannedTraining:
+    """All that is decided before the transformer is loaded, now that the pictures are known; prints what is in force.
+
+    Args:
+        request: of stage one.
+        flags: of the run.
+        task: that was planned.
+        plan: of it.
+        data: the pictures.
+        accelerator: of the processes.
+        kernels_before: of the checkpoint that the run goes on from.
+    """
+    processes = accelerator.num_processes
+    steps = flags.run.steps(pictures_of_pass(flags, data, processes), processes)
+    accelerator.print(f"in force: {flags.in_force(request.resolution, steps, processes)}")
+    execution = plan_execution(flags, plan, accelerator.device, steps, kernels_before)
+    execution = replace(execution, attention_backward=task.shape.attention_backward)
+    longest_side = max(size.longer_side for size in data.sizes) // task.files.latent_channels_and_scale()[1]
+    if task.drawing:
+        longest_side = max(longest_side, *task.drawing.shape.latent_size)
+    return PlannedTraining(plan, execution, task.shape.dtype, (longest_side, longest_side), steps)
+
+
+def pictures_of_pass(flags: TrainingFlags, data: TrainingData, processes: int) -> int:
+    """How many pictures a pass over all of them has, those included that fill its last batches."""
+    return places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * processes)
+
+
+def open_outputs(
+    flags: TrainingFlags,
+    facts: RunFacts,
+    request: StageOneRequest,
+    data: TrainingData,
+    execution: StepExecution,
+    argv: Sequence[str] | None,
+) -> Outputs:
+    """What writes the LoRA and the checkpoints, with the record of the run."""
+    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
+    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
+    return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
+
+
+@contextmanager
+def attention_of(planned: PlannedTraining) -> Iterator[None]:
+    """Inside the block attention is computed by the planned kernels, forward and backward."""
+    backward = exact_attention(planned.execution.attention_backward)
+    with attention_kernel(planned.plan.placement.attention_kernel), backward:
+        yield
+
+
+def report_results(
+    outputs: Outputs,
+    log: LossLog,
+    step: Callable[..., torch.Tensor],
+    planned: PlannedTraining,
+    budget: DeviceBudget | None,
+    reports: list[StageReport],
+    ms_a_step: float,
+) -> RunResults:
+    """What the run came to; prints its peak beside the plan's."""
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget:
+        print(compared(planned.plan.forecast.peak_bytes, measured))
+    carried_out = planned.execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
+    lora_path, loss, skipped = str(outputs.folder / LORA_FILE), log.recent_mean, log.skipped
+    return RunResults(lora_path, reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped)
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The stage from top to bottom."""
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
+    forget_secrets()
+    output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
+    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
+    chosen = set_up_device(flags, accelerator)
+
+    files = ModelFiles(flags.model)
+    resolution, budget = files.resolution(flags.data.resolution), open_budget(flags.budget, device)
+    task = training_task(flags, files, Buckets.of(flags.data, files), chosen.dtype, device, processes)
+    plan = make_plan(task, budget)
+    say("\n".join(plan_lines(task, plan, budget, flags.step.gradient_checkpointing)))
+    if flags.budget.plan:
+        return
+    hub = open_hub(flags, accelerator)
+    require_possible(flags, files, plan, chosen.dtype, device)
+    checkpoint = resume_point(flags.run, output_dir)
+    flags = with_pictures(flags, accelerator)
+    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
+    request = stage_one_request(flags, files, resolution)
     prompts = validation_prompts(flags.watch)
-    data = open_data(stage_one, prompts, output_dir, accelerator)
+    data = open_data(request, prompts, output_dir, accelerator, flags.text.train_text_encoder)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
-    earlier = state["signature"]
-    seed = choose_seed(flags.run, earlier, accelerator)
+    seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
     if budget:
         budget.cap()
-    reports: list[StageReport] = []
-    pictures = places_of_pass(data.pools, data.sizes, flags.run.train_batch_size * accelerator.num_processes)
-    steps = flags.run.steps(pictures, accelerator.num_processes)
-    say(f"in force: {flags.in_force(resolution, steps, accelerator.num_processes)}")
-    execution = plan_execution(flags, plan, device, steps, earlier.get("--compile"))
-    execution = replace(execution, attention_backward=task.shape.attention_backward)
-    start_compile_workers(execution.compiled, device)  # while the transformer is loaded
-    longest_side = max(size.longer_side for size in data.sizes) // files.latent_channels_and_scale()[1]
-    if task.drawing:
-        longest_side = max(longest_side, *task.drawing.shape.latent_size)
-    planned = PlannedTraining(plan, execution, chosen.dtype, (longest_side, longest_side), steps)
+    planned = plan_run(request, flags, task, plan, data, accelerator, state["signature"].get("--compile"))
+    start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(stage_one, flags, planned, seed, data, accelerator, start)
-    say(f"each micro-step: {execution.sentence()}")
-    facts = run_facts(flags, stage_one, data, plan, chosen.name, seed, accelerator.num_processes)
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, stage_one, data, execution.kernels))
-    again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    outputs = Outputs(output_dir, record, flags.run.checkpoints_total_limit, again)
+        training = load_training(request, flags, planned, seed, data, accelerator, start)
+    say(f"each micro-step: {planned.execution.sentence()}")
+    facts = run_facts(request, data, plan, chosen.name, seed, processes)
+    outputs = open_outputs(flags, facts, request, data, planned.execution, argv)
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
-        say(f"resumed from {checkpoint}: step {training.step} of {steps}")
-        if training.step >= steps:
-            write_what_is_missing(outputs, training, accelerator)
-            if accelerator.is_main_process:
-                write_exports(output_dir, flags, files)
-            upload(hub, flags, training.step)
-            return
-    trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": steps, "seed": seed})
-    log = open_log(outputs, training.step, trackers, accelerator)
-    validation = make_validation(flags, task, plan, budget, data, record, training.step > 0)
-
-    batches = make_batches(training, data, files, flags, device)
-    step = make_step(training, flags, execution, say, len(set(data.sizes)))
-    steps_of_epoch = pictures / flags.run.pictures_per_step(accelerator.num_processes)
-    release = step.release if isinstance(step, CapturedCall) else lambda: None
-    is_rank_0 = accelerator.is_main_process
-    warning = make_early_warning(flags, data, files, training.step, say) if is_rank_0 else None
-    watch = Watch(log, trackers, validation, warning, steps_of_epoch, execution.compiled, release)
-    attention = attention_kernel(plan.placement.attention_kernel), exact_attention(execution.attention_backward)
-    with trackers, memory_stage("train", device, reports, say), attention[0], attention[1]:
-        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
+    if training.step < planned.steps:
+        trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
+        log = open_log(outputs, training.step, trackers, accelerator)
+        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
+        batches = make_batches(training, data, files, flags, device)
+        step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
+        warning = make_early_warning(flags, data, files, training.step, say) if accelerator.is_main_process else None
+        steps_of_epoch = pictures_of_pass(flags, data, processes) / flags.run.pictures_per_step(processes)
+        release = step.release if isinstance(step, CapturedCall) else lambda: None
+        watch = Watch(log, trackers, validation, warning, steps_of_epoch, planned.execution.compiled, release)
+        with trackers, memory_stage("train", device, reports, say), attention_of(planned):
+            ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+        if accelerator.is_main_process:
+            results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
+            finish(outputs, flags, results)
+    else:
+        write_what_is_missing(outputs, training, accelerator)
     if accelerator.is_main_process:
-        measured = budget.used_bytes(reports) if budget else 0
-        if budget:
-            say(compared(plan.forecast.peak_bytes, measured))
-        carried_out = execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
-        loss, skipped = log.recent_mean, log.skipped
-        results = RunResults(
-            str(output_dir / LORA_FILE), reports, measured, training.step, ms_a_step, carried_out, loss, skipped
-        )
-        finish(outputs, flags, results)
         write_exports(output_dir, flags, files)
     accelerator.end_training()
     upload(hub, flags, training.step)

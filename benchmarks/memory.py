@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -42,7 +43,7 @@ from sd3_lora.common.memory import GIB, drop_workspaces, free_memory
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import in_processes
-from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding
+from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, PromptEmbedding
 from sd3_lora.common.stage_report import PeakSampler
 from sd3_lora.gpu.budget import BudgetTooSmall, driver_bytes, open_budget
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
@@ -59,7 +60,15 @@ from memory_cases import DRAW, EMBED, LATENTS, SETS, SIZES_PX, TRAIN, Case
 from PIL import Image
 from placements import placement_of
 
-PROMPT, PICTURES = "a photo of sks dog", 4
+PROMPT, CLASS_PROMPT, PICTURES = "a photo of sks dog", "a photo of a dog", 4
+DRAWN = (PROMPT, CLASS_PROMPT, f"{PROMPT} in a forest", f"{PROMPT} on a beach")  # validation pictures
+# Those that the fabricated embeddings have, with their roles.
+PROMPTS = {
+    PROMPT: ("instance",),
+    CLASS_PROMPT: ("class",),
+    **dict.fromkeys(DRAWN[2:], ("validation",)),
+    "": ("negative", "empty"),
+}
 
 
 def model_folder(models: Path, name: str) -> Path:
@@ -85,11 +94,19 @@ def with_text_encoders(models: Path, name: str) -> Path:
     return folder
 
 
-def fabricate_stage_one(model: Path, resolution: int) -> tuple[Path, Path]:
-    """An embeddings file and a latent cache of random tensors in the sizes of the real ones."""
+def fabricate_stage_one(model: Path, resolution: int, *sizes: PictureSize, masked: bool = False) -> tuple[Path, Path]:
+    """An embeddings file and a latent cache of random tensors in the sizes of the real ones.
+
+    Args:
+        model: whose widths they have.
+        resolution: of the cache, in pixels.
+        sizes: of the pictures' crops, in turn; squares of the resolution by default.
+        masked: whether each has a mask: its left half.
+    """
     files = ModelFiles(ModelConfig(pretrained_model_name_or_path=str(model)))
     config = files.read_config("transformer")
-    embeddings, latents = model / "embeddings.parquet", model / f"latents-{resolution}"
+    name = "-".join(["latents", *map(str, sizes or [resolution]), *(["masked"] if masked else [])])
+    embeddings, latents = model / "embeddings.parquet", model / name
     images = [InstanceImage(f"{index:064x}", Path(f"{index}.png"), PROMPT) for index in range(PICTURES)]
     if not embeddings.is_file():
         generator = torch.Generator().manual_seed(0)
@@ -97,21 +114,24 @@ def fabricate_stage_one(model: Path, resolution: int) -> tuple[Path, Path]:
             PromptEmbedding(
                 prompt,
                 roles,
-                tuple(image.image_id for image in images) if prompt else (),
+                tuple(image.image_id for image in images) if prompt == PROMPT else (),
                 torch.randn(154, config["joint_attention_dim"], generator=generator).half(),
                 torch.randn(config["pooled_projection_dim"], generator=generator).half(),
             )
-            for prompt, roles in ((PROMPT, ("instance",)), ("", ("negative", "empty")))
+            for prompt, roles in PROMPTS.items()
         ]
         write_embeddings(embeddings, files.provenance(TEXT_COMPONENTS, "fp16", 77), rows)
     if not latents.is_dir():
         latents.mkdir()
         cache = LatentCache(latents, files.provenance(["vae"], "fp32", resolution), "white")
-        box = crop_boxes(resolution, resolution, PictureSize.square(resolution), 1, False)[0]
-        shape = (config["in_channels"], resolution // 8, resolution // 8)
-        for image in images:
-            mean, std = torch.randn(shape), torch.rand(shape) / 10
-            cache.add(image, (resolution, resolution), [LatentPosterior(image.image_id, box.name, mean, std)])
+        for image, size in zip(images, itertools.cycle(sizes or [PictureSize.square(resolution)]), strict=False):
+            box = crop_boxes(size.width, size.height, size, 1, False)[0]
+            shape = (config["in_channels"], *size.latent(8))
+            mean, std, mask = torch.randn(shape), torch.rand(shape) / 10, torch.zeros(1, *shape[1:]).half()
+            mask[..., : shape[-1] // 2] = 1
+            masks = [LatentMask(box.name, mask, "fabricated")] if masked else []
+            posterior = LatentPosterior(image.image_id, box.name, mean, std)
+            cache.add(image, (size.width, size.height), [posterior], masks=masks)
     return embeddings, latents
 
 

@@ -78,10 +78,12 @@ from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.crops import choose_crops
 from sd3_lora.training.dataset import TrainingData, require_prompts
 from sd3_lora.training.flow import load_noise_table
 from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, measure_losses, ranked, table
 from sd3_lora.training.pool import Pool
+from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.velocity import VelocityModel
@@ -109,17 +111,18 @@ def as_in_run(group: _Group, output_dir: Path) -> _Group:
     return replace(group, **{name: value for name, value in recorded.items() if name not in typed})
 
 
-def open_data(stage_one: StageOne) -> TrainingData:
+def open_data(request: StageOneRequest) -> TrainingData:
     """The subject's pictures, their captions and the empty prompt, checked as training checks them.
 
     Raises:
         UserError: something is missing or stale; says which command mends it.
     """
+    stage_one = StageOne(request)
     store = stage_one.open_embeddings()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
-    require_prompts(store, [""], stage_one.command("compute_embeddings.py"))
-    return TrainingData([Pool(images)], stage_one.variants(images, cache), store, cache)
+    require_prompts(store, [""], request.command("compute_embeddings.py"))
+    return TrainingData([Pool(images)], choose_crops(request, images, cache), store, cache)
 
 
 def plan_forwards(
@@ -201,7 +204,7 @@ def run(argv: Sequence[str] | None) -> None:
     )
     resolution = files.resolution(data_config.resolution)
     data_config = with_folder(data_config, model_config.cache_dir)
-    data = open_data(StageOne(data_config, model_config, files, resolution, device_config.device))
+    data = open_data(StageOneRequest(data_config, model_config, files, resolution, device_config.device))
 
     scale = files.latent_channels_and_scale()[1]
     latent_size = max((size.latent(scale) for size in data.sizes), key=math.prod)

@@ -52,12 +52,12 @@ class Result:
 
 
 def torchrun(*words: object) -> Result:
-    """`torchrun("script.py", "--flag")` starts two ranks."""
+    """`torchrun("script.py", "--flag")` starts two ranks without a GPU: accelerate would want one for each."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
         [sys.executable, *map(str, (*launcher, *words))],
         cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         check=False,
         capture_output=True,
         text=True,

@@ -96,6 +96,7 @@ def test_an_import_that_is_allowed_is_not_refused(copy: Path, room: str, other: 
     [
         ("micro_batches", "training.state"),
         ("micro_batches", "training.artefacts"),
+        ("micro_batches", "training.stage_one_request"),
         ("state", "training.config"),
         ("state", "training.run_flags"),
         ("loss_log", "gpu.copy_stream"),

@@ -14,6 +14,7 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing.config import SchedulerName
 from sd3_lora.drawing.schedulers import make_scheduler, set_noise_levels
 from sd3_lora.stage_one.latent_cache import denormalize_latents
+from sd3_lora.transformer.lora import lora_in
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -65,6 +66,7 @@ class SamplingSettings:
         scheduler: by name.
         timestep_shift: of its noise levels; None for the model's.
         skip_layers: what is guided away from, beside the negative prompt.
+        apart: whether the negative prompt has a forward of its own, which takes less memory.
     """
 
     num_steps: int
@@ -73,6 +75,7 @@ class SamplingSettings:
     scheduler: SchedulerName = "euler"
     timestep_shift: float | None = None
     skip_layers: SkipLayerGuidance | None = None
+    apart: bool = False
 
     @property
     def rows(self) -> int:
@@ -107,23 +110,31 @@ class _GuidedVelocity:
         settings = self.settings
         if settings.guidance <= 1:
             return self._call(latents, timestep)
-        negative, positive = self._call(torch.cat([latents] * 2), timestep).chunk(2)
+        if settings.apart:
+            negative, positive = self._call(latents, timestep, is_negative=True), self._call(latents, timestep)
+        else:
+            negative, positive = self._call(torch.cat([latents] * 2), timestep).chunk(2)
         velocity = negative + settings.guidance * (positive - negative)
         skipping = settings.skip_layers
         if skipping and skipping.is_on(level, settings.num_steps):
-            without = self._call(latents, timestep, list(skipping.layers))
+            without = self._call(latents, timestep, skip_layers=list(skipping.layers))
             velocity = velocity + (positive - without) * skipping.scale
         return velocity
 
     def _call(
-        self, latents: torch.Tensor, timestep: torch.Tensor, skip_layers: list[int] | None = None
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        is_negative: bool = False,
+        skip_layers: list[int] | None = None,
     ) -> torch.Tensor:
-        rows = len(latents)  # the prompts' are the last
+        rows = len(latents)
+        given = slice(rows) if is_negative else slice(-rows, None)  # the prompts' are the last
         velocity: torch.Tensor = self.transformer(
             hidden_states=latents,
             timestep=timestep.expand(rows),
-            encoder_hidden_states=self.prompt_embeds[-rows:],
-            pooled_projections=self.pooled[-rows:],
+            encoder_hidden_states=self.prompt_embeds[given],
+            pooled_projections=self.pooled[given],
             skip_layers=skip_layers,
             return_dict=False,
         )[0]
@@ -136,7 +147,7 @@ class Sampler:
     Args:
         transformer: that draws; its adapters may change between two calls.
         scheduler_config: of the model's scheduler.
-        precision: the autocast under which the transformer is called; none where its adapters have its dtype.
+        precision: the context in which the transformer is called; none where its adapters have its dtype.
         dtype_flag: that chose the transformer's dtype, for a message.
     """
 
@@ -152,9 +163,8 @@ class Sampler:
 
     @classmethod
     def of_live(cls, model: VelocityModel, scheduler_config: Mapping[str, Any]) -> Sampler:
-        """Of a model that is being trained, whose LoRA is float32 whatever the base's dtype."""
-        device = next(model.transformer.parameters()).device
-        return cls(model.transformer, scheduler_config, lambda: model.precision(device))
+        """Of a model that is being trained, whose LoRA is float32 whatever the base's dtype; it draws in the base's."""
+        return cls(model.transformer, scheduler_config, lambda: lora_in(model.transformer, model.dtype))
 
     @torch.no_grad()
     def denoise(

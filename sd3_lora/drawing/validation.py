@@ -11,6 +11,7 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import PicturePlan, folder_name
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
 from sd3_lora.drawing.validation_sheet import ValidationSheet
@@ -91,14 +92,22 @@ class Validation:
         files: the model.
         embeddings: of the task's prompts and of its negative prompt.
         folder: `samples`; it need not exist yet.
-        goes_on: whether the run was resumed, and the sheet with it.
+        resumed_at: the step that the run was resumed at, with which the sheet goes on; 0 of a new run.
+        encode: gives the embeddings anew each time, from the model and its device, where the CLIPs are trained too.
     """
 
     def __init__(
-        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, goes_on: bool = False
+        self,
+        task: ValidationTask,
+        files: ModelFiles,
+        embeddings: Embeddings,
+        folder: Path,
+        resumed_at: int = 0,
+        encode: Callable[[VelocityModel, torch.device], Embeddings] | None = None,
     ):
-        self.task, self.folder = task, folder
-        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, goes_on)
+        self._encode = encode
+        self.task, self.folder, self._resumed_at = task, folder, resumed_at
+        self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, resumed_at > 0)
         self._sampler: Sampler | None = None
         self._vae: AutoencoderKL | None = None  # on the host between two drawings
 
@@ -110,6 +119,14 @@ class Validation:
     def step_folder(self, step: int) -> Path:
         """Where the pictures of a step are."""
         return self.folder / f"step_{step:06d}"
+
+    def has_drawn(self, step: int) -> bool:
+        """Whether the run was resumed at this step, and had drawn its pictures before."""
+        if not step or step != self._resumed_at:
+            return False
+        return all(
+            read_settings(plan.path) == plan.settings for plan in self.task.pictures(self.step_folder(step), step)
+        )
 
     def draw(
         self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
@@ -129,6 +146,8 @@ class Validation:
             UserError: a picture is not finite; those before it are written.
             OSError: a picture cannot be written.
         """
+        if self._encode:
+            self._embeddings = self._encode(model, device)
         plans = self.task.pictures(self.step_folder(step), step)
         latents = self._denoise(model, plans, stop)
         drop_workspaces(device)

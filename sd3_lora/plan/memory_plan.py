@@ -60,11 +60,13 @@ OFFLOAD_UNUSED_BYTES = 48 * 1024**2
 UNUSED_SHARE = 0.005
 # Of the working memory of a denoising step: 0.1 to 0.3 on an H200, for two to sixteen rows.
 UNUSED_WORKING_SHARE = 0.25
-# A trained number while pictures are drawn between the steps: itself, its gradient, and what it was where an average
-# stands in its place.
-WHILE_DRAWING_BYTES = 12
+# A trained number while pictures are drawn between the steps: itself, its gradient, and its copy in the base's dtype.
+WHILE_DRAWING_BYTES = 10
 # More pictures at a time than these are no faster.
 MOST_TOGETHER = 4
+# Of what a step takes beside CUDA and the weights, what pictures between the steps may take: the forecast of that was
+# up to a tenth too high on an H100 (`benchmarks/results/predictions-h100.json`).
+DRAWN_SHARE = 0.9
 _KEPT = ("CUDA", "weights", "CLIPs", "LoRA")  # of a phase of drawing: what is there whatever the batch
 # For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
@@ -99,11 +101,13 @@ class DrawingBetween:
     """Pictures that are drawn between the steps: what they take at the least.
 
     Attributes:
-        shape: of a forward for one picture.
-        decoding: bytes of decoding it, by part.
+        shape: of a forward for one row.
+        rows: of a picture: two under guidance.
+        decoding: bytes of decoding one, by part.
     """
 
     shape: DenoisingShape
+    rows: int
     decoding: Mapping[str, int]
 
 
@@ -188,23 +192,35 @@ def _first_that_fits(plans: Iterable[Plan], budget: DeviceBudget) -> tuple[Plan 
 
 
 def drawn_together(task: TrainingTask, plan: Plan, most: int) -> int:
-    """How many pictures, up to `most`, are denoised at a time between the steps, so that the plan's peak stays.
+    """How many rows are denoised at a time between the steps: those of up to `most` pictures, so that the peak stays.
 
     Args:
         task: with what is drawn.
-        plan: that was chosen for it; one without a forecast, as on a CPU, has room for four.
+        plan: that was chosen for it; one without a forecast, as on a CPU, has room for four pictures.
         most: pictures.
+
+    Returns:
+        The rows of whole pictures; or 1, of which a picture under guidance has two.
     """
-    if task.drawing is None or not plan.forecast.phases:
-        return min(most, 4)
-    config, place, shape = task.files.read_config("transformer"), plan.placement, task.drawing.shape
+    assert task.drawing is not None
+    per_picture, most = task.drawing.rows, min(most, MOST_TOGETHER)
+    if not plan.forecast.phases:
+        return most * per_picture
+    config, place = task.files.read_config("transformer"), plan.placement
     kept = {name: size for name, size in plan.forecast.phases[-1].parts.items() if name in _KEPT}
-    for count in range(min(most, MOST_TOGETHER), 1, -1):
-        rows = replace(shape, batch_size=count * shape.batch_size)
-        working = simulate_denoising(config, rows, place.precision, place.attention_kernel)
-        if sum(_denoising_parts(kept, working, bool(place.streamed)).values()) <= plan.forecast.peak_bytes:
-            return count
+    for count in range(most, 0, -1):
+        shape = replace(task.drawing.shape, batch_size=count * per_picture)
+        working = simulate_denoising(config, shape, place.precision, place.attention_kernel)
+        if sum(_denoising_parts(kept, working, bool(place.streamed)).values()) <= room_to_draw(plan):
+            return count * per_picture
     return 1
+
+
+def room_to_draw(plan: Plan) -> int:
+    """The bytes that pictures may take between the steps, with what is there anyway."""
+    parts = plan.forecast.largest.parts
+    known = parts["CUDA"] + parts["weights"] + parts.get("CLIPs", 0)
+    return known + int(DRAWN_SHARE * (plan.forecast.peak_bytes - known))
 
 
 def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
@@ -462,11 +478,12 @@ class _Planner:
         """The phases of drawing between the steps, while the optimizer's state waits on the host."""
         if not self.denoising:
             return
+        per_parameter = WHILE_DRAWING_BYTES + 1.5 * self.shape.kind.frozen_bytes_per_parameter
         kept = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
             **self._clips,
-            "LoRA": int(self.memory.lora / 4 * WHILE_DRAWING_BYTES),
+            "LoRA": int(self.memory.lora / 4 * per_parameter),
         }
         streamed = bool(base.placement.streamed)
         yield Phase("denoise a validation picture", _denoising_parts(kept, self.denoising, streamed))

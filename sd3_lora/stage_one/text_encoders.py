@@ -193,13 +193,26 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     return ids
 
 
+def clip_token_ids(files: ModelFiles, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Each prompt's token ids for both CLIPs, `(2, C)` int64; prints which prompts are cut."""
+    distinct, length = list(dict.fromkeys(prompts)), files.clip_tokens()
+    tokenizers = [_tokenizer(CLIPTokenizer, files.component(name)) for name in ("tokenizer", "tokenizer_2")]
+    ids = [tokenize(tokenizer, distinct, length) for tokenizer in tokenizers]
+    return dict(zip(distinct, torch.stack(ids, dim=1), strict=True))
+
+
+def load_clip_in(files: ModelFiles, component: str, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder on the host."""
+    return CLIPTextModelWithProjection.from_pretrained(
+        files.component(component), variant=files.config.variant, dtype=dtype, use_safetensors=True
+    )
+
+
 def load_clip(
     files: ModelFiles, component: str, plan: TextEncoderPlan, change: ClipChange | None = None
 ) -> CLIPTextModelWithProjection:
     """One CLIP text encoder on the plan's device, whole or streamed layer by layer; changed while it is on the host."""
-    encoder = CLIPTextModelWithProjection.from_pretrained(
-        files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
-    )
+    encoder = load_clip_in(files, component, plan.clip_dtype)
     if change is not None:
         change(component, encoder)
     if plan.t5_stream and not plan.whole_clips:

@@ -125,6 +125,10 @@ class EarlyWarning:
         for values in keep_lines(self._path, step or -1):
             self.take(Measurement(**values))
 
+    def has_measured(self, step: int) -> bool:
+        """Whether that was done after this step."""
+        return any(each.step == step for each in self.history)
+
     @torch.no_grad()
     def measure(self, model: VelocityModel, device: torch.device, step: int, training_loss: float) -> list[str]:
         """Measures, and writes the line; the last one is `history[-1]`.

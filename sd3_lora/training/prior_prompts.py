@@ -50,14 +50,15 @@ class PriorPrompts:
     def draw(
         self, rows: torch.Tensor, draws: GlobalDraws, count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """A prompt at random for each of these rows, `(E, S, D)`, `(E, P)`, and `(E, 2, C)` where the CLIPs are trained.
-
-        Nothing is drawn where there is one prompt.
+        """A prompt at random for each of these rows; nothing is drawn where there is one.
 
         Args:
             rows: as `rows` has them.
             draws: of the run.
             count: this rank's pictures.
+
+        Returns:
+            `(E, S, D)`, `(E, P)`, and `(E, 2, C)` where the CLIPs are trained.
         """
         prompts = torch.zeros(len(rows), dtype=torch.long)
         if len(self._pooled) > 1:

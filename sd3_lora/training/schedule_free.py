@@ -28,7 +28,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             for parameter in group["params"] if group.get("train_mode") else ():
                 z = optimizer.state.get(parameter, {}).get("z")
                 if z is not None:
-                    kept.append((parameter.data, parameter.detach().clone()))
+                    kept.append((parameter.data, parameter.detach().to("cpu", copy=True)))
                     parameter.data.lerp_(z, 1 - 1 / group["betas"][0])
         yield
     finally:

@@ -66,10 +66,10 @@ class TextEncoderFlags:
         given = self.adam_weight_decay_text_encoder
         return DEFAULT_WEIGHT_DECAY if given is None else given
 
-    def last_step(self, steps: int) -> int:
-        """The last optimizer step that changes the CLIPs, of a run of so many; at least the first."""
+    def last_step(self, steps: int) -> int | None:
+        """The last optimizer step that changes the CLIPs, of a run of so many; None for each or none."""
         share = self.stop_text_encoder_after
-        return steps if share is None else max(1, math.floor(share * steps + 1e-9))
+        return None if share is None else max(1, math.floor(share * steps + 1e-9))
 
     def identity(self, rate: float, usual_rank: int) -> dict[str, Any]:
         """Flag → what decides the numbers, alike for all ways to ask for the same.

@@ -148,7 +148,7 @@ class WatchFlags:
         """Whether pictures are drawn after this optimizer step.
 
         Args:
-            step: from 1.
+            step: 0 is before the first.
             steps_of_epoch: optimizer steps of a pass over the pictures, which may end within one.
             checkpoint: whether a checkpoint is written after it.
             last: whether it is the last one.

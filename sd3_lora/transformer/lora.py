@@ -294,6 +294,11 @@ class AddedLora(Linear):
         """`(rank, in)` and `(out, rank)`, whose product is subtracted; None where the LoRA starts at zero."""
         return (self.start_A, self.start_B) if "start_A" in self._buffers else None
 
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """Of the LoRA that is trained, and of its start."""
+        return [self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight, *(self.start or ())]
+
     def subtract_start(self) -> None:
         """Has what `lora_A` and `lora_B` are now subtracted from now on."""
         self.register_buffer("start_A", self.lora_A[_ADAPTER].weight.detach().clone(), persistent=False)
@@ -462,6 +467,23 @@ def lora_layers(transformer: SD3Transformer2DModel) -> dict[str, AddedLora]:
         for name, module in transformer.named_modules()
         if isinstance(module, Linear) and _ADAPTER in module.lora_A
     }
+
+
+@contextmanager
+def lora_in(transformer: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the matrices of the LoRA that is trained have this dtype, as those of one that was loaded to draw.
+
+    So nothing needs autocast, under which norms are computed in float32. Afterwards they are in the memory that they
+    had, with the bits that they had. DoRA's magnitudes, a LoKr and a LoHa stay in float32, as when they are loaded.
+    """
+    held = [(tensor, tensor.data) for layer in lora_layers(transformer).values() for tensor in layer.matrices]
+    try:
+        for tensor, data in held:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in held:
+            tensor.data = data
 
 
 @torch.no_grad()

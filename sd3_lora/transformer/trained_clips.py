@@ -22,7 +22,6 @@ from sd3_lora.transformer.recompute import recomputed
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 # As in diffusers' train_dreambooth_lora_sd3.py.
 CLIP_LAYERS = ("k_proj", "out_proj", "q_proj", "v_proj")
@@ -44,7 +43,7 @@ class ClipLora:
     dropout: float = 0.0
     seed: int = 0
 
-    def attach(self, clips: Mapping[str, CLIPTextModelWithProjection]) -> list[torch.nn.Parameter]:
+    def attach(self, clips: Mapping[str, Any]) -> list[torch.nn.Parameter]:
         """Freezes the CLIPs, adds the LoRA, and returns its parameters, in float32."""
         parameters = []
         for place, clip in enumerate(clips.values(), start=1):
@@ -63,6 +62,8 @@ class ClipLora:
 
     def hollow(self, dtype: torch.dtype) -> TrainedClips:
         """The CLIPs with this LoRA on the meta device, which compute as on a GPU; weights in `dtype`."""
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # takes a second, and few need it
+
         with torch.device("meta"):
             clips = {}
             for name, config in self.configs.items():
@@ -81,7 +82,7 @@ class TrainedClips(torch.nn.Module):
         clips: by the names of `CLIPS`, each with its LoRA attached.
     """
 
-    def __init__(self, clips: Mapping[str, CLIPTextModelWithProjection]):
+    def __init__(self, clips: Mapping[str, Any]):
         super().__init__()
         self.clips = torch.nn.ModuleDict({name: clips[name] for name in CLIPS})
         # The generators' states are needed only where dropout draws, and cannot be read in a capture.

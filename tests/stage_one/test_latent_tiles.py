@@ -14,7 +14,9 @@ from sd3_lora.stage_one.images import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeWork, vae_weight_bytes, working_bytes
 from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.crops import choose_crops
 from sd3_lora.training.data_flags import DataConfig
+from sd3_lora.training.stage_one_request import StageOneRequest
 
 import pytest
 import torch
@@ -143,15 +145,15 @@ def test_only_the_first_process_says_it(
     private: Prepared, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ModelConfig(str(private.model))
-    stage_one = StageOne(DataConfig(latents_path=str(private.latents)), model, ModelFiles(model), 64, "cpu")
+    request = StageOneRequest(DataConfig(latents_path=str(private.latents)), model, ModelFiles(model), 64, "cpu")
     path = private.pictures / "01.png"
     image = InstanceImage(hash_file(path), path, "")
-    cache = stage_one.open_latents()
+    cache = StageOne(request).open_latents()
     zeros = torch.zeros(16, 8, 8)
     cache.add(image, (64, 64), [LatentPosterior(image.image_id, "64x64+0+0", zeros, zeros.clone())], tile_px=32)
     for rank, count in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        stage_one.variants((image,), cache)
+        choose_crops(request, (image,), cache)
         assert capsys.readouterr().out.count("1 of 1 pictures were encoded in tiles") == count
 
 

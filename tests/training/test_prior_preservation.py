@@ -18,7 +18,7 @@ from typing import Any
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.images import hash_file
-from sd3_lora.training.artefacts import shared_out
+from sd3_lora.training.class_images import shared_out
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
@@ -45,7 +45,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         started.append(Path(words[1]).stem)
         return subprocess.CompletedProcess(words, importlib.import_module(started[-1]).main(list(map(str, words[2:]))))
 
-    monkeypatch.setattr("sd3_lora.training.artefacts.subprocess.run", run)
+    monkeypatch.setattr("sd3_lora.training.stage_one_request.subprocess.run", run)
     return started
 
 
@@ -409,7 +409,7 @@ def test_the_flags_of_drawing_reach_it(
         commands.append([str(word) for word in words[1:]])
         return subprocess.CompletedProcess(words, 2)
 
-    monkeypatch.setattr("sd3_lora.training.artefacts.subprocess.run", run)
+    monkeypatch.setattr("sd3_lora.training.stage_one_request.subprocess.run", run)
     more = ["--sample_batch_size", 2, "--prior_generation_precision", "bf16", "--vram_budget_gib", 4]
     said = train(script, private, tmp_path / "run", *flags(tmp_path / "robots", 3, *more), code=2).error
     assert "there are no class pictures to train on: mend what is said above, then type `python draw_class_pic" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shlex
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing import validation
 from sd3_lora.drawing.sampling import Sampler
+from sd3_lora.drawing.validation import Validation
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 from sd3_lora.transformer.lora_files import find_lora
 
@@ -190,6 +192,52 @@ def test_a_signal_leaves_out_the_pictures_to_come(
         "step_000002": 4,
     }
     assert (run.folder / "checkpoint-3").is_dir()
+
+
+def interrupt_in_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends a signal before this optimizer step of the next run."""
+    taken: list[int] = []
+    original = importlib.import_module(TRAINING_SCRIPT).optimizer_step
+
+    def take(*words: Any) -> Any:
+        taken.append(1)
+        if len(taken) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*words)
+
+    monkeypatch.setattr(importlib.import_module(TRAINING_SCRIPT), "optimizer_step", take)
+
+
+@pytest.mark.parametrize("when", [["--validation_steps", 2], ["--checkpointing_steps", 2], ["--save_every_n_steps", 2]])
+def test_what_was_due_at_the_step_of_an_interruption_is_drawn_when_the_run_goes_on(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: list[Any]
+) -> None:
+    """Once, also where the run is resumed there a second time; and the losses of the early warning are measured."""
+    words = [*LEARNS, *DRAWS, *when, "--early_warning_steps", 2, "--max_train_steps", 4]
+    whole = train(script, prepared, tmp_path / "whole", *words)
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 2)
+        run = train(script, prepared, tmp_path / "halves", *words, code=143)
+    assert steps_drawn(run) == [0]
+    drawn: list[int] = []
+    original = Validation._denoise
+    monkeypatch.setattr(
+        Validation, "_denoise", lambda self, *words: drawn.append(len(words[1])) or original(self, *words)
+    )
+    resumed = ["--resume_from_checkpoint", "latest"]
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 1)
+        train(script, prepared, tmp_path / "halves", *words, *resumed, code=143)
+    assert len(drawn) == 1  # of step 2
+    shutil.rmtree(tmp_path / "halves" / "checkpoint-3")
+    run = train(script, prepared, tmp_path / "halves", *words, *resumed)
+    assert len(drawn) == len(steps_drawn(whole)) - 1  # those after step 2 once more; the first one is of the first run
+    assert steps_drawn(run) == steps_drawn(whole)
+    for step in steps_drawn(whole):
+        assert [drawn_at(run, step, name) for name in NAMES] == [drawn_at(whole, step, name) for name in NAMES]
+    assert_same_run(run, whole)
+    measured = [(each.folder / "early_warning.jsonl").read_text() for each in (run, whole)]
+    assert measured[0] == measured[1]
 
 
 @pytest.mark.parametrize("fault", ["nan", "disk", "memory"])

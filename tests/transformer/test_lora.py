@@ -61,10 +61,10 @@ def output(transformer: SD3Transformer2DModel, with_gradient: bool = False) -> t
     generator = torch.Generator().manual_seed(2)
     with torch.set_grad_enabled(with_gradient):
         return transformer(
-            hidden_states=torch.randn(2, 16, 8, 8, generator=generator),
+            hidden_states=torch.randn(2, 16, 8, 8, generator=generator).to(transformer.dtype),
             timestep=torch.tensor([900.0, 100.0]),
-            encoder_hidden_states=torch.randn(2, 97, 48, generator=generator),
-            pooled_projections=torch.randn(2, 24, generator=generator),
+            encoder_hidden_states=torch.randn(2, 97, 48, generator=generator).to(transformer.dtype),
+            pooled_projections=torch.randn(2, 24, generator=generator).to(transformer.dtype),
         ).sample
 
 

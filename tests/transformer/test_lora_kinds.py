@@ -18,6 +18,7 @@ from sd3_lora.transformer.lora import (
     attach_lora,
     chosen_blocks,
     load_lora_tensors,
+    lora_in,
     lora_layers,
     lora_tensors,
     save_lora,
@@ -181,6 +182,26 @@ def test_the_file_is_what_was_trained(
     assert lora.is_dora == kind.use_dora
     lora.attach(ours, "default")
     torch.testing.assert_close(output(ours), expected, atol=2e-5, rtol=2e-5)
+
+
+@each_kind
+def test_in_16_bits_it_needs_no_autocast(tiny_sd3: Path, kind: LoraKind) -> None:
+    """A start that is subtracted neither. Afterwards its numbers are what they were."""
+    transformer = load_transformer(tiny_sd3, torch.bfloat16)
+    move(attach(transformer, kind))
+    before = {name: (parameter.data_ptr(), parameter.clone()) for name, parameter in transformer.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(transformer)
+    with lora_in(transformer, torch.bfloat16):
+        drawn = output(transformer)
+    off_by = (drawn - expected).float().norm() / expected.float().norm()
+    assert 0 <= off_by < 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(output(transformer), expected)
+    for name, parameter in transformer.named_parameters():
+        assert parameter.data_ptr() == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
 
 
 @each_kind

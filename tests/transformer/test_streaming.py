@@ -498,9 +498,9 @@ class Captures:
     A replay, for which nothing here stands but this, leaves rubbish in the buffers.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, buffers: int = 2):
         self.transformer = make_transformer()
-        self.streamed = stream_transformer(self.transformer, CPU)
+        self.streamed = stream_transformer(self.transformer, CPU, buffers=buffers)
         recompute_blocks(self.transformer, range(BLOCKS))
         self.loaded: list[int] = []
         self._patch, source = monkeypatch, self.streamed._source
@@ -540,9 +540,10 @@ def test_a_captured_pass_brings_all_that_it_needs_and_leaves_no_copy_under_way(m
     assert after == again == first
 
 
-def test_passes_between_replays_find_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("buffers", [2, 6, 40])  # of 40 each piece has one, and stays there
+def test_passes_between_replays_find_their_pieces(monkeypatch: pytest.MonkeyPatch, buffers: int) -> None:
     """A step is captured and replayed, and a picture of several passes is drawn after each replay."""
-    passes = Captures(monkeypatch)
+    passes = Captures(monkeypatch, buffers)
     expected = passes.draw()
     passes.step(captured=True)
     for _ in range(3):

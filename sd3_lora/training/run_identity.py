@@ -1,0 +1,79 @@
+"""All that decides the numbers of a run, and so must not change when it is resumed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, flag_defaults
+from sd3_lora.training.config import TrainingFlags
+from sd3_lora.training.dataset import TrainingData
+from sd3_lora.training.optimizer_flags import OptimizerConfig
+from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
+from sd3_lora.training.stage_one_request import StageOneRequest
+
+
+def noted_pictures(data: TrainingData) -> list[NotedPicture]:
+    """The pictures of a run, as its checkpoints note them."""
+    return [
+        NotedPicture(
+            image.image_id,
+            "" if image.path.suffix == ".safetensors" else image.path.name,
+            image.prompt,
+            data.variants[image.image_id],
+            image.other_prompts,
+            image.repeats,
+        )
+        for image in data.images
+    ]
+
+
+def _short_hash(values: Sequence[object]) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
+def run_identity(
+    flags: TrainingFlags, facts: RunFacts, request: StageOneRequest, data: TrainingData, kernels: str
+) -> RunIdentity:
+    """All that decides the numbers of a run, and so must not change when it is resumed."""
+    pictures = noted_pictures(data)
+    # Of class pictures the role counts too; of the subject's alone the hash is that of earlier builds.
+    keys = [
+        (*picture.key, image.role) if image.role == "class" else picture.key
+        for picture, image in zip(pictures, data.images, strict=True)
+    ]
+    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
+    transformer = request.files.provenance(["transformer"], "", 0)
+    values = {
+        TRANSFORMER: transformer.identity,
+        PICTURES: _short_hash(keys),
+        "--resolution": facts.resolution,
+        "--use_aspect_ratio_bucket": flags.data.use_aspect_ratio_bucket,
+        "--max_sequence_length": facts.max_sequence_length,
+        "--t5_precision": data.text.precision,
+        "--caption_dropout": flags.data.caption_dropout,
+        "--clip_l_dropout": flags.data.clip_l_dropout,
+        "--clip_g_dropout": flags.data.clip_g_dropout,
+        "--t5_dropout": flags.data.t5_dropout,
+        "--masked_loss": flags.data.masked_loss,
+        "--unmasked_weight": flags.data.unmasked_weight,
+        MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
+        **{f"--{name}": value for name, value in numbers.items()},
+        **flags.text.identity(flags.text_encoder_rate(1), flags.lora.rank),
+        **flags.prior.identity(),
+        PRIOR_PROMPTS: list(data.prior_prompts) or None,
+        "--lora_alpha": flags.lora.alpha,
+        "--gradient_accumulation_steps": flags.run.gradient_accumulation_steps,
+        BATCH: flags.run.train_batch_size * facts.processes,
+        PRECISION: str(DTYPES[facts.precision]).removeprefix("torch."),
+        "--base_precision": facts.plan["precision"] or "16bit",
+        "--compile": kernels,
+        "--attention_kernel": flags.base.attention_kernel,
+        "--seed": facts.seed,
+    }
+    defaults = flag_defaults(type(group) for group in flags.groups())
+    defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
+    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
+    return RunIdentity(values, defaults, synonyms, pictures)

@@ -1,0 +1,64 @@
+"""The full-size model's plans: pictures that are drawn between the steps take no byte more than a step."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import train_dreambooth_sd3_lora_miniature as script
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.gpu.budget import open_budget
+from sd3_lora.plan.memory_plan import drawn_together
+from sd3_lora.plan.step_memory import simulate_denoising
+from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.training.config import TrainingFlags
+
+import pytest
+import torch
+from conftest import PROJECT
+from small_transformer import CPU
+
+sys.path.insert(0, str(PROJECT / "benchmarks"))
+
+import memory
+
+FULL_SIZE = {
+    "nothing recomputed": [],
+    "all recomputed": ["--recompute_blocks", 24],
+    "inputs offloaded": ["--recompute_blocks", 24, "--offload_inputs", "on"],
+    "in 4 bits": ["--base_precision", "nf4"],
+    "in 4 bits, all recomputed": ["--base_precision", "nf4", "--recompute_blocks", 24],
+    "some streamed": ["--vram_budget_gib", 3],
+    "all streamed": ["--vram_budget_gib", 1.6],
+    "the least": ["--stream_blocks", 24, "--recompute_blocks", 24, "--offload_inputs", "on", "--stream_buffers", 2],
+    "the last block alone": ["--lora_blocks", 23],
+    "a large LoRA": ["--rank", 128, "--lora_layers", "attention+mlp"],
+}
+
+
+@pytest.mark.parametrize("resolution", [512, 1024])
+@pytest.mark.parametrize("asked", FULL_SIZE)
+def test_no_phase_of_drawing_is_above_the_step(
+    tmp_path_factory: pytest.TempPathFactory, asked: str, resolution: int
+) -> None:
+    """With as many rows at a time and as large tiles as are chosen; in each placement of the full-size model."""
+    model = memory.hollow_model(tmp_path_factory.getbasetemp(), "sd3-medium")
+    words = ["--pretrained_model_name_or_path", model, "--resolution", resolution, "--mixed_precision", "fp16"]
+    words += ["--plan", "--validation_prompt", "a dog", *FULL_SIZE[asked]]
+    flags = TrainingFlags(*script.COMMAND_LINE.parse([str(word) for word in words]))
+    files, budget = ModelFiles(flags.model), open_budget(flags.budget, CPU)
+    assert budget is not None
+    task = script.training_task(flags, files, Buckets.square(resolution), torch.float16, CPU, 1)
+    plan = script.make_plan(task, budget)
+    step, *between = plan.forecast.phases
+    assert all(phase.peak_bytes <= step.peak_bytes for phase in between)
+
+    rows = drawn_together(task, plan, 4)
+    assert rows in (1, 2, 4, 6, 8)
+    shape, place = replace(task.drawing.shape, batch_size=rows), plan.placement
+    working = simulate_denoising(files.read_config("transformer"), shape, place.precision, place.attention_kernel)
+    least = simulate_denoising(files.read_config("transformer"), task.drawing.shape, place.precision)
+    assert between[0].peak_bytes + 1.25 * (working - least) <= step.peak_bytes
+    tile = script.validation_tile(files, script.validation_work(flags, files), plan, budget)
+    decoding = between[1].peak_bytes - sum(task.drawing.decoding.values()) + tile.weight_bytes + tile.working_bytes
+    assert decoding <= step.peak_bytes
