@@ -64,8 +64,8 @@ class TrainingFlags:
             )
         if self.prior.with_prior_preservation and self.data.concepts_list is None:
             require_right(self.prior.lacking())
-        if self.text.train_text_encoder:
-            require_right(self._text_encoder_faults())
+        for fault in self._text_encoder_faults() if self.text.train_text_encoder else ():
+            raise UserError(fault)
 
     def _text_encoder_faults(self) -> Iterator[str]:
         """What does not go with a LoRA of the CLIPs."""
