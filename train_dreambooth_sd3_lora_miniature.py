@@ -751,9 +751,9 @@ def live_embeddings(
     clips.eval()
     for prompt in prompts:
         cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
-        tokens, kept = data.clip_tokens[prompt][None].to(device), torch.ones(1, 2, device=device)
+        states = (*clips.embed(data.clip_tokens[prompt][None]), torch.ones(1, 2))
         with model.precision(device):
-            prompt_embeds, pooled = clips(cached, tokens, kept)
+            prompt_embeds, pooled = clips(cached, *(tensor.to(device) for tensor in states))
         found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()
     clips.train(was_training)
     return found
@@ -845,7 +845,8 @@ def make_batches(
         prior = PriorPrompts(data.prior_embeddings(), flags.prior.share, tokens)
     vae_config, dtype = files.read_config("vae"), training.model.dtype
     taken = training.step * flags.run.gradient_accumulation_steps
-    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
+    clips = training.model.clips
+    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken, clips)
     early = 2 if training.ahead else 1
     asked = flags.data
     encoder_dropout = EncoderDropout.of(files, asked.clip_l_dropout, asked.clip_g_dropout, asked.t5_dropout)

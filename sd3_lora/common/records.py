@@ -139,7 +139,9 @@ class StepInputs(NamedTuple):
         pooled_prompt_embeds: `(R, P)` likewise.
         loss_weights: `(B,)` or `(B, 1, H/8, W/8)` float32.
         prior_rows: `(R - B,)` int64: which of the B pictures come once more.
-        clip_tokens: `(R, 2, C)` int64 where the CLIPs are trained, which then encode the prompts; else empty.
+        clip_states: `(R, C, d)` in the transformer's dtype, where the CLIPs are trained: what they encode the prompts
+            from (`TrainedClips.embed`); else empty.
+        clip_ends: `(R, 2)` int64, likewise; else empty.
         clip_kept: `(R, 2)` float32, 0 where a CLIP's part is dropped; else empty.
     """
 
@@ -151,7 +153,8 @@ class StepInputs(NamedTuple):
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
     prior_rows: torch.Tensor
-    clip_tokens: torch.Tensor = torch.empty(0, dtype=torch.long)
+    clip_states: torch.Tensor = torch.empty(0)
+    clip_ends: torch.Tensor = torch.empty(0, dtype=torch.long)
     clip_kept: torch.Tensor = torch.empty(0)
 
     @property

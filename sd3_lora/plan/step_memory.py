@@ -397,6 +397,7 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             pooled_prompt_embeds=torch.empty(shape.rows, config["pooled_projection_dim"], dtype=shape.dtype),
             loss_weights=torch.empty(size, 1, *shape.latent_size) if shape.masked else torch.empty(size),
             prior_rows=torch.empty(shape.prior_rows, dtype=torch.long),
-            clip_tokens=torch.empty(shape.rows, 2, shape.clips.tokens if shape.clips else 0, dtype=torch.long),
+            clip_states=torch.empty(shape.rows, *(shape.clips.states_shape if shape.clips else ()), dtype=shape.dtype),
+            clip_ends=torch.empty(shape.rows, 2, dtype=torch.long),
             clip_kept=torch.empty(shape.rows, 2),
         )

@@ -16,6 +16,7 @@ from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
+from sd3_lora.transformer.trained_clips import TrainedClips
 
 import torch
 
@@ -32,6 +33,7 @@ class InputSampler:
         device: where the step is computed.
         prior: with which some pictures come once more; None where none do.
         taken: micro-batches of the run before it was resumed.
+        clips: that are trained, if they are.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class InputSampler:
         device: torch.device,
         prior: PriorPrompts | None = None,
         taken: int = 0,
+        clips: TrainedClips | None = None,
     ):
+        self._clips = clips
         self.draws, self.device, self._prior, self._number = draws, device, prior, taken
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
 
@@ -73,21 +77,23 @@ class InputSampler:
             pooled.to(self._dtype),
             batch.loss_weights,
             prior_rows,
-            *_of_clips(batch, prior_tokens),
+            *self._of_clips(batch, prior_tokens),
         )
         if self.device.type != "cuda":
             return on_host
         return StepInputs(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in on_host))
 
-
-def _of_clips(batch: TrainingBatch, prior_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """`clip_tokens` and `clip_kept` of a micro-step's rows; none where the CLIPs are not trained."""
-    if batch.clip_tokens is None:
-        return ()
-    kept = torch.ones(len(batch.clip_tokens), 2) if batch.clip_kept is None else batch.clip_kept
-    if prior_tokens is None:
-        return batch.clip_tokens, kept
-    return torch.cat([batch.clip_tokens, prior_tokens]), torch.cat([kept, torch.ones(len(prior_tokens), 2)])
+    def _of_clips(self, batch: TrainingBatch, prior_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """`clip_states`, `clip_ends` and `clip_kept` of a micro-step's rows; none where the CLIPs are not trained."""
+        if self._clips is None:
+            return ()
+        assert batch.clip_tokens is not None
+        tokens, kept = batch.clip_tokens, batch.clip_kept
+        kept = torch.ones(len(tokens), 2) if kept is None else kept
+        if prior_tokens is not None:
+            tokens, kept = torch.cat([tokens, prior_tokens]), torch.cat([kept, torch.ones(len(prior_tokens), 2)])
+        states, ends = self._clips.embed(tokens)
+        return states.to(self._dtype), ends, kept
 
 
 class MicroBatches:

@@ -3,6 +3,8 @@
 Every layer is recomputed in backward: with 77 tokens that takes little time, and the layers would keep more than the
 CLIPs' LoRA and its optimizer take.
 
+The tokens' frozen embeddings stay on the host, where 77 rows a prompt are looked up.
+
 Shapes: R rows of the model's batch, C CLIP tokens, S text tokens, d width of a CLIP, D joint attention width, P pooled
 width of both CLIPs.
 """
@@ -56,9 +58,10 @@ class ClipLora:
         return parameters
 
     @property
-    def tokens(self) -> int:
-        """C, that a CLIP makes of every prompt."""
-        return int(self.configs[CLIPS[0]]["max_position_embeddings"])
+    def states_shape(self) -> tuple[int, int]:
+        """`(C, d1 + d2)`: the tokens of a prompt, and both CLIPs' widths."""
+        config = self.configs[CLIPS[0]]
+        return config["max_position_embeddings"], sum(each["hidden_size"] for each in self.configs.values())
 
     def hollow(self, dtype: torch.dtype) -> TrainedClips:
         """The CLIPs with this LoRA on the meta device, which compute as on a GPU; weights in `dtype`."""
@@ -79,12 +82,16 @@ class TrainedClips(torch.nn.Module):
     """Both CLIPs.
 
     Args:
-        clips: by the names of `CLIPS`, each with its LoRA attached.
+        clips: by the names of `CLIPS`, each with its LoRA attached. Their embeddings are taken from them.
     """
 
     def __init__(self, clips: Mapping[str, Any]):
         super().__init__()
         self.clips = torch.nn.ModuleDict({name: clips[name] for name in CLIPS})
+        self._embeddings = [clip.text_model.embeddings for clip in clips.values()]  # in a list they are not moved
+        for clip in clips.values():
+            clip.text_model.embeddings = None
+        self._widths = [clip.config.hidden_size for clip in clips.values()]
         # The generators' states are needed only where dropout draws, and cannot be read in a capture.
         self._draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.modules())
 
@@ -97,44 +104,63 @@ class TrainedClips(torch.nn.Module):
         """Of the weights that are not trained."""
         return sum(parameter.nbytes for parameter in self.parameters() if not parameter.requires_grad)
 
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` begins with, on the host.
+
+        Args:
+            tokens: `(R, 2, C)` int64, of each CLIP.
+
+        Returns:
+            `(R, C, d1 + d2)`, each CLIP's embeddings of tokens and places side by side; and `(R, 2)` int64, where the
+            text ends for each.
+        """
+        states, places = [], []
+        for place, (embeddings, clip) in enumerate(zip(self._embeddings, self.clips.values(), strict=True)):
+            ids = tokens[:, place]
+            states.append(embeddings(input_ids=ids))
+            # Its id; or in configurations from before that was noted there, the largest id.
+            text: Any = clip.text_model
+            end = text.eos_token_id
+            places.append((ids if end == 2 else (ids == end)).int().argmax(dim=-1))
+        return torch.cat(states, dim=-1), torch.stack(places, dim=1)
+
     def forward(
-        self, prompt_embeds: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor
+        self, prompt_embeds: torch.Tensor, states: torch.Tensor, ends: torch.Tensor, kept: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts' embeddings, as `StableDiffusion3Pipeline.encode_prompt` arranges them.
 
         Args:
             prompt_embeds: `(R, S, D)`, of which T5's part is taken.
-            tokens: `(R, 2, C)` int64, of each CLIP.
+            states: `(R, C, d1 + d2)`, as `embed` gives them.
+            ends: `(R, 2)` int64, likewise.
             kept: `(R, 2)`, 0 where a CLIP's part of a prompt is dropped, else 1.
 
         Returns:
             `(R, S, D)` and `(R, P)` in the dtype of `prompt_embeds`.
         """
         hidden, pooled = [], []
-        for place, clip in enumerate(self.clips.values()):
-            states, projected = self._encode(clip, tokens[:, place])
-            share = kept[:, place].to(states.dtype)
-            hidden.append(states * share[:, None, None])
+        parts = states.split(self._widths, dim=-1)
+        for place, (clip, part) in enumerate(zip(self.clips.values(), parts, strict=True)):
+            penultimate, projected = self._encode(clip, part, ends[:, place])
+            share = kept[:, place].to(penultimate.dtype)
+            hidden.append(penultimate * share[:, None, None])
             pooled.append(projected * share[:, None].to(projected.dtype))
-        t5_hidden = prompt_embeds[:, tokens.shape[-1] :]
+        t5_hidden = prompt_embeds[:, states.shape[1] :]
         return join_embeddings(hidden, t5_hidden), torch.cat(pooled, dim=-1).to(t5_hidden.dtype)
 
-    def _encode(self, clip: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The penultimate hidden states `(R, C, d)` and the pooled projection `(R, p)` of token ids `(R, C)`.
+    def _encode(self, clip: Any, states: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The penultimate hidden states `(R, C, d)` and the pooled projection `(R, p)`.
 
         The layers are called one by one, since transformers' own forward knows no recompute without a generator's
         state, which cannot be read in a capture.
         """
         text = clip.text_model
-        states = text.embeddings(input_ids=ids)
         for layer in text.encoder.layers[:-1]:
             states = recomputed(partial(_run, layer), (states,), self._draws)
         last = recomputed(partial(_run, text.encoder.layers[-1]), (states,), self._draws)
         last = text.final_layer_norm(last)
-        # The end of the text: its id, or in configurations from before it was noted there, the largest id.
-        ends = ids if text.eos_token_id == 2 else (ids == text.eos_token_id)
-        place = ends.int().argmax(dim=-1)
-        return states, clip.text_projection(last[torch.arange(len(ids), device=ids.device), place])
+        return states, clip.text_projection(last[torch.arange(len(ends), device=ends.device), ends])
 
 
 def _run(layer: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:

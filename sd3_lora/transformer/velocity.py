@@ -84,7 +84,8 @@ class VelocityModel(torch.nn.Module):
         if self.clips is None:
             return inputs.conditions
         with self.precision(inputs.prompt_embeds.device):
-            return inputs.timesteps, *self.clips(inputs.prompt_embeds, inputs.clip_tokens, inputs.clip_kept)
+            states = inputs.clip_states, inputs.clip_ends, inputs.clip_kept
+            return inputs.timesteps, *self.clips(inputs.prompt_embeds, *states)
 
     @torch.no_grad()
     def base_velocity(self, *inputs: torch.Tensor) -> torch.Tensor:

@@ -54,9 +54,7 @@ def inputs_of(pipeline: StableDiffusion3Pipeline) -> tuple[StepInputs, list[torc
     none = torch.empty(0, dtype=torch.long)
     kept = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     timesteps = 1000 * sigmas.flatten()
-    inputs = StepInputs(
-        latents, noise, sigmas, timesteps, embeds, pooled, torch.ones(2), none, torch.stack(ids, 1), kept
-    )
+    inputs = StepInputs(latents, noise, sigmas, timesteps, embeds, pooled, torch.ones(2), none, clip_kept=kept)
     return inputs, ids
 
 
@@ -76,7 +74,8 @@ def test_gradients_are_those_of_a_plain_loop(tiny_sd3: Path) -> None:
         if pipeline is ours:
             model = VelocityModel(transformer, torch.float32, clips=TrainedClips(clips)).train()
             flow = FlowConfig(weighting_scheme="none", precondition_outputs=False)
-            loss = micro_step(model, inputs, flow, PriorConfig())
+            states, ends = model.clips.embed(torch.stack(ids, 1))
+            loss = micro_step(model, inputs._replace(clip_states=states, clip_ends=ends), flow, PriorConfig())
         else:
             outputs = [clip(each, output_hidden_states=True) for clip, each in zip(clips.values(), ids, strict=True)]
             hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
