@@ -8,6 +8,11 @@ put the identifier into every caption, and leave out what is part of the subject
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig
 from sd3_lora.stage_one.config import CaptioningConfig
@@ -22,18 +27,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, shown, write_text_atomically
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, shown, write_text_atomically
 from sd3_lora.common.config import missing_path
 from sd3_lora.common.devices import choose_device, make_deterministic
 from sd3_lora.common.memory import GIB, free_memory
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib, open_budget
 from sd3_lora.stage_one.captions import read_captions
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.image_files import list_images
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -144,7 +150,7 @@ def find_uncaptioned(config: CaptioningConfig) -> dict[Path, Path]:
     images = list_images(folder, config.recursive).images
     captions = read_captions(folder, images)
     missing = {path: caption for path, caption in caption_paths(images).items() if path not in captions}
-    print(f"{len(images)} pictures in {folder}, {len(images) - len(missing)} of them with a caption")
+    print(f"{counted(len(images), 'picture')} in {folder}, {len(images) - len(missing)} of them with a caption")
     return missing
 
 
@@ -172,14 +178,14 @@ def run(argv: Sequence[str] | None) -> None:
     model, processor = load_captioner(config, device) if missing else (None, None)
     if budget_config.plan:
         weights = sum(p.numel() * p.element_size() for p in model.parameters()) if model is not None else 0
-        print(f"{len(missing)} captions to write; the model's weights take {weights / GIB:.2f} GiB")
+        print(f"{counted(len(missing), 'caption')} to write; the model's weights take {weights / GIB:.2f} GiB")
         return
     written, broken, wordless, reports = 0, list[str](), list[str](), list[StageReport]()
     if missing:
         with memory_stage("caption pictures", device, reports):
             model = to_device(model, device, budget)
             answers = caption_all(model, processor, list(missing), config)
-            for path, answer in tqdm(answers, total=len(missing), desc="captions", unit="picture"):
+            for path, answer in Progress(answers, total=len(missing), desc="captions", unit="picture"):
                 if isinstance(answer, BrokenImage):
                     broken.append(str(answer))
                     continue
@@ -190,11 +196,13 @@ def run(argv: Sequence[str] | None) -> None:
                 write_text_atomically(missing[path], text + "\n")
                 written += 1
             del model, answers
-    print(f"wrote {written} captions to {config.instance_data_dir}: read them, and mend what is wrong")
+    print(f"wrote {counted(written, 'caption')} to {config.instance_data_dir}: read them, and mend what is wrong")
     if wordless:
         print(f"note: the model has no words for {shown(wordless)}: write these captions yourself")
     if broken:
-        raise UserError(f"{len(broken)} pictures do not decode ({shown(broken)}): mend or delete them")
+        raise UserError(
+            f"{counted(len(broken), 'broken picture')} ({shown(broken)}): mend or delete what does not decode"
+        )
     folders = {"instance_data_dir": config.instance_data_dir, "recursive": config.recursive}
     print("next: " + command("compute_embeddings.py", **folders))
 

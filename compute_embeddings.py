@@ -8,6 +8,11 @@ stage ever loads T5's 4.8 billion parameters.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.lean_imports import import_pyarrow, start_driver
@@ -32,16 +37,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import (
-    UserError,
-    command,
-    exit_code,
-    require_writable_folder,
-)
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
-from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.processes import Processes, in_processes, print_next
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
@@ -61,8 +62,6 @@ from sd3_lora.stage_one.text_encoder_plan import (
     describe_t5,
 )
 from sd3_lora.stage_one.text_encoders import encode_prompts
-
-from tqdm import tqdm
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
 
@@ -165,7 +164,7 @@ def encode_chunks(
 ) -> None:
     """Encodes this process' share chunk by chunk; each chunk is on disk before the next begins."""
     share = processes.share(list(chunks.items()))
-    for number, chunk in tqdm(share, desc="chunks", unit="chunk", disable=len(share) < 2):
+    for number, chunk in Progress(share, desc="chunks", unit="chunk", disable=len(share) < 2):
         prompt_embeds, pooled = encode_prompts(files, chunk, plan, reports)  # (N, S, D), (N, P)
         parts.add(number, chunk, prompt_embeds, pooled)
 
@@ -234,7 +233,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     budget = open_budget(budget_config, device, FEW_KERNELS_BYTES)
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
 
     subject = processes.from_rank_0(lambda: read_subject(concepts, config))
     images = subject.images
@@ -243,7 +242,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     print(*subject.sentences(about_prompts=True), sep="\n")
     roles, image_ids = collect_prompts(config, subject)
     trigger = trigger_of((prompt for image in images for prompt in image.prompts), subject.instance_prompts)
-    print_words(files, trigger, config.class_prompt, roles)
+    if not files.is_known:
+        print_words(files, trigger, config.class_prompt, roles)
 
     existing = read_existing(output_path, config.overwrite)
     work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))
@@ -260,7 +260,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     parts = EmbeddingParts(output_path, provenance)
     missing, numbers = processes.from_rank_0(lambda: find_missing(roles, output_path, existing, parts))
     chunks = in_chunks(missing, numbers, processes.count)
-    print(f"{len(roles)} prompts, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}")
+    print(
+        f"{counted(len(roles), 'prompt')}, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}"
+    )
 
     def write(cancelled: threading.Event) -> int:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
@@ -281,8 +283,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)
-    print(f"wrote {output_path}: {count} prompts, {output_path.stat().st_size / 1024**2:.1f} MiB")
-    print("next: " + next_command(configs))
+    print(f"wrote {output_path}: {counted(count, 'prompt')}, {output_path.stat().st_size / 1024**2:.1f} MiB")
+    print_next("next: " + next_command(configs))
 
 
 def next_command(configs: tuple[Any, ...]) -> str:

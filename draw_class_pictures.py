@@ -8,6 +8,11 @@ loaded; the latents are cached as they come from the transformer, and decoded on
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
@@ -31,8 +36,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
-from sd3_lora.common.defaults import say_miniature
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
     ChosenDtype,
@@ -43,6 +48,7 @@ from sd3_lora.common.devices import (
 )
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -54,8 +60,8 @@ from sd3_lora.gpu.forecast import Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
+from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
@@ -63,7 +69,6 @@ from sd3_lora.transformer.placement import arrange
 
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 VAE_PRECISION = "fp32"  # of the pictures to look at
 
@@ -86,6 +91,12 @@ def read_embeddings(config: ClassDrawingConfig, files: ModelFiles) -> Embeddings
         if any(prompt not in store for prompt in prompts):
             raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`")
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(prompts)}
+
+
+def text_tokens_of(embeddings: Embeddings, files: ModelFiles) -> int:
+    """The tokens of a prompt, by its embedding, or by default where a plan is made without one."""
+    shapes = [prompt_embeds.shape for prompt_embeds, _ in embeddings.values()]
+    return shapes[0][0] if shapes else files.clip_tokens() + DEFAULT_SEQUENCE_LENGTH
 
 
 def plan_drawing(
@@ -166,7 +177,7 @@ def denoise_all(
 ) -> None:
     """Denoises what does not wait to be decoded yet; each batch is on disk before the next begins."""
     missing = [picture for picture in pictures if waiting.read(picture) is None]
-    for start in tqdm(range(0, len(missing), together), desc="denoising", unit="batch"):
+    for start in Progress(range(0, len(missing), together), desc="denoising", unit="batch"):
         batch = missing[start : start + together]
         noise = torch.stack([picture.noise(shape) for picture in batch])
         latents = sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, settings)
@@ -191,7 +202,7 @@ def decode_all(
     vae: AutoencoderKL, pictures: Sequence[PicturePlan], waiting: WaitingLatents, cache: LatentCache
 ) -> None:
     """Decodes one picture at a time and keeps it."""
-    for picture in tqdm(pictures, desc="decoding", unit="picture"):
+    for picture in Progress(pictures, desc="decoding", unit="picture"):
         latents = waiting.read(picture)
         if latents is None:
             raise UserError(f"{waiting.folder} was changed meanwhile: type the same command again")
@@ -260,12 +271,12 @@ def run(argv: Sequence[str] | None) -> None:
     budget, reports = open_budget(budget_config, device), list[StageReport]()
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
     resolution = files.resolution(config.resolution)
     asked = "no" if config.prior_generation_precision == "fp32" else config.prior_generation_precision
     chosen = choose_training_dtype(asked, planned_device(device_config.device, device, budget_config.plan))
-    embeddings = read_embeddings(config, files)
-    text_tokens = next(iter(embeddings.values()))[0].shape[0]
+    embeddings = {} if files.is_known else read_embeddings(config, files)
+    text_tokens = text_tokens_of(embeddings, files)
     size = size_of(config, files, resolution)
     latent_size = size.latent(files.latent_channels_and_scale()[1])
     plan, together = plan_drawing(files, config, latent_size, text_tokens, chosen.dtype, budget)
@@ -281,7 +292,8 @@ def run(argv: Sequence[str] | None) -> None:
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
     settings = picture_settings(config, files, size, chosen.name)
     pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
-    print(f"{config.num_class_images} class pictures, {config.num_class_images - len(pictures)} of them in {folder}")
+    count = config.num_class_images
+    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures:
         return
     require_writable_folder(folder)
@@ -302,9 +314,9 @@ def run(argv: Sequence[str] | None) -> None:
         resolution=resolution,
         seed=config.seed,
     )
-    results = RunResults(f"{len(pictures)} class pictures in {folder}", reports, measured)
+    results = RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured)
     RunRecord(configs, facts).save(folder / "run.json", results)
-    print(f"wrote {len(pictures)} class pictures to {folder}, and their latents to {cache.folder}")
+    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,14 +9,20 @@ prompts encoded anew by these two, and T5's part read.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.drawing.config import DrawingFlags
 
 COMMAND_LINE = CommandLine(
     "inference.py",
     __doc__,
-    tuple(DrawingFlags.classes()),
+    group_classes(DrawingFlags),
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -30,12 +36,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
@@ -61,7 +68,6 @@ from sd3_lora.transformer.placement import AskedPlacement, arrange
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -223,7 +229,7 @@ def embed(
         return known
     work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
     plan = choose_text_encoder_plan(files, work, context.device, context.budget)
-    print(f"{len(missing)} prompts to encode, T5 in {describe_t5(plan)}")
+    print(f"{counted(len(missing), 'prompt')} to encode, T5 in {describe_t5(plan)}")
     prompt_embeds, pooled = encode_prompts(files, missing, plan, context.reports)
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
 
@@ -240,7 +246,7 @@ def embed_with(
     prompts = list(base)
     work = TextWork(length, config.t5_precision, config.t5_stream, stored_precision(Path(config.data_df_path)))
     plan = choose_clip_plan(files, work, context.device, context.budget)
-    print(f"{len(prompts)} prompts to encode with the CLIPs, which the LoRA changes")
+    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, which the LoRA changes")
     clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, clip_loras.merge_into)
     t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
     prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
@@ -371,7 +377,7 @@ def picture_settings(
 def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
     """Prints how many pictures there will be, how many are there, and where others keep their names."""
     before = sum(plan.is_drawn for plan in plans)
-    print(f"{len(plans)} pictures of {size.width}×{size.height}, {before} of them drawn before")
+    print(f"{counted(len(plans), 'picture')} of {size.width}×{size.height}, {before} of them drawn before")
     beside = [plan.path for plan in plans if plan.is_beside_another and not plan.is_drawn]
     if beside:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
@@ -421,7 +427,7 @@ def denoise_all(
     ]
     used: Variant | None = None
     try:
-        for variant, batch in tqdm(batches, desc="denoising", unit="batch"):
+        for variant, batch in Progress(batches, desc="denoising", unit="batch"):
             if variant is not used:
                 use_variant(sampler.transformer, variant)
                 used = variant
@@ -446,7 +452,7 @@ def decode_and_save(
         UserError: pictures were NaN; all others are written.
     """
     errors, thumbnails = [], {}
-    for plan, latent in tqdm(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
+    for plan, latent in Progress(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
         try:
             picture = decode(vae, latent)
             plan.save(picture)
@@ -487,7 +493,7 @@ def draw(
         thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
         del vae
     if ended_by:
-        print(f"drew {len(latents)} of {len(to_draw)} pictures")
+        print(f"drew {len(latents)} of {counted(len(to_draw), 'picture')}")
         raise ended_by
     return thumbnails
 
@@ -571,7 +577,7 @@ def run(argv: Sequence[str] | None) -> None:
     budget = open_budget(flags.budget, device)
     if budget and not is_plan:
         budget.cap()
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, is_plan)
     loras = find_loras(config, files, flags.model.is_miniature)
     variants = find_variants(config, loras)
     prompts = find_prompts(config, loras, flags.model.is_miniature)
@@ -582,10 +588,12 @@ def run(argv: Sequence[str] | None) -> None:
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
         require_writable_folder(outdir)
-    plans = plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
+    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
+    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
     to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
     count = sum(map(len, to_draw.values()))
-    print_plans([plan for each in plans.values() for plan in each], drawing.size)
+    if not known:
+        print_plans([plan for each in plans.values() for plan in each], drawing.size)
     forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
     if count or is_plan:
         tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
@@ -609,10 +617,10 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{count} pictures in {outdir}", context.reports, measured)
-    RunRecord(flags.groups(), facts).save(outdir / "run.json", results)
+    results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
     write_sheet(config, plans, drawing, files, loras, thumbnails)
-    print(f"wrote {count} pictures to {outdir}")
+    print(f"wrote {counted(count, 'picture')} to {outdir}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

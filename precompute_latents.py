@@ -8,6 +8,11 @@ one sample of it), so that training draws a fresh sample at every step without e
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.lean_imports import import_diffusers, start_driver
@@ -34,7 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import (
     EMBEDDINGS_PATH,
     LATENTS_PATH,
@@ -45,7 +50,8 @@ from sd3_lora.common.defaults import (
 from sd3_lora.common.devices import make_deterministic, one_thread
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.common.processes import Processes, in_processes
+from sd3_lora.common.processes import Processes, in_processes, print_next
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -56,18 +62,10 @@ from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import class_images, require_apart
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig
+from sd3_lora.stage_one.crop_boxes import CropBox, crop_box_of, crop_boxes, crop_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    CropBox,
-    crop_box_of,
-    crop_boxes,
-    crop_rgb,
-    open_rgb,
-    size_notes,
-    to_pixels,
-)
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.masks import Mask, find_masks, latent_mask, require_right_masks
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME
@@ -76,7 +74,6 @@ from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_til
 
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
 
 MOST_THREADS = 16  # decode 100 photos of 12 megapixels a second, more than a GPU encodes
 WRITES_AHEAD = 8  # pictures whose files wait to be written
@@ -169,13 +166,13 @@ def decode_ahead(
     waiting, ahead = deque[Future](), threads + batch_size
     pool = ThreadPoolExecutor(threads)
     try:
-        for index in tqdm(range(len(images)), desc="pictures", leave=False):
+        for index in Progress(range(len(images)), desc="pictures", leave=False):
             while len(waiting) < min(ahead, len(images) - index):
                 waiting.append(pool.submit(decoded, images[index + len(waiting)]))
             crops = waiting.popleft().result()
             if isinstance(crops, BrokenPicture):
                 broken.append(crops)
-                tqdm.write(sentence_of(crops, config))
+                Progress.write(sentence_of(crops, config))
             else:
                 yield from crops
     finally:
@@ -279,7 +276,7 @@ def encode_missing(
     compute: Callable[[torch.Tensor], torch.Tensor] = partial(posterior_of, vae)
     buckets = Buckets.of(config, files)
     if device.type == "cuda" and len(images) >= CAPTURE_FROM and len(buckets.sizes) == 1:
-        compute = CapturedCall(compute, device, log=tqdm.write)
+        compute = CapturedCall(compute, device, log=Progress.write)
     broken: list[BrokenPicture] = []
     crops = decode_ahead(images, config, buckets, cache, tile.batch_size, threads, broken)
     batches = of_one_size(crops, tile.batch_size)
@@ -321,7 +318,7 @@ class CacheState:
         """What is cached, and a note where --vae_tile has no effect on it."""
         in_tiles = f" ({self.tiled} of them in tiles)" if self.tiled else ""
         lines = [
-            f"{self.pictures - len(self.missing)} of {self.pictures} pictures cached before{in_tiles}; "
+            f"{self.pictures - len(self.missing)} of {counted(self.pictures, 'picture')} cached before{in_tiles}; "
             f"{cache.resolution} px, VAE in {cache.wanted.precision}"
         ]
         if self.otherwise_tiled:
@@ -405,7 +402,7 @@ def incomplete(
         UserError: a file that was made with other settings, or is not whole.
     """
     missing = []
-    for image in tqdm(images, desc="reading the cache", leave=False, disable=len(images) < 100):
+    for image in Progress(images, desc="reading the cache", leave=False, disable=len(images) < 100):
         picture = None if cache.path(image.image_id) in discarded else cache.look(image.image_id)
         boxes = wanted_boxes(image, picture.size, config, buckets) if picture else ()
         if not picture or any(box.name not in picture.variants for box in boxes):
@@ -458,9 +455,9 @@ def cache_masks(masks: Sequence[Mask], cache: LatentCache, scale: int, threads: 
         return True
 
     with ThreadPoolExecutor(threads) as pool:
-        written = sum(tqdm(pool.map(add, masks), total=len(masks), desc="masks", leave=False))
+        written = sum(Progress(pool.map(add, masks), total=len(masks), desc="masks", leave=False))
     if masks:
-        yield f"wrote the masks of {written} pictures to {cache.folder}"
+        yield f"wrote the masks of {counted(written, 'picture')} to {cache.folder}"
 
 
 def sentence_of(picture: BrokenPicture, config: LatentConfig) -> str:
@@ -510,7 +507,7 @@ def find_class_images(config: LatentConfig, images: Sequence[InstanceImage]) -> 
     if not others:
         raise UserError(f"{folder} holds no class pictures: check the path, or leave out --class_data_dir")
     require_apart({image.image_id for image in images}, others)
-    print(f"{len(others)} class pictures in {folder}")
+    print(f"{counted(len(others), 'class picture')} in {folder}")
     return list(others)
 
 
@@ -546,7 +543,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
-    files = ModelFiles(model)
+    files = ModelFiles(model, budget_config.plan)
     cache, buckets = open_cache(files, config), Buckets.of(config, files)
     longest = PictureSize.square(buckets.longest_side)
     asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
@@ -569,8 +566,11 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
     replacing = tile if config.overwrite else None
-    state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
-    print(*state.sentences(cache, asked), sep="\n")
+    if files.is_known:
+        state = CacheState(len(pictures), pictures, set(), 0, 0)
+    else:
+        state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
+        print(*state.sentences(cache, asked), sep="\n")
     threads = min(MOST_THREADS, processes.cpu_cores)
     if masks and not budget_config.plan:
         masks = processes.from_rank_0(lambda: outdated_masks(masks, cache, state.missing, threads))
@@ -603,14 +603,16 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if state.missing and budget:
         print(compared(sum(predicted.values()), measured))
     facts = facts_of(files, cache, tile, predicted, processes)
-    results = RunResults(f"{count} crops in {cache.folder}", reports, measured)
+    results = RunResults(f"{counted(count, 'crop')} in {cache.folder}", reports, measured)
     RunRecord(configs, facts).save(cache.folder / "run.json", results)
-    print(f"wrote {count} crops of {len(state.missing) - len(broken)} pictures to {cache.folder}")
+    print(f"wrote {counted(count, 'crop')} of {counted(len(state.missing) - len(broken), 'picture')} to {cache.folder}")
     require_whole(broken, len(pictures), config)
     cache.note_broken(broken)
     cached = ((image.path.name, cache.look(image.image_id)) for image in pictures)
     sizes = {name: (PictureSize(*it.size), buckets.size_for(*it.size)) for name, it in cached if it}
-    print(*size_notes(sizes, config.crops), next_line(configs, images), sep="\n")
+    for line in size_notes(sizes, config.crops):
+        print(line)
+    print_next(next_line(configs, images))
 
 
 def facts_of(
@@ -662,12 +664,16 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
 
 def prior_flags(config: LatentConfig, embeddings_path: Path) -> dict[str, Any] | None:
     """Training's flags of the class pictures, none where there are none; None where no class prompt is embedded."""
+    if config.concepts_list is not None:
+        concepts = concepts_of(config)
+        folders = {concept.class_folder for concept in concepts}
+        have_classes = all(
+            concept.class_prompt is not None and concept.class_folder is not None for concept in concepts
+        )
+        if have_classes and (config.class_data_dir is None or Path(config.class_data_dir) in folders):
+            return {"with_prior_preservation": True}
     if config.class_data_dir is None:
         return {}
-    if config.concepts_list is not None:
-        folders = {concept.class_folder for concept in concepts_of(config)}
-        if Path(config.class_data_dir) in folders:
-            return {"with_prior_preservation": True}
     with EmbeddingStore(embeddings_path) as store:
         prompts = store.prompts_with_role("class")
     if not prompts:

@@ -8,14 +8,20 @@ memory here. With --train_text_encoder the two CLIPs are, frozen, and their LoRA
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from sd3_lora.common.command_line import CommandLine
+from sd3_lora.common.config import group_classes, groups_of
 from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start_driver
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
     "train_dreambooth_sd3_lora_miniature.py",
     __doc__,
-    tuple(TrainingFlags.classes()),
+    group_classes(TrainingFlags),
     REFUSED_FLAGS,
     HARMLESS_FLAGS,
 )
@@ -43,6 +49,7 @@ from sd3_lora.common.command_line import (
     UserError,
     command,
     command_again,
+    counted,
     exit_code,
     forget_secrets,
     require_writable_folder,
@@ -55,9 +62,10 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory
+from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
@@ -86,13 +94,19 @@ from sd3_lora.plan.memory_plan import (
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import size_of_variant
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import checkpoint_folders, find_checkpoint, read_state, require_own_checkpoints
+from sd3_lora.training.checkpoints import (
+    checkpoint_folders,
+    find_checkpoint,
+    read_state,
+    require_own_checkpoints,
+    write_pictures,
+)
 from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.crops import choose_crops, require_masks
@@ -158,7 +172,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -255,7 +268,7 @@ def make_step(
 
 def accumulate(
     training: Training, batches: MicroBatches, step: Callable[..., torch.Tensor], window: int, drawable: int
-) -> tuple[torch.Tensor, str]:
+) -> tuple[torch.Tensor, str, list[float]]:
     """The micro-steps of one optimizer step.
 
     The host draws the next micro-batch while the device computes (two, where modulations are computed ahead).
@@ -268,21 +281,24 @@ def accumulate(
         drawable: how many may be drawn, these included.
 
     Returns:
-        The mean loss of a picture, a scalar on the device; and the names of the pictures.
+        The mean loss of a picture, a scalar on the device; the names of the pictures; and their noise levels.
     """
-    losses, names, full_batches = [], [], 0.0
+    losses, names, sigmas, full_batches = [], list[str](), list[float](), 0.0
     for drawable_now in range(drawable, drawable - window, -1):
         batches.draw_ahead(drawable_now)
-        inputs, seen, of_full, coming = batches.take()
+        batch, coming = batches.take()
+        inputs = batch.inputs
         if training.ahead:
             with training.model.precision(inputs.latents.device):
                 training.ahead.advance(inputs.modulating, coming.modulating if coming else None)
         losses.append(step(*inputs))
-        names += seen
-        full_batches += of_full
+        names += batch.names
+        sigmas += batch.sigmas
+        full_batches += batch.of_full
         batches.draw_ahead(drawable_now - 1)  # while the device computes
     mean = torch.stack(losses).mean()
-    return mean if full_batches == window else mean * (window / full_batches), ", ".join(dict.fromkeys(names))
+    seen = ", ".join(dict.fromkeys(names))
+    return mean if full_batches == window else mean * (window / full_batches), seen, sigmas
 
 
 @dataclass(frozen=True)
@@ -333,18 +349,19 @@ def look(
     """
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
-        watch.release()
         works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
-        for is_due, work, what in works:
-            try:
-                if is_due:
-                    with left_as_found(training.transformer), uncompiled(watch.compiled):
-                        work(training, watch, accelerator.device)
-            except Exception as error:  # whatever it is: the run is worth more
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                tqdm.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
-        drop_workspaces(accelerator.device)
-        free_memory(accelerator.device)
+        with only_new_garbage():
+            watch.release()
+            for is_due, work, what in works:
+                try:
+                    if is_due:
+                        with left_as_found(training.transformer), uncompiled(watch.compiled):
+                            work(training, watch, accelerator.device)
+                except Exception as error:  # whatever it is: the run is worth more
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+            drop_workspaces(accelerator.device)
+            free_memory(accelerator.device)
     if draws or measures:
         accelerator.wait_for_everyone()
     return time.perf_counter() - start
@@ -359,9 +376,9 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
         drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
-    tqdm.write(
-        f"step {training.step}: {len(drawn)} pictures in {validation.step_folder(training.step)}, {elapsed_s:.1f} s; "
-        f"all steps in {validation.sheet_path}"
+    Progress.write(
+        f"step {training.step}: {counted(len(drawn), 'picture')} in {validation.step_folder(training.step)}, "
+        f"{elapsed_s:.1f} s; all steps in {validation.sheet_path}"
     )
 
 
@@ -370,7 +387,7 @@ def measure(training: Training, watch: Watch, device: torch.device) -> None:
     if watch.warning is None or watch.warning.has_measured(training.step):
         return
     for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
-        tqdm.write(sentence)
+        Progress.write(sentence)
     last = watch.warning.history[-1]
     values = {"subject_loss": last.subject_loss, "class_loss": last.class_loss}
     watch.trackers.log(training.step, {name: value for name, value in values.items() if value is not None})
@@ -404,7 +421,7 @@ def train(
     aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
-    bar_of_steps = tqdm(
+    bar_of_steps = Progress(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
     )
     with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
@@ -414,9 +431,9 @@ def train(
                 watch.release()  # the step is captured anew, without the CLIPs' backward pass
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
-            loss, pictures = accumulate(training, batches, step, window, drawable)
+            loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
             finish_step(training, log, queued)
-            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, accelerator)
+            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, sigmas, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
@@ -442,7 +459,12 @@ def train(
 
 
 def update(
-    training: Training, max_grad_norm: float, loss: torch.Tensor, pictures: str, accelerator: Accelerator
+    training: Training,
+    max_grad_norm: float,
+    loss: torch.Tensor,
+    pictures: str,
+    sigmas: Sequence[float],
+    accelerator: Accelerator,
 ) -> PendingStep:
     """The optimizer's step from what a window of micro-steps has left in the gradients, to be logged.
 
@@ -451,6 +473,7 @@ def update(
         max_grad_norm: to which gradients are clipped.
         loss: the window's mean, a scalar on the device.
         pictures: their names.
+        sigmas: their noise levels.
         accelerator: of the processes.
     """
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
@@ -460,7 +483,7 @@ def update(
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
     if training.average:
         training.average.update(norm)
-    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
 
 
 def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
@@ -947,7 +970,8 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     schedule = outputs.record.identity.values["--lr_scheduler"]
     ends = f"--lr_scheduler {schedule} has come to its end"
     longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
-    accelerator.print(f"nothing to do: {training.steps} steps were asked for; {longer}")
+    asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
+    accelerator.print(f"nothing to do: {asked}; {longer}")
     if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
         print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
 
@@ -962,13 +986,26 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
             print(f"wrote {path}")
 
 
+def report(outputs: Outputs) -> None:
+    """Writes `report.html` into the output folder. A failure costs a sentence: the LoRA is written."""
+    try:
+        from sd3_lora.reporting.page import write_report  # a template engine that nothing else here needs
+
+        print(f"wrote {write_report(outputs.folder)}: open it in a browser")
+    except Exception as error:  # whatever it is: the run is done
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"note: the report was not written ({reason})")
+
+
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
-    """Writes the model card and `run.json` beside the LoRA, and prints the command that draws with it."""
+    """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
     print(f"wrote {results.wrote}, read back and compared")
-    print(f"{results.ms_a_step:.0f} ms a step, {results.skipped} steps skipped by the scaler")
+    print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped, 'step')} skipped by the scaler")
     record = outputs.record
     write_model_card(outputs.folder / "README.md", record, results)
     record.save(outputs.folder / "run.json", results)
+    write_pictures(outputs.folder, record.identity.pictures)
+    report(outputs)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
         prompt += " in a forest"
@@ -1000,7 +1037,7 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
     """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
     if repo:
         folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        print(f"uploaded {folder} to {repo.upload(folder, f'LoRA after {step} steps')}")
+        print(f"uploaded {folder} to {repo.upload(folder, 'LoRA after ' + counted(step, 'step'))}")
 
 
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
@@ -1010,7 +1047,8 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     if flags.model.is_miniature and accelerator.is_main_process:
         say_miniature(SCRIPT)
     chosen, say = choose_precision(flags, accelerator.device), accelerator.print
-    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {accelerator.num_processes} process(es)")
+    processes = counted(accelerator.num_processes, "process")
+    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
     for note in optimizer_notes(flags.optimizer, accelerator.device):
         say(note)
     if flags.run.allow_tf32:
@@ -1096,7 +1134,7 @@ def open_outputs(
     argv: Sequence[str] | None,
 ) -> Outputs:
     """What writes the LoRA and the checkpoints, with the record of the run."""
-    record = RunRecord(flags.groups(), facts, run_identity(flags, facts, request, data, execution.kernels))
+    record = RunRecord(groups_of(flags), facts, run_identity(flags, facts, request, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
     return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
 
@@ -1136,7 +1174,7 @@ def run(argv: Sequence[str] | None) -> None:
     device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
     chosen = set_up_device(flags, accelerator)
 
-    files = ModelFiles(flags.model)
+    files = ModelFiles(flags.model, flags.budget.plan)
     resolution, budget = files.resolution(flags.data.resolution), open_budget(flags.budget, device)
     task = training_task(flags, files, Buckets.of(flags.data, files), chosen.dtype, device, processes)
     plan = make_plan(task, budget)

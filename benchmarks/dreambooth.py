@@ -269,10 +269,11 @@ def require_same_settings(settings: dict[str, Any], path: Path) -> None:
     noted = {"class_images": 0, "tf32": False, **noted}  # which earlier builds did not have
     wrong = [name for name in settings if noted.get(name) != settings[name]]
     if wrong:
-        raise UserError(
-            f"{path.parent} holds scores with {wrong[0]} {noted.get(wrong[0])}, not {settings[wrong[0]]}: "
-            "give another --output_dir"
-        )
+        name, before, now = wrong[0], noted.get(wrong[0]), settings[wrong[0]]
+        change = f"with {name} {before}, not {now}"
+        if isinstance(now, bool):  # a flag without a value
+            change = f"with{'' if before else 'out'} --{name}"
+        raise UserError(f"{path.parent} holds scores {change}: give another --output_dir")
 
 
 def make_parser() -> argparse.ArgumentParser:

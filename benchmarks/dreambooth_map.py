@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,22 +22,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import UserError, exit_code
-from sd3_lora.common.devices import choose_device
 
 from demo import LEARNING_RATE, STEPS
 from dreambooth import (
     SHARED_SETTINGS,
     add_shared_flags,
     read_json,
-    require_same_settings,
     require_subjects,
     settings_of,
 )
-from dreambooth_runs import DRIFT_BEFORE, Method, Point, Run, carry_out_all, mean_times, results_of
-from dreambooth_scores import COLUMNS, compact, summary, write_result
+from dreambooth_runs import (
+    DRIFT_BEFORE,
+    Method,
+    Point,
+    Run,
+    carry_out_all,
+    carry_out_benchmark,
+    mean_times,
+    require_none,
+    results_of,
+)
+from dreambooth_scores import compact, summary
 from dreambooth_subjects import SUBJECTS
-from evaluate import circumstances
-from judge import JUDGE_FILE
 
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 POINTS = (50, 100, 150, 300, 600)  # steps
@@ -139,32 +143,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = parse(argv)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
     settings = settings_of(flags, (*SHARED_SETTINGS, "points", "class_images", "ema_decay"))
-    require_same_settings(settings, flags.output_dir / "settings.json")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C: what is whole is written
-    start = time.perf_counter()
-    try:
-        failures = measure(flags)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if flags.result:
-            result = {
-                **circumstances(choose_device(flags.device)),
-                "settings": settings,
-                "subjects": flags.subjects,
-                "seeds": flags.seeds,
-                "jobs": flags.jobs,
-                "elapsed_s": round(time.perf_counter() - start, 1),
-                "judge": read_json(JUDGE_FILE.with_suffix(".json")),
-                "drift_before": read_json(flags.output_dir / DRIFT_BEFORE),
-                "demo": {"learning_rate": LEARNING_RATE, "steps": STEPS},
-                "columns": COLUMNS,
-                "lines": lines_of(flags),
-            }
-            write_result(flags.result, result)
-    if failures:
-        raise UserError(f"{len(failures)} runs failed; the first: {failures[0]}")
+
+    def parts() -> dict[str, Any]:
+        return {"demo": {"learning_rate": LEARNING_RATE, "steps": STEPS}, "lines": lines_of(flags)}
+
+    _, failures = carry_out_benchmark(flags, settings, lambda: measure(flags), parts)
+    require_none(failures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

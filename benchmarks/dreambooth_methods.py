@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import UserError, exit_code
-from sd3_lora.common.devices import choose_device
 
 from dreambooth import (
     LENGTH_SETTINGS,
@@ -35,15 +32,22 @@ from dreambooth import (
     add_length_flags,
     add_shared_flags,
     read_json,
-    require_same_settings,
     require_subjects,
     settings_of,
 )
-from dreambooth_runs import DRIFT_BEFORE, Method, Point, Run, carry_out_all, mean_times, results_of
-from dreambooth_scores import COLUMNS, METHOD_TARGETS, compact, methods_table, summary, write_result
+from dreambooth_runs import (
+    DRIFT_BEFORE,
+    Method,
+    Point,
+    Run,
+    carry_out_all,
+    carry_out_benchmark,
+    mean_times,
+    require_none,
+    results_of,
+)
+from dreambooth_scores import METHOD_TARGETS, compact, methods_table, summary
 from dreambooth_subjects import SUBJECTS
-from evaluate import circumstances
-from judge import JUDGE_FILE
 
 METHODS_FILE = Path(__file__).resolve().parent / "methods.json"
 
@@ -97,23 +101,6 @@ def sentence(scores: dict[str, Any]) -> str:
     return f"{scores['name']}: {scored} ({scores['training_s']:.1f} s training, {scores['sampling_s']:.1f} s drawing)"
 
 
-def result_of(flags: argparse.Namespace, settings: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
-    """Of the methods that are whole."""
-    found = [scores_of(flags, method) for method in methods]
-    return {
-        **circumstances(choose_device(flags.device)),
-        "settings": settings,
-        "subjects": flags.subjects,
-        "seeds": flags.seeds,
-        "jobs": flags.jobs,
-        "judge": read_json(JUDGE_FILE.with_suffix(".json")),
-        "targets": METHOD_TARGETS,
-        "drift_before": read_json(flags.output_dir / DRIFT_BEFORE),
-        "columns": COLUMNS,
-        "methods": [scores for scores in found if scores],
-    }
-
-
 def measure(flags: argparse.Namespace, methods: Sequence[Method]) -> list[str]:
     """Carries out what has no result yet, and prints a line for each method that is whole.
 
@@ -153,21 +140,15 @@ def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = parse(argv)
     methods = read_methods(flags.methods, flags.only)
-    flags.output_dir.mkdir(parents=True, exist_ok=True)
     settings = settings_of(flags, (*LENGTH_SETTINGS, *SHARED_SETTINGS))
-    require_same_settings(settings, flags.output_dir / "settings.json")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C: what is whole is written
-    start = time.perf_counter()
-    try:
-        failures = measure(flags, methods)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        result = {**result_of(flags, settings, methods), "elapsed_s": round(time.perf_counter() - start, 1)}
-        if flags.result:
-            write_result(flags.result, result)
+
+    def parts() -> dict[str, Any]:
+        found = [scores_of(flags, method) for method in methods]
+        return {"targets": METHOD_TARGETS, "methods": [scores for scores in found if scores]}
+
+    result, failures = carry_out_benchmark(flags, settings, lambda: measure(flags, methods), parts)
     print(f"\n{methods_table(result)}")
-    if failures:
-        raise UserError(f"{len(failures)} runs failed; the first: {failures[0]}")
+    require_none(failures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

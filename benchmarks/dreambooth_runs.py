@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,9 +30,12 @@ from sd3_lora.common.memory import GIB
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import torch
-from dreambooth import Bench, load_bench, read_json, write_json
+from dreambooth import Bench, load_bench, read_json, require_same_settings, write_json
+from dreambooth_scores import COLUMNS, write_result
 from dreambooth_subjects import Subject, write_pictures
 from dreambooth_trainers import StageOneFiles, class_words, run_script, shared_words, stage_one_words, stored_words
+from evaluate import circumstances
+from judge import JUDGE_FILE
 
 DRIFT_BEFORE = "drift_before.json"  # of the miniature without a LoRA
 TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
@@ -126,7 +130,7 @@ class Run:
         return found if {key: found[key] for key in ("method", "points")} == self.noted() else None
 
 
-def subject_of(flags: argparse.Namespace, name: str) -> Subject:
+def prepared_subject(flags: argparse.Namespace, name: str) -> Subject:
     """A subject with the folder that all methods share."""
     return Subject(name, flags.output_dir / "subjects" / name.replace(" ", "_"))
 
@@ -173,7 +177,7 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
     Raises:
         UserError: a script refused.
     """
-    subject = subject_of(flags, name)
+    subject = prepared_subject(flags, name)
     scripts = [[script, *words] for script, words in preparation(flags, subject, methods)]
     path = subject.folder / "prepared.json"
     done = (read_json(path) or {"scripts": []})["scripts"]
@@ -188,7 +192,7 @@ def prepare(flags: argparse.Namespace, name: str, methods: Sequence[Method]) -> 
 
 def training_words(flags: argparse.Namespace, run: Run) -> list[str]:
     """The training script's command line; where a flag stands twice, the last counts."""
-    subject, method = subject_of(flags, run.subject), run.method
+    subject, method = prepared_subject(flags, run.subject), run.method
     files, lora = method.files(subject), run.folder(flags.output_dir) / "lora"
     words = shared_words(flags, subject, lora, has_layers=not method.one_prompt)
     words += stored_words(flags, subject.pictures if method.one_prompt else subject.captioned, files)
@@ -245,6 +249,61 @@ def mean_times(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The seconds that a run took, on average, beside all that the other processes did."""
     names = ("training_s", "sampling_s")
     return {name: round(sum(result[name] for result in results) / len(results), 2) for name in names}
+
+
+def carry_out_benchmark(
+    flags: argparse.Namespace,
+    settings: dict[str, Any],
+    measure: Callable[[], list[str]],
+    parts: Callable[[], dict[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Carries out a benchmark in its output folder, and writes its result, also of what is whole where it is stopped.
+
+    Args:
+        flags: of the benchmark.
+        settings: what decides the scores.
+        measure: carries out what has no result yet; returns a sentence for each run that failed.
+        parts: of the result, beside what all have.
+
+    Returns:
+        The result, and a sentence for each run that failed.
+
+    Raises:
+        UserError: the folder holds scores of other settings.
+    """
+    flags.output_dir.mkdir(parents=True, exist_ok=True)
+    require_same_settings(settings, flags.output_dir / "settings.json")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as after Ctrl-C: what is whole is written
+    start = time.perf_counter()
+    try:
+        failures = measure()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        result = {
+            **circumstances(choose_device(flags.device)),
+            "settings": settings,
+            "subjects": flags.subjects,
+            "seeds": flags.seeds,
+            "jobs": flags.jobs,
+            "elapsed_s": round(time.perf_counter() - start, 1),
+            "judge": read_json(JUDGE_FILE.with_suffix(".json")),
+            "drift_before": read_json(flags.output_dir / DRIFT_BEFORE),
+            "columns": COLUMNS,
+            **parts(),
+        }
+        if flags.result:
+            write_result(flags.result, result)
+    return result, failures
+
+
+def require_none(failures: Sequence[str]) -> None:
+    """Names the first of the runs that failed.
+
+    Raises:
+        UserError: there is one.
+    """
+    if failures:
+        raise UserError(f"{len(failures)} runs failed; the first: {failures[0]}")
 
 
 def lora_of(folder: Path, point: Point, last_step: int) -> Path:

@@ -48,8 +48,8 @@ from sd3_lora.common.stage_report import PeakSampler
 from sd3_lora.gpu.budget import BudgetTooSmall, driver_bytes, open_budget
 from sd3_lora.plan.step_time import bytes_a_second, measure_flops_a_byte
 from sd3_lora.stage_one.buckets import Buckets
+from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import write_embeddings
-from sd3_lora.stage_one.images import crop_boxes
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.config import TrainingFlags
 

@@ -38,7 +38,7 @@ from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import numpy as np
 import torch

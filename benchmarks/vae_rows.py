@@ -16,7 +16,7 @@ from precompute_latents import LatentConfig, decode
 from sd3_lora.common.memory import GIB, free_memory
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.images import to_pixels
+from sd3_lora.stage_one.crop_boxes import to_pixels
 from sd3_lora.stage_one.vae_norms import spread_group_norms
 from sd3_lora.stage_one.vae_tiles import VaeTile
 

@@ -138,8 +138,8 @@ def check_access(model: str) -> int:
 
 def example_photos(folder: Path) -> int:
     """Downloads five photos of a dog, unless the folder has pictures already."""
-    from sd3_lora.common.command_line import UserError, exit_code
-    from sd3_lora.stage_one.images import list_images
+    from sd3_lora.common.command_line import UserError, counted, exit_code
+    from sd3_lora.stage_one.image_files import list_images
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -152,7 +152,7 @@ def example_photos(folder: Path) -> int:
 
     def fetch(_: Sequence[str] | None) -> None:
         if present := count():
-            print(f"{present} pictures in {folder}: nothing is downloaded")
+            print(f"{counted(present, 'picture')} in {folder}: nothing is downloaded")
             return
         try:
             snapshot_download(
@@ -162,7 +162,7 @@ def example_photos(folder: Path) -> int:
             raise UserError(
                 f"{EXAMPLE_DATASET} cannot be downloaded now: run this again, or put photos of your own into {folder}"
             ) from error
-        print(f"{count()} pictures of {EXAMPLE_DATASET} in {folder}")
+        print(f"{counted(count(), 'picture')} of {EXAMPLE_DATASET} in {folder}")
 
     return exit_code(fetch, None)
 

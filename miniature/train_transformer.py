@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
 from sd3_lora.training.flow import flow_matching_loss, interpolate
@@ -230,9 +231,8 @@ class State:
 
     def save(self, path: Path) -> None:
         """Writes both files."""
-        temporary = path.with_suffix(".unfinished")
-        save_file({name: value.contiguous() for name, value in self._tensors().items()}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            save_file({name: value.contiguous() for name, value in self._tensors().items()}, unfinished)
         path.with_suffix(".json").write_text(json.dumps({"step": self.step, "elapsed_s": self.elapsed_s}))
 
     @torch.no_grad()

@@ -9,7 +9,36 @@ always are.
 
 from __future__ import annotations
 
-import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
+from dataclasses import dataclass, field
+
+from sd3_lora.common.command_line import CommandLine
+
+PARTS = "stabilityai/stable-diffusion-3-medium-diffusers"
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """Which file, and where what it lacks is."""
+
+    file: str = field(metadata={"help": "The safetensors file; the first argument needs no --file."})
+    parts: str = field(
+        default=PARTS,
+        metadata={
+            "help": "Folder or hub id of a diffusers SD3 pipeline, for what the file lacks: at least the tokenizers "
+            "and the configurations, of which a few megabytes are downloaded."
+        },
+    )
+
+
+COMMAND_LINE = CommandLine("-m sd3_lora.convert", __doc__, (ConvertFlags,), first="file")
+if __name__ == "__main__":
+    COMMAND_LINE.answer_at_once()
+
 import json
 import os
 import shutil
@@ -17,12 +46,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, exit_code, link_or_copy
+from sd3_lora.common.command_line import UserError, counted, exit_code, link_or_copy
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.single_file import ENCODERS, SOURCE_FILE, TRANSFORMER, VAE, SingleFile, converted_folder, source_of
-
-PARTS = "stabilityai/stable-diffusion-3-medium-diffusers"
 
 
 def take_from(parts: ModelFiles, component: str, folder: Path) -> None:
@@ -70,7 +97,7 @@ def convert(path: Path, parts: ModelFiles) -> Path:
                 require_same_vocabulary(file, parts, component)
             if component == TRANSFORMER:
                 config = file.transformer_config(config)
-            print(f"{component}: {len(file.components[component])} tensors of the file")
+            print(f"{component}: {counted(len(file.components[component]), 'tensor')} of the file")
             file.write(component, temporary / component, config)
         for component in ("scheduler", *(name for name in TEXT_COMPONENTS if name not in ENCODERS)):
             take_from(parts, component, temporary)
@@ -87,19 +114,12 @@ def convert(path: Path, parts: ModelFiles) -> Path:
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
-    parser = argparse.ArgumentParser(prog="python -m sd3_lora.convert", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path, help="The safetensors file.")
-    parser.add_argument(
-        "--parts",
-        default=PARTS,
-        help="Folder or hub id of a diffusers SD3 pipeline, for what the file lacks: at least the tokenizers and the "
-        "configurations, of which a few megabytes are downloaded. Default: %(default)s.",
-    )
-    flags = parser.parse_args(argv)
-    if not flags.file.is_file():
-        raise UserError(f"there is no file {flags.file}: check the path")
-    folder = convert(flags.file, ModelFiles(ModelConfig(flags.parts)))
-    print(f"wrote {folder}: type --pretrained_model_name_or_path {flags.file}")
+    (flags,) = COMMAND_LINE.parse(argv)
+    path = Path(flags.file)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}: check the path")
+    folder = convert(path, ModelFiles(ModelConfig(flags.parts)))
+    print(f"wrote {folder}: type --pretrained_model_name_or_path {path}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

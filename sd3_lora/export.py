@@ -7,6 +7,11 @@ Two formats: kohya for sd-scripts, Forge and ComfyUI; a1111 for A1111. docs/lora
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from dataclasses import dataclass, field
 
 from sd3_lora.common.command_line import CommandLine

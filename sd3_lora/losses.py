@@ -8,6 +8,11 @@ and the model; where the output folder has the `run.json` of a run, what is not 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -70,6 +75,7 @@ from sd3_lora.common.command_line import exit_code, require_writable_folder, wri
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.common.stage_report import memory_stage
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
@@ -90,9 +96,18 @@ from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from diffusers import SD3Transformer2DModel
-from tqdm import tqdm
 
 LOSSES_FILE = "picture_losses.json"
+IDLE_FLAGS = (
+    "caption_dropout",
+    "clip_l_dropout",
+    "clip_g_dropout",
+    "t5_dropout",
+    "masked_loss",
+    "unmasked_weight",
+    "mask_data_dir",
+    "alpha_mask",
+)
 _Group = TypeVar("_Group", DataConfig, ModelConfig)
 
 
@@ -109,6 +124,15 @@ def as_in_run(group: _Group, output_dir: Path) -> _Group:
     if "pretrained_model_name_or_path" in typed:
         recorded = {}
     return replace(group, **{name: value for name, value in recorded.items() if name not in typed})
+
+
+def idle_note(data: DataConfig) -> str | None:
+    """Which of the flags that were typed decide how training draws and weights, and so change nothing here."""
+    idle = [f"--{name}" for name in IDLE_FLAGS if getattr(data, name) != getattr(DataConfig, name)]
+    if not idle:
+        return None
+    change = "changes" if len(idle) == 1 else "change"
+    return f"note: {', '.join(idle)} {change} nothing: each loss is of the whole picture with its whole caption"
 
 
 def open_data(request: StageOneRequest) -> TrainingData:
@@ -157,7 +181,7 @@ def measure(
     """Every picture's losses, the most suspicious first."""
     fixed = FixedNoise(load_noise_table(files.read_scheduler_config(), None), config.noise_levels, config.seed)
     rows = config.noise_levels * sum(len({*image.prompts, ""}) for image in data.images)
-    with attention_kernel(plan.placement.attention_kernel), tqdm(total=rows, desc="losses", unit="row") as bar:
+    with attention_kernel(plan.placement.attention_kernel), Progress(total=rows, desc="losses", unit="row") as bar:
         return ranked(measure_losses(model, data, fixed, files.read_config("vae"), device, together, bar.update))
 
 
@@ -186,10 +210,12 @@ def write(losses: Sequence[PictureLoss], path: Path, config: LossesConfig, files
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     config, data_config, base, model_config, device_config, budget_config = COMMAND_LINE.parse(argv)
-    output_dir = Path(config.output_dir)
+    output_dir, note = Path(config.output_dir), idle_note(data_config)
     data_config, model_config = as_in_run(data_config, output_dir), as_in_run(model_config, output_dir)
     if model_config.is_miniature:
         say_miniature("sd3_lora.losses")
+    if note:
+        print(note)
     device = choose_device(device_config.device)
     if device_config.must_be_deterministic:
         make_deterministic()

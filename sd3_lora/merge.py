@@ -8,6 +8,11 @@ beside it is linked or copied.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 from dataclasses import dataclass, field
 
 from sd3_lora.common.command_line import CommandLine

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sd3_lora.common.short_help import SHORT_HELP, help_lines
+
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 MOST_SHOWN = 10  # names or faults in one message about a user's files
 # Flags that name a file or folder, in which `~` is expanded.
@@ -32,6 +34,7 @@ PATH_FLAGS = {
     "concepts_list",
     "data_df_path",
     "dataset_name",
+    "file",
     "init_lora",
     "instance_data_dir",
     "latents_path",
@@ -42,6 +45,7 @@ PATH_FLAGS = {
     "output",
     "output_dir",
     "output_path",
+    "parts",
     "pretrained_model_name_or_path",
     "prior_prompts_file",
     "prompts_file",
@@ -203,6 +207,13 @@ def all_of(faults: Sequence[str], noun: str, most: int | None = None) -> str:
     return "\n  ".join([f"{len(faults)} things are wrong with {noun}:", *faults[:most], *others])
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, which is given in the singular: "1 picture", "2 class pictures", "3 processes"."""
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count} {noun}" + ("es" if noun.endswith("s") else "s")
+
+
 def shown(names: Sequence[str]) -> str:
     """The first names of a list, for a sentence, and how many more there are."""
     others = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
@@ -250,11 +261,13 @@ class HarmlessFlag:
 class CommandLine:
     """The flags of a script.
 
+    `--help` shows those that most people need, where `SHORT_HELP` has the script; `--help_all` all of them.
+
     Attributes:
         script: the file name that the user types.
-        description: the script's docstring, whose first line `--help` shows.
-        groups: frozen dataclasses, whose fields are flags with their help in the metadata; each is a part of `--help`
-            under the first sentence of its docstring.
+        description: the script's docstring, whose first line the help shows.
+        groups: frozen dataclasses, whose fields are flags with their help in the metadata; each is a part of
+            `--help_all` under the first sentence of its docstring.
         refused: flags that diffusers' scripts know and this one does not have, each with what to do instead.
         harmless: flags of those that are taken with a note.
         first: the flag whose value the first argument is, where that is no flag.
@@ -292,9 +305,12 @@ class CommandLine:
         Raises:
             UserError: all that is wrong with the command line, a sentence each.
         """
+        given = list(sys.argv[1:] if argv is None else argv)
+        if self.script in SHORT_HELP and not {"-h", "--help"}.isdisjoint(given):
+            print(*help_lines(self.script, self.description.splitlines()[0], SHORT_HELP[self.script]), sep="\n")
+            sys.exit(0)
         parser = self._parser()
         faults: list[str] = []
-        given = list(sys.argv[1:] if argv is None else argv)
         if self.first and given and not given[0].startswith("-"):
             given.insert(0, f"--{self.first}")
         arguments = list(self._without_known_others(given, faults, report or print_in_rank_0))
@@ -329,18 +345,21 @@ class CommandLine:
 
         for group in self.groups:
             group._argument_group_name = (group.__doc__ or "").splitlines()[0].rstrip(".:")  # type: ignore[attr-defined]
-        return Parser(
+        parser = Parser(
             list(self.groups),
             prog=self.script,
             usage=f"python %(prog)s{' ' + self.first.upper() if self.first else ''} [flags]",
             description=self.description.splitlines()[0],
             formatter_class=_Help,
             allow_abbrev=False,
+            add_help=False,
         )
+        parser.add_argument("-h", "--help", "--help_all", "--help-all", action="help", help="Show this and exit.")
+        return parser
 
     @property
     def _help_hint(self) -> str:
-        return f"`python {self.script} --help` lists the flags"
+        return f"`python {self.script} --help_all` lists the flags"
 
     def _without_known_others(
         self, argv: Sequence[str], faults: list[str], report: Callable[[str], None]
@@ -473,13 +492,15 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         if library in sys.modules:  # else the script does not use it
             # A progress bar for each file would bury the scripts' output.
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    if signal.getsignal(signal.SIGINT) is _end_on_interrupt:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not sys.stderr.isatty():
+        importlib.import_module("huggingface_hub.utils").disable_progress_bars()  # of downloads: they draw no lines
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            # A Windows console of another code page must not turn a prompt into a crash.
-            stream.reconfigure(errors="replace")
+            # A Windows console of another code page must not turn a prompt into a crash. In a pipe both come in order.
+            stream.reconfigure(errors="replace", line_buffering=True)
     try:
+        if signal.getsignal(signal.SIGINT) in (_end_on_interrupt, signal.SIG_DFL):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         script(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

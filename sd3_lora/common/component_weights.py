@@ -133,6 +133,13 @@ def _make_model(component: str, config: Mapping[str, Any]) -> torch.nn.Module:
     return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
 
 
+def shapes_by_config(component: str, config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Every tensor's shape by the component's configuration alone; of tied tensors the first."""
+    tensors = _expected_tensors(Path(component), config)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensors[name].shape for name in reversed(first.values())}
+
+
 def _require_same_shapes(
     folder: Path, expected: Mapping[str, torch.Tensor], in_files: Mapping[str, torch.Size]
 ) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from sd3_lora.common.command_line import WrongFlags, less_than_one
 from sd3_lora.common.placement_flags import Switch, is_on
@@ -18,6 +18,20 @@ LoraType = Literal["lora", "lokr", "loha"]
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 AUGMENTATION_FLAGS = ("num_augmented", "rotation_degrees", "brightness_range")
 BUCKET_FLAGS = ("use_aspect_ratio_bucket", "bucket_step", "bucket_min", "bucket_max", "bucket_no_upscale")
+
+
+def groups_of(flags: object) -> list[Any]:
+    """The groups of all the flags of a script, to save them.
+
+    Args:
+        flags: a dataclass of groups.
+    """
+    return [getattr(flags, group.name) for group in fields(flags)]  # type: ignore[arg-type]
+
+
+def group_classes(flags: type) -> tuple[type, ...]:
+    """The classes of such a dataclass' groups, to parse them."""
+    return tuple(get_type_hints(flags).values())
 
 
 def missing_path(name: str) -> str | None:

@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
-from sd3_lora.common.component_weights import missing_shards, require_whole, tensors_hash
+from sd3_lora.common.command_line import UserError, print_in_rank_0
+from sd3_lora.common.component_weights import missing_shards, require_whole, shapes_by_config, tensors_hash
 from sd3_lora.common.config import ModelConfig, missing_path
 from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.known_models import known_configs
 from sd3_lora.common.records import Provenance
 from sd3_lora.common.single_file import require_converted
+from sd3_lora.common.tensor_files import TensorFiles
 
+import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -41,18 +44,29 @@ class ModelFiles:
 
     Args:
         config: which model.
+        is_plan: whether no more is wanted than shapes, as for `--plan`: of a known model nothing is downloaded then.
+
+    Attributes:
+        is_known: whether this is a known model without its files: it has configurations and shapes, and no more.
 
     Raises:
         UserError: the folder is not an SD3 pipeline, the hub has no such model, or its licence is not yet accepted.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, is_plan: bool = False):
         self.config = config
         self.name = config.pretrained_model_name_or_path or "miniature"
         self.revision: str | None = None  # the commit, once known: a branch may move during a run
         self._hub_files: dict[str, str] | None = None
         self._content_hashes: dict[tuple[_FileState, ...], str | None] = {}
         self._whole: dict[str, list[_FileState]] = {}  # files that were checked
+        self._local: Path | None = None
+        is_hub_s = config.revision is None and not Path(self.name).exists()
+        self._known = known_configs(self.name) if is_plan and is_hub_s else None
+        self.is_known = self._known is not None
+        if self.is_known:
+            print_in_rank_0(f"planned by the shapes of {self.name}, which are known here: nothing is downloaded")
+            return
         self._local = self._local_folder()
         # The smallest file first: a closed licence gate is found before gigabytes are fetched.
         kind = self._read_json("model_index.json").get("_class_name", "")
@@ -146,7 +160,21 @@ class ModelFiles:
         Raises:
             UserError: the model has no such component.
         """
+        if self._known:
+            return self._known[component]
         return self._read_json(f"{component}/config.json")
+
+    def tensor_shapes(self, component: str) -> dict[str, torch.Size]:
+        """The shape of each of a component's tensors, from its files' headers; these are downloaded if need be.
+
+        Raises:
+            UserError: as `component`.
+        """
+        if self._known:
+            return shapes_by_config(component, self._known[component])
+        self.component(component)
+        with TensorFiles(self.weight_files(component)) as weights:
+            return weights.shapes()
 
     def read_scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration."""
@@ -181,8 +209,10 @@ class ModelFiles:
 
         It hashes their configurations and whole vocabularies, which are small, and samples of those weights that are
         here. Of a hub model it also takes the hub's own hashes of the weight files, which need no download, so that
-        training never fetches the text encoders.
+        training never fetches the text encoders. Of a known model without its files it is the provenance of nothing.
         """
+        if self._known:
+            return Provenance(FORMAT_VERSION, self.name, None, "", None, precision, size, library_versions())
         components = sorted(components)
         configs, weights = hashlib.sha256(), hashlib.sha256()
         for component in components:

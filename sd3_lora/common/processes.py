@@ -19,6 +19,8 @@ import torch
 from torch import distributed
 
 T = TypeVar("T")
+# Set in a script that training starts on its way.
+STARTED_BY_TRAINING = "SD3_LORA_STARTED_BY_TRAINING"
 # Rank 0 may wait this long while the others finish their shares.
 _TIMEOUT = datetime.timedelta(days=7)
 
@@ -109,6 +111,12 @@ def open_processes() -> Iterator[Processes]:
         raise
     finally:
         distributed.destroy_process_group()
+
+
+def print_next(line: str) -> None:
+    """Prints what to type next; not where training has started this script, and goes on by itself."""
+    if STARTED_BY_TRAINING not in os.environ:
+        print(line)
 
 
 def in_processes(

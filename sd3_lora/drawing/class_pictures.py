@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.captions import class_images
 
@@ -55,10 +55,9 @@ class WaitingLatents:
     def add(self, picture: PicturePlan, latents: torch.Tensor) -> None:
         """Writes a picture's `(16, H/8, W/8)` latents, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{picture.path.stem}.{os.getpid()}"
         metadata = {_METADATA_KEY: json.dumps(picture.settings)}
-        save_file({"latents": latents.contiguous()}, temporary, metadata)
-        os.replace(temporary, self._path(picture))
+        with replacing(self._path(picture)) as unfinished:
+            save_file({"latents": latents.contiguous()}, unfinished, metadata)
 
     def read(self, picture: PicturePlan) -> torch.Tensor | None:
         """The latents of this very picture; None where there are none, or those of other settings."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
@@ -169,22 +169,13 @@ class InferenceConfig:
 
 @dataclass(frozen=True)
 class DrawingFlags:
-    """All the flags of drawing, by group, in the order of `--help`."""
+    """All the flags of drawing, by group, in the order of `--help_all`."""
 
     drawing: InferenceConfig
     base: BaseFlags
     model: ModelConfig
     device: DeviceConfig
     budget: BudgetConfig
-
-    def groups(self) -> list[object]:
-        """The groups, to save them."""
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @classmethod
-    def classes(cls) -> list[type]:
-        """The groups' classes, to parse them."""
-        return list(get_type_hints(cls).values())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.common.command_line import write_atomically
+from sd3_lora.common.command_line import counted, write_atomically
 from sd3_lora.drawing.config import PictureFormat
 from sd3_lora.drawing.picture_metadata import encoded, read_settings
 
@@ -128,7 +128,7 @@ def rows_of_run(pictures: Sequence[SheetPicture]) -> tuple[list[Row], str]:
         for heading, row, captions in layout[:MOST_ROWS]
     ]
     hidden = sum(len(row) for _, row, _ in layout[MOST_ROWS:])
-    return rows, f"and {hidden} more pictures" if hidden else ""
+    return rows, f"and {counted(hidden, 'more picture')}" if hidden else ""
 
 
 def _split(pictures: Sequence[SheetPicture], columns: int) -> list[Sequence[SheetPicture]]:

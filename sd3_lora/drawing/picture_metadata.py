@@ -71,10 +71,18 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as picture:
             picture.load()
-            settings = json.loads(_own_text(picture))
-            return settings if isinstance(settings, dict) else None
-    except (OSError, UnidentifiedImageError, AttributeError, KeyError, ValueError, SyntaxError):
+            return settings_in(picture)
+    except (OSError, UnidentifiedImageError, SyntaxError):
         return None
+
+
+def settings_in(picture: Image.Image) -> dict[str, Any] | None:
+    """The settings in a loaded picture of this project; None where it is another's."""
+    try:
+        settings = json.loads(_own_text(picture))
+    except (AttributeError, KeyError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
 def _own_text(picture: Image.Image) -> str:

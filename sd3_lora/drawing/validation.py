@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,19 +179,31 @@ class Validation:
     def _decode(
         self, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor], device: torch.device
     ) -> list[DrawnPicture]:
-        if self._vae is None:
-            self._vae = load_vae(self._files, VAE_PRECISION, device, self.task.tile)
-        vae, errors, drawn = self._vae.to(device), [], []
-        try:
+        errors, drawn, saved = [], [], []
+        with ThreadPoolExecutor() as saving, self._vae_on(device) as vae:
             for plan, each in zip(plans, latents, strict=True):
                 try:
                     drawn.append(DrawnPicture(plan.prompt, decode(vae, each)))
                 except UserError as error:
                     errors.append(error)
                     continue
-                plan.save(drawn[-1].picture)
-        finally:
-            vae.to("cpu")
+                saved.append(saving.submit(plan.save, drawn[-1].picture))  # while the next one is decoded
+        for each_saved in saved:
+            each_saved.result()
         if errors:
             raise errors[0]
         return drawn
+
+    @contextmanager
+    def _vae_on(self, device: torch.device) -> Iterator[AutoencoderKL]:
+        """The VAE, on the device within the block. What it leaves there is not copied back: it stays on the host."""
+        if self._vae is None:
+            self._vae = load_vae(self._files, VAE_PRECISION, device, self.task.tile).to("cpu")
+        held = [(tensor, tensor.data) for tensor in (*self._vae.parameters(), *self._vae.buffers())]
+        try:
+            for tensor, data in held:
+                tensor.data = data.to(device)
+            yield self._vae
+        finally:
+            for tensor, data in held:
+                tensor.data = data

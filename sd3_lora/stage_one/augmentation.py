@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sd3_lora.common.config import CropFlags
-from sd3_lora.stage_one.images import CropBox
+from sd3_lora.stage_one.crop_boxes import CropBox
 
 ROTATION_DEGREES, BRIGHTNESS_RANGE = 5.0, 0.1  # by default
 

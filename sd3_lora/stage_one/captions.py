@@ -14,10 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, print_in_rank_0, read_text_lines, shown
+from sd3_lora.common.command_line import (
+    MOST_SHOWN,
+    UserError,
+    all_of,
+    counted,
+    print_in_rank_0,
+    read_text_lines,
+    shown,
+)
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import (
+from sd3_lora.stage_one.image_files import (
     CAPTION_EXTENSIONS,
     METADATA_NAMES,
     caption_stems,
@@ -329,8 +337,8 @@ class InstanceFolder:
             instance_prompt: the flag's, or its default.
         """
         names = [path.relative_to(self.folder).as_posix() for path in self.left_out]
-        others = f", {len(names)} other files left out" if names else ""
-        lines = [f"{len(self.images)} pictures in {self.folder}{others}"]
+        others = f", {counted(len(names), 'other file')} left out" if names else ""
+        lines = [f"{counted(len(self.images), 'picture')} in {self.folder}{others}"]
         if names:
             lines.append(f"left out: {shown(names)}")
         captions = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines
+from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, counted, read_text_lines
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.common.defaults import default_subject
 from sd3_lora.common.records import InstanceImage
@@ -105,7 +105,9 @@ class Subject:
         several = sum(len(image.prompts) > 1 for image in self.images)
         if about_prompts and several:
             prompts = sum(len(image.prompts) for image in self.images)
-            lines.append(f"{several} pictures have several captions, which training takes in turn; {prompts} in all")
+            lines.append(
+                f"{counted(several, 'picture')} with several captions, which training takes in turn; {prompts} in all"
+            )
         return lines
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sd3_lora.common.command_line import UserError, print_in_rank_0, shown, write_text_atomically
+from sd3_lora.common.command_line import UserError, counted, print_in_rank_0, shown, write_text_atomically
 from sd3_lora.common.config import PictureFlags
-from sd3_lora.stage_one.images import RASTER_EXTENSIONS, list_images
+from sd3_lora.stage_one.image_files import RASTER_EXTENSIONS, list_images
 
 from PIL import Image
 
@@ -116,7 +116,8 @@ def lay_out(data_set: DataSet, cache_dir: str | None = None) -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print_in_rank_0(
-        f"data set {data_set.name}: {len(captions)} pictures, {len(lines)} of them with captions, laid out in {folder}"
+        f"data set {data_set.name}: {counted(len(captions), 'picture')}, {len(lines)} of them with captions, laid out "
+        f"in {folder}"
     )
     return folder
 
@@ -163,7 +164,7 @@ def _train_split(data_set: DataSet, cache_dir: str | None) -> Any:
     rows = splits["train"]
     if pictures and len(rows) < len(pictures):
         print_in_rank_0(
-            f"note: the library datasets reads {len(rows)} of {len(pictures)} pictures in {data_set.name}; "
+            f"note: the library datasets reads {len(rows)} of {counted(len(pictures), 'picture')} in {data_set.name}; "
             f"--instance_data_dir {data_set.name} reads all"
         )
     return rows

@@ -8,7 +8,6 @@ of one chunk are written while the next chunk is encoded.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.records import PromptEmbedding, Provenance
 
 import torch
@@ -81,12 +81,8 @@ class EmbeddingParts:
         self.folder.mkdir(exist_ok=True)
         metadata = {"provenance": self.provenance.to_dict(), "prompts": list(prompts)}
         tensors = {"prompt_embeds": prompt_embeds.contiguous(), "pooled_prompt_embeds": pooled.contiguous()}
-        unfinished = self.folder / f".{number:06d}.{os.getpid()}.unfinished"
-        try:
+        with replacing(self._path(number)) as unfinished:
             save_file(tensors, unfinished, {_METADATA_KEY: json.dumps(metadata)})
-            os.replace(unfinished, self._path(number))
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def read(self, numbers: Sequence[int], cancelled: threading.Event) -> Iterator[PromptEmbedding]:
         """Yields the rows of these parts, and waits for those that are still to be added.

@@ -7,11 +7,12 @@ pooled_prompt_embeds (fixed-size list of P float16). The shapes and the provenan
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import PromptEmbedding, Provenance
 from sd3_lora.gpu.read_ahead import read_ahead
@@ -161,29 +162,20 @@ def write_embeddings(path: Path, provenance: Provenance, embeddings: Iterable[Pr
     Raises:
         ValueError: there is none, or their shapes differ.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    writer, count, shapes = None, 0, None
-    try:
-        for embedding in embeddings:
-            if writer is None:
-                shapes = embedding.prompt_embeds.shape, embedding.pooled_prompt_embeds.shape
-                schema = _schema(*shapes, provenance)
-                # Statistics over a row's 600,000 numbers would double the time of writing it.
-                writer = pq.ParquetWriter(
-                    temporary, schema, compression="zstd", use_dictionary=["prompt"], write_statistics=["prompt"]
-                )
+    rows = iter(embeddings)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError("no embeddings to write")
+    shapes, count = (first.prompt_embeds.shape, first.pooled_prompt_embeds.shape), 0
+    schema = _schema(*shapes, provenance)
+    # Statistics over a row's 600,000 numbers would double the time of writing it.
+    columns = {"compression": "zstd", "use_dictionary": ["prompt"], "write_statistics": ["prompt"]}
+    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, schema, **columns) as writer:
+        for embedding in chain([first], rows):
             if (embedding.prompt_embeds.shape, embedding.pooled_prompt_embeds.shape) != shapes:
                 raise ValueError(f"shapes differ at {embedding.prompt!r}")
             writer.write_table(_row_table(embedding, schema), row_group_size=1)
             count += 1
-        if writer is None:
-            raise ValueError("no embeddings to write")
-        writer.close()
-        os.replace(temporary, path)
-    finally:
-        if writer is not None:
-            writer.close()
-        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -8,16 +8,16 @@ the VAE's shift and scale are applied in training (`normalize_latents`). Where m
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import UNFINISHED, replacing
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
 from sd3_lora.common.tensor_files import write_tensors
-from sd3_lora.stage_one.images import number_of_variant
+from sd3_lora.stage_one.crop_boxes import number_of_variant
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,7 +125,7 @@ class LatentCache:
 
     def remove_unfinished(self) -> None:
         """Deletes temporary files that an interrupted run left."""
-        for path in self.folder.glob(".*.unfinished"):
+        for path in self.folder.glob(f".*{UNFINISHED}"):
             path.unlink()
 
     def broken(self) -> dict[str, BrokenPicture]:
@@ -296,9 +296,8 @@ class LatentCache:
         ranges = existing.ranges if existing and existing.ranges else self.ranges
         if any(number_of_variant(name.rpartition(".")[0]) for name in tensors):
             metadata["augmentation"] = ranges
-        temporary = self.folder / f".{image_id}.{os.getpid()}.unfinished"
-        write_tensors(temporary, tensors, {_METADATA_KEY: json.dumps(metadata)})
-        os.replace(temporary, self.path(image_id))
+        with replacing(self.path(image_id)) as unfinished:
+            write_tensors(unfinished, tensors, {_METADATA_KEY: json.dumps(metadata)})
         self._read.pop(image_id, None)
 
 

@@ -15,19 +15,9 @@ from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of
 from sd3_lora.common.config import CropFlags
 from sd3_lora.common.records import InstanceImage, LatentMask
 from sd3_lora.stage_one.concepts import Concept, Subject
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    CropBox,
-    crop_picture,
-    folded,
-    is_named_as_mask,
-    list_images,
-    mask_stem,
-    open_alpha,
-    open_grey,
-    picture_and_mask_paths,
-    upright_size,
-)
+from sd3_lora.stage_one.crop_boxes import CropBox, crop_picture
+from sd3_lora.stage_one.image_files import folded, is_named_as_mask, list_images, mask_stem, picture_and_mask_paths
+from sd3_lora.stage_one.images import BrokenImage, open_alpha, open_grey, upright_size
 from sd3_lora.stage_one.picture_hashes import hash_pictures
 
 import numpy as np

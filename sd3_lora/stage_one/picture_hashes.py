@@ -18,9 +18,8 @@ from typing import Any
 
 from sd3_lora.common.command_line import write_text_atomically
 from sd3_lora.common.devices import cpu_cores
-from sd3_lora.stage_one.images import hash_file
-
-from tqdm import tqdm
+from sd3_lora.common.progress import Progress
+from sd3_lora.stage_one.image_files import hash_file
 
 NOTES_NAME = "pictures.json"  # beside the latents of these pictures
 NOTED_FROM_BYTES = 256 * 1024**2  # a smaller folder is read in a second
@@ -53,7 +52,7 @@ def hash_pictures(paths: Sequence[Path], notes_path: Path | None = None) -> list
     is_large = sum(size for size, *_ in times) >= NOTED_FROM_BYTES
     with ThreadPoolExecutor(min(MOST_THREADS, cpu_cores())) as pool:  # hashing releases the lock
         hashes = (pool.map if is_large else map)(hash_file, missing)  # tiny files need no threads
-        read = tqdm(hashes, total=len(missing), desc="hashing", leave=False, disable=len(missing) < 100)
+        read = Progress(hashes, total=len(missing), desc="hashing", leave=False, disable=len(missing) < 100)
         known |= zip((os.path.abspath(path) for path in missing), read, strict=True)
     if notes_path and missing and is_large:
         kept = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines, shown
@@ -107,3 +108,34 @@ def unknown_note(words: list[str]) -> str | None:
         f"note: T5's vocabulary lacks {shown(words)}: it reads <unk> there, and the CLIPs "
         "alone see the word; English words in Latin letters are read by all three"
     )
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What the tokenizers make of a prompt.
+
+    Attributes:
+        clip: the pieces that CLIP reads, without the marks of beginning and end.
+        clip_count: CLIP's tokens, these marks included.
+        t5_count: T5's tokens, its end mark included.
+    """
+
+    clip: tuple[str, ...]
+    clip_count: int
+    t5_count: int
+
+
+def tokens_of(files: ModelFiles, prompts: Sequence[str]) -> list[PromptTokens]:
+    """The tokens of each prompt, before any is cut off.
+
+    Raises:
+        UserError: the model has no tokenizers, or they are not here.
+    """
+    clip = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
+    t5 = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    return [
+        PromptTokens(
+            tuple(clip.tokenize(prompt)), len(clip(prompt).input_ids), len(t5(prompt, truncation=False).input_ids)
+        )
+        for prompt in prompts
+    ]

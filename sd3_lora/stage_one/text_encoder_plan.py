@@ -14,7 +14,6 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.budget import DeviceBudget, too_small
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
@@ -253,9 +252,8 @@ def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
     """Bytes of each weight of each CLIP, from the shapes in the files' headers."""
     sizes = []
     for component in ("text_encoder", "text_encoder_2"):
-        files.component(component)
-        with TensorFiles(files.weight_files(component)) as weights:
-            sizes.append([plan.clip_dtype.itemsize * shape.numel() for shape in weights.shapes().values()])
+        shapes = files.tensor_shapes(component).values()
+        sizes.append([plan.clip_dtype.itemsize * shape.numel() for shape in shapes])
     return sizes
 
 
@@ -286,7 +284,6 @@ def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
     """T5's encoder on the meta device, in the dtypes in which it is loaded."""
-    files.component("text_encoder_3")  # downloaded now, if need be
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
     set_dtypes(encoder.block, dtype)
@@ -301,17 +298,15 @@ def t5_device_bytes(files: ModelFiles, precision: str) -> int:
 def _t5_tensor_bytes(files: ModelFiles, precision: str) -> dict[str, int]:
     """Bytes of each of T5's weights on the device, by name."""
     per_weight = {"int8": 1.0, "nf4": 0.5625, "fp16": 2.0, "fp32": 4.0}[precision]
-    files.component("text_encoder_3")  # downloads the files if need be: without them nothing could be predicted
     sizes = {}
-    with TensorFiles(files.weight_files("text_encoder_3")) as weights:
-        for key, shape in weights.shapes().items():
-            if key.endswith(".wo.weight"):
-                each = 4.0  # kept in fp32 whatever the precision
-            elif "block" in key and "norm" not in key and "bias" not in key:
-                each = per_weight
-            else:
-                each = max(per_weight, 2.0)
-            sizes[key] = int(each * shape.numel())
+    for key, shape in files.tensor_shapes("text_encoder_3").items():
+        if key.endswith(".wo.weight"):
+            each = 4.0  # kept in fp32 whatever the precision
+        elif "block" in key and "norm" not in key and "bias" not in key:
+            each = per_weight
+        else:
+            each = max(per_weight, 2.0)
+        sizes[key] = int(each * shape.numel())
     return sizes
 
 

@@ -13,10 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.read_ahead import read_ahead
@@ -26,7 +27,6 @@ from sd3_lora.stage_one.text_encoder_plan import T5Precision, TextEncoderPlan, d
 
 import torch
 from accelerate import cpu_offload
-from tqdm import tqdm
 from transformers import (
     BitsAndBytesConfig,
     CLIPTextModelWithProjection,
@@ -171,7 +171,7 @@ def to_float16(values: torch.Tensor, prompts: Sequence[str], encoder: str) -> to
 def batches(values: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """Yields `size` rows at a time, with a progress bar from four batches on."""
     pieces = values.split(size)
-    return iter(tqdm(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
+    return iter(Progress(pieces, unit="batch", leave=False, disable=len(pieces) < 4))
 
 
 @lru_cache(3)
@@ -188,8 +188,8 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     too_long = [prompt for prompt, tokens in zip(prompts, untruncated, strict=True) if len(tokens) > length]
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
-        others = f" and {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
-        print(f"note: {shown}{others} exceed {length} tokens of {type(tokenizer).__name__}; the rest is cut off")
+        others = f" and {counted(len(too_long) - 1, 'more prompt')}" if len(too_long) > 1 else ""
+        print(f"note: cut off after {length} tokens of {type(tokenizer).__name__}: {shown}{others}")
     return ids
 
 
@@ -288,7 +288,7 @@ def encode_t5_streamed(files: ModelFiles, token_ids: torch.Tensor, plan: TextEnc
         weight_buffer = torch.empty(half_bytes(encoder.block), dtype=torch.uint8, device=device)
         position_bias = None  # (1, heads, T, T): computed by the first block, used by all
         halves = read_ahead(read_halves(weights, encoder.block))
-        for half in tqdm(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
+        for half in Progress(halves, desc="T5 half blocks", total=2 * len(encoder.block), leave=False):
             half.place(weight_buffer)
             for i, batch in enumerate(hidden):
                 states, bias, *_ = half.block(batch.to(device), attention_mask=None, position_bias=position_bias)

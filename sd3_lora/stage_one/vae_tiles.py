@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.budget import DeviceBudget, too_small
 
 import torch
@@ -67,8 +66,9 @@ class VaeTile:
 
     def describe(self) -> str:
         """In words: "1 picture at a time, in tiles of 512 px"."""
-        pictures = "1 picture" if self.batch_size == 1 else f"{self.batch_size} pictures"
-        return f"{pictures} at a time, " + ("whole" if self.side_px is None else f"in tiles of {self.side_px} px")
+        return f"{counted(self.batch_size, 'picture')} at a time, " + (
+            "whole" if self.side_px is None else f"in tiles of {self.side_px} px"
+        )
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ def _first_fitting(tiles: Sequence[VaeTile], budget: DeviceBudget) -> VaeTile | 
 
 def vae_weight_bytes(files: ModelFiles, precision: str) -> int:
     """Bytes of the VAE's weights on the device, from the shapes in its files' headers."""
-    files.component("vae")  # downloaded now, if need be
-    with TensorFiles(files.weight_files("vae")) as weights:
-        return sum(DTYPES[precision].itemsize * shape.numel() for shape in weights.shapes().values())
+    return sum(DTYPES[precision].itemsize * shape.numel() for shape in files.tensor_shapes("vae").values())
 
 
 def working_bytes(files: ModelFiles, work: VaeWork, side_px: int | None, batch_size: int) -> int:

@@ -14,7 +14,8 @@ from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.captions import captions_win
 from sd3_lora.stage_one.concepts import Subject, read_subject
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import BrokenImage, list_images, open_rgb
+from sd3_lora.stage_one.image_files import list_images
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, recorded_precision
 from sd3_lora.stage_one.picture_hashes import NOTES_NAME, hash_pictures
 from sd3_lora.stage_one.prompts import read_prompts

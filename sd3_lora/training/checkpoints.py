@@ -125,6 +125,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What of a checkpoint is no tensor and tells of its run: `step`, `steps`, `signature`; what it has of them."""
+    try:
+        packed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        return {key: unpack(item, {}) for key, item in packed["dict"] if key in ("step", "steps", "signature")}
+    except (OSError, TypeError, ValueError, KeyError):
+        return {}
+
+
 def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
     """Notes the pictures beside the state."""
     content = [_without_defaults(picture) for picture in pictures]

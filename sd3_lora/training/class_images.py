@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, print_in_rank_0
+from sd3_lora.common.command_line import UserError, command, counted, print_in_rank_0
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
@@ -116,8 +116,8 @@ class ClassImages:
         fitting = tuple(image for image in whole if size_of[image.image_id] in (None, *sizes))
         if len(fitting) < len(whole):
             print_in_rank_0(
-                f"note: {len(whole) - len(fitting)} class pictures have shapes that no picture of the subject has, and "
-                "are left out"
+                f"note: left out: {counted(len(whole) - len(fitting), 'class picture')} of shapes that no picture of "
+                "the subject has"
             )
         return fitting
 
@@ -143,7 +143,7 @@ class ClassImages:
             count += missing
             is_square = size == PictureSize.square(self.request.resolution)
             shape = {} if is_square else {"width": size.width, "height": size.height}
-            lack = f"{of.folder} lacks {missing} class picture{'s' if missing > 1 else ''}"
+            lack = f"{of.folder} lacks {counted(missing, 'class picture')}"
             lack += "" if len(sizes) == 1 else f" of {size} px"
             drawings.append((lack, {**self.request.drawing_flags(of), "num_class_images": count, **shape}))
         return drawings

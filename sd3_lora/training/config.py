@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import get_type_hints
+from dataclasses import dataclass
 
-from sd3_lora.common.command_line import HarmlessFlag, UserError, require_right
+from sd3_lora.common.command_line import HarmlessFlag, UserError, counted, require_right
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.data_flags import DataConfig
@@ -33,7 +32,7 @@ HARMLESS_FLAGS = {
 
 @dataclass(frozen=True)
 class TrainingFlags:
-    """All the flags of training, by group, in the order of `--help`."""
+    """All the flags of training, by group, in the order of `--help_all`."""
 
     data: DataConfig
     prior: PriorConfig
@@ -117,20 +116,12 @@ class TrainingFlags:
         warms_up = optimizer.lr_scheduler not in ("constant", "piecewise_constant") and optimizer.lr_warmup_steps > 0
         return (
             f"{resolution} px, batch {run.train_batch_size}{class_pictures} × accumulation "
-            f"{run.gradient_accumulation_steps} × "
-            f"processes {processes}, {steps} steps, {kind}learning rate {rate:g}{own} {optimizer.lr_scheduler}"
-            + (f" after {optimizer.lr_warmup_steps} steps of warmup" if warms_up else "")
+            f"{run.gradient_accumulation_steps} × processes {processes}, {counted(steps, 'step')}, "
+            f"{kind}learning rate {rate:g}{own} {optimizer.lr_scheduler}"
+            + (f" after {counted(optimizer.lr_warmup_steps, 'step')} of warmup" if warms_up else "")
             + f", weighting {self.flow.weighting_scheme}, precondition_outputs "
             + ("on" if self.flow.precondition_outputs else "off")
+            + self.data.sentence()
             + prior.sentence()
             + (f", CLIPs' learning rate {self.text_encoder_rate(pictures):g}" if self.text.train_text_encoder else "")
         )
-
-    def groups(self) -> list[object]:
-        """The groups, to save them."""
-        return [getattr(self, f.name) for f in fields(self)]
-
-    @classmethod
-    def classes(cls) -> list[type]:
-        """The groups' classes, to parse them."""
-        return list(get_type_hints(cls).values())

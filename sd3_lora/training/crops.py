@@ -8,7 +8,7 @@ from pathlib import Path
 from sd3_lora.common.command_line import UserError, command, print_in_rank_0
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.images import number_of_variant
+from sd3_lora.stage_one.crop_boxes import number_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents
 from sd3_lora.stage_one.masks import ALPHA, noted_masks, picture_name
 from sd3_lora.training.dataset import augmented_counts, choose_variants

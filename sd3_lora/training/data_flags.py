@@ -85,6 +85,11 @@ class DataConfig(CropFlags):
         """unmasked_weight; None where the loss has no masks."""
         return self.unmasked_weight if self.masked_loss else None
 
+    def sentence(self) -> str:
+        """How masks weight the loss, to be added to a sentence; nothing without them."""
+        beside = f" (beside the masks {self.unmasked_weight:g})" if self.unmasked_weight else ""
+        return f", masked loss{beside}" if self.masked_loss else ""
+
     def _mask_faults(self) -> Iterator[str]:
         if not 0 <= self.unmasked_weight <= 1:
             yield f"--unmasked_weight {self.unmasked_weight:g} must be at least 0 and at most 1"

@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior, PromptEmbedding, Provenance, TrainingBatch
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
+from sd3_lora.stage_one.crop_boxes import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.flow import mask_weights
 from sd3_lora.training.pool import Pool
@@ -95,7 +95,7 @@ class TrainingData:
         subject, others = (
             sum(len(pool.images) for pool in self.pools if pool.role == role) for role in ("instance", "class")
         )
-        return f"{subject} pictures" + (f" and {others} class pictures" if others else "")
+        return f"{counted(subject, 'picture')}" + (f" and {counted(others, 'class picture')}" if others else "")
 
     @property
     def sizes(self) -> tuple[PictureSize, ...]:
@@ -275,7 +275,7 @@ def require_prompts(store: EmbeddingStore, prompts: Sequence[str], command: str)
     """
     missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in store]
     if missing:
-        others = f" and {len(missing) - 1} more prompts" if len(missing) > 1 else ""
+        others = f" and {counted(len(missing) - 1, 'more prompt')}" if len(missing) > 1 else ""
         raise UserError(f"{store.path} lacks {missing[0]!r}{others}: type `{command}`")
 
 

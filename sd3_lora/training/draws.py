@@ -52,6 +52,10 @@ class GlobalDraws:
         """Where this rank's rows lie in a draw for all ranks, each of which has a batch of `count`."""
         return slice(self._rank * count, (self._rank + 1) * count)
 
+    def all_rows(self, count: int) -> slice:
+        """Where the rows of all ranks lie in such a draw."""
+        return slice(0, self._world_size * count)
+
     def share(self, pictures: Sequence[int], fills: bool = False) -> RankShare:
         """This rank's part of a batch's pictures, which may be fewer than the global batch size.
 

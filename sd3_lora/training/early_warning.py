@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.command_line import counted
 from sd3_lora.stage_one.latent_cache import normalize_latents
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
@@ -117,7 +118,7 @@ class EarlyWarning:
         """What is measured, for the user."""
         crops = "that are not trained on" if self.has_held_back else "that are trained on, since none is held back"
         prompt = f"; and drift of the class prompt {self._class[0].prompt!r}" if self._class else ""
-        pictures = f"{len(self._subject)} picture{'s' if len(self._subject) > 1 else ''}"
+        pictures = counted(len(self._subject), "picture")
         return f"early warning: loss at {NOISE_LEVELS} noise levels of {pictures}, on crops {crops}{prompt}"
 
     def go_on_from(self, step: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ class LoggedStep:
         gradient_norm: before clipping; None for a step that the scaler skipped.
         learning_rate: of the step.
         skipped: whether the scaler skipped it for an infinite gradient.
+        sigmas: the noise levels of its pictures, from 0 to 1; empty in a log of an earlier build.
     """
 
     step: int
@@ -38,6 +39,7 @@ class LoggedStep:
     gradient_norm: float | None
     learning_rate: float
     skipped: bool
+    sigmas: Sequence[float] = ()
 
 
 class SupportsBool(Protocol):
@@ -57,6 +59,7 @@ class PendingStep:
         learning_rate: of the step.
         skipped: whether the scaler skipped it; not read before `LossLog.add`, since reading may wait for the device.
         pictures: file names that the step saw, for a diagnosis.
+        sigmas: their noise levels, from 0 to 1, on the host.
     """
 
     step: int
@@ -65,6 +68,7 @@ class PendingStep:
     learning_rate: float
     skipped: SupportsBool
     pictures: str
+    sigmas: Sequence[float] = ()
 
 
 class LossLog:
@@ -130,7 +134,8 @@ class LossLog:
             self._require_finite(pending, loss, norm)
             skipped = bool(pending.skipped)
             gradient_norm = None if skipped else norm
-            lines.append(LoggedStep(pending.step, loss, gradient_norm, pending.learning_rate, skipped))
+            sigmas = [round(sigma, 4) for sigma in pending.sigmas]
+            lines.append(LoggedStep(pending.step, loss, gradient_norm, pending.learning_rate, skipped, sigmas))
         self._pending = []
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:

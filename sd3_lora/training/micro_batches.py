@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,9 @@ class InputSampler:
         prior: with which some pictures come once more; None where none do.
         taken: micro-batches of the run before it was resumed.
         clips: that are trained, if they are.
+
+    Attributes:
+        sigmas: the noise levels of the pictures of all ranks in the micro-batch that was drawn last, for the log.
     """
 
     def __init__(
@@ -51,13 +55,15 @@ class InputSampler:
         self._clips = clips
         self.draws, self.device, self._prior, self._number = draws, device, prior, taken
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
+        self.sigmas: list[float] = []
 
     def sample(self, batch: TrainingBatch) -> StepInputs:
         """The inputs of the next micro-step, on the device, without a host–device synchronisation."""
         draws, table, count = self.draws, self._table, len(batch.image_ids)
         shape = batch.latent_mean.shape[1:]  # (16, H/8, W/8)
         posterior_noise, noise = (draws.normal(shape, count) for _ in range(2))
-        indices = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)[draws.rows(count)]
+        of_all = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)
+        indices, self.sigmas = of_all[draws.rows(count)], table.sigmas[of_all[draws.all_rows(count)]].tolist()
         conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
         prior_rows, prior_tokens = torch.empty(0, dtype=torch.long), None
         if self._prior:
@@ -96,6 +102,25 @@ class InputSampler:
         return states.to(self._dtype), ends, kept
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch that is drawn.
+
+    Attributes:
+        inputs: of its step.
+        names: of its pictures' files.
+        sigmas: the noise levels of its pictures, those of all ranks.
+        of_full: its pictures as a part of a full batch's.
+        before: the state of the draws and the order before it was drawn.
+    """
+
+    inputs: StepInputs
+    names: list[str]
+    sigmas: list[float]
+    of_full: float
+    before: dict[str, Any]
+
+
 class MicroBatches:
     """A run's micro-batches in their order, drawn on the host before the device needs them.
 
@@ -119,8 +144,7 @@ class MicroBatches:
     ):
         self._order, self._data, self._sampler, self._early = order, data, sampler, early
         self._caption_dropout, self._encoder_dropout = caption_dropout, encoder_dropout or EncoderDropout()
-        # Each with its pictures' names, its part of a full batch, and the state of the draws and the order before it.
-        self._drawn: deque[tuple[StepInputs, list[str], float, dict[str, Any]]] = deque()
+        self._drawn: deque[MicroBatch] = deque()
 
     def draw_ahead(self, left: int) -> None:
         """Draws until `early` micro-batches are there, but no more than the `left` that may be drawn."""
@@ -143,16 +167,15 @@ class MicroBatches:
                     batch = batch.weighted(share.weights)
                 inputs = self._sampler.sample(batch)
             names = [self._data.images[index].path.name for index in indices]
-            self._drawn.append((inputs, names, share.of_full, before))
+            self._drawn.append(MicroBatch(inputs, names, self._sampler.sigmas, share.of_full, before))
 
-    def take(self) -> tuple[StepInputs, list[str], float, StepInputs | None]:
-        """The next micro-batch, its pictures' names, its part of a full batch, and the next inputs if drawn."""
-        inputs, names, of_full, _ = self._drawn.popleft()
-        return inputs, names, of_full, self._drawn[0][0] if self._drawn else None
+    def take(self) -> tuple[MicroBatch, StepInputs | None]:
+        """The next micro-batch; and the inputs of the one after it, if drawn."""
+        return self._drawn.popleft(), self._drawn[0].inputs if self._drawn else None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the draws and the order stand, for a checkpoint; what was drawn and not taken is drawn again then."""
-        return self._drawn[0][3] if self._drawn else self._state()
+        return self._drawn[0].before if self._drawn else self._state()
 
     def _state(self) -> dict[str, Any]:
         return {"draws": self._sampler.draws.generator.get_state(), "order": self._order.state_dict()}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import PATH_FLAGS
+from sd3_lora.common.command_line import PATH_FLAGS, counted
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, flag_defaults
 from sd3_lora.training.gallery import find_pictures, find_sheet
 from sd3_lora.training.hub_flags import HUB_FLAGS
@@ -182,10 +182,10 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
         weight = f"{flags['prior_loss_weight']:g}"
         yield (
             "prior preservation",
-            f"{flags['num_class_images']} pictures of {_code(flags['class_prompt'])}, × {weight}",
+            f"{counted(flags['num_class_images'], 'picture')} of {_code(flags['class_prompt'])}, × {weight}",
         )
     batch = flags["train_batch_size"] * accumulated * facts.processes
-    yield "steps", f"{results.steps}, of {batch} picture{'' if batch == 1 else 's'} each"
+    yield "steps", f"{results.steps}, of {counted(batch, 'picture')} each"
     alpha = identity.get("--lora_alpha")
     kind = _LYCORIS.get(flags["lora_type"], "LoRA")
     yield kind, f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
@@ -232,8 +232,7 @@ def _own_pictures(record: RunRecord) -> list[Any]:
 
 
 def _count(record: RunRecord) -> str:
-    count = len(_own_pictures(record))
-    return f"{count} picture" + ("" if count == 1 else "s")
+    return counted(len(_own_pictures(record)), "picture")
 
 
 def _flags(record: RunRecord) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
@@ -65,7 +67,7 @@ class PictureLoss:
 
     Attributes:
         image_id: sha256 of the picture's bytes.
-        name: of its file.
+        name: of its file, with its folder where another picture has the same name.
         caption: that it is predicted with.
         losses: at each noise level, from the most noise to the least.
         without_caption: likewise, with the empty prompt.
@@ -157,6 +159,18 @@ def table(losses: Sequence[PictureLoss]) -> Iterator[str]:
         )
 
 
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The files' names, with as many of the folders around them as tell files of one name apart."""
+    names = [path.name for path in paths]
+    for depth in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        counts = Counter(names)
+        names = [
+            Path(*path.parts[-depth:]).as_posix() if counts[name] > 1 else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
+
+
 def measure_losses(
     model: VelocityModel,
     data: TrainingData,
@@ -187,6 +201,7 @@ def measure_losses(
         rows = by_size.setdefault(data.sizes[index], [])
         rows += [(index, prompt, level) for level in fixed.indices]
     losses: dict[tuple[int, str, int], float] = {}
+    names = distinct_names([image.path for image in data.images])
     for rows in by_size.values():
         for start in range(0, len(rows), together):
             batch = rows[start : start + together]
@@ -195,7 +210,7 @@ def measure_losses(
     return [
         PictureLoss(
             data.images[index].image_id,
-            data.images[index].path.name,
+            names[index],
             prompt,
             tuple(losses[index, prompt, level] for level in fixed.indices),
             tuple(losses[index, "", level] for level in fixed.indices),

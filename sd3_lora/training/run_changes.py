@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, quoted
+from sd3_lora.common.command_line import UserError, counted, quoted
 from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
@@ -54,7 +54,7 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     identity = record.identity
     for name, value in identity.unknown(saved):
         raise UserError(
-            f"{folder} was trained with {name} {value}, which this build does not know: resume it with the newer "
+            f"{folder} was trained {_as_typed(name, value)}, which this build does not know: resume it with the newer "
             "build that wrote it, or give another --output_dir for a new run"
         )
     differences = {name: (before, now) for name, before, now in identity.changed(saved)}
@@ -91,6 +91,13 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
     )
 
 
+def _as_typed(name: str, value: Any) -> str:
+    """How a flag was given, or that it was not."""
+    if value is None or value is False:
+        return f"without {name}"
+    return f"with {name if value is True else quoted([name, str(value)])}"
+
+
 def _flag_change(name: str, before: Any, now: Any) -> RunChange:
     if name == "--compile":  # as `StepExecution.kernels` has it
         compiled = before == "blocks"
@@ -103,8 +110,8 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
     if name == PRIOR_PROMPTS:
         return _prior_prompts_change(before, now)
     if before is None or before is False:
-        return RunChange(f"without {name}", f"leave {name} out")
-    typed = name if before is True else quoted([name, str(before)])
+        return RunChange(_as_typed(name, before), f"leave {name} out")
+    typed = _as_typed(name, before).removeprefix("with ")
     with_other = f"with {typed}" + ("" if now is None or isinstance(now, bool) else f", not {now}")
     if name in ("--t5_precision", "--max_sequence_length"):  # the file decides
         return RunChange(
@@ -130,7 +137,7 @@ def _and_more(prompts: Sequence[str]) -> str:
 def _batch_change(before: int, now: int, processes: int) -> RunChange:
     share, rest = divmod(before, processes)
     return RunChange(
-        f"with {before} picture{'s' if before > 1 else ''} in a micro-batch of all processes, not {now}",
+        f"with {counted(before, 'picture')} in a micro-batch of all processes, not {now}",
         f"start as many processes as {before} can be divided by"
         if rest
         else f"type --train_batch_size {share}" + (f" with {processes} processes" if processes > 1 else ""),
@@ -204,5 +211,5 @@ def _names(pictures: Sequence[NotedPicture]) -> str:
     names = sorted(picture.name for picture in pictures if picture.name)[:_MOST_NAMES]
     rest = len(pictures) - len(names)
     if not names:
-        return f"{rest} picture{'s' if rest > 1 else ''}"
+        return f"{counted(rest, 'picture')}"
     return ", ".join(names) + (f" and {rest} more" if rest else "")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from sd3_lora.common.config import groups_of
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, flag_defaults
 from sd3_lora.training.config import TrainingFlags
@@ -73,7 +74,7 @@ def run_identity(
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
     }
-    defaults = flag_defaults(type(group) for group in flags.groups())
+    defaults = flag_defaults(type(group) for group in groups_of(flags))
     defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
     synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
     return RunIdentity(values, defaults, synonyms, pictures)

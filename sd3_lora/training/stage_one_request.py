@@ -14,6 +14,7 @@ from sd3_lora.common.command_line import UserError, command, command_words
 from sd3_lora.common.config import BUCKET_FLAGS, BudgetConfig, ModelConfig, PictureFlags
 from sd3_lora.common.defaults import PROJECT_FOLDER, default_folder
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.processes import STARTED_BY_TRAINING
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.stage_one.captions import CaptionRules
 from sd3_lora.stage_one.concepts import ClassFolder, Concept, class_folders_of, concepts_of
@@ -168,6 +169,7 @@ class StageOneRequest:
         typed, (name, *arguments) = command(script, **flags), command_words(script, **flags)
         print(f"{lack} yet; in a process of its own: {typed}", flush=True)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHER_VARIABLES)}
+        environment[STARTED_BY_TRAINING] = "1"
         if subprocess.run([sys.executable, PROJECT_FOLDER / name, *arguments], env=environment, check=False).returncode:
             raise UserError(f"there are no {made} to train on: mend what is said above, then type `{typed}`")
 

@@ -117,9 +117,7 @@ def base_bytes(
     Not rounded: CUDA's allocator takes a multiple of 512 for each tensor. Buffers that no file holds, of which SD3 has
     none, are not counted.
     """
-    files.component("transformer")  # downloaded now, if need be: without its files the sum would be 0
-    with TensorFiles(files.weight_files("transformer")) as weights:
-        shapes = weights.shapes()
+    shapes = files.tensor_shapes("transformer")
     kept = _kept_positions(files.read_config("transformer"), latent_size)
     if kept:
         shapes[_POSITIONS] = torch.Size([1, kept**2, shapes[_POSITIONS][-1]])

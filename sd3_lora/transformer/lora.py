@@ -11,7 +11,6 @@ Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (o
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraStart, LoraType
 from sd3_lora.common.tensor_files import write_tensors
@@ -580,15 +580,11 @@ def save_lora(
     if bad:
         raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
     path = folder / file_name
-    temporary = folder / f".{file_name}.{os.getpid()}"
-    try:
-        write_tensors(temporary, tensors, metadata)
-        written = load_file(temporary)
+    with replacing(path) as unfinished:
+        write_tensors(unfinished, tensors, metadata)
+        written = load_file(unfinished)
         if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
             raise OSError(f"{path}: the disk returned other bytes than were written")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -17,13 +17,13 @@ norms of the base's rows (a change of that is proposed there).
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError, quoted
 from sd3_lora.common.config import LoraType
 from sd3_lora.common.model_files import ModelFiles
@@ -87,12 +87,8 @@ def export_lora(lora: LoraFile, form: str, path: Path, files: ModelFiles) -> Non
     tensors: dict[str, torch.Tensor] = {}
     for model, part in lora.parts.items():
         tensors |= _tensors(part, model, form, is_plain_part[model], files)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_tensors(temporary, tensors, _metadata(lora, files.read_config(TRANSFORMER)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        write_tensors(unfinished, tensors, _metadata(lora, files.read_config(TRANSFORMER)))
 
 
 def _tensors(lora: LoraFile, model: str, form: str, plain: bool, files: ModelFiles) -> dict[str, torch.Tensor]:

@@ -15,12 +15,12 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, all_of
 from sd3_lora.common.config import LoraType, ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.run_record import recorded_flags
@@ -341,29 +341,36 @@ def require_start(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> N
     if lora.scales_inputs or lora.has_biases:
         of = "magnitudes of the layers' inputs" if lora.scales_inputs else "biases"
         raise UserError(f"{flag} has {of}, which are not trained here: begin with another")
+    for name in lora.layers:
+        if name not in ranks and not name.startswith("transformer_blocks."):
+            raise UserError(f"{flag} has a LoRA on {name}, which is not trained here: begin with another")
+    faults = [f"{flag} {fault}" for fault in _start_faults(lora, ranks, kind)]
+    if faults:
+        raise UserError(all_of(faults, "--init_lora"))
+
+
+def _start_faults(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> Iterator[str]:
+    """What flags can mend, all of it, so that one round of typing does."""
     if lora.type != kind.type:
         remedy = f"leave out --lora_type {kind.type}" if lora.type == "lora" else f"type --lora_type {lora.type}"
-        raise UserError(f"{flag} is a {TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}")
-    for name in lora.layers:
-        if name in ranks:
-            continue
-        if not name.startswith("transformer_blocks."):
-            raise UserError(f"{flag} has a LoRA on {name}, which is not trained here: begin with another")
+        yield f"is a {TYPE_NAMES[lora.type]}, and this command trains another kind: {remedy}"
+    more = [name for name in lora.layers if name not in ranks]
+    if more:
         wanted = sorted({each.split(".", 2)[2] for each in (*lora.layers, *ranks) if each.startswith("transformer_b")})
-        raise UserError(
-            f"{flag} has a LoRA on {name}, which this command does not train: type --lora_layers {','.join(wanted)} "
+        yield (
+            f"has a LoRA on {more[0]}, which this command does not train: type --lora_layers {','.join(wanted)} "
             "and leave out --lora_blocks"
         )
-    if lora.type != "lora":  # `require_lycoris_start` compares their shapes
-        return
-    larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks[name]}
-    for name, rank in larger.items():
-        raise UserError(
-            f"{flag} has a rank of {rank} on {name}, and this command {ranks[name]}: type --rank "
-            f"{max(larger.values())} and leave out --rank_pattern"
-        )
+    if lora.type == "lora":  # `require_lycoris_start` compares the shapes of others
+        least = min(ranks.values(), default=0)  # what a layer will have that is not trained yet
+        larger = {name: layer.rank for name, layer in lora.layers.items() if layer.rank > ranks.get(name, least)}
+        for name, rank in list(larger.items())[:1]:
+            yield (
+                f"has a rank of {rank} on {name}, and this command {ranks.get(name, least)}: type --rank "
+                f"{max(larger.values())} and leave out --rank_pattern"
+            )
     if lora.is_dora and not kind.use_dora:
-        raise UserError(f"{flag} is a DoRA: add --use_dora")
+        yield "is a DoRA: add --use_dora"
 
 
 def require_lycoris_start(lora: LoraFile, transformer: SD3Transformer2DModel) -> None:

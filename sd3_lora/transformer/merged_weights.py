@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.transformer.lora_files import LoraFile
 
 import torch
-from tqdm import tqdm
 
 
 def write_merged(lora: LoraFile, scale: float, paths: Sequence[Path], folder: Path) -> None:
@@ -35,13 +35,13 @@ def write_merged(lora: LoraFile, scale: float, paths: Sequence[Path], folder: Pa
             dtype = dtypes[f"{name}.weight"]
             if dtype not in ("F32", "F16", "BF16"):
                 raise UserError(f"{name}.weight of the base is quantized ({dtype}): merge into a base of 16 or 32 bits")
-        bar = tqdm(total=len(dtypes), desc="tensors")
+        bar = Progress(total=len(dtypes), desc="tensors")
         with bar:
             for path in paths:
                 _write_file(lora, scale, base, path, folder / path.name, bar)
 
 
-def _write_file(lora: LoraFile, scale: float, base: TensorFiles, source: Path, path: Path, bar: tqdm) -> None:
+def _write_file(lora: LoraFile, scale: float, base: TensorFiles, source: Path, path: Path, bar: Progress) -> None:
     with source.open("rb") as file:
         length = file.read(8)
         header = file.read(int.from_bytes(length, "little"))

@@ -19,7 +19,7 @@ import tables
     ("document", "count"),
     [
         ("README.md", 4),
-        ("docs/memory.md", 11),
+        ("docs/memory.md", 12),
         ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
         ("docs/methods.md", 1),

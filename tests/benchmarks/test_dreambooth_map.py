@@ -26,7 +26,7 @@ def call(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Calls the map on the tiny model with a fabricated judge: two rates, points at 1, 2 and 3 steps, the robot."""
     (tmp_path / "judge.safetensors").write_bytes(b"")
     (tmp_path / "judge.json").write_text('{"object": 0.97}')
-    for module in (dreambooth, dreambooth_map):
+    for module in (dreambooth, dreambooth_runs):
         monkeypatch.setattr(module, "JUDGE_FILE", tmp_path / "judge.safetensors")
     monkeypatch.setattr(dreambooth, "load_judge", lambda _: FakeJudge())
 

@@ -50,7 +50,7 @@ def sweep(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
     """Calls the benchmark with a list of methods: two steps on the tiny model, two prompts, the robot, seed 0."""
     (tmp_path / "judge.safetensors").write_bytes(b"")
     (tmp_path / "judge.json").write_text('{"object": 0.97}')
-    for module in (dreambooth, dreambooth_methods):
+    for module in (dreambooth, dreambooth_runs):
         monkeypatch.setattr(module, "JUDGE_FILE", tmp_path / "judge.safetensors")
     monkeypatch.setattr(dreambooth, "load_judge", lambda _: FakeJudge())
 
@@ -92,7 +92,7 @@ def test_every_method_of_the_list_is_a_command_that_training_takes():
 
 def test_a_method_is_told_over_the_shared_flags_and_one_prompt_has_no_captions(tmp_path):
     flags = flags_of("--output_dir", tmp_path)
-    subject = dreambooth_runs.subject_of(flags, "alarm clock")
+    subject = dreambooth_runs.prepared_subject(flags, "alarm clock")
 
     def parsed(**fields: object) -> tuple:
         run = Run(Method("m", **fields), "alarm clock", 7, (Point(150),))
@@ -193,6 +193,8 @@ def test_an_interrupted_call_has_whole_methods_and_goes_on(sweep, tmp_path, monk
     # Other settings do not mix with these; another definition of a method is measured.
     assert sweep(methods, "--steps", 3) == 2
     assert "holds scores with steps 2, not 3" in capsys.readouterr().err
+    assert sweep(methods, "--tf32") == 2
+    assert "holds scores without --tf32: give another --output_dir" in capsys.readouterr().err
 
 
 def test_a_method_that_has_changed_is_measured_again(sweep, tmp_path):
@@ -337,7 +339,7 @@ def test_processes_share_the_runs(tiny_sd3, tmp_path):
     (method,) = read(tmp_path / "x.json")["methods"]
     assert method["rows"].keys() == {"robot", "fox"}
     logs = [path.read_text() for path in (tmp_path / "out" / "runs").rglob("log.txt")]
-    assert ["1 steps" in log for log in logs] == [True, True]
+    assert ["1 step" in log for log in logs] == [True, True]
 
 
 def test_each_process_plans_with_its_share_of_the_gpu(monkeypatch, tmp_path):

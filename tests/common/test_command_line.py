@@ -6,6 +6,8 @@ import errno
 import importlib
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -22,6 +24,7 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     command_words,
+    counted,
     exit_code,
     forget_secrets,
     read_text_lines,
@@ -29,13 +32,15 @@ from sd3_lora.common.command_line import (
     require_writable_folder,
     write_text_atomically,
 )
+from sd3_lora.common.defaults import LORA_FOLDER
+from sd3_lora.common.short_help import MOST_LINES, SHORT_HELP, WIDTH
 
 import pytest
 import torch
 from conftest import PROJECT
 
 SCRIPTS = ("compute_embeddings", "precompute_latents", "train_dreambooth_sd3_lora_miniature", "inference")
-COMMANDS = ("sd3_lora.export", "sd3_lora.merge")
+COMMANDS = ("sd3_lora.convert", "sd3_lora.export", "sd3_lora.losses", "sd3_lora.merge")
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def test_values_and_repeated_lists() -> None:
         (["--push_to_hub"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push-to-hub=yes"], "--push_to_hub is not part of script.py: type `hf upload`"),
         (["--push_to_hub", "yes", "--steps", "2"], "--push_to_hub is not part of script.py: type `hf upload`"),
-        (["stray"], "unknown argument stray: `python script.py --help` lists the flags"),
+        (["stray"], "unknown argument stray: `python script.py --help_all` lists the flags"),
         (
             ["--steps", "2", "3"],
             "unknown argument 3: put double quotes around a value of several words; `python script.py",
@@ -92,7 +97,7 @@ def test_values_and_repeated_lists() -> None:
         (["--names", "--on"], "argument --names: expected at least one argument"),
         (["--repeats"], "argument --repeats: expected one argument"),
         (["--repeats", "--on"], "argument --repeats: expected one argument"),
-        (["--cfg_scale", "7"], "unknown argument --cfg_scale: `python script.py --help` lists the flags"),
+        (["--cfg_scale", "7"], "unknown argument --cfg_scale: `python script.py --help_all` lists the flags"),
     ],
 )
 def test_bad_flags_are_one_sentence(arguments: list[str], sentence: str) -> None:
@@ -178,6 +183,11 @@ def test_an_atomic_write_leaves_the_old_text_or_the_new(tmp_path: Path, monkeypa
 # The command line as a whole
 
 
+def test_a_number_with_its_noun() -> None:
+    said = [counted(0, "picture"), counted(1, "class picture"), counted(2, "picture"), counted(3, "process")]
+    assert said == ["0 pictures", "1 class picture", "2 pictures", "3 processes"]
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(UserError) as error:
         parse("--stepz", "4", "--steps", "0", "--push_to_hub", "--repeats", "3", "--nonsense=1")
@@ -186,7 +196,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "  --push_to_hub is not part of script.py: type `hf upload`",
         "  --repeats 3 is not part of script.py: leave it out",
         "  unknown argument --stepz: type --steps",
-        "  unknown argument --nonsense: `python script.py --help` lists the flags",
+        "  unknown argument --nonsense: `python script.py --help_all` lists the flags",
         "  --steps must be at least 1",
     ]
     with pytest.raises(UserError, match=r"^2 things .*\n  argument --steps: invalid int value: 'many'\n  unknown arg"):
@@ -216,7 +226,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 )
 def test_the_names_of_other_trainers(script: str, typed: str, meant: str | None) -> None:
     command_line = importlib.import_module(script).COMMAND_LINE
-    advice = f"type --{meant}" if meant else f"`python {script}.py --help` lists the flags"
+    advice = f"type --{meant}" if meant else f"`python {script}.py --help_all` lists the flags"
     for word in (f"--{typed}", f"--{typed.replace('_', '-')}=1"):
         with pytest.raises(UserError) as error:
             command_line.parse([word])
@@ -252,13 +262,49 @@ def test_the_help_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     """Neither a twin with hyphens nor a default that says nothing."""
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        importlib.import_module("compute_embeddings").COMMAND_LINE.parse(["--help"])
+        importlib.import_module("compute_embeddings").COMMAND_LINE.parse(["--help_all"])
     text = capsys.readouterr().out
     assert "\n  --instance_data_dir, --local_data_dir INSTANCE_DATA_DIR\n" in text
     assert "\n  --recursive           Read" in text
     assert "--instance-data-dir" not in text
     assert not re.search(r"default: (None|False|\[\]|)\)", text)
     assert "(default: 77)" in text
+
+
+@pytest.mark.parametrize("script", SHORT_HELP)
+def test_the_short_help_fits_a_screen_and_its_examples_are_right(
+    script: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command_line = importlib.import_module(script.removesuffix(".py")).COMMAND_LINE
+    monkeypatch.chdir(tmp_path)
+    Path(LORA_FOLDER).mkdir()  # that an example draws with
+    flags = {flag.name for group in command_line.groups for flag in fields(group)}
+    for typed in ("-h", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            command_line.parse(["--seed", "x", typed])
+        assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[: len(lines) // 2]
+    assert len(lines) <= MOST_LINES
+    assert max(map(len, lines)) <= WIDTH
+    named = [line.split()[0].removeprefix("--") for line in lines if line.startswith("  --")]
+    assert set(named) <= flags
+    assert len(set(named)) == len(named)
+    examples = [shlex.split(line)[2:] for line in lines if line.startswith("  for example: ")]
+    assert len(examples) == len(SHORT_HELP[script])
+    for words in examples:
+        given = {"class_prompt", "class_data_dir"} & {word.removeprefix("--") for word in words}
+        need = ["--class_prompt", "a", "--class_data_dir", "b"] if script == "draw_class_pictures.py" else []
+        command_line.parse([*words, *([] if given else need)])
+    assert lines[0] == f"usage: python {script} [flags]"
+
+
+def test_every_script_has_a_short_help_and_other_commands_a_whole_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(SHORT_HELP) == {path.name for path in PROJECT.glob("*.py")}
+    for typed in ("--help", "--help_all", "--help-all"):
+        with pytest.raises(SystemExit):
+            COMMAND_LINE.parse([typed])
+        assert "--steps STEPS" in capsys.readouterr().out
 
 
 def test_what_is_always_so_is_taken_with_a_note() -> None:
@@ -311,9 +357,35 @@ finally:
     assert wrong.stderr == "error: unknown argument --devize: type --device\nheavy:\n"
     shown = answer("--help")
     assert (shown.returncode, shown.stderr) == (0, "heavy:\n")
+    assert shown.stdout.endswith(f"All flags: python {script}.py --help_all\n")
+    shown = answer("--help_all")
+    assert (shown.returncode, shown.stderr) == (0, "heavy:\n")
     assert f"usage: python {script}.py [flags]\n" in shown.stdout
     assert "\nWhere to compute, and whether always alike; every script has these flags:\n" in shown.stdout
     assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *COMMANDS, "sd3_lora.convert"])
+def test_an_interruption_in_the_first_moment_shows_no_traceback(script: str) -> None:
+    """Before the command line is read, while Python imports our first module."""
+    code = f"""
+import builtins, os, runpy, signal, sys
+sys.argv = ["script", "--plan"]
+original = builtins.__import__
+def interrupted(name, *arguments, **more):
+    if name.startswith("sd3_lora.common."):
+        os.kill(os.getpid(), signal.SIGINT)
+    return original(name, *arguments, **more)
+if {"." in script}:
+    import sd3_lora
+    builtins.__import__ = interrupted
+    runpy.run_module({script!r}, run_name="__main__")
+else:
+    builtins.__import__ = interrupted
+    runpy.run_path({script!r} + ".py", run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_an_interruption_while_libraries_are_imported_is_a_sentence() -> None:
@@ -340,7 +412,7 @@ print("went on")
         ended = subprocess.run(arguments, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
         return ended.returncode, ended.stdout, ended.stderr
 
-    assert answer("0") == (2, "", "error: unknown argument --nope: `python a.py --help` lists the flags\n")
+    assert answer("0") == (2, "", "error: unknown argument --nope: `python a.py --help_all` lists the flags\n")
     assert answer("1") == (0, "went on\n", "")
 
 

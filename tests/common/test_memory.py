@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 from sd3_lora.common import memory
-from sd3_lora.common.memory import GIB, available_host_bytes, host_bytes
+from sd3_lora.common.memory import GIB, available_host_bytes, free_memory, host_bytes, only_new_garbage
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import DeviceBudget, compared
 
@@ -92,3 +93,23 @@ def test_what_the_host_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_host_bytes() == 12
     monkeypatch.setattr(memory, "_free_in_groups", lambda *_: [])
     assert available_host_bytes() == pytest.approx(free, rel=0.5)
+
+
+def test_only_new_garbage_is_looked_for() -> None:
+    """And all of it again afterwards."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    old, gone = Cycle(), []
+    weakref.finalize(old, gone.append, "old")
+    free_memory(CPU)
+    with only_new_garbage():
+        new = Cycle()
+        weakref.finalize(new, gone.append, "new")
+        del old, new
+        free_memory(CPU)
+        assert gone == ["new"]
+    free_memory(CPU)
+    assert gone == ["new", "old"]

@@ -33,7 +33,7 @@ def two_ranks(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> t
 
 def test_there_are_two_and_only_one_speaks(two_ranks: tuple[Prepared, Run]) -> None:
     _, run = two_ranks
-    assert run.out.count("; 2 process(es)") == 1
+    assert run.out.count("; 2 processes") == 1
     assert run.out.count("5 pictures at 64 px, seed 0") == 1
     assert run.out.count("read back and compared") == 1
     assert run.out.count("next: python inference.py") == 1

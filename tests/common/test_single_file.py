@@ -243,3 +243,12 @@ def test_the_miniature_in_one_file(tmp_path: Path) -> None:
     config = files.read_config("transformer")
     made = file.transformer_config(config)
     assert {key: value for key, value in made.items() if config[key] != value} == {}
+
+
+def test_a_mistyped_command_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """As of the other commands, where argparse alone would print its usage."""
+    assert convert.main(["a.safetensors", "--part", "x"]) == 2
+    assert capsys.readouterr().err == "error: unknown argument --part: type --parts\n"
+    assert convert.main([]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the following arguments are required: --file")

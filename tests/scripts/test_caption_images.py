@@ -203,11 +203,11 @@ def test_bad_input_is_one_sentence(script: Script, pictures: Path, captioner: Pa
     (pictures / "3.png").write_bytes((ROBOTS / "01.png").read_bytes()[:200])
     run = script("caption_images", *flags(pictures, captioner), "--caption_prefix", "a dog ")
     assert run.code == 2
-    assert "1 pictures do not decode" in run.err
+    assert "1 broken picture (" in run.err
     assert (pictures / "2.txt").exists()
 
 
 def test_a_plan_writes_nothing(script: Script, pictures: Path, captioner: Path) -> None:
     run = script("caption_images", *flags(pictures, captioner), "--plan")
-    assert (run.code, "1 captions to write" in run.out) == (0, True)
+    assert (run.code, "1 caption to write" in run.out) == (0, True)
     assert not (pictures / "2.txt").exists()

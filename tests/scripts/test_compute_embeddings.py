@@ -15,7 +15,7 @@ from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget
 from sd3_lora.stage_one import text_encoders
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan, encoder_bytes, working_bytes
 from sd3_lora.stage_one.text_encoders import encode_prompts
 
@@ -109,7 +109,7 @@ def test_every_distinct_prompt_once_with_its_roles_and_pictures(
     )  # fmt: skip
     assert (result.code, result.err) == (0, "")
     assert "3 pictures in" in result.out
-    assert "1 other files left out" in result.out
+    assert "1 other file left out" in result.out
     wide, square, tall = (hash_file(pictures / f"0{i}.png") for i in range(3))
     with EmbeddingStore(out) as store:
         found = {row.prompt: (set(row.roles), row.image_ids) for row in store.read_all()}

@@ -547,4 +547,4 @@ def test_no_guess_that_does_harm(script, name: str) -> None:
     takes_class_pictures = name == "precompute_latents"
     for flag in ("--recompute_blocks", *(() if takes_class_pictures else ("--class_data_dir", "--num_class_images"))):
         result = script(name, flag, "3")
-        assert result.err == f"error: unknown argument {flag}: `python {name}.py --help` lists the flags\n"
+        assert result.err == f"error: unknown argument {flag}: `python {name}.py --help_all` lists the flags\n"

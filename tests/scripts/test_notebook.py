@@ -321,7 +321,7 @@ def test_a_closed_licence_gate_is_told_at_once(prepare, monkeypatch, capsys):
 def test_example_photos_are_not_put_among_ones_own(prepare, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
     assert prepare.main(["photos", str(tmp_path)]) == 0
-    assert "1 pictures" in capsys.readouterr().out
+    assert "1 picture" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 
 
@@ -333,7 +333,7 @@ def test_example_photos_are_fetched_into_an_empty_folder(prepare, tmp_path, monk
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert prepare.main(["photos", str(tmp_path / "dog")]) == 0
-    assert capsys.readouterr().out.startswith("1 pictures of diffusers/dog-example")
+    assert capsys.readouterr().out.startswith("1 picture of diffusers/dog-example")
 
 
 def test_example_photos_without_a_connection(prepare, tmp_path, capsys):

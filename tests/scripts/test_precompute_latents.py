@@ -15,7 +15,9 @@ from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one import latent_cache
-from sd3_lora.stage_one.images import crop_boxes, crop_rgb, hash_file, open_rgb, to_pixels
+from sd3_lora.stage_one.crop_boxes import crop_boxes, crop_rgb, to_pixels
+from sd3_lora.stage_one.image_files import hash_file
+from sd3_lora.stage_one.images import open_rgb
 from sd3_lora.stage_one.latent_cache import LatentCache, normalize_latents
 
 import numpy as np
@@ -393,7 +395,7 @@ def test_files_that_are_no_pictures_are_listed(cache: Callable[..., Result], pic
     assert "3 other files left out" in result.out
     left_out = [line for line in result.out.splitlines() if line.startswith("left out: ")]
     assert left_out == ["left out: .cache, more, notes.pdf"]
-    assert "wrote 1 crops of 1 pictures" in cache("--center_crop", "--recursive").out
+    assert "wrote 1 crop of 1 picture" in cache("--center_crop", "--recursive").out
 
 
 def test_identical_pictures_are_encoded_once(cache: Callable[..., Result], pictures: Path, encoded: list[Any]) -> None:
@@ -422,7 +424,7 @@ def test_broken_pictures_are_named_and_cost_the_others_nothing(
     no_vae()
     result = cache("--center_crop")
     assert result.code == 0
-    assert "1 of 1 pictures cached before" in result.out
+    assert "1 of 1 picture cached before" in result.out
     assert len(read(latents)) == 2  # of the square picture, and of what the tall one was
 
 

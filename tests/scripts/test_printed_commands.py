@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pytest
 from conftest import TRAINING_SCRIPT, Result, save_pictures
@@ -57,8 +57,8 @@ class User:
         """Types all that is printed, to the drawn pictures; returns what training printed."""
         for script in (*scripts, DRAW):
             before, result = result, self.follow(result, script)
-        assert "wrote 1 pictures to images" in result.out
-        assert "no text encoder is loaded" in result.out or "prompts to encode" in result.out
+        assert "wrote 1 picture to images" in result.out
+        assert "no text encoder is loaded" in result.out or " to encode, " in result.out
         return before
 
 
@@ -160,7 +160,7 @@ def test_caption_flags(user: User, is_default: bool) -> None:
         Path("d").rename("dog")
     words = ["--shuffle_tags", 2, "--keep_tags", 1, "--trigger_word", "sks dog", "--caption_suffix", ", oil"]
     embedded = user.type(EMBED, *folder, *words, "--repeats", 2)
-    assert "1 pictures have several captions, which training takes in turn" in embedded.out
+    assert "1 picture with several captions, which training takes in turn" in embedded.out
     user.follow_to_pictures(embedded, CACHE, TRAIN)
     expected = {
         "--shuffle_tags 2",
@@ -223,7 +223,7 @@ def test_a_new_picture_beside_a_broken_one(user: User) -> None:
     assert "latents has no latents of new.png" in stopped.err
     mended = user.follow(Result(2, "", stopped.err), CACHE)
     assert {"--alpha_background mean", "--num_crops 2", "--skip_broken"} <= flags_of(user.typed[-1])
-    assert "wrote 1 crops of 1 pictures" in mended.out
+    assert "wrote 1 crop of 1 picture" in mended.out
     assert "3 pictures at 64 px" in user.type(TRAIN).out  # the embeddings file knows three
     assert "4 pictures at 64 px" in user.type(TRAIN, "--instance_data_dir", "d", "--output_dir", "lora").out
 
@@ -277,7 +277,7 @@ def test_latents_that_are_gone_are_named_without_the_folder(user: User) -> None:
     gone.unlink()
     stopped = user.type(TRAIN, code=2)
     assert "latents has no latents of 02.png (a new or changed picture): type" in stopped.err
-    assert "wrote 3 crops of 1 pictures" in user.follow(stopped, CACHE).out
+    assert "wrote 3 crops of 1 picture" in user.follow(stopped, CACHE).out
     assert gone.exists()
     user.type(TRAIN)
 
@@ -313,6 +313,24 @@ def test_class_pictures(user: User) -> None:
     assert "3 pictures and 2 class pictures at 64 px" in trained.out
     prior = "--with_prior_preservation --class_prompt 'a photo of a dog' --class_data_dir dogs --num_class_images 2"
     assert prior in user.typed[2]
+
+
+def test_concepts_with_classes_of_their_own(user: User) -> None:
+    """The list names class pictures, so training is told to take them."""
+    save_concepts()
+    path = Path("my concepts.json")
+    entries = json.loads(path.read_text())
+    save_pictures(Path("animals"), [(64, 64)] * 100, seed=1)
+    for entry in entries:
+        entry |= {"class_prompt": "a photo of an animal", "class_data_dir": "animals"}
+    path.write_text(json.dumps(entries))
+    embedded = user.type(EMBED, "--concepts_list", path)
+    trained = user.follow_to_pictures(embedded, CACHE, TRAIN)
+    assert "--with_prior_preservation" in user.typed[1]
+    assert "5 pictures and 100 class pictures at 64 px" in trained.out
+    del entries[1]["class_prompt"]
+    path.write_text(json.dumps(entries))
+    assert "--with_prior_preservation" not in user.type(CACHE, "--concepts_list", path).out
 
 
 def test_class_pictures_whose_prompt_is_not_embedded(user: User) -> None:

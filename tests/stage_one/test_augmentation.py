@@ -8,18 +8,17 @@ from pathlib import Path
 
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one.augmentation import Augmentation
-from sd3_lora.stage_one.images import (
+from sd3_lora.stage_one.crop_boxes import (
     CropBox,
     crop_box_of,
     crop_boxes,
     crop_picture,
     crop_rgb,
     number_of_variant,
-    open_grey,
-    open_rgb,
     plain_variant,
     size_of_variant,
 )
+from sd3_lora.stage_one.images import open_grey, open_rgb
 from sd3_lora.stage_one.masks import latent_mask
 
 import numpy as np

@@ -60,7 +60,7 @@ def refused(result: Result, *parts: str) -> bool:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--no_such_flag"], "unknown argument --no_such_flag: `python {name}.py --help` lists the flags"),
+        (["--no_such_flag"], "unknown argument --no_such_flag: `python {name}.py --help_all` lists the flags"),
         (["--outputpath=x"], "unknown argument --outputpath: type --output_path"),
         (["--output", "x"], "unknown argument --output: type --output_path"),  # not taken for --output_path
         (["stray"], "unknown argument stray: "),

@@ -11,7 +11,7 @@ from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one.buckets import Buckets, bucket_sizes
 from sd3_lora.stage_one.config import LatentConfig
-from sd3_lora.stage_one.images import crop_boxes, crop_rgb, size_notes, size_of_variant
+from sd3_lora.stage_one.crop_boxes import crop_boxes, crop_rgb, size_notes, size_of_variant
 
 import pytest
 from conftest import Prepared

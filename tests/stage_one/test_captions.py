@@ -10,7 +10,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.stage_one.captions import CaptionRules, instance_images, label_of, read_captions, tag_orders, trigger_of
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,7 +70,7 @@ def test_a_caption_without_a_picture_is_left_out_by_name(tmp_path: Path, dog: Pa
     subject = instance_images(tmp_path, PROMPT)
     assert subject.left_out == (tmp_path / "dgo.txt",)
     assert subject.sentences(PROMPT) == [
-        f"1 pictures in {tmp_path}, 1 other files left out",
+        f"1 picture in {tmp_path}, 1 other file left out",
         "left out: dgo.txt",
         "note: no picture has the name of the caption dgo.txt",
     ]

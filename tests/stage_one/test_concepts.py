@@ -50,7 +50,7 @@ def test_a_list(two: list[dict[str, Any]]) -> None:
     }
     assert subject.instance_prompts == ("sks dog", "zwx cat")
     assert subject.class_prompts == ("a dog",)
-    assert subject.sentences(about_prompts=True) == ["1 pictures in dog", "1 pictures in cat"]
+    assert subject.sentences(about_prompts=True) == ["1 picture in dog", "1 picture in cat"]
 
 
 def test_shivams_empty_class_is_none(two: list[dict[str, Any]]) -> None:

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.stage_one.images import (
-    CropBox,
-    crop_boxes,
-    crop_rgb,
-    mirrored,
-    open_rgb,
-    pixels_of,
-    to_pixels,
-)
+from sd3_lora.stage_one.crop_boxes import CropBox, crop_boxes, crop_rgb, mirrored, pixels_of, to_pixels
+from sd3_lora.stage_one.images import open_rgb
 
 import numpy as np
 import pytest
@@ -161,7 +154,7 @@ def test_pixels_are_those_that_numpy_gives(width: int, height: int) -> None:
 
 
 def test_pixels_do_not_go_through_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd3_lora.stage_one.images.np.array", None)
+    monkeypatch.setattr("sd3_lora.stage_one.crop_boxes.np.array", None)
     assert pixels_of(Image.new("RGB", (64, 64), (1, 2, 3)))[3, 5].tolist() == [1, 2, 3]
 
 

@@ -97,7 +97,7 @@ def test_an_interrupted_write_leaves_no_part(parts: EmbeddingParts, monkeypatch:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sd3_lora.stage_one.embedding_parts.os.replace", interrupted)
+    monkeypatch.setattr("sd3_lora.common.atomic_files.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         add(parts, 2)
     assert parts.numbers() == [0, 1]

@@ -10,12 +10,8 @@ from io import BytesIO
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
-from sd3_lora.stage_one.images import (
-    BrokenImage,
-    hash_file,
-    list_images,
-    open_rgb,
-)
+from sd3_lora.stage_one.image_files import hash_file, list_images
+from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import numpy as np
 import pytest

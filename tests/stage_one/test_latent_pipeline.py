@@ -17,7 +17,8 @@ from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.stage_one import latent_cache
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import instance_images
-from sd3_lora.stage_one.images import crop_boxes, crop_rgb, open_rgb, to_pixels
+from sd3_lora.stage_one.crop_boxes import crop_boxes, crop_rgb, to_pixels
+from sd3_lora.stage_one.images import open_rgb
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeTile
 

@@ -10,7 +10,7 @@ from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.stage_one.vae_tiles import VaeWork, vae_weight_bytes, working_bytes
 from sd3_lora.training.artefacts import StageOne

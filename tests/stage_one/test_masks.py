@@ -6,16 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sd3_lora.common.picture_size import PictureSize
-from sd3_lora.stage_one.images import (
-    crop_box_of,
-    crop_boxes,
-    crop_rgb,
-    list_images,
-    open_grey,
-    open_rgb,
-    picture_paths,
-    upright_size,
-)
+from sd3_lora.stage_one.crop_boxes import crop_box_of, crop_boxes, crop_rgb
+from sd3_lora.stage_one.image_files import list_images, picture_paths
+from sd3_lora.stage_one.images import open_grey, open_rgb, upright_size
 from sd3_lora.stage_one.masks import latent_mask
 
 import numpy as np
@@ -178,7 +171,7 @@ def test_masks_come_later_without_the_vae(
     assert len(first) == 7  # crops
     assert "wrote the masks" not in stage(*words).out
     ImageOps.invert(Image.open(masks[1])).save(masks[1])
-    assert "wrote the masks of 1 pictures" in stage(*words).out
+    assert "wrote the masks of 1 picture" in stage(*words).out
     second = masks_in(tmp_path / "latents")
     for name, values in second.items():
         changed = 1 - first[name] if name.startswith("01.png") else first[name]
@@ -266,7 +259,7 @@ def test_masks_of_subfolders(stage: Callable[..., Result], tmp_path: Path) -> No
     save_masks(tmp_path / "pictures" / "masks", more)
     made = stage("--mask_data_dir", tmp_path / "pictures" / "masks")
     assert made.code == 0, made.err
-    assert "wrote the masks of 1 pictures" in made.out
+    assert "wrote the masks of 1 picture" in made.out
 
 
 # Bad input

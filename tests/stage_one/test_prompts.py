@@ -10,6 +10,7 @@ from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 
 import pytest
+from conftest import PROJECT
 
 
 def test_a_prompt_a_line_and_comments(tmp_path: Path) -> None:
@@ -21,6 +22,14 @@ def test_a_prompt_a_line_and_comments(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     with pytest.raises(UserError, match=r"prompts\.txt holds no prompt"):
         read_prompts(path)
+
+
+def test_the_prior_prompts_that_ship() -> None:
+    """Of anything but a subject's identifier; as many as docs/prior.md says."""
+    prompts = read_prompts(PROJECT / "examples" / "prompts" / "prior.txt")
+    assert f"`examples/prompts/prior.txt` has {len(prompts)}" in (PROJECT / "docs" / "prior.md").read_text("utf-8")
+    assert len(set(prompts)) == len(prompts)
+    assert not any("{" in prompt or "sks" in prompt for prompt in prompts)
 
 
 def test_the_options_of_sd_scripts_are_refused(tmp_path: Path) -> None:

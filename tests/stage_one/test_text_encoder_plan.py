@@ -12,7 +12,6 @@ from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget, open_budget
-from sd3_lora.stage_one import text_encoder_plan
 from sd3_lora.stage_one.text_encoder_plan import (
     BATCH_SIZE,
     TextEncoderPlan,
@@ -61,46 +60,9 @@ def test_the_default_precision(files: ModelFiles) -> None:
 
 
 @pytest.fixture
-def big_files(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
-    """SD3's own sizes, in the headers alone: T5-XXL's 24 blocks, and CLIP-G's 32 layers."""
-    shapes = {
-        "text_encoder": {"text_model.embeddings.token_embedding.weight": (49408, 768)},
-        "text_encoder_2": {
-            "text_model.embeddings.token_embedding.weight": (49408, 1280),
-            "text_projection.weight": (1280, 1280),
-            **{f"text_model.encoder.layers.{i}.self_attn.{w}.weight": (1280, 1280) for i in range(32) for w in "qkvo"},
-            **{f"text_model.encoder.layers.{i}.mlp.{w}.weight": (5120, 1280) for i in range(32) for w in ("a", "b")},
-        },
-        "text_encoder_3": {
-            "shared.weight": (32128, 4096),
-            **{f"encoder.block.{i}.layer.0.SelfAttention.{w}.weight": (4096, 4096) for i in range(24) for w in "qkvo"},
-            **{
-                f"encoder.block.{i}.layer.1.DenseReluDense.{w}.weight": (10240, 4096)
-                for i in range(24)
-                for w in ("wi_0", "wi_1", "wo")
-            },
-        },
-    }
-
-    class Headers:
-        def __init__(self, component: str):
-            self.component = component
-
-        def __enter__(self) -> Headers:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def shapes(self) -> dict[str, torch.Size]:
-            return {name: torch.Size(shape) for name, shape in shapes[self.component].items()}
-
-    monkeypatch.setattr(ModelFiles, "weight_files", lambda self, component: component)
-    monkeypatch.setattr(ModelFiles, "component", lambda self, component: None)
-    t5 = {"num_heads": 64, "d_ff": 10240, "d_model": 4096, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
-    monkeypatch.setattr(ModelFiles, "read_config", lambda self, component: dict(t5))
-    monkeypatch.setattr(text_encoder_plan, "TensorFiles", Headers)
-    return files
+def big_files() -> ModelFiles:
+    """SD3's own sizes, without its files."""
+    return ModelFiles(ModelConfig("stabilityai/stable-diffusion-3-medium-diffusers"), is_plan=True)
 
 
 def test_sd3_s_own_encoders_in_gib(big_files: ModelFiles) -> None:
@@ -163,15 +125,9 @@ def test_many_prompts_go_in_larger_batches_where_there_is_room(
     assert [TextEncoderPlan("fp16", True, 77, CUDA, n).clip_batch_size for n in (1, 8, 16, 32)] == [4, 32, 32, 32]
 
 
-def test_the_clips_come_whole_where_there_is_room_and_more_than_one_batch(
-    big_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clips = 49408 * 1280 + 1280 * 1280 + 32 * (4 * 1280**2 + 2 * 5120 * 1280)  # CLIP-G's weights
-    clip_config = {"num_hidden_layers": 32, "hidden_size": 1280, "intermediate_size": 5120}
-    read_config = ModelFiles.read_config
-    monkeypatch.setattr(
-        ModelFiles, "read_config", lambda s, c: clip_config if c == "text_encoder_2" else read_config(s, c)
-    )
+def test_the_clips_come_whole_where_there_is_room_and_more_than_one_batch(big_files: ModelFiles) -> None:
+    layer = 4 * 1280**2 + 2 * 5120 * 1280 + 4 * 1280 + 5120 + 1280 + 2 * 2 * 1280  # matrices, biases and two norms
+    clips = (49408 + 77 + 1280 + 2) * 1280 + 32 * layer  # CLIP-G's weights
 
     def chosen(gib: float, prompts: int = 100, device: torch.device = CUDA) -> TextEncoderPlan:
         return choose(big_files, device, DeviceBudget(int(gib * GIB), CONTEXT, device), "fp16", True, None, prompts)[0]

@@ -405,7 +405,7 @@ def test_a_picture_is_decoded_within_a_budget(
     assert (whole == expected).all()
     assert 0 < np.abs(tiled - expected).mean() < 30
     result, forced = draw("free", "--vae_tile", 128)  # drawn whole before
-    assert "1 pictures of 256×256, 0 of them drawn before" in result.out
+    assert "1 picture of 256×256, 0 of them drawn before" in result.out
     assert (forced == tiled).all()
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 
 import pyarrow.parquet as pq
 import pytest
@@ -161,7 +161,8 @@ def test_an_unknown_flag(script: Script, prepared: Prepared, tmp_path: Path) -> 
         (["--ranks", 3], "type --rank"),
         (
             ["stray"],
-            f"put double quotes around a value of several words; `python {TRAINING_SCRIPT}.py --help` lists the flags",
+            "put double quotes around a value of several words; "
+            f"`python {TRAINING_SCRIPT}.py --help_all` lists the flags",
         ),
     ):
         run = train(script, prepared, tmp_path / "out", *arguments, code=2)
@@ -176,13 +177,18 @@ def test_latents_that_are_not_there_are_made_in_a_process_of_its_own(
     shutil.rmtree(private.latents)
     commands: list[list[str]] = []
 
-    def run_here(arguments: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+    def run_here(arguments: list[Any], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
         commands.append([str(word) for word in arguments])
-        code = importlib.import_module("precompute_latents").main(commands[-1][2:])
+        with monkeypatch.context() as patch:
+            for name in env.keys() - os.environ.keys():
+                patch.setenv(name, env[name])
+            code = importlib.import_module("precompute_latents").main(commands[-1][2:])
         return subprocess.CompletedProcess(arguments, code)
 
     monkeypatch.setattr(subprocess, "run", run_here)
     first = train(script, private, tmp_path / "first", "--center_crop")
+    (what_is_next,) = (line for line in first.out.splitlines() if line.startswith("next"))
+    assert what_is_next.startswith("next: python inference.py ")  # what stage one alone would print goes on by itself
     sentence = (
         f"{private.latents} holds no latents yet; in a process of its own: python precompute_latents.py "
         f"--pretrained_model_name_or_path {private.model} --instance_data_dir {private.pictures} "

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.stage_one.images import number_of_variant, plain_variant
+from sd3_lora.stage_one.crop_boxes import number_of_variant, plain_variant
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.dataset import TrainingData, augmented_counts
 from sd3_lora.transformer.lora import LORA_FILE

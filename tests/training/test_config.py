@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.config import ModelConfig, group_classes
 from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.optimizer_flags import OptimizerConfig
@@ -26,7 +26,7 @@ from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file, save_file
 from training_runs import Run, Script, private_copy, same_lora, train
 
-GROUPS = TrainingFlags.classes()
+GROUPS = group_classes(TrainingFlags)
 
 # Flags that change the numbers: their words, and what must then differ from a run without. `losses` are those after
 # the first step too; `lora` alone where the losses cannot show it within a few steps.
@@ -447,7 +447,7 @@ def test_the_help_says_where_diffusers_default_is_another() -> None:
     [
         (
             [],
-            "batch 1 × accumulation 1 × processes 1, 1 steps, learning rate 0.0001 constant, weighting logit_normal, ",
+            "batch 1 × accumulation 1 × processes 1, 1 step, learning rate 0.0001 constant, weighting logit_normal, ",
         ),
         (["--train_batch_size", 2, "--gradient_accumulation_steps", 3], "px, batch 2 × accumulation 3 × processes 1, "),
         (["--train_batch_size", 2, "--scale_lr", "--learning_rate", 2e-3], "learning rate 0.004 constant, "),
@@ -456,7 +456,7 @@ def test_the_help_says_where_diffusers_default_is_another() -> None:
             "learning rate 0.0002 (to_q 0.002, lora_B 0.004) constant, ",
         ),
         (["--lr_warmup_steps", 1], "0.0001 constant, weighting"),  # a schedule without a warmup
-        (["--lr_warmup_steps", 1, "--lr_scheduler", "cosine"], "0.0001 cosine after 1 steps of warmup, weighting"),
+        (["--lr_warmup_steps", 1, "--lr_scheduler", "cosine"], "0.0001 cosine after 1 step of warmup, weighting"),
         (["--weighting_scheme", "mode", "--precondition_outputs", 1], "weighting mode, precondition_outputs on"),
         (["--precondition_outputs", 0], "precondition_outputs off"),
     ],
@@ -634,7 +634,7 @@ def test_the_resolved_flags_are_saved(script: Script, prepared: Prepared, tmp_pa
 
 def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module(TRAINING_SCRIPT).main(["--help"])
+        importlib.import_module(TRAINING_SCRIPT).main(["--help_all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for group in GROUPS:

@@ -12,7 +12,7 @@ from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import instance_images
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.stage_one.latent_cache import LatentCache
 from sd3_lora.training.dataset import TrainingData, choose_variants, images_of_store, require_prompts
 from sd3_lora.training.pool import Pool

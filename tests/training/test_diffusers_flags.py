@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sd3_lora.common.command_line import Secret
+from sd3_lora.common.config import groups_of
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 import pytest
@@ -111,7 +112,7 @@ HARMLESS = {"cache_latents", "dataloader_num_workers", "local_rank", "upcast_bef
 
 def parse(*words: str) -> dict[str, Any]:
     flags = TrainingFlags(*importlib.import_module(TRAINING_SCRIPT).COMMAND_LINE.parse(words))
-    return {name: value for group in flags.groups() for name, value in asdict(group).items()}  # type: ignore[call-overload]
+    return {name: value for group in groups_of(flags) for name, value in asdict(group).items()}  # type: ignore[call-overload]
 
 
 def test_none_is_refused() -> None:

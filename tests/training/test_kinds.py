@@ -299,6 +299,16 @@ def test_what_does_not_fit_is_named(
     layers = said.split("--lora_layers ")[1].split()[0]
     train(script, prepared, tmp_path / "fits", "--init_lora", path, "--use_dora", "--lora_layers", layers)
     assert "which this command does not train" in refusal("--use_dora", "--lora_blocks", 1)
+    # All that flags can mend is said at once.
+    words = ["--rank", 2, "--lora_layers", "attn.to_q", "--lora_blocks", 1]
+    run = train(script, prepared, tmp_path / "out", "--init_lora", path, *words, code=2)
+    *_, first, layers_fault, rank_fault, kind_fault = run.err.splitlines()
+    assert first == "error: 3 things are wrong with --init_lora:"
+    assert rank_fault.endswith("and this command 2: type --rank 4 and leave out --rank_pattern")
+    assert kind_fault == f"  --init_lora {path} is a DoRA: add --use_dora"
+    layers = layers_fault.split("--lora_layers ")[1].split()[0]
+    mended = ["--lora_layers", layers, "--rank", 4, "--use_dora"]
+    train(script, prepared, tmp_path / "mended", "--init_lora", path, *mended)
     path.unlink()
     assert refusal("--use_dora") == f"--init_lora {path}: there is no such file: check the path"
     outside = {

@@ -17,7 +17,7 @@ INF, NAN = math.inf, math.nan
 
 
 def step(number: int, loss: float = 0.5, norm: float = 2.0, skipped: bool = False) -> PendingStep:
-    return PendingStep(number, torch.tensor(loss), torch.tensor(norm), 1e-3, skipped, "a.png, b.png")
+    return PendingStep(number, torch.tensor(loss), torch.tensor(norm), 1e-3, skipped, "a.png, b.png", (0.25, 1 / 3))
 
 
 def new_log(path: Path | None, dtype: str = "fp32", mean: Callable[[torch.Tensor], torch.Tensor] | None = None):
@@ -33,10 +33,11 @@ def test_one_line_a_step(tmp_path: Path) -> None:
     lines = log.read()
     log.add(step(3))
     (last,) = log.read()
+    rest = {"skipped": False, "sigmas": [0.25, 0.3333]}
     expected = [
-        {"step": 1, "loss": 0.25, "gradient_norm": 2.0, "learning_rate": 0.001, "skipped": False},
-        {"step": 2, "loss": 0.75, "gradient_norm": 4.0, "learning_rate": 0.001, "skipped": False},
-        {"step": 3, "loss": 0.5, "gradient_norm": 2.0, "learning_rate": 0.001, "skipped": False},
+        {"step": 1, "loss": 0.25, "gradient_norm": 2.0, "learning_rate": 0.001, **rest},
+        {"step": 2, "loss": 0.75, "gradient_norm": 4.0, "learning_rate": 0.001, **rest},
+        {"step": 3, "loss": 0.5, "gradient_norm": 2.0, "learning_rate": 0.001, **rest},
     ]
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
     assert [(line.step, line.loss) for line in lines] == [(1, 0.25), (2, 0.75)]

@@ -212,6 +212,10 @@ def test_the_mask_decides_what_is_learned(script: Script, masked: Prepared, tmp_
     assert len({each[0] for each in (losses[0], *losses[2:])}) == 3
     default = train(script, masked, tmp_path / "default", *words)
     assert default.losses == zero.losses
+    (line,) = (line for line in default.out.splitlines() if line.startswith("in force: "))
+    assert line.endswith("precondition_outputs off, masked loss")
+    assert "precondition_outputs off, masked loss (beside the masks 0.1)\n" in tenth.out
+    assert "masked loss" not in plain.out
 
 
 def test_a_resumed_run_is_bit_identical(script: Script, masked: Prepared, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.config import groups_of
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.training.config import TrainingFlags
@@ -29,7 +30,7 @@ def card(folder: Path, facts: RunFacts = FACTS, *words: str, prompts: tuple[str,
     flags = TrainingFlags(*training_script().COMMAND_LINE.parse(words))
     pictures = [NotedPicture(str(n), "secret-name.jpg", prompt, ()) for n, prompt in enumerate(prompts)]
     identity = RunIdentity({"--lora_alpha": 4.0}, pictures=pictures)
-    write_model_card(folder / "README.md", RunRecord(flags.groups(), facts, identity), RESULTS)
+    write_model_card(folder / "README.md", RunRecord(groups_of(flags), facts, identity), RESULTS)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sd3_lora.common.records import PromptEmbedding
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.checkpoints import read_state
 from sd3_lora.transformer.lora import LORA_FILE
 

@@ -192,7 +192,7 @@ def test_what_a_later_build_wrote_is_refused_in_a_sentence(
 def test_the_lora_is_drawn_with(script: Script, work: Path, tmp_path: Path) -> None:
     record = read_lora_record(work / "adamw" / LORA_FILE)
     assert {"trigger": PROMPT, "resolution": 64, "max_sequence_length": 8, "rank": 2}.items() <= record.items()
-    assert "1 pictures of 64×64, 0 of them drawn before" in draw(script, work, tmp_path / "again")
+    assert "1 picture of 64×64, 0 of them drawn before" in draw(script, work, tmp_path / "again")
     (old,), (new,) = (sorted(folder.glob("*/*.png")) for folder in (work / "images", tmp_path / "again"))
     assert old.relative_to(work / "images") == new.relative_to(tmp_path / "again")
     difference = np.asarray(Image.open(old), int) - np.asarray(Image.open(new), int)
@@ -202,5 +202,5 @@ def test_the_lora_is_drawn_with(script: Script, work: Path, tmp_path: Path) -> N
 def test_a_picture_counts_as_drawn(script: Script, work: Path) -> None:
     (picture,) = (work / "images").glob("*/*.png")
     before = picture.read_bytes()
-    assert "1 pictures of 64×64, 1 of them drawn before" in draw(script, work, work / "images")
+    assert "1 picture of 64×64, 1 of them drawn before" in draw(script, work, work / "images")
     assert picture.read_bytes() == before

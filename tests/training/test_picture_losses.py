@@ -15,9 +15,9 @@ from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.gpu.budget import BudgetTooSmall
 from sd3_lora.plan.step_memory import DenoisingShape
-from sd3_lora.stage_one.images import crop_boxes
+from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.training.data_flags import DataConfig
-from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, ranked, robust_scores
+from sd3_lora.training.picture_losses import FixedNoise, PictureLoss, distinct_names, ranked, robust_scores
 
 import numpy as np
 import pytest
@@ -181,6 +181,52 @@ def test_shapes_and_several_captions(script: Script, tiny_sd3: Path, tmp_path: P
         ("02.png", "a cat"),
         ("03.png", "a cat"),
     ]
+
+
+def test_flags_of_drawing_and_weighting_change_nothing_and_are_noted(
+    script: Script, prepared: Prepared, tmp_path: Path
+) -> None:
+    words = [*data_flags(prepared), "--noise_levels", 1]
+    plain, result = measure(script, tmp_path / "plain", *words)
+    assert "note: " not in result.out
+    more = ["--t5_dropout", 0.5, "--masked_loss", "--alpha_mask"]
+    noted, result = measure(script, tmp_path / "noted", *words, *more)
+    assert "note: --t5_dropout, --masked_loss, --alpha_mask change nothing: each loss is of the whole " in result.out
+    assert noted == plain
+    _, result = measure(script, tmp_path / "one", *words, "--caption_dropout", 0.1)
+    assert "note: --caption_dropout changes nothing: " in result.out
+
+
+def test_every_flag_that_is_not_read_is_noted() -> None:
+    values: dict[str, Any] = dict.fromkeys(command.IDLE_FLAGS, 0.5) | {"masked_loss": True}
+    for masks in ({"alpha_mask": True, "mask_data_dir": None}, {"alpha_mask": False, "mask_data_dir": "m"}):
+        given = values | masks
+        note = command.idle_note(DataConfig(**given)) or ""
+        assert all((f"--{name}" in note) == bool(given[name]) for name in command.IDLE_FLAGS)
+    assert command.idle_note(DataConfig(instance_data_dir="dog", num_crops=1)) is None
+
+
+def test_files_of_one_name_are_told_apart(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """Two concepts with the same file names: the table and the file name their folders."""
+    paths = [Path(path) for path in ("a/01.png", "b/01.png", "b/02.png", "x/b/03.png", "y/b/03.png")]
+    assert distinct_names(paths) == ["a/01.png", "b/01.png", "02.png", "x/b/03.png", "y/b/03.png"]
+    assert distinct_names([Path("01.png"), Path("a/01.png")]) == ["01.png", "a/01.png"]
+    assert distinct_names([]) == []
+    names = sorted(path.name for path in prepared.pictures.glob("*.png"))
+    for folder, kept in (("cats", names[:2]), ("dogs", names[2:4])):
+        (tmp_path / folder).mkdir()
+        for number, name in enumerate(kept):
+            shutil.copy(prepared.pictures / name, tmp_path / folder / f"{number}.png")
+    concepts = [{"instance_prompt": PROMPT, "instance_data_dir": str(tmp_path / folder)} for folder in ("cats", "dogs")]
+    (tmp_path / "concepts.json").write_text(json.dumps(concepts))
+    words = [str(word) for word in data_flags(prepared)]
+    for flag in ("--instance_data_dir", "--instance_prompt"):
+        if flag in words:
+            del words[words.index(flag) : words.index(flag) + 2]
+    words += ["--concepts_list", str(tmp_path / "concepts.json"), "--noise_levels", "1"]
+    pictures, result = measure(script, tmp_path / "out", *words)
+    assert sorted(picture["name"] for picture in pictures) == ["cats/0.png", "cats/1.png", "dogs/0.png", "dogs/1.png"]
+    assert all(f"\n{picture['name']} " in result.out for picture in pictures)
 
 
 def test_what_is_missing_is_named_and_nothing_is_written(script: Script, private: Prepared, tmp_path: Path) -> None:

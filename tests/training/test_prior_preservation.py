@@ -17,7 +17,7 @@ from typing import Any
 
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.class_images import shared_out
 from sd3_lora.training.pool import with_class_pool
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
@@ -632,7 +632,7 @@ def test_class_pictures_are_drawn_in_the_subjects_shapes(
     assert sizes == {(48, 80): 2, (64, 64): 2, (80, 48): 1}
     assert f"{robots} lacks 2 class pictures of 48x80 px yet; in a process of its own: python draw_class" in run.out
     assert "--width 48 --height 80" in run.out
-    assert "note: 1 class pictures have shapes that no picture of the subject has, and are left out" in run.out
+    assert "note: left out: 1 class picture of shapes that no picture of the subject has" in run.out
     assert "5 pictures and 6 class pictures at 64 px" in run.out
     subject = set(ids_of(mixed.pictures))
     for ids, _ in seen:

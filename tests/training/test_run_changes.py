@@ -84,9 +84,10 @@ def test_a_flag_that_the_checkpoint_lacks_had_its_default() -> None:
     assert "was trained with --new 1, not 2: type --new 1" in refusal(
         saved, record_of({**saved, "--new": 2}, {"--new": 1})
     )
-    assert "was trained with --new 1, which this build does not know" in refusal(
-        {**saved, "--new": 1}, record_of(saved)
-    )
+    for value, given in ((1, "with --new 1"), (True, "with --new"), (False, "without --new"), (None, "without --new")):
+        assert f"was trained {given}, which this build does not know" in refusal(
+            {**saved, "--new": value}, record_of(saved)
+        )
 
 
 def test_crops_follow_from_the_resolution(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.checkpoints import read_state
 from sd3_lora.transformer.lora import LORA_FILE
 
@@ -272,7 +272,7 @@ def test_seed_zero_is_a_seed_and_none_is_drawn(script: Script, prepared: Prepare
 def test_what_lies_beside_the_lora(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path, "--rank", 2, "--learning_rate", 0.01)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["README.md", "checkpoint-3", "losses.jsonl", LORA_FILE, "run.json"]
+    assert names == ["README.md", "checkpoint-3", "losses.jsonl", "pictures.json", LORA_FILE, "report.html", "run.json"]
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["flags"]["rank"] == 2
     assert record["flags"]["learning_rate"] == 0.01

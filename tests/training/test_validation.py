@@ -162,7 +162,7 @@ def test_a_prompt_that_is_not_embedded_is_refused_with_the_command(
     """Before anything is loaded or written; and the command adds it."""
     words = ["--validation_prompt", "sks robot in a forest", "--validation_negative_prompt", "blurry", *QUICK]
     run = train(script, private, tmp_path / "out", *words, code=2)
-    assert run.error.startswith(f"{private.embeddings} lacks 'sks robot in a forest' and 1 more prompts: type `")
+    assert run.error.startswith(f"{private.embeddings} lacks 'sks robot in a forest' and 1 more prompt: type `")
     assert not run.folder.exists()
     _, name, *typed = shlex.split(run.error.split("`")[1])
     assert script(name.removesuffix(".py"), *typed).code == 0
