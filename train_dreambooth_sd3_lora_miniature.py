@@ -74,7 +74,7 @@ from sd3_lora.common.run_record import (
     RunResults,
 )
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.sampling import Embeddings, SamplingSettings, left_as_found
+from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
@@ -120,6 +120,7 @@ from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_t
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -763,25 +764,6 @@ def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: Device
     return choose_tile(files, work, replace(budget, total_bytes=max(least, room_to_draw(plan) - kept)))
 
 
-@torch.no_grad()
-def live_embeddings(
-    model: VelocityModel, device: torch.device, data: TrainingData, prompts: Sequence[str]
-) -> Embeddings:
-    """The prompts' embeddings by the CLIPs as they are now, `(S, D)` and `(P,)` on the CPU."""
-    clips, found = model.clips, {}
-    assert clips is not None
-    was_training = clips.training
-    clips.eval()
-    for prompt in prompts:
-        cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
-        states = (*clips.embed(data.clip_tokens[prompt][None]), torch.ones(1, 2))
-        with model.precision(device):
-            prompt_embeds, pooled = clips(cached, *(tensor.to(device) for tensor in states))
-        found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()
-    clips.train(was_training)
-    return found
-
-
 def make_validation(
     flags: TrainingFlags,
     task: TrainingTask,
@@ -954,7 +936,8 @@ def open_data(
         from sd3_lora.stage_one.text_encoders import clip_token_ids  # imports all of transformers' encoders
 
         captions = [prompt for pool in pools for image in pool.images for prompt in image.prompts]
-        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts])
+        of_class = [*store.prompts_with_role("class"), request.prior.class_prompt or ""]
+        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts, *of_class])
     return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts, tokens)
 
 

@@ -71,11 +71,6 @@ class TrainingFlags:
         flag, optimizer = "--train_text_encoder", self.optimizer
         if self.lora.lora_type != "lora":
             yield f"{flag} trains a plain LoRA, whose file --lora_type {self.lora.lora_type} cannot have: leave one out"
-        if self.watch.early_warning_steps is not None:
-            yield (
-                f"--early_warning_steps {self.watch.early_warning_steps} measures with embeddings that {flag} changes: "
-                "leave it out, and look at the validation pictures"
-            )
         if self.text.stop_text_encoder_after is not None and optimizer.kind in (PRODIGY, SCHEDULE_FREE_ADAMW):
             yield (
                 f"--stop_text_encoder_after does not go with --optimizer {optimizer.kind.name}, which updates all that "

@@ -222,7 +222,6 @@ def test_scaled_rates_and_prodigy(script: Script, prepared: Prepared, tmp_path: 
         ([*TRAINS, "--stop_text_encoder_after", 1.5], "is a share of the steps, between 0 and 1: type for example 0.5"),
         ([*TRAINS, "--text_encoder_rank", 0], "--text_encoder_rank 0 must be at least 1"),
         ([*TRAINS, "--lora_type", "lokr"], "--train_text_encoder trains a plain LoRA"),
-        ([*TRAINS, "--early_warning_steps", 2], "--early_warning_steps 2 measures with embeddings that"),
         ([*TRAINS, "--modulations_ahead", "on", "--stream_blocks", 2], "--modulations_ahead on computes from prompts"),
         (
             ["--train_text_encoder", "--stop_text_encoder_after", 0.5, "--optimizer", "prodigy"],
@@ -336,6 +335,17 @@ def test_class_pictures_and_resume_refused_without(script: Script, prepared: Pre
     plain = [*words[len(TRAINS) :], "--learning_rate", 0.01, "--resume_from_checkpoint", "latest"]
     error = train(script, prepared, run.folder, *plain, "--max_train_steps", 5, code=2).error
     assert "was trained with --train_text_encoder" in error
+
+
+def test_the_early_warning_measures_with_the_clips(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """A LoRA of the CLIPs that alone is trained lets the class drift; the run is as if nothing had been measured."""
+    words = [*TRAINS, "--learning_rate", 1e-12, "--lora_dropout", 0.3]
+    run = train(script, prepared, tmp_path / "with", *words, "--early_warning_steps", 1)
+    lines = [json.loads(line) for line in (run.folder / "early_warning.jsonl").read_text().splitlines()]
+    drift = [line["class_loss"] for line in lines]
+    assert drift[0] < 1e-6  # the base's embeddings are rounded to float16
+    assert drift[3] > 100 * drift[0]
+    assert run.losses == train(script, prepared, tmp_path / "without", *words).losses
 
 
 # The plan
