@@ -46,7 +46,7 @@ from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, compared, open_budget, sentence
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, measured_peak, open_budget, sentence
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
@@ -75,9 +75,8 @@ def collect_prompts(
     class_prompts = subject.class_prompts if config.class_prompt is None else (config.class_prompt,)
     asked += [(prompt, "class") for prompt in class_prompts]
     validation = list(config.validation_prompt)
-    if config.prompts_file is not None:
-        validation += read_prompts(Path(config.prompts_file))
-    elif subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT and not validation:
+    validation += (prompt for file in config.prompts_file for prompt in read_prompts(Path(file)))
+    if not validation and subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT:
         validation = read_prompts(EXAMPLE_PROMPTS_FILE)
     asked += [(prompt, "validation") for prompt in with_subject(validation, config.subject)]
     asked += [(config.negative_prompt or "", "negative"), ("", "empty")]
@@ -169,6 +168,26 @@ def encode_chunks(
         parts.add(number, chunk, prompt_embeds, pooled)
 
 
+def encode_and_write(
+    files: ModelFiles,
+    plan: TextEncoderPlan,
+    chunks: Mapping[int, Sequence[str]],
+    parts: EmbeddingParts,
+    write: Callable[[threading.Event], int],
+    processes: Processes,
+) -> tuple[int, list[StageReport]]:
+    """Encodes the chunks, while rank 0 writes the rows of each beside the next.
+
+    Returns:
+        What `write` did in rank 0, 0 in others; and the reports.
+    """
+    reports: list[StageReport] = []
+    with in_thread(write if processes.is_rank_0 else lambda _: 0) as written:
+        encode_chunks(files, plan, chunks, parts, reports, processes)
+        processes.gather(None)  # all parts are there
+    return written.result(), reports
+
+
 def rows_of(
     parts: EmbeddingParts, numbers: Sequence[int], existing_path: Path | None, cancelled: threading.Event
 ) -> Iterator[PromptEmbedding]:
@@ -222,12 +241,12 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
-        say_miniature("compute_embeddings.py")
+        say_miniature("compute_embeddings.py", config.instance_data_dir)
     config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
     configs = (config, model, device_config, budget_config)
     concepts = concepts_of(config)
     output_path = Path(config.output_path)
-    device = processes.choose_device(device_config.device)
+    device = processes.choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget = open_budget(budget_config, device, FEW_KERNELS_BYTES)
@@ -268,18 +287,11 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
         return write_embeddings(output_path, provenance, with_uses(rows, roles, image_ids))
 
-    reports: list[StageReport] = []
-    # Rank 0 writes each chunk's rows while the next chunk is encoded.
-    with in_thread(write if processes.is_rank_0 else lambda _: 0) as written:
-        encode_chunks(files, plan, chunks, parts, reports, processes)
-        processes.gather(None)  # all parts are there
-    count = written.result()
+    count, reports = encode_and_write(files, plan, chunks, parts, write, processes)
     if not processes.is_rank_0:
         return
     parts.remove()
-    measured = budget.used_bytes(reports) if budget else 0
-    if missing and budget:
-        print(compared(sum(predicted.values()), measured))
+    measured = measured_peak(budget, reports, sum(predicted.values()) if missing else 0)
     facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)
     RunRecord(configs, facts).save(output_path.with_suffix(".json"), results)

@@ -265,7 +265,7 @@ def run(argv: Sequence[str] | None) -> None:
     config, model, device_config, budget_config = configs
     if model.is_miniature:
         say_miniature("draw_class_pictures.py")
-    device = choose_device(device_config.device)
+    device = choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget, reports = open_budget(budget_config, device), list[StageReport]()

@@ -30,9 +30,11 @@ if __name__ == "__main__":
     import_pyarrow()
     import_diffusers(without=("bitsandbytes",))
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +44,27 @@ from sd3_lora.common.devices import choose_device, choose_training_dtype, make_d
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
+from sd3_lora.common.placement_flags import is_on
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
 from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
-from sd3_lora.drawing.pictures import FileStyle, PicturePlan, plan_pictures
-from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, SkipLayerGuidance, decode
+from sd3_lora.drawing.pictures import FileStyle, PicturePlan, PictureWriter, plan_pictures
+from sd3_lora.drawing.sampling import (
+    Decoder,
+    Embeddings,
+    Sampler,
+    SamplingSettings,
+    SkipLayerGuidance,
+    TransformerCall,
+)
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
 from sd3_lora.gpu.forecast import Forecast, Phase
-from sd3_lora.plan.memory_plan import Plan, plan_denoising
-from sd3_lora.plan.step_memory import DenoisingShape
+from sd3_lora.plan.memory_plan import Plan, plan_beside, plan_denoising, plan_drawing
+from sd3_lora.plan.step_execution import AskedExecution, StepExecution, choose_drawing_execution
+from sd3_lora.plan.step_memory import DenoisingShape, image_tokens
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts, with_subject
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_clip_plan, choose_text_encoder_plan, describe_t5
@@ -61,13 +72,17 @@ from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
 from sd3_lora.transformer.clip_loras import ClipLoras
+from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
+from sd3_lora.transformer.merged_weights import MergedLoras
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import SD3Transformer2DModel
 from PIL import Image
+
+WRITING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,7 @@ class Drawing:
         dtype: of the transformer.
         asked: what flags fix of where its weights are.
         plan: where they are.
+        together: pictures that are denoised together, at the most.
         asked_tile: of the VAE, as asked for.
     """
 
@@ -115,6 +131,7 @@ class Drawing:
     dtype: torch.dtype
     asked: AskedPlacement
     plan: Plan
+    together: int
     asked_tile: AskedTile
 
 
@@ -285,15 +302,25 @@ def size_of(config: InferenceConfig, loras: Sequence[LoraFile], files: ModelFile
     return PictureSize(config.width or default, config.height or default)
 
 
-def plan_drawing(
+def decide(
     flags: DrawingFlags,
     files: ModelFiles,
     loras: Sequence[LoraFile],
     variants: Sequence[Variant],
+    most: int,
     dtype: torch.dtype,
     budget: DeviceBudget | None,
 ) -> Drawing:
     """What is drawn, and what of the model is kept where meanwhile.
+
+    Args:
+        flags: of the command.
+        files: the model.
+        loras: to draw with.
+        variants: how.
+        most: pictures of a variant.
+        dtype: of the transformer.
+        budget: to stay under.
 
     Raises:
         UserError: flags that cannot be obeyed, or a budget that nothing fits.
@@ -304,22 +331,27 @@ def plan_drawing(
     channels, vae_scale = files.latent_channels_and_scale()
     latent_size, sampling = size.latent(vae_scale), sampling_of(config)
     shape = DenoisingShape(
-        config.batch_size * sampling.rows,
+        (config.batch_size or 1) * sampling.rows,
         latent_size,
         files.clip_tokens() + length,
         dtype,
         sum(lora.device_bytes for lora in loras),
+        0 if config.unmerged else max((lora.merging_bytes for lora in loras), default=0),
+        config.capture != "off",
     )
     blocks = files.read_config("transformer")["num_layers"]
     check_skipped_layers(config.skip_guidance_layers, blocks)
     asked = AskedPlacement.of(flags.base, None, blocks)
     asked.check(blocks)
-    plan = plan_denoising(files, shape, budget, asked)
+    if config.batch_size is None and budget:
+        plan, together = plan_drawing(files, shape, budget, asked, most)
+    else:
+        plan, together = plan_denoising(files, shape, budget, asked), config.batch_size or 1
     for variant in variants:
         if variant.scales is not None:
-            require_drawable(loras, variant.scales, bool(plan.placement.streamed))
+            require_drawable(loras, variant.scales, bool(plan.placement.streamed) and not plan.placement.merged)
     asked_tile = read_asked_tile(config.vae_tile, size, vae_scale)
-    return Drawing(size, (channels, *latent_size), length, dtype, asked, plan, asked_tile)
+    return Drawing(size, (channels, *latent_size), length, dtype, asked, plan, together, asked_tile)
 
 
 def sampling_of(config: InferenceConfig) -> SamplingSettings:
@@ -371,6 +403,7 @@ def picture_settings(
         **({} if drawing.asked_tile == "auto" else {"vae_tile": drawing.asked_tile}),
         **({"t5_precision": config.t5_precision} if config.t5_precision else {}),
         **({"attention_kernel": kernel} if (kernel := drawing.plan.placement.attention_kernel) else {}),
+        **({"lora_merged": True} if loras and drawing.plan.placement.merged else {}),
     }
 
 
@@ -383,21 +416,92 @@ def print_plans(plans: Sequence[PicturePlan], size: PictureSize) -> None:
         print(f"{len(beside)} of them beside pictures of other settings, which are kept: the first is {beside[0]}")
 
 
-def load_sampler(files: ModelFiles, drawing: Drawing, device: torch.device, loras: Sequence[LoraFile]) -> Sampler:
-    """The transformer with its LoRAs, ready to denoise."""
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that are denoised together.
+
+    Attributes:
+        variant: of all of them.
+        pictures: one or more.
+    """
+
+    variant: Variant
+    pictures: Sequence[PicturePlan]
+
+
+def batches_of(by_variant: Mapping[Variant, Sequence[PicturePlan]], together: int, asked: int | None) -> list[Batch]:
+    """All batches; as many as `asked` in each, or of much the same size where that is left to us."""
+    batches: list[Batch] = []
+    for variant, pictures in by_variant.items():
+        size = asked or -(-len(pictures) // max(1, -(-len(pictures) // together)))
+        batches += [Batch(variant, pictures[start : start + size]) for start in range(0, len(pictures), size or 1)]
+    return batches
+
+
+def choose_execution(
+    flags: DrawingFlags, files: ModelFiles, drawing: Drawing, batches: Sequence[Batch], device: torch.device
+) -> StepExecution:
+    """Whether the transformer is compiled, and whether it is captured as a CUDA graph.
+
+    Raises:
+        UserError: this run cannot have what was asked for.
+    """
+    config, place = flags.drawing, drawing.plan.placement
+    sampling = sampling_of(config)
+    tokens_a_row = (
+        image_tokens(files.read_config("transformer"), drawing.latent_shape[1:]) + files.clip_tokens() + drawing.length
+    )
+    rows = sampling.rows * sum(len(batch.pictures) for batch in batches)
+    calls_each = sampling.num_steps * (2 if sampling.scheduler == "heun" else 1)
+    must_be_deterministic = flags.device.must_be_deterministic
+    asked = AskedExecution(is_on(config.compile), is_on(config.capture), must_be_deterministic)
+    several = not place.merged and len({batch.variant.scales for batch in batches}) > 1
+    calls, tokens = calls_each * len(batches), calls_each * rows * tokens_a_row
+    return choose_drawing_execution(asked, drawing.plan, device, calls, tokens, several)
+
+
+def load_sampler(
+    files: ModelFiles,
+    drawing: Drawing,
+    execution: StepExecution,
+    batches: Sequence[Batch],
+    sampling: SamplingSettings,
+    device: torch.device,
+    loras: Sequence[LoraFile],
+) -> tuple[Sampler, Callable[[Variant], None]]:
+    """The transformer, ready to denoise; and what gives its LoRAs a variant's strengths."""
+    place, latent_size = drawing.plan.placement, drawing.latent_shape[1:]
 
     def add_loras(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
-        for index, lora in enumerate(loras):
+        for index, lora in enumerate([] if place.merged else loras):
             lora.attach(transformer, f"lora_{index}")
         return []
 
-    latent_size = (drawing.latent_shape[1], drawing.latent_shape[2])
-    arranged = arrange(files, drawing.plan.placement, device, drawing.dtype, latent_size, add_loras)
-    return Sampler(arranged.transformer, files.read_scheduler_config())
+    arranged = arrange(files, place, device, drawing.dtype, latent_size, add_loras, execution.compiled)
+    sizes = {len(batch.pictures) for batch in batches}
+    call = TransformerCall(
+        arranged.transformer,
+        execution.compiled,
+        max(sizes) * sampling.rows,
+        execution.captured,
+        execution.must_capture,
+        most_shapes=len(sizes) * (2 if sampling.skip_layers else 1),
+    )
+    sampler = Sampler(arranged.transformer, files.read_scheduler_config(), call=call)
+    if place.merged:
+        changed = arranged.streamed.forget if arranged.streamed else lambda: None
+        merged = MergedLoras(arranged.transformer, loras, files.weight_files("transformer"), device, changed)
+        return sampler, lambda variant: merged.use(variant.scales)
+
+    def use(variant: Variant) -> None:
+        use_variant(arranged.transformer, variant)
+        call.release()
+
+    return sampler, use
 
 
 def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
-    """Gives the LoRAs their strengths, or leaves them out; what changes a CLIP alone is not in the transformer."""
+    """Gives LoRAs beside the weights their strengths, or leaves them out; what changes a CLIP alone is not there."""
     attached = getattr(transformer, "peft_config", {})
     if variant.scales is None and attached:
         transformer.disable_adapters()
@@ -409,60 +513,53 @@ def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
 
 def denoise_all(
     sampler: Sampler,
-    by_variant: Mapping[Variant, Sequence[PicturePlan]],
+    use: Callable[[Variant], None],
+    batches: Sequence[Batch],
     embeddings: Mapping[Variant, Embeddings],
     drawing: Drawing,
-    config: InferenceConfig,
-) -> tuple[list[torch.Tensor], BaseException | None]:
-    """Normalized latents `(16, H/8, W/8)` on the CPU, picture by picture; and the interruption or NaN that ended it.
+    sampling: SamplingSettings,
+    finish: Callable[[Sequence[PicturePlan], torch.Tensor], None],
+) -> tuple[int, BaseException | None]:
+    """Denoises batch after batch; returns how many pictures were, and the interruption or NaN that ended it.
 
-    What was denoised by then is decoded all the same.
+    Args:
+        sampler: that denoises.
+        use: gives its LoRAs a variant's strengths.
+        batches: of pictures.
+        embeddings: of their prompts, for each variant.
+        drawing: what is drawn.
+        sampling: how.
+        finish: is given each batch with its normalized latents `(B, 16, H/8, W/8)` on the CPU.
     """
-    latents: list[torch.Tensor] = []
-    size = config.batch_size
-    batches = [
-        (variant, pictures[start : start + size])
-        for variant, pictures in by_variant.items()
-        for start in range(0, len(pictures), size)
-    ]
-    used: Variant | None = None
+    count, used = 0, None
     try:
-        for variant, batch in Progress(batches, desc="denoising", unit="batch"):
-            if variant is not used:
-                use_variant(sampler.transformer, variant)
-                used = variant
-            noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch])
-            prompts = [picture.prompt for picture in batch]
-            latents += sampler.denoise(noise, prompts, embeddings[variant], sampling_of(config))
+        for batch in Progress(batches, desc="denoising", unit="batch"):
+            if batch.variant is not used:
+                use(batch.variant)
+                used = batch.variant
+            noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch.pictures])
+            prompts = [picture.prompt for picture in batch.pictures]
+            latents = sampler.denoise(noise, prompts, embeddings[batch.variant], sampling)
+            finish(batch.pictures, latents)
+            count += len(batch.pictures)
     except (KeyboardInterrupt, UserError) as error:
-        if not latents:
+        if not count:
             raise
-        if isinstance(error, KeyboardInterrupt):
-            print(f"\ninterrupted: the {len(latents)} pictures that are denoised will be decoded first")
-        return latents, error
-    return latents, None
+        return count, error
+    return count, None
 
 
-def decode_and_save(
-    vae: AutoencoderKL, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]
-) -> dict[Path, Image.Image]:
-    """Decodes one picture at a time and writes it; returns small ones for the contact sheet.
+@dataclass(frozen=True)
+class Drawn:
+    """What a run has drawn.
 
-    Raises:
-        UserError: pictures were NaN; all others are written.
+    Attributes:
+        thumbnails: small pictures for the contact sheet, by the file's path.
+        execution: how the transformer was called in the end, for `run.json`.
     """
-    errors, thumbnails = [], {}
-    for plan, latent in Progress(list(zip(plans, latents, strict=True)), desc="decoding", unit="picture"):
-        try:
-            picture = decode(vae, latent)
-            plan.save(picture)
-            thumbnails[plan.path] = thumbnail_of(picture)
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        others = f" ({len(errors)} of {len(plans)} pictures)" if len(plans) > 1 else ""
-        raise UserError(f"{errors[0]}{others}")
-    return thumbnails
+
+    thumbnails: Mapping[Path, Image.Image]
+    execution: Mapping[str, Any]
 
 
 def draw(
@@ -473,29 +570,53 @@ def draw(
     loras: Sequence[LoraFile],
     by_variant: Mapping[Variant, Sequence[PicturePlan]],
     context: DeviceContext,
-) -> dict[Path, Image.Image]:
-    """Encode, free, denoise, free, decode; returns small pictures for the contact sheet."""
+) -> Drawn:
+    """Encode, free, denoise, free, decode.
+
+    Where the VAE has room beside the transformer, each batch is decoded when it is denoised.
+    """
     config, device, reports = flags.drawing, context.device, context.reports
     to_draw = [picture for pictures in by_variant.values() for picture in pictures]
+    batches = batches_of(by_variant, drawing.together, config.batch_size)
+    execution = choose_execution(flags, files, drawing, batches, device)
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
         files.component(component)
     wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
     embeddings = embed_variants(list(by_variant), loras, wanted, files, config, drawing.length, context)
 
+    waiting: list[torch.Tensor] = []
     kernel = attention_kernel(drawing.plan.placement.attention_kernel)
-    with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
-        sampler = load_sampler(files, drawing, device, loras)
-        latents, ended_by = denoise_all(sampler, by_variant, embeddings, drawing, config)
-        del sampler
-
-    with memory_stage(f"decode ({config.vae_precision})", device, reports):
-        vae = load_vae(files, config.vae_precision, device, tile)
-        thumbnails = decode_and_save(vae, to_draw[: len(latents)], latents)
-        del vae
+    with PictureWriter(min(WRITING_THREADS, os.cpu_count() or 1), thumbnail_of) as writer:
+        with memory_stage(f"denoise ({context.precision})", device, reports), kernel:
+            start_compile_workers(execution.compiled, device)
+            sampler, use = load_sampler(files, drawing, execution, batches, sampling_of(config), device, loras)
+            decoder, finish = None, partial(keep, waiting)
+            if decoding_beside(drawing.plan, tile, context.budget):
+                decoder = Decoder(load_vae(files, config.vae_precision, device, tile), writer)
+                finish = decoder.decode
+            count, ended_by = denoise_all(sampler, use, batches, embeddings, drawing, sampling_of(config), finish)
+            execution = execution.carried_out(sampler.call.captured)
+            del sampler, use
+        if device.type == "cuda":
+            print(f"denoised with {execution.sentence()}")
+        if decoder is None:
+            if isinstance(ended_by, KeyboardInterrupt):
+                print(f"\ninterrupted: the {count} pictures that are denoised will be decoded first")
+            with memory_stage(f"decode ({config.vae_precision})", device, reports):
+                decoder = Decoder(load_vae(files, config.vae_precision, device, tile), writer)
+                bar = Progress(zip(to_draw, waiting, strict=False), total=count, desc="decoding", unit="picture")
+                for picture, latents in bar:
+                    decoder.decode([picture], [latents])
+        decoder.raise_errors()
     if ended_by:
-        print(f"drew {len(latents)} of {counted(len(to_draw), 'picture')}")
+        print(f"drew {count} of {counted(len(to_draw), 'picture')}")
         raise ended_by
-    return thumbnails
+    return Drawn(writer.made, execution.to_dict())
+
+
+def keep(waiting: list[torch.Tensor], _: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
+    """Has latents wait until the VAE has room."""
+    waiting.extend(latents)
 
 
 def plan_variants(
@@ -524,6 +645,11 @@ def plan_variants(
     return plans
 
 
+def decoding_beside(plan: Plan, tile: VaeTile, budget: DeviceBudget | None) -> Phase | None:
+    """The phase in which pictures are decoded beside the transformer; None where there is no room for both."""
+    return plan_beside(plan, tile.predicted_parts(budget), budget) if budget else None
+
+
 def print_memory(
     drawing: Drawing, tile: VaeTile, precision: str, vae_precision: str, budget: DeviceBudget | None
 ) -> Forecast:
@@ -531,8 +657,11 @@ def print_memory(
     forecast = drawing.plan.forecast
     if budget:
         decoding = Phase("decode", tile.predicted_parts(budget))
-        forecast = replace(forecast, phases=(*forecast.phases, decoding))
-        print(f"transformer in {precision}, {drawing.plan.base_sentence()}: {forecast.phases[0].sentence()}")
+        beside = decoding_beside(drawing.plan, tile, budget)
+        forecast = replace(forecast, phases=(*forecast.phases, beside or decoding))
+        loras = ", LoRA merged" if drawing.plan.placement.merged else ""
+        together = f"{loras}, up to {drawing.together} at a time" if drawing.together > 1 else loras
+        print(f"transformer in {precision}, {drawing.plan.base_sentence()}{together}: {forecast.phases[0].sentence()}")
         print(f"VAE in {vae_precision}, {tile.describe()}: {decoding.sentence()}")
     note = drawing.asked.without_effect(drawing.plan.placement)
     if note:
@@ -571,7 +700,7 @@ def run(argv: Sequence[str] | None) -> None:
     config, is_plan = flags.drawing, flags.budget.plan
     if flags.model.is_miniature:
         say_miniature("inference.py")
-    device = choose_device(flags.device.device)
+    device = choose_device(flags.device.device, flags.model)
     if flags.device.must_be_deterministic:
         make_deterministic()
     budget = open_budget(flags.budget, device)
@@ -583,7 +712,8 @@ def run(argv: Sequence[str] | None) -> None:
     prompts = find_prompts(config, loras, flags.model.is_miniature)
     outdir = Path(config.outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))
-    drawing = plan_drawing(flags, files, loras, variants, chosen.dtype, budget)
+    most = len(prompts) * config.num_images
+    drawing = decide(flags, files, loras, variants, most, chosen.dtype, budget)
     head_width = files.read_config("transformer")["attention_head_dim"]
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
@@ -600,11 +730,11 @@ def run(argv: Sequence[str] | None) -> None:
         forecast = print_memory(drawing, tile, chosen.name, config.vae_precision, budget)
     if is_plan:
         return
-    measured, thumbnails = 0, dict[Path, Image.Image]()
+    measured, drawn = 0, Drawn({}, {})
     if count:
-        thumbnails = draw(flags, files, drawing, tile, loras, to_draw, context)
+        drawn = draw(flags, files, drawing, tile, loras, to_draw, context)
     if budget and count:  # of the last two stages: that of encoding is printed before
-        measured = budget.used_bytes(context.reports[-2:])
+        measured = budget.used_bytes([r for r in context.reports if r.name.startswith(("denoise", "decode"))])
         print(compared(forecast.peak_bytes, measured))
     facts = RunFacts(
         model=files.name,
@@ -617,9 +747,11 @@ def run(argv: Sequence[str] | None) -> None:
         max_sequence_length=drawing.length,
         seed=config.seed,
     )
-    results = RunResults(f"{counted(count, 'picture')} in {outdir}", context.reports, measured)
+    results = RunResults(
+        f"{counted(count, 'picture')} in {outdir}", context.reports, measured, execution=drawn.execution or None
+    )
     RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
-    write_sheet(config, plans, drawing, files, loras, thumbnails)
+    write_sheet(config, plans, drawing, files, loras, drawn.thumbnails)
     print(f"wrote {counted(count, 'picture')} to {outdir}")
 
 

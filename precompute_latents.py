@@ -55,7 +55,7 @@ from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.gpu.budget import compared, open_budget, sentence
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, sentence
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.augmentation import Augmentation
 from sd3_lora.stage_one.buckets import Buckets
@@ -534,10 +534,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     """The stage from top to bottom."""
     config, model, device_config, budget_config = COMMAND_LINE.parse(argv)
     if model.is_miniature:
-        say_miniature("precompute_latents.py")
+        say_miniature("precompute_latents.py", config.instance_data_dir)
     config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
     configs = (config, model, device_config, budget_config)
-    device = processes.choose_device(device_config.device)
+    device = processes.choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget = open_budget(budget_config, device)
@@ -545,31 +545,21 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         budget.cap()
     files = ModelFiles(model, budget_config.plan)
     cache, buckets = open_cache(files, config), Buckets.of(config, files)
-    longest = PictureSize.square(buckets.longest_side)
-    asked = read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
+    asked, work = asked_tile(config, buckets, files), vae_work(config, cache, buckets)
     subject = read_pictures(config, budget_config.plan, processes)
     images = list(subject.images)
     masks = processes.from_rank_0(lambda: find_masks(config, subject))
     others = processes.from_rank_0(lambda: find_class_images(config, images))
     pictures = [*images, *others]
-
-    batch_size = config.batch_size(cache.resolution)
-    work = VaeWork(
-        "encode", cache.wanted.precision, buckets.largest, batch_size, may_shrink=config.vae_batch_size is None
-    )
-
-    def choose() -> VaeTile:
-        tiles = processes.gather(choose_tile(files, work, budget, asked))
-        return min(tiles, key=lambda tile: tile.working_bytes)  # of the smallest GPU
-
+    choose = partial(choose_for_all, files, work, budget, asked, processes)
     tile = choose() if config.overwrite or budget_config.plan else None
+    replaced_by = tile if config.overwrite else None
     if not budget_config.plan and processes.is_rank_0:
         cache.remove_unfinished()
-    replacing = tile if config.overwrite else None
     if files.is_known:
         state = CacheState(len(pictures), pictures, set(), 0, 0)
     else:
-        state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replacing))
+        state = processes.from_rank_0(lambda: inspect_cache(pictures, config, buckets, cache, asked, replaced_by))
         print(*state.sentences(cache, asked), sep="\n")
     threads = min(MOST_THREADS, processes.cpu_cores)
     if masks and not budget_config.plan:
@@ -577,17 +567,10 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     predicted: dict[str, int] = {}
     if state.missing or budget_config.plan:
         tile = tile or choose()
-        if budget:
-            predicted = tile.predicted_parts(budget)
-            print(f"VAE in {work.precision}, {tile.describe()}: {sentence(predicted)}")
-        if tile.side_px is not None:
-            print(TILES_NOTE.format("a larger --vram_budget_gib" if asked == "auto" else "--vae_tile whole"))
+        predicted = predict(tile, work, asked, budget)
     if budget_config.plan:
         return
-    if processes.is_rank_0:
-        for path in state.discarded:  # not before the tile that replaces them is known to fit
-            cache.remove(path.stem)
-    processes.gather(None)  # no process reads a file that is about to be deleted
+    discard(state, cache, processes)  # not before the tile that replaces them is known to fit
     count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
         share = processes.share(state.missing)
@@ -599,20 +582,64 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     cache = open_cache(files, config)  # which knows nothing yet of what other processes wrote
     for line in cache_masks(masks, cache, files.latent_channels_and_scale()[1], threads):
         print(line)
-    measured = budget.used_bytes(reports) if budget else 0
-    if state.missing and budget:
-        print(compared(sum(predicted.values()), measured))
-    facts = facts_of(files, cache, tile, predicted, processes)
+    measured = measured_peak(budget, reports, sum(predicted.values()) if state.missing else 0)
     results = RunResults(f"{counted(count, 'crop')} in {cache.folder}", reports, measured)
-    RunRecord(configs, facts).save(cache.folder / "run.json", results)
+    RunRecord(configs, facts_of(files, cache, tile, predicted, processes)).save(cache.folder / "run.json", results)
     print(f"wrote {counted(count, 'crop')} of {counted(len(state.missing) - len(broken), 'picture')} to {cache.folder}")
     require_whole(broken, len(pictures), config)
     cache.note_broken(broken)
+    print_sizes(pictures, cache, buckets, config)
+    print_next(next_line(configs, images))
+
+
+def asked_tile(config: LatentConfig, buckets: Buckets, files: ModelFiles) -> AskedTile:
+    """`--vae_tile`, checked.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    longest = PictureSize.square(buckets.longest_side)
+    return read_asked_tile(config.vae_tile, longest, files.latent_channels_and_scale()[1])
+
+
+def vae_work(config: LatentConfig, cache: LatentCache, buckets: Buckets) -> VaeWork:
+    """What the VAE is to do."""
+    batch_size, may_shrink = config.batch_size(cache.resolution), config.vae_batch_size is None
+    return VaeWork("encode", cache.wanted.precision, buckets.largest, batch_size, may_shrink=may_shrink)
+
+
+def choose_for_all(
+    files: ModelFiles, work: VaeWork, budget: DeviceBudget | None, asked: AskedTile, processes: Processes
+) -> VaeTile:
+    """The tile that fits the smallest GPU of all processes."""
+    tiles = processes.gather(choose_tile(files, work, budget, asked))
+    return min(tiles, key=lambda tile: tile.working_bytes)
+
+
+def predict(tile: VaeTile, work: VaeWork, asked: AskedTile, budget: DeviceBudget | None) -> dict[str, int]:
+    """The bytes that the VAE will take, by part; printed, with a note where it encodes tiles."""
+    predicted = tile.predicted_parts(budget) if budget else {}
+    if budget:
+        print(f"VAE in {work.precision}, {tile.describe()}: {sentence(predicted)}")
+    if tile.side_px is not None:
+        print(TILES_NOTE.format("a larger --vram_budget_gib" if asked == "auto" else "--vae_tile whole"))
+    return predicted
+
+
+def discard(state: CacheState, cache: LatentCache, processes: Processes) -> None:
+    """Deletes the files that are to be replaced, before any process reads one."""
+    if processes.is_rank_0:
+        for path in state.discarded:
+            cache.remove(path.stem)
+    processes.gather(None)
+
+
+def print_sizes(pictures: Sequence[InstanceImage], cache: LatentCache, buckets: Buckets, config: LatentConfig) -> None:
+    """Prints which pictures are enlarged much, and of which the crops see little."""
     cached = ((image.path.name, cache.look(image.image_id)) for image in pictures)
     sizes = {name: (PictureSize(*it.size), buckets.size_for(*it.size)) for name, it in cached if it}
     for line in size_notes(sizes, config.crops):
         print(line)
-    print_next(next_line(configs, images))
 
 
 def facts_of(

@@ -54,7 +54,7 @@ from sd3_lora.common.command_line import (
     forget_secrets,
     require_writable_folder,
 )
-from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, say_miniature
+from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
     ChosenDtype,
     choose_device,
@@ -77,7 +77,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
-from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
@@ -157,14 +157,9 @@ from sd3_lora.transformer.lora import (
     trained_names,
 )
 from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
-from sd3_lora.transformer.lora_files import (
-    LoraFile,
-    find_lora,
-    read_lora_file,
-    require_lycoris_start,
-    require_start,
-)
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
+from sd3_lora.transformer.lora_starts import require_lycoris_start, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
@@ -359,8 +354,7 @@ def look(
                         with left_as_found(training.transformer), uncompiled(watch.compiled):
                             work(training, watch, accelerator.device)
                 except Exception as error:  # whatever it is: the run is worth more
-                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    Progress.write(f"note: {what} of step {training.step} failed ({reason}): training goes on")
+                    note_failure(what, training.step, error)
             drop_workspaces(accelerator.device)
             free_memory(accelerator.device)
     if draws or measures:
@@ -368,11 +362,34 @@ def look(
     return time.perf_counter() - start
 
 
+def note_failure(what: str, step: int, error: BaseException) -> None:
+    """Says that something between the steps failed, which stops no run."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    Progress.write(f"note: {what} of step {step} failed ({reason}): training goes on")
+
+
+def finish_pictures(validation: Validation | None) -> None:
+    """Waits until the pictures drawn last are written, or says that they are not."""
+    failed = validation and validation.finish()
+    if failed:
+        note_failure("the pictures", *failed)
+
+
+@contextmanager
+def finished_pictures(validation: Validation | None) -> Iterator[None]:
+    """At the end of the block all pictures are written, whatever ends it."""
+    try:
+        yield
+    finally:
+        finish_pictures(validation)
+
+
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
     if validation is None or validation.has_drawn(training.step):
         return
+    finish_pictures(validation)
     with training.ready_to_draw():
         drawn = validation.draw(training.model, device, training.step, stop)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
@@ -405,7 +422,7 @@ def train(
 ) -> float:
     """The loop: whole windows of micro-batches, one optimizer step each, never more than `training.steps`.
 
-    Returns the milliseconds of a step, without the first ones where there are more: those load, compile and capture.
+    Returns the milliseconds of a step.
 
     The host runs ahead of the device: it learns one step late that the scaler skipped one. Writes checkpoints and LoRA.
 
@@ -425,7 +442,8 @@ def train(
     bar_of_steps = Progress(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
     )
-    with StopSignals(outputs.kept, accelerator.device, over_ranks) as signals, bar_of_steps as bar:
+    signals = StopSignals(outputs.kept, accelerator.device, over_ranks)
+    with finished_pictures(watch.validation), signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
             if training.leave_clips() and training.step - 1 == training.clips_until:
@@ -455,6 +473,15 @@ def train(
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
+    return ms_a_step(marks)
+
+
+def ms_a_step(marks: Sequence[tuple[int, float]]) -> float:
+    """The milliseconds of a step, without the first ones where there are more: those load, compile and capture.
+
+    Args:
+        marks: steps, and the seconds when the device was through with them.
+    """
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -995,8 +1022,11 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
 
+    guidance = MINIATURE_GUIDANCE if flags.model.is_bundled else None
+
     def drawing(lora: Path) -> str:
-        return command("inference.py", **shared, lora=lora, prompt=prompt, data_df_path=embeddings_path)
+        settings = {"lora": lora, "prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
+        return command("inference.py", **shared, **settings)
 
     print("next: " + drawing(outputs.folder))
     if flags.average.use_ema:
@@ -1028,7 +1058,7 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     if flags.device.must_be_deterministic:
         make_deterministic()
     if flags.model.is_miniature and accelerator.is_main_process:
-        say_miniature(SCRIPT)
+        say_miniature(SCRIPT, flags.data.instance_data_dir)
     chosen, say = choose_precision(flags, accelerator.device), accelerator.print
     processes = counted(accelerator.num_processes, "process")
     say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
@@ -1140,9 +1170,7 @@ def report_results(
     ms_a_step: float,
 ) -> RunResults:
     """What the run came to; prints its peak beside the plan's."""
-    measured = budget.used_bytes(reports) if budget else 0
-    if budget:
-        print(compared(planned.plan.forecast.peak_bytes, measured))
+    measured = measured_peak(budget, reports, planned.plan.forecast.peak_bytes)
     carried_out = planned.execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
     lora_path, loss, skipped = str(outputs.folder / LORA_FILE), log.recent_mean, log.skipped
     return RunResults(lora_path, reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped)
@@ -1153,7 +1181,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags = TrainingFlags(*COMMAND_LINE.parse(argv))
     forget_secrets()
     output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
-    accelerator = start_accelerator(choose_device(flags.device.device), flags.run, output_dir)
+    accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
     device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
     chosen = set_up_device(flags, accelerator)
 

@@ -47,7 +47,7 @@ from sd3_lora.transformer.lora_files import find_lora, read_lora_file
 
 import torch
 from contact_sheet import draw_sheet, load_row
-from demo import GUIDANCE, LEARNING_RATE, LORA_BLOCKS, LORA_LAYERS, RANK, STEPS, TRAIN_BATCH_SIZE
+from demo import GUIDANCE, RANK, STEPS, TRAIN_BATCH_SIZE
 from diffusers import StableDiffusion3Pipeline
 from dreambooth_scores import TARGETS, count_right, shares, table
 from dreambooth_subjects import (
@@ -65,6 +65,8 @@ from judge import JUDGE_FILE, Judge, load_judge
 from PIL.PngImagePlugin import PngInfo
 from world import MINIATURE, PICTURE_PX, load_objects
 
+# What trainers and methods are compared with: a LoRA in the layers where the miniature keeps what a name looks like.
+LEARNING_RATE, LORA_LAYERS, LORA_BLOCKS = 5e-4, "ff_context.net.0.proj,ff_context.net.2", "0,1"
 SUBJECT_NOISE, DRIFT_NOISE = 1_000, 100_000  # seed of the first prompt's noise; the others follow it
 SHEET_PICTURES = 6
 # What decides the scores of all DreamBooth benchmarks, and of those with one number of steps and one rate.

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import UserError, exit_code
 
-from demo import LEARNING_RATE, STEPS
+from demo import STEPS
 from dreambooth import (
+    LEARNING_RATE,
     SHARED_SETTINGS,
     add_shared_flags,
     read_json,
@@ -146,7 +147,7 @@ def run(argv: Sequence[str] | None) -> None:
     settings = settings_of(flags, (*SHARED_SETTINGS, "points", "class_images", "ema_decay"))
 
     def parts() -> dict[str, Any]:
-        return {"demo": {"learning_rate": LEARNING_RATE, "steps": STEPS}, "lines": lines_of(flags)}
+        return {"baseline": {"learning_rate": LEARNING_RATE, "steps": STEPS}, "lines": lines_of(flags)}
 
     _, failures = carry_out_benchmark(flags, settings, lambda: measure(flags), parts)
     require_none(failures)

@@ -53,9 +53,14 @@ def limits(result: dict[str, Any], score: str) -> tuple[float, float]:
 
 
 def draw_panel(
-    axes: Axes, lines: Sequence[dict[str, Any]], score: str, colours: dict[float, Any], demo: dict[str, Any], theme: str
+    axes: Axes,
+    lines: Sequence[dict[str, Any]],
+    score: str,
+    colours: dict[float, Any],
+    baseline: dict[str, Any],
+    theme: str,
 ) -> None:
-    """One score of one variant: its lines with their standard errors; a ring where the demo trains."""
+    """One score of one variant: its lines with their standard errors; a ring at the baseline of docs/methods.md."""
     for line in lines:
         points = [point for point in line["points"] if point["means"][score] is not None]
         steps = [point["steps"] for point in points]
@@ -67,9 +72,9 @@ def draw_panel(
         )
         axes.fill_between(steps, lower, upper, color=colour, alpha=0.12, linewidth=0)
         axes.plot(steps, means, color=colour, linewidth=1.6, marker="o", markersize=3)
-        if line["variant"] == "plain" and rate == demo["learning_rate"] and demo["steps"] in steps:
-            mean = means[steps.index(demo["steps"])]
-            axes.plot(demo["steps"], mean, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK[theme][0])
+        if line["variant"] == "plain" and rate == baseline["learning_rate"] and baseline["steps"] in steps:
+            mean = means[steps.index(baseline["steps"])]
+            axes.plot(baseline["steps"], mean, "o", markersize=9, markerfacecolor="none", markeredgecolor=INK[theme][0])
 
 
 def dress(axes: Axes, steps: Sequence[int], theme: str) -> None:
@@ -100,7 +105,7 @@ def save(result: dict[str, Any], path: Path, theme: str) -> None:
         for row, score in zip(panels, SCORES, strict=True):
             for axes, variant in zip(row, variants, strict=True):
                 lines = [line for line in result["lines"] if line["variant"] == variant]
-                draw_panel(axes, lines, score, colours, result["demo"], theme)
+                draw_panel(axes, lines, score, colours, result["baseline"], theme)
                 dress(axes, steps, theme)
             row[0].set_ylim(*limits(result, score))
             row[0].set_ylabel(f"{score}, %", color=lesser, fontsize=9)
@@ -111,7 +116,7 @@ def save(result: dict[str, Any], path: Path, theme: str) -> None:
         handles.append(plt.Line2D([], [], linestyle="", marker="o", markersize=8, mfc="none", mec=text))
         figure.legend(
             handles,
-            [*(f"rate {typed(rate)}" for rate in rates), "the demo"],
+            [*(f"rate {typed(rate)}" for rate in rates), "baseline"],
             loc="upper left",
             bbox_to_anchor=(0.01, 1.0),
             ncols=len(handles),

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py flops 1024 512 batch sd3.5 losses --models /tmp/models --peer ../diffusers --result FILE
     python benchmarks/step.py cpu --models /tmp/models --peer ../diffusers --peer_python ../peer/bin/python
+    python benchmarks/step.py prior buckets --models /tmp/models --result "benchmarks/results/{set}-h100.json"
 
 `--peer` is a clone of diffusers; its scripts run unchanged, and are timed from outside (`timed_peer.py`). The models
 are of full size with random weights, and are made in `--models` where they are not there.
@@ -31,8 +32,10 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from sd3_lora.common.command_line import write_text_atomically
 from sd3_lora.common.devices import choose_device
 from sd3_lora.common.memory import free_memory
+from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.plan.step_time import device_seconds
 
 import pandas as pd
@@ -67,6 +70,7 @@ class Case:
         rank: of the LoRA.
         precision: of the base.
         script: below the clone of diffusers; None for ours.
+        sizes: of the pictures, in turn, as 832x1216; squares where there are none.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Case:
     rank: int = 4
     precision: str = "fp16"
     script: str | None = None
+    sizes: tuple[str, ...] = ()
 
 
 PLAIN = ("--compile", "off", "--capture", "off")
@@ -107,6 +112,22 @@ def sd35_cases() -> Iterator[Case]:
         yield Case(name, 1024, flags, "sd3.5-medium", 3, 128, "bf16")
 
 
+def prior_cases() -> Iterator[Case]:
+    """Prior preservation without class pictures, beside the same step without it."""
+    for resolution in (1024, 512):
+        yield Case("no prior term", resolution, CAPTURED)
+        for term in ("preference", "prediction"):
+            yield Case(f"`{term}`", resolution, (*CAPTURED, "--prior_term", term))
+
+
+def bucket_cases() -> Iterator[Case]:
+    """One shape, and two in turn, of the same pixels."""
+    flags = (*CAPTURED, "--use_aspect_ratio_bucket")
+    for resolution, upright, lying in ((1024, "832x1216", "1216x832"), (512, "384x640", "640x384")):
+        yield Case("one shape", resolution, flags, sizes=(upright,))
+        yield Case("two shapes", resolution, flags, sizes=(upright, lying))
+
+
 def cpu_cases() -> Iterator[Case]:
     """Of the miniature, in float32."""
     peer = Case("diffusers' train_dreambooth_lora_sd3", 128, (), "miniature", 2, precision="no", script=BIG_SCRIPT)
@@ -131,7 +152,11 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "512": lambda: cases_of_size(512),
     "batch": batch_cases,
     "sd3.5": sd35_cases,
+    "prior": prior_cases,
+    "buckets": bucket_cases,
 }
+# Steps before the clock starts: the graphs of all shapes are captured by then. The timed ones have each as often.
+WARM = {"prior": 9, "buckets": 9}
 
 
 def flops(model: str, resolution: int) -> dict[str, float]:
@@ -186,6 +211,11 @@ def shared_words(case: Case, model: Path, output: Path, steps: int) -> list[obje
     return [*words, "--learning_rate", "1e-5", "--report_to", "tensorboard" if case.script else "none"]
 
 
+def stored(case: Case, model: Path) -> tuple[Path, Path]:
+    """The fabricated embeddings and latents of a case."""
+    return fabricate_stage_one(model, case.resolution, *map(PictureSize.parse, case.sizes))
+
+
 @contextlib.contextmanager
 def counted_steps(script: ModuleType, warm: int, steps: int) -> Iterator[Clock]:
     """A clock that ticks where our script takes an optimizer step."""
@@ -203,7 +233,7 @@ def counted_steps(script: ModuleType, warm: int, steps: int) -> Iterator[Clock]:
 def run_ours(case: Case, model: Path, output: Path, warm: int, steps: int, device: str) -> dict[str, Any]:
     """Our script in this process, its steps counted where it takes them."""
     script = importlib.import_module(TRAIN)
-    embeddings, latents = fabricate_stage_one(model, case.resolution)
+    embeddings, latents = stored(case, model)
     words = [*shared_words(case, model, output, steps), "--data_df_path", embeddings, "--latents_path", latents]
     refused = io.StringIO()
     redirected = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refused)
@@ -296,8 +326,8 @@ def prepare_with_clips(name: str, models: Path) -> Path:
     return model
 
 
-def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
-    """One row."""
+def run_case(case: Case, flags: argparse.Namespace, warm: int) -> dict[str, Any]:
+    """One row, timed after `warm` steps."""
     prepare = prepare_with_clips if "--train_text_encoder" in case.flags else prepare_model
     model = prepare(case.model, flags.models)
     output = flags.models / f"output-{os.getpid()}"
@@ -306,7 +336,7 @@ def run_case(case: Case, flags: argparse.Namespace) -> dict[str, Any]:
     free_memory(choose_device(flags.device))
     start = time.perf_counter()
     if case.script is None:
-        row = run_ours(case, model, output, flags.warm, flags.steps, flags.device)
+        row = run_ours(case, model, output, warm, flags.steps, flags.device)
     else:
         words = [*shared_words(case, model, output, flags.steps + 5), *peer_words(case, model), *case.flags]
         row = run_peer(case.script, words, output, flags)
@@ -452,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=25, help="Steps in all.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
-    parser.add_argument("--result", type=Path, help="JSON file to write.")
+    parser.add_argument("--result", type=Path, help="JSON file to write; {set} in its name gives each set one.")
     flags = parser.parse_args(argv)
     flags.models.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -465,8 +495,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             result["rows"].append(row)
             print({key: row[key] for key in row if key not in ("flags", "script", "precision")}, flush=True)
-        if flags.result:
-            flags.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for name in flags.sets if flags.result else ():
+            path = Path(str(flags.result).replace("{set}", name))
+            own = [row for row in result["rows"] if path == flags.result or row.get("set") == name]
+            write_text_atomically(path, json.dumps({**result, "rows": own}, indent=1) + "\n")
 
     for name in flags.sets:
         if name == "flops":
@@ -487,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"stopped before {name}: {case.name}", flush=True)
                     break
                 if case.script is None or flags.peer:
-                    keep({"set": name, **run_case(case, flags)})
+                    keep({"set": name, **run_case(case, flags, WARM.get(name, flags.warm))})
     return 0
 
 

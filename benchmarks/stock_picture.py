@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,19 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--size", type=int, default=1024, help="Height and width in pixels.")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="A CPU offloads nothing.")
+    parser.add_argument("--embeds", type=Path, help="The prompts' embeddings: no text encoder is loaded.")
+    parser.add_argument("--lora", help="A folder.")
     parser.add_argument("--output_path", type=Path, required=True)
     flags = parser.parse_args(argv)
     dtype = torch.float16 if flags.device == "cuda" else torch.float32
-    pipeline = StableDiffusion3Pipeline.from_pretrained(flags.model, torch_dtype=dtype)
+    nothing = dict.fromkeys(TEXT) if flags.embeds else {}
+    pipeline = StableDiffusion3Pipeline.from_pretrained(flags.model, torch_dtype=dtype, **nothing)
+    if flags.lora:
+        pipeline.load_lora_weights(flags.lora)
     if flags.device == "cuda":
         pipeline.enable_model_cpu_offload()
+    given = {"prompt": flags.prompt, "max_sequence_length": 77}
+    if flags.embeds:
+        given = {name: each.to(flags.device, dtype) for name, each in load_file(flags.embeds).items()}
     picture = pipeline(
-        flags.prompt,
+        **given,
         num_inference_steps=flags.steps,
         guidance_scale=7.0,
         height=flags.size,
         width=flags.size,
-        max_sequence_length=77,
         generator=torch.Generator().manual_seed(0),
     ).images[0]
     picture.save(flags.output_path)

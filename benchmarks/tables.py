@@ -83,9 +83,13 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "saving": saving_table,
         "streaming": streaming_table,
         "picture": picture_table,
+        "drawing": drawing_table,
         "stages": stages_table,
         "exchange": exchange_table,
         "exactness": exactness_table,
+        "prior": ratio_table,
+        "buckets": ratio_table,
+        "validation": validation_table,
         "predictions": predictions_table,
     }
     return tables[re.split(r"[-.]", name)[0]]
@@ -143,6 +147,49 @@ def exactness_table(result: dict[str, Any]) -> str:
     for name, times in result["step_times"].items():
         lines.append(f"| {name} | {times['fast_ms']:.1f} | {times['exact_ms']:.1f} | {times['ratio']:.3f} |")
     return "\n".join([*lines, "", f"{result['model']}, rank 8, 12 steps. {_measured_on(result)}"])
+
+
+def ratio_table(result: dict[str, Any]) -> str:
+    """Milliseconds of a step, and of it the share of that of the first row of the same size and batch."""
+    times: dict[str, dict[tuple[int, int], float]] = {}
+    for row in _measured_rows(result):
+        times.setdefault(row["name"], {})[row["resolution"], row["batch"]] = row["ms"]
+    first = next(iter(times.values()))
+    heads = [f"{resolution} px" + (f", batch {batch}" if batch > 1 else "") for resolution, batch in first]
+    lines = [
+        f"| | {' | '.join(f'{head}: ms a step | ratio' for head in heads)} |",
+        "| --- |" + " ---: | ---: |" * len(heads),
+    ]
+    for name, found in times.items():
+        cells = [
+            f"{found[size]:.1f} | {found[size] / ms:.2f}" if size in found else "– | –" for size, ms in first.items()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"SD3-Medium, rank 4, captured. {_measured_on(result)}"])
+
+
+def validation_table(result: dict[str, Any]) -> str:
+    """A drawing's time beside the stock pipeline's, its peak beside the step's, and what runs have the same bits."""
+    rows, stock = _measured_rows(result), result["stock"]
+    lines = [
+        "| | seconds | of the stock pipeline's | denoising | decoding | step GiB | drawing GiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["kind"] == "exact":
+            continue
+        is_timed = row["kind"] == "timed"
+        of_stock = f"{row['drawing_s'] / stock['s']:.2f}" if is_timed and "s" in stock else ""
+        seconds = [f"{row[name]:.1f}" if is_timed else "" for name in ("drawing_s", "denoise_s", "decode_s")]
+        peaks = [f"{row[name]:.2f}" for name in ("step_gib", "drawing_gib")]
+        lines.append(f"| {row['name']} | {' | '.join([seconds[0], of_stock, *seconds[1:], *peaks])} |")
+    lines += [f"| the stock pipeline | {stock['s']:.1f} | | | | | |"] if "s" in stock else []
+    same = [row["name"] for row in rows if row.get("bit_equal")]
+    others = [row["name"] for row in rows if row.get("bit_equal") is False]
+    said = f"The same bits with pictures and early warning as without: {', '.join(same) or 'none'}."
+    said += f" Other bits: {', '.join(others)}." if others else ""
+    shape = f"{result['prompts']} prompts at 1024 px, 28 steps, rank 16; peaks are the allocator's."
+    return "\n".join([*lines, "", f"{shape} {said} {_measured_on(result)}"])
 
 
 def streaming_table(result: dict[str, Any]) -> str:
@@ -356,6 +403,40 @@ def picture_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' / '.join(f'{s:.1f}' for s in seconds)} | {ratios} | {peak:.2f} |")
     said = f"SD3-Medium, {result['size']} px, {result['steps']} steps, guidance 7, fp16; a process each, in turns, text"
     return "\n".join([*lines, "", f"{said} encoders included, files in the page cache. {_measured_on(result)}"])
+
+
+def drawing_table(result: dict[str, Any]) -> str:
+    """Pictures a second of each way, beside the stock pipeline's at as many pictures at a time; and the first PNG's."""
+    rows = _measured_rows(result)
+    timed = [row for row in rows if "s_a_picture" in row]
+    stock = {(row["size"], row["pictures_at_a_time"]): row for row in timed if row["name"].startswith("diffusers")}
+    lines = ["| | px | at a time | pictures/s | of the pipeline's, 4 at a time | 1 at a time | GiB | of its | off by |"]
+    lines.append("| --- |" + " ---: |" * 8)
+    for row in sorted(timed, key=lambda row: -row["size"]):
+        ratios = [_of_stock(row, stock.get((row["size"], count)), "s_a_picture") for count in (4, 1)]
+        like = stock.get((row["size"], row["pictures_at_a_time"])) or stock.get((row["size"], 4))
+        gib = f"{row['allocated_gib']:.2f}" if "allocated_gib" in row else ""
+        ratio = f"{row['allocated_gib'] / like['allocated_gib']:.2f}" if like and like.get("allocated_gib") else ""
+        cells = [row["name"], row["size"], row["pictures_at_a_time"], f"{1 / row['s_a_picture']:.2f}", *ratios]
+        lines.append(f"| {' | '.join(map(str, [*cells, gib, ratio, row.get('mean_off_by', '')]))} |")
+    first = [row for row in rows if "first_png_s" in row]
+    if first:
+        lines += ["", "| from process start to the first PNG | seconds | GiB |", "| --- | ---: | ---: |"]
+        lines += [f"| {row['name']} | {row['first_png_s']:.1f} | {row['device_gib']:.2f} |" for row in first]
+    off = result.get("miniature", {}).get("mean_off_by")
+    trained = (
+        f" On the miniature's trained weights merging changes pictures by {off:.2f}/255." if off is not None else ""
+    )
+    said = (
+        f"SD3-Medium with random weights and a LoRA of rank {result['lora_rank']}, fp16, {result['steps']} steps, "
+        "guidance 7, embeddings given, PNGs written; after the first batch. GiB: the most that tensors took. Off by: "
+        f"the mean difference of pixels, of 255, from the row that it changes.{trained}"
+    )
+    return "\n".join([*lines, "", f"{said} {_measured_on(result)}"])
+
+
+def _of_stock(row: dict[str, Any], stock: dict[str, Any] | None, key: str) -> str:
+    return f"{stock[key] / row[key]:.2f}" if stock else ""
 
 
 # Columns of each set's table, by the name of what they show.

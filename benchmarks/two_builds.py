@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"stopped before {case.name} at {case.resolution} px", flush=True)
             break
         model = step.prepare_model(case.model, given.models)
-        embeddings, latents = step.fabricate_stage_one(model, case.resolution)
+        embeddings, latents = step.stored(case, model)
         words = step.shared_words(case, model, given.models / "output", given.steps)
         words = words[: words.index("--output_dir")] + words[words.index("--output_dir") + 2 :]
         words += ["--data_df_path", embeddings, "--latents_path", latents, *case.flags]

@@ -3,9 +3,9 @@ it has the bits of a run without.
 
 Each row trains a LoRA of the full-size model on fabricated files and random weights, in this process.
 
-- Timed rows draw four prompts at 1024 px in 28 steps. Beside them: the same pictures by diffusers' pipeline, resident
-  in float16 with that LoRA and the embeddings given, in one call and one after the other; both until the PNGs are
-  written.
+- Timed rows draw four prompts at 1024 px in 28 steps: until training goes on, while threads write PNGs and the sheet
+  (`written_s` later, if nothing else is to be done). Beside them: the same pictures by diffusers' pipeline in one call,
+  resident in float16 with that LoRA and the embeddings given, until the PNGs are written.
 - Rows of peaks draw in fewer steps, with less of the model on the device.
 - Exact rows train twice, with pictures and the early warning in between and without, and compare LoRA and losses.
 
@@ -20,8 +20,8 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import shutil
-import statistics
 import sys
 import time
 import traceback
@@ -50,7 +50,7 @@ from exactness import off_by
 from memory import DRAWN, fabricate_stage_one, model_folder
 from placements import placement_of
 
-GUIDANCE, RANK = 7.0, 16
+GUIDANCE, RANK, TRAINING_STEPS = 7.0, 16, 3
 UPRIGHT, LYING = PictureSize(384, 640), PictureSize(640, 384)
 
 
@@ -77,16 +77,15 @@ class Row:
     masked: bool = False
 
     @property
-    def steps(self) -> int:
-        """Of training: with three drawings, before the first, halfway and after the last."""
-        return 6 if self.kind == "timed" else 4
+    def every(self) -> int:
+        """Of three training steps, after which a drawing comes; others are before the first and after the last."""
+        return 3 if self.kind == "timed" else 2
 
 
 def rows() -> Iterator[Row]:
     """The table, in order."""
     exact = partial(Row, kind="exact", resolution=512, num_steps=3)
     yield Row("no budget", "timed")
-    yield Row("within 16 GiB", "timed", ("--vram_budget_gib", "16"))
     yield exact("as it is")
     yield exact("prior term", flags=("--prior_term", "preference"))
     yield exact("masks", flags=("--masked_loss",), masked=True)
@@ -94,6 +93,7 @@ def rows() -> Iterator[Row]:
     yield exact("buckets", flags=("--use_aspect_ratio_bucket",), sizes=(UPRIGHT, LYING))
     yield exact("rates by pattern", flags=("--lr_pattern", "attn.to_q=5e-5,lora_B=1e-3"))
     yield exact("moving average, streamed", flags=("--use_ema", "--recompute_blocks", "23", "--stream_blocks", "24"))
+    yield Row("within 16 GiB", "timed", ("--vram_budget_gib", "16"))
     yield Row("all blocks recomputed", "peaks", ("--recompute_blocks", "24"), num_steps=4)
     yield Row("base in 4 bits", "peaks", ("--base_precision", "nf4", "--recompute_blocks", "24"), num_steps=4)
     yield Row("within 3 GiB", "peaks", ("--vram_budget_gib", "3"), num_steps=4)
@@ -105,17 +105,17 @@ def words_of(row: Row, model: Path, output: Path, device: str) -> list[object]:
     embeddings, latents = fabricate_stage_one(model, row.resolution, *row.sizes, masked=row.masked)
     words: list[object] = ["--pretrained_model_name_or_path", model, "--data_df_path", embeddings]
     words += ["--latents_path", latents, "--resolution", row.resolution, "--rank", RANK, "--seed", 0]
-    words += ["--device", device, "--report_to", "none", "--max_train_steps", row.steps, "--output_dir", output]
+    words += ["--device", device, "--report_to", "none", "--max_train_steps", TRAINING_STEPS, "--output_dir", output]
     words += ["--deterministic", "on"] if row.kind == "exact" else []
     return [*words, *row.flags]
 
 
 def drawing_words(row: Row) -> list[object]:
     """The flags of validation; of an exact row with the early warning."""
-    every = row.steps // 2
-    words: list[object] = ["--validation_prompt", *DRAWN, "--validation_num_steps", row.num_steps]
-    words += ["--validation_steps", every, "--validation_guidance", GUIDANCE]
-    return [*words, *(["--early_warning_steps", every] if row.kind == "exact" else [])]
+    prompts = DRAWN if row.kind == "timed" else DRAWN[:2]
+    words: list[object] = ["--validation_prompt", *prompts, "--validation_num_steps", row.num_steps]
+    words += ["--validation_steps", row.every, "--validation_guidance", GUIDANCE]
+    return [*words, *(["--early_warning_steps", row.every] if row.kind == "exact" else [])]
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Observed:
         step_bytes: the allocator's peak of the steps between two drawings.
         drawing_bytes: of each drawing, and of each early warning.
         drawing_s: how long each drawing took.
-        parts_s: of the drawings, the seconds of denoising and of decoding.
+        parts_s: of the drawings, the seconds of denoising, of decoding, and of waiting until all is written.
         ended: when each optimizer step was over, and each drawing, in order.
         predicted: the plan's peak of each phase, in GiB.
     """
@@ -136,7 +136,7 @@ class Observed:
     step_bytes: list[int] = field(default_factory=list)
     drawing_bytes: list[int] = field(default_factory=list)
     drawing_s: list[float] = field(default_factory=list)
-    parts_s: dict[str, list[float]] = field(default_factory=lambda: {"denoise": [], "decode": []})
+    parts_s: dict[str, list[float]] = field(default_factory=lambda: {"_denoise": [], "_decode": [], "finish": []})
     ended: list[tuple[str, float]] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)
 
@@ -161,7 +161,7 @@ class Observed:
             for name in ("validate", "measure"):
                 held.enter_context(_around(script, name, partial(self._between, name)))
             for part in self.parts_s:
-                held.enter_context(_around(Validation, f"_{part}", partial(self._part, part)))
+                held.enter_context(_around(Validation, part, partial(self._part, part)))
             held.enter_context(_around(script, "optimizer_step", self._step))
             held.enter_context(_around(script, "make_plan", self._plan))
             yield
@@ -204,13 +204,16 @@ class Observed:
         found["drawing_gib"] = max(self.drawing_bytes, default=0) / GIB
         found = {name: round(value, 3) for name, value in found.items()}
         found |= {"first_drawing_s": round(self.drawing_s[0], 2), "drawing_s": round(min(self.drawing_s[1:]), 2)}
-        found |= {f"{name}_s": round(min(times[1:]), 2) for name, times in self.parts_s.items()}
+        denoise, decode, finish = self.parts_s.values()
+        found |= {"denoise_s": round(min(denoise[1:]), 2), "decode_s": round(min(decode[1:]), 2)}
+        found |= {"written_s": round(finish[-1], 2)}
         times = [(kind, end - before) for (_, before), (kind, end) in zip(self.ended, self.ended[1:], strict=False)]
         steps = [seconds for kind, seconds in times if kind == "step"]
         before = [kind for kind, _ in self.ended]
         after = [s for (kind, s), last in zip(times, before, strict=False) if kind == "step" and last != "step"]
-        steady = statistics.median(sorted(steps)[: max(1, len(steps) // 2)])
-        return found | {"step_ms": round(1000 * steady, 1), "capture_s": round(after[-1] - steady, 2)}
+        steady = min(steps)
+        found["step_ms"] = round(1000 * steady, 1)
+        return found | ({"capture_s": round(after[-1] - steady, 2)} if len(after) > 1 else {})
 
 
 def _around(owner: Any, name: str, call: Callable[..., Any]) -> contextlib.AbstractContextManager[object]:
@@ -261,7 +264,7 @@ def run_row(row: Row, model: Path, output: Path, device: str) -> dict[str, Any]:
 
 
 def time_stock(model: Path, lora: Path, output: Path, device: str, num_steps: int = 28) -> dict[str, Any]:
-    """The same four pictures by diffusers' pipeline, until they are written: in one call, and one after the other."""
+    """The same four pictures by diffusers' pipeline in one call, until they are there and until they are written."""
     forget_last_run()
     observed, dtype = Observed(torch.device(device)), torch.float16 if device == "cuda" else torch.float32
     load = {"torch_dtype": dtype}
@@ -283,11 +286,13 @@ def time_stock(model: Path, lora: Path, output: Path, device: str, num_steps: in
     output.mkdir(parents=True, exist_ok=True)
     side = 1024 if device == "cuda" else 64
 
-    def draw(places: Sequence[int], steps: int) -> None:
-        count = len(places)
+    count = len(DRAWN)
+
+    def draw(steps: int) -> dict[str, float]:
+        start = observed.now()
         pictures = pipeline(
-            prompt_embeds=embeds[list(places)],
-            pooled_prompt_embeds=pooled[list(places)],
+            prompt_embeds=embeds[:-1],
+            pooled_prompt_embeds=pooled[:-1],
             negative_prompt_embeds=embeds[-1:].expand(count, -1, -1),
             negative_pooled_prompt_embeds=pooled[-1:].expand(count, -1),
             num_inference_steps=steps,
@@ -296,19 +301,14 @@ def time_stock(model: Path, lora: Path, output: Path, device: str, num_steps: in
             width=side,
             generator=torch.Generator(device).manual_seed(0),
         ).images
-        for place, picture in zip(places, pictures, strict=True):
+        drawn = observed.now()
+        for place, picture in enumerate(pictures):
             picture.save(output / f"{place}.png")
+        return {"unwritten_s": round(drawn - start, 2), "s": round(time.perf_counter() - start, 2)}
 
-    found: dict[str, Any] = {}
-    everyone = tuple(range(len(DRAWN)))
-    for name, batches in (("one call", [everyone]), ("one after the other", [(place,) for place in everyone])):
-        draw(batches[0], 2)
-        observed.take_peak()
-        start = observed.now()
-        for batch in batches:
-            draw(batch, num_steps)
-        found[name] = {"s": round(observed.now() - start, 2), "reserved_gib": round(observed.take_peak() / GIB, 2)}
-    return found
+    draw(2)
+    observed.take_peak()
+    return {**draw(num_steps), "reserved_gib": round(observed.take_peak() / GIB, 2)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     begun = time.perf_counter()
     flags.models.mkdir(parents=True, exist_ok=True)
-    model, output = model_folder(flags.models, flags.model), flags.models / "validation"
+    model, output = model_folder(flags.models, flags.model), flags.models / f"validation-{os.getpid()}"
     where = circumstances(torch.device(flags.device), (*VERSIONS, "bitsandbytes"))
     result: dict[str, Any] = {**where, "model": flags.model, "prompts": len(DRAWN), "rows": [], "stock": {}}
 
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["rows"].append(told | note(row.name, partial(run_row, row, model, output, flags.device)))
             save()
             if row.name == "no budget" and is_asked("stock"):
-                stock = partial(time_stock, model, output, flags.models / "stock", flags.device)
+                stock = partial(time_stock, model, output, output / "stock", flags.device)
                 result["stock"] = note("stock", stock)
                 save()
     except Interrupted as interrupted:

@@ -1,7 +1,8 @@
-"""Makes a Colab machine ready: its packages, the model's licence gate, photos to begin with.
+"""Makes a Colab machine ready: its packages, the folders, the model's licence gate, photos to begin with.
 
     python colab/prepare.py packages
     python colab/prepare.py access stabilityai/stable-diffusion-3-medium-diffusers
+    python colab/prepare.py folders /content/drive/MyDrive/sd3-lora /content/dog
     python colab/prepare.py photos /content/dog
 
 Each of them may be run again at any time.
@@ -21,6 +22,7 @@ from pathlib import Path
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_FOLDER))
 
+DRIVE = Path("/content/drive")  # where Colab mounts it
 EXAMPLE_DATASET = "diffusers/dog-example"
 GIB = 1024**3
 ATTACH_A_LORA = """
@@ -123,6 +125,21 @@ def prepare_packages() -> int:
     return code
 
 
+def check_folders(folders: Sequence[Path]) -> int:
+    """Refuses folders of a Drive that is not mounted: they would be the machine's own, which vanish with it."""
+    if (DRIVE / "MyDrive").is_dir():
+        return 0
+    for folder in folders:
+        if folder.is_relative_to(DRIVE):
+            print(
+                f"error: the Drive is not mounted, and {folder} would be a folder of this machine, which vanishes: "
+                "mount it in the file browser on the left, and run this cell again",
+                file=sys.stderr,
+            )
+            return 2
+    return 0
+
+
 def check_access(model: str) -> int:
     """Says at once whether a model can be read: fetches its index, a file of some hundred bytes."""
     from sd3_lora.common.command_line import exit_code
@@ -173,10 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("packages", help="install what is missing, keep torch, mend torchao")
     commands.add_parser("access", help="is the model's licence gate open?").add_argument("model")
+    folders = commands.add_parser("folders", help="is the Drive mounted, where folders are on it?")
+    folders.add_argument("folders", type=Path, nargs="+")
     commands.add_parser("photos", help="five example photos, unless there are some").add_argument("folder", type=Path)
     flags = parser.parse_args(argv)
     if flags.command == "access":
         return check_access(flags.model)
+    if flags.command == "folders":
+        return check_folders(flags.folders)
     if flags.command == "photos":
         return example_photos(flags.folder)
     return prepare_packages()

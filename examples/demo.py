@@ -21,11 +21,18 @@ from typing import Any
 
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 SUBJECT, PROMPT, PROMPTS_FILE = "examples/robot", "a photo of sks robot", "examples/prompts.txt"
+CLASS_PROMPT, PRIOR_PROMPTS_FILE = "a photo of a robot", "benchmarks/prior_prompts.txt"
 DRAWING_STEPS, GUIDANCE = 20, 3.0
-# What draws a new object best and forgets the least of the others (benchmarks/dreambooth.py trains with the same). In
-# the miniature an object's name becomes its looks in the first blocks' feed-forward layers of the text stream.
-STEPS, TRAIN_BATCH_SIZE, LEARNING_RATE, RANK = 150, 2, 5e-4, 8
-LORA_LAYERS, LORA_BLOCKS = "ff_context.net.0.proj,ff_context.net.2", "0,1"
+EMA_NAME = "pytorch_lora_weights_ema.safetensors"  # the moving average of the LoRA
+# The preset of docs/methods.md: it draws a new object best, and forgets next to nothing of the others. In the miniature
+# an object's name becomes its looks in the first blocks' feed-forward layers of the text stream.
+STEPS, TRAIN_BATCH_SIZE, RANK = 150, 2, 8
+PRESET = (
+    *("--lora_layers", "ff_context.net.0.proj,ff_context.net.2", "--lora_blocks", "0,1,2"),
+    *("--learning_rate", "2e-3", "--use_ema", "--ema_decay", "0.98"),
+    *("--prior_term", "prediction", "--prior_term_weight", "3", "--prior_share", "1"),
+    *("--prior_prompts_file", PRIOR_PROMPTS_FILE),
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ def plan_stages(folder: Path, max_train_steps: int, num_steps: int) -> list[Stag
     pictures = folder / "pictures"
     model = ("--pretrained_model_name_or_path", "miniature")
     train = (
-        *("--train_batch_size", str(TRAIN_BATCH_SIZE), "--learning_rate", f"{LEARNING_RATE:g}", "--rank", str(RANK)),
-        *("--lora_layers", LORA_LAYERS, "--lora_blocks", LORA_BLOCKS, "--seed", "0", "--report_to", "none"),
+        *("--train_batch_size", str(TRAIN_BATCH_SIZE), "--rank", str(RANK), *PRESET),
+        *("--seed", "0", "--report_to", "none"),
         *("--max_train_steps", str(max_train_steps), "--checkpointing_steps", "50", "--checkpoints_total_limit", "1"),
         *("--resume_from_checkpoint", "latest"),
     )
@@ -72,7 +79,8 @@ def plan_stages(folder: Path, max_train_steps: int, num_steps: int) -> list[Stag
             "compute_embeddings.py",
             (
                 *("compute_embeddings.py", *model, "--instance_data_dir", SUBJECT, "--instance_prompt", PROMPT),
-                *("--prompts_file", PROMPTS_FILE, "--output_path", str(embeddings)),
+                *("--class_prompt", CLASS_PROMPT, "--prompts_file", PROMPTS_FILE, "--prompts_file", PRIOR_PROMPTS_FILE),
+                *("--output_path", str(embeddings)),
             ),
             embeddings.with_suffix(".json"),
         ),
@@ -97,7 +105,7 @@ def plan_stages(folder: Path, max_train_steps: int, num_steps: int) -> list[Stag
         ),
         Stage(
             "inference.py --lora",
-            (*draw, "--lora", str(lora), "--outdir", str(pictures / "with_lora")),
+            (*draw, "--lora", str(lora / EMA_NAME), "--outdir", str(pictures / "with_lora")),
             pictures / "with_lora" / "run.json",
         ),
     ]

@@ -216,7 +216,7 @@ def run(argv: Sequence[str] | None) -> None:
         say_miniature("sd3_lora.losses")
     if note:
         print(note)
-    device = choose_device(device_config.device)
+    device = choose_device(device_config.device, model_config)
     if device_config.must_be_deterministic:
         make_deterministic()
     budget = open_budget(budget_config, device)

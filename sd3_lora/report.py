@@ -7,6 +7,11 @@ It reads what lies in the folder and changes nothing else. The file asks nothing
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line is read: Ctrl-C shows no traceback
+
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field

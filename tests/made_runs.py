@@ -8,7 +8,7 @@ from typing import Any
 
 from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.common.run_record import NotedPicture
-from sd3_lora.stage_one.images import hash_file
+from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.checkpoints import write_pictures
 
 import numpy as np

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -616,12 +617,8 @@ def require_writable_folder(folder: Path) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes to a temporary name beside `path` and renames it; an attempt that fails leaves nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def link_or_copy(source: Path, path: Path) -> None:

@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from sd3_lora.common.command_line import WrongFlags, less_than_one
+from sd3_lora.common.defaults import MINIATURE
 from sd3_lora.common.placement_flags import Switch, is_on
 
 LoraStart = Literal["gaussian", "default", "pissa", "olora"]
@@ -267,6 +269,11 @@ class ModelConfig:
     def is_miniature(self) -> bool:
         """Whether no model was named, so that the bundled one is meant."""
         return self.pretrained_model_name_or_path is None
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether the bundled miniature is meant, named or not: a CPU is enough for it."""
+        return self.is_miniature or Path(str(self.pretrained_model_name_or_path)).resolve() == MINIATURE
 
     def flags(self) -> dict[str, Any]:
         """The flags that name the same model again, for a command in a message."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 PROJECT_FOLDER = Path(__file__).resolve().parents[2]
+MINIATURE = PROJECT_FOLDER / "miniature"
 EXAMPLE_SUBJECT = PROJECT_FOLDER / "examples" / "robot"
 EXAMPLE_PROMPT = "a photo of sks robot"
 EXAMPLE_PROMPTS_FILE = PROJECT_FOLDER / "examples" / "prompts.txt"
@@ -12,6 +13,7 @@ REFERENCE_SUBJECT = Path("dog")
 REFERENCE_PROMPT = "a photo of sks dog"
 REFERENCE_CLASS_PROMPT = "a photo of a dog"
 
+MINIATURE_GUIDANCE = 3  # as in the demo, and in the benchmarks that judge the miniature's pictures
 EMBEDDINGS_PATH = "sample_embeddings.parquet"
 LATENTS_PATH = "latents"
 LORA_FOLDER = "sd3-dreambooth-lora"
@@ -41,9 +43,14 @@ def default_folder() -> Path:
     return REFERENCE_SUBJECT if REFERENCE_SUBJECT.is_dir() else EXAMPLE_SUBJECT
 
 
-def say_miniature(script: str) -> None:
-    """The first line of a run without a model flag."""
+def say_miniature(script: str, instance_data_dir: str | None = None) -> None:
+    """The first line of a run without a model flag, and a note for photos that the miniature cannot learn."""
     print(
         f"no --pretrained_model_name_or_path: {script} runs on the bundled miniature, "
         "a tiny SD3 that needs no GPU and no account"
     )
+    if instance_data_dir is not None and Path(instance_data_dir).resolve() != EXAMPLE_SUBJECT:
+        print(
+            f"note: the miniature knows a small world of drawn objects; what is on photos, as in {instance_data_dir}, "
+            "needs a real model: --pretrained_model_name_or_path stabilityai/stable-diffusion-3-medium-diffusers"
+        )

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, print_in_rank_0
+from sd3_lora.common.config import ModelConfig
 
 import torch
 
@@ -29,8 +30,12 @@ class ChosenDtype:
         return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
 
 
-def choose_device(asked: str) -> torch.device:
+def choose_device(asked: str, model: ModelConfig | None = None) -> torch.device:
     """The device to compute on.
+
+    Args:
+        asked: cuda, cpu or auto.
+        model: that is to run there; the bundled miniature does not need a GPU that this build of torch cannot use.
 
     Raises:
         UserError: cuda was asked for and is not there, or the machine's GPU cannot be used by this build of torch.
@@ -40,14 +45,25 @@ def choose_device(asked: str) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if has_nvidia_gpu() and torch.version.cuda is None:
-        raise UserError(
-            f"this machine has an NVIDIA GPU but torch {torch.__version__} is a build for the CPU: type "
-            "`pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128`, "
-            "or add --device cpu"
-        )
+        shortage = f"this machine has an NVIDIA GPU but torch {torch.__version__} is a build for the CPU"
+        if asked == "auto" and model is not None and model.is_bundled:
+            print_in_rank_0(f"note: {shortage}: enough for the miniature; for SD3 type `{cuda_install()}`")
+            return torch.device("cpu")
+        raise UserError(f"{shortage}: type `{cuda_install()}`, or add --device cpu")
     if asked == "cuda":
         raise UserError("torch finds no GPU here: check `nvidia-smi`, or type --device cpu")
     return torch.device("cpu")
+
+
+def cuda_install(version: str = torch.__version__) -> str:
+    """The command that replaces torch by the same version with CUDA.
+
+    From torch 2.9 on with CUDA 13, for GPUs since Turing; before, with CUDA 12.6, which PyTorch publishes for each of
+    the supported versions.
+    """
+    release = version.partition("+")[0]
+    cuda = "cu130" if tuple(map(int, release.split(".")[:2])) >= (2, 9) else "cu126"
+    return f"pip install torch=={release}+{cuda} --index-url https://download.pytorch.org/whl/{cuda}"
 
 
 def make_deterministic() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib.abc
 import importlib.metadata
 import os
@@ -19,7 +20,7 @@ def import_diffusers(without: tuple[str, ...] = ()) -> None:
         without: packages that diffusers imports wherever they are installed, and that this process asks diffusers for
             nothing of. To diffusers they are not installed, for good; to all that is imported later they are.
     """
-    with _hidden(without), _packages_on_demand():
+    with _uncollected(), _hidden(without), _packages_on_demand():
         from diffusers import AutoencoderKL, SD3Transformer2DModel  # noqa: F401
 
 
@@ -83,6 +84,21 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """In the block no garbage is collected, and what it leaves is never looked through again.
+
+    Modules live to the end. To look through them takes 0.7 s while they are imported, and 0.2 s whenever memory is
+    freed afterwards.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @contextlib.contextmanager

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, print_in_rank_0
 from sd3_lora.common.component_weights import missing_shards, require_whole, shapes_by_config, tensors_hash
 from sd3_lora.common.config import ModelConfig, missing_path
-from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.defaults import MINIATURE
 from sd3_lora.common.known_models import known_configs
 from sd3_lora.common.records import Provenance
 from sd3_lora.common.single_file import require_converted
@@ -33,7 +35,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-MINIATURE = PROJECT_FOLDER / "miniature"
 TEXT_COMPONENTS = ("tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder", "text_encoder_2", "text_encoder_3")
 FORMAT_VERSION = 1
 _SAMPLES_PER_FILE, _BYTES_PER_SAMPLE = 16, 4096
@@ -344,10 +345,11 @@ def check_size(size_px: int, flag: str, transformer_config: dict[str, Any], vae_
 
 def library_versions() -> dict[str, str]:
     """The versions of the libraries that decide the numbers."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "safetensors")
-    }
+    names = ("torch", "diffusers", "transformers", "bitsandbytes", "peft", "safetensors")
+    return {name: _version(name) for name in names}
+
+
+_version = cache(importlib.metadata.version)  # it parses a long text each time
 
 
 def _state_of(paths: Sequence[Path]) -> list[_FileState]:
@@ -405,6 +407,24 @@ class _WeightHashes:
         if self.files and other.files:
             return self.files == other.files
         return self.tensors is not None and self.tensors == other.tensors
+
+
+class _OneLine(logging.Filter):
+    """In place of huggingface_hub's notes about requests that it tries again, two for each, one sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        is_first, self._is_said = not self._is_said, True
+        record.msg, record.args = "the hub does not answer: trying again for up to half a minute", ()
+        return is_first
+
+
+logging.getLogger("huggingface_hub.utils._http").addFilter(_OneLine())
 
 
 class _HubErrors:

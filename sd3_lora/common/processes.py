@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sd3_lora.common.command_line import EXIT_USER_ERROR, UserError
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import choose_device, cpu_cores
 
 import torch
@@ -47,8 +48,8 @@ class Processes:
         """The CPU cores for this process, where several share a machine."""
         return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", self.count)))
 
-    def choose_device(self, asked: str) -> torch.device:
-        """The device to compute on; each process has a GPU of its own.
+    def choose_device(self, asked: str, model: ModelConfig | None = None) -> torch.device:
+        """The device to compute on, as `devices.choose_device`; each process has a GPU of its own.
 
         Raises:
             UserError: as `devices.choose_device`; there are fewer GPUs than processes.
@@ -58,7 +59,7 @@ class Processes:
             if local_rank >= gpus:
                 raise UserError(f"there are {gpus} GPUs here, one for each process: type --nproc-per-node {gpus}")
             torch.cuda.set_device(local_rank)
-        return choose_device(asked)
+        return choose_device(asked, model)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process' part of the items: every item is in the share of one process."""

@@ -10,7 +10,7 @@ from typing import Literal
 from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig, missing_path
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH, LORA_FOLDER
-from sd3_lora.common.placement_flags import BaseFlags
+from sd3_lora.common.placement_flags import BaseFlags, Switch
 
 SchedulerName = Literal["euler", "heun", "dpmpp_2m", "unipc"]
 # By name: what other programs call it.
@@ -103,7 +103,10 @@ class InferenceConfig:
     height: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
     width: int | None = field(default=None, metadata={"help": "In pixels. Default: the LoRA's resolution."})
     seed: int = field(default=0, metadata={"help": "Of the starting noise, which all prompts share."})
-    batch_size: int = field(default=1, metadata={"help": "Pictures denoised together."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Pictures denoised together. Default: on a GPU as many as are fastest and fit; on a CPU 1."},
+    )
     outdir: str = field(
         default="images",
         metadata={
@@ -126,6 +129,27 @@ class InferenceConfig:
     t5_stream: bool = field(default=False, metadata={"help": "Keep one T5 block at a time on the device."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Of the transformer. Default: fp16 on a GPU, fp32 on a CPU."}
+    )
+    unmerged: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep LoRAs beside the base's weights, as in training: slower. Without it they are added to the "
+            "weights where these can be changed, and rounded with them."
+        },
+    )
+    compile: Switch = field(
+        default="auto",
+        metadata={
+            "help": "Compile the transformer's blocks: a quarter of a minute once, less time a step, other roundings. "
+            "auto: on a GPU, where the pictures to come repay it."
+        },
+    )
+    capture: Switch = field(
+        default="auto",
+        metadata={
+            "help": "Capture the transformer's forward as one CUDA graph and replay it: the same kernels, launched at "
+            "once. auto: where the run can have it."
+        },
     )
     vae_precision: Literal["fp32", "fp16", "bf16"] = field(default="fp32", metadata={"help": "Of the VAE."})
     vae_tile: str = field(

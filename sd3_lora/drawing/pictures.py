@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sd3_lora.common.command_line import write_atomically
 from sd3_lora.drawing.config import PictureFormat
@@ -17,8 +19,9 @@ from sd3_lora.drawing.picture_metadata import picture_file, read_settings
 import torch
 from PIL import Image
 
-# Settings that pictures of earlier builds do not note; there they are not compared.
-_LATER_SETTINGS = ("text_encoders", "scheduler")
+# Settings that pictures of earlier builds do not note; there they are not compared. A picture with LoRAs beside the
+# weights notes no "lora_merged" either, and is as good as a merged one.
+_LATER_SETTINGS = ("text_encoders", "scheduler", "lora_merged")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,47 @@ class PicturePlan:
         """Writes what `file_bytes` gave, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, content)
+
+
+class PictureWriter:
+    """Writes pictures in threads, while others are drawn: a PNG of 1024 px takes 0.15 s of a core.
+
+    A context: at its end all are written.
+
+    Args:
+        threads: that encode and write.
+        also: is given each picture that is written, and its result kept.
+
+    Attributes:
+        made: what `also` returned, by the file's path.
+    """
+
+    def __init__(self, threads: int, also: Callable[[Image.Image], Image.Image]):
+        self._pool, self._most, self._also = ThreadPoolExecutor(threads), 2 * threads, also
+        self._pending: deque[Future[None]] = deque()
+        self.made: dict[Path, Image.Image] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown()
+        while self._pending and kind is None:
+            self._pending.popleft().result()
+
+    def add(self, plan: PicturePlan, picture: Image.Image) -> None:
+        """Has a picture written; waits where too many wait.
+
+        Raises:
+            OSError: one before could not be written.
+        """
+        self._pending.append(self._pool.submit(self._write, plan, picture))
+        while len(self._pending) > self._most:
+            self._pending.popleft().result()
+
+    def _write(self, plan: PicturePlan, picture: Image.Image) -> None:
+        plan.save(picture)
+        self.made[plan.path] = self._also(picture)
 
 
 def plan_pictures(

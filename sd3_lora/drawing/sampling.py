@@ -12,15 +12,18 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing.config import SchedulerName
+from sd3_lora.drawing.pictures import PicturePlan, PictureWriter
 from sd3_lora.drawing.schedulers import make_scheduler, set_noise_levels
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.latent_cache import denormalize_latents
+from sd3_lora.transformer.compiled import Compiled, uncompiled
 from sd3_lora.transformer.lora import lora_in
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from tqdm import tqdm
 
 # A prompt's `(S, D)` and `(P,)` embeddings, by prompt.
 Embeddings = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -88,13 +91,13 @@ class _GuidedVelocity:
     """The velocity of noisy latents under classifier-free and skip-layer guidance.
 
     Attributes:
-        transformer: that gives it.
+        call: that gives it, of `TransformerCall`.
         prompt_embeds: `(B, S, D)`; under guidance `(2B, S, D)`, the negative prompt's first.
         pooled: `(B, P)` or `(2B, P)`.
         settings: of the guidance.
     """
 
-    transformer: SD3Transformer2DModel
+    call: TransformerCall
     prompt_embeds: torch.Tensor
     pooled: torch.Tensor
     settings: SamplingSettings
@@ -117,7 +120,7 @@ class _GuidedVelocity:
         velocity = negative + settings.guidance * (positive - negative)
         skipping = settings.skip_layers
         if skipping and skipping.is_on(level, settings.num_steps):
-            without = self._call(latents, timestep, skip_layers=list(skipping.layers))
+            without = self._call(latents, timestep, left_out=skipping.layers)
             velocity = velocity + (positive - without) * skipping.scale
         return velocity
 
@@ -126,16 +129,106 @@ class _GuidedVelocity:
         latents: torch.Tensor,
         timestep: torch.Tensor,
         is_negative: bool = False,
-        skip_layers: list[int] | None = None,
+        left_out: Sequence[int] = (),
     ) -> torch.Tensor:
         rows = len(latents)
         given = slice(rows) if is_negative else slice(-rows, None)  # the prompts' are the last
-        velocity: torch.Tensor = self.transformer(
+        return self.call(latents, timestep, self.prompt_embeds[given], self.pooled[given], left_out)
+
+
+class TransformerCall:
+    """The transformer as drawing calls it: kernel by kernel, or captured as CUDA graphs: one for each number of rows,
+    and for calls without some blocks.
+
+    Shapes: R rows: the pictures of a batch, or twice as many under guidance.
+
+    Args:
+        transformer: that is called.
+        compiled: whether its blocks are.
+        rows: of the largest batch. Compiled blocks compute other calls as they are: torch would compile them anew.
+        captures: whether it is captured.
+        must_capture: whether that was asked for, so that a failure is an error.
+        most_shapes: how many kinds of calls there will be.
+
+    Attributes:
+        captured: what is captured, if anything is to be.
+    """
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        compiled: Compiled = Compiled.NO,
+        rows: int = 0,
+        captures: bool = False,
+        must_capture: bool = False,
+        most_shapes: int = 1,
+    ):
+        self._forward = _Forward(transformer)  # not of this, which holds the graphs
+        self._compiled, self._rows = compiled, rows
+        self.captured: CapturedCall | None = None
+        if captures:
+            device = transformer.device
+            self.captured = CapturedCall(
+                self._forward, device, asked=must_capture, log=tqdm.write, most_shapes=most_shapes
+            )
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled: torch.Tensor,
+        left_out: Sequence[int] = (),
+    ) -> torch.Tensor:
+        """The velocity, `(R, 16, H/8, W/8)`.
+
+        Args:
+            latents: of that shape.
+            timestep: of all rows, a number.
+            prompt_embeds: `(R, S, D)`.
+            pooled: `(R, P)`.
+            left_out: indices of blocks; the same ones each time, or none.
+        """
+        if left_out and tuple(left_out) != self._forward.left_out:
+            self.release()  # the graph without other blocks
+            self._forward.left_out = tuple(left_out)
+        # Its length alone is read: what the host reads of a tensor, no graph can hold.
+        without = torch.empty(len(left_out), dtype=torch.int8, device=latents.device)
+        is_usual = len(latents) == self._rows and not left_out
+        with nullcontext() if is_usual else uncompiled(self._compiled):
+            return (self.captured or self._forward)(latents, timestep, prompt_embeds, pooled, without)
+
+    def release(self) -> None:
+        """Frees the graphs; they are captured anew. They hold the strengths of LoRAs that are beside the weights."""
+        if self.captured:
+            self.captured.release()
+
+
+class _Forward:
+    """What `TransformerCall` captures.
+
+    Attributes:
+        left_out: indices of the blocks without which it is called in some steps.
+    """
+
+    def __init__(self, transformer: SD3Transformer2DModel):
+        self._transformer = transformer
+        self.left_out: tuple[int, ...] = ()
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        pooled: torch.Tensor,
+        without: torch.Tensor,
+    ) -> torch.Tensor:
+        velocity: torch.Tensor = self._transformer(
             hidden_states=latents,
-            timestep=timestep.expand(rows),
-            encoder_hidden_states=self.prompt_embeds[given],
-            pooled_projections=self.pooled[given],
-            skip_layers=skip_layers,
+            timestep=timestep.expand(len(latents)),
+            encoder_hidden_states=prompt_embeds,
+            pooled_projections=pooled,
+            skip_layers=list(self.left_out) if len(without) else None,
             return_dict=False,
         )[0]
         return velocity
@@ -149,6 +242,11 @@ class Sampler:
         scheduler_config: of the model's scheduler.
         precision: the context in which the transformer is called; none where its adapters have its dtype.
         dtype_flag: that chose the transformer's dtype, for a message.
+        call: how the transformer is called; None for kernel by kernel.
+
+    Attributes:
+        transformer: that draws.
+        call: how it is called.
     """
 
     def __init__(
@@ -157,9 +255,11 @@ class Sampler:
         scheduler_config: Mapping[str, Any],
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         dtype_flag: str = "--mixed_precision",
+        call: TransformerCall | None = None,
     ):
         self.transformer, self._precision, self._dtype_flag = transformer, precision, dtype_flag
         self._scheduler_config = scheduler_config
+        self.call = call or TransformerCall(transformer)
 
     @classmethod
     def of_live(cls, model: VelocityModel, scheduler_config: Mapping[str, Any]) -> Sampler:
@@ -188,7 +288,7 @@ class Sampler:
         names = [*([settings.negative_prompt] * len(prompts) if settings.guidance > 1 else []), *prompts]
         parts = zip(*(embeddings[name] for name in names), strict=True)
         prompt_embeds, pooled = (torch.stack(part).to(device, dtype) for part in parts)
-        velocity = _GuidedVelocity(self.transformer, prompt_embeds, pooled, settings)
+        velocity = _GuidedVelocity(self.call, prompt_embeds, pooled, settings)
         # Its own, since drawing changes a scheduler's state.
         scheduler = make_scheduler(settings.scheduler, self._scheduler_config, settings.timestep_shift)
         latents = noise.to(device, dtype)
@@ -224,7 +324,6 @@ def left_as_found(transformer: torch.nn.Module) -> Iterator[None]:
             transformer.train(was_training)
 
 
-@torch.no_grad()
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:
     """One picture.
 
@@ -235,9 +334,81 @@ def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:
     Raises:
         UserError: the pixels are not finite.
     """
+    return queue_decode(vae, latents).picture()
+
+
+@dataclass(frozen=True)
+class DecodedPicture:
+    """A picture that a GPU may still be decoding: nothing has waited for it.
+
+    Attributes:
+        pixels: `(H, W, 3)` uint8.
+        is_finite: whether they were made of finite numbers, a bool on the device.
+        dtype: of the VAE.
+    """
+
+    pixels: torch.Tensor
+    is_finite: torch.Tensor
+    dtype: torch.dtype
+
+    def picture(self) -> Image.Image:
+        """The picture, waited for.
+
+        Raises:
+            UserError: the pixels are not finite.
+        """
+        if not self.is_finite:
+            raise UserError(f"the VAE decoded a picture to NaN: {_remedy(self.dtype, '--vae_precision')}")
+        return Image.fromarray(self.pixels.cpu().numpy())
+
+
+@torch.no_grad()
+def queue_decode(vae: AutoencoderKL, latents: torch.Tensor) -> DecodedPicture:
+    """One picture, rounded on the device as diffusers' pipelines do it on the host.
+
+    Args:
+        vae: on its device.
+        latents: `(16, H/8, W/8)`, normalized.
+    """
     raw = denormalize_latents(latents[None].float(), vae.config)  # (1, 16, H/8, W/8)
     pixels = vae.decode(raw.to(vae.device, vae.dtype)).sample  # (1, 3, H, W) in [-1, 1]
-    if not torch.isfinite(pixels).all():
-        raise UserError(f"the VAE decoded a picture to NaN: {_remedy(vae.dtype, '--vae_precision')}")
-    picture: Image.Image = VaeImageProcessor().postprocess(pixels.float(), output_type="pil")[0]
-    return picture
+    scaled = (pixels[0].float() * 0.5 + 0.5).clamp(0, 1) * 255
+    rounded = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    return DecodedPicture(rounded, torch.isfinite(pixels).all(), vae.dtype)
+
+
+class Decoder:
+    """Decodes pictures and has them written.
+
+    Args:
+        vae: that decodes, one picture at a time.
+        writer: that writes them, while the next are decoded.
+
+    Attributes:
+        count: of pictures so far.
+        errors: of those that came out as NaN; all others are written.
+    """
+
+    def __init__(self, vae: AutoencoderKL, writer: PictureWriter):
+        self._vae, self._writer = vae, writer
+        self.count = 0
+        self.errors: list[UserError] = []
+
+    def decode(self, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor]) -> None:
+        """Decodes and writes pictures."""
+        for plan, latent in zip(plans, latents, strict=True):
+            self.count += 1
+            try:
+                self._writer.add(plan, queue_decode(self._vae, latent).picture())
+            except UserError as error:
+                self.errors.append(error)
+
+    def raise_errors(self) -> None:
+        """Raises the first error, if any.
+
+        Raises:
+            UserError: pictures were NaN.
+        """
+        if self.errors:
+            others = f" ({len(self.errors)} of {self.count} pictures)" if self.count > 1 else ""
+            raise UserError(f"{self.errors[0]}{others}")

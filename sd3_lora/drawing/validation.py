@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 VAE_PRECISION = "fp32"  # as inference.py's
+WRITING_THREADS = 4  # a PNG of 1024 px takes 0.2 s of a core, the sheet as much and more
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Validation:
         self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, resumed_at > 0)
         self._sampler: Sampler | None = None
         self._vae: AutoencoderKL | None = None  # on the host between two drawings
+        self._threads = ThreadPoolExecutor(WRITING_THREADS)
+        self._unfinished: tuple[int, Future[None]] | None = None  # the writing of a step's pictures and of the sheet
 
     @property
     def sheet_path(self) -> Path:
@@ -133,7 +136,7 @@ class Validation:
     def draw(
         self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
     ) -> list[DrawnPicture]:
-        """Draws all pictures, writes them, and adds a row to the sheet.
+        """Draws all pictures. Threads write them and add a row to the sheet, beside the next steps: see `finish`.
 
         Leaves the model and torch's generators as they were. On the device there is first the transformer's working
         memory, and then, once that is freed, the VAE with its own.
@@ -145,8 +148,7 @@ class Validation:
             stop: is asked between two pictures whether to leave out those to come.
 
         Raises:
-            UserError: a picture is not finite; those before it are written.
-            OSError: a picture cannot be written.
+            UserError: a picture is not finite; the others are written.
         """
         if self._encode:
             self._embeddings = self._encode(model, device)
@@ -154,10 +156,29 @@ class Validation:
         latents = self._denoise(model, plans, stop)
         drop_workspaces(device)
         free_memory(device)
+        writing: list[Future[None]] = []
         try:
-            return self._decode(plans[: len(latents)], latents, device)
-        finally:
-            self._sheet.write(step)  # of those that are written, where one is not finite
+            return self._decode(plans[: len(latents)], latents, device, writing)
+        finally:  # also where one is not finite
+            self._unfinished = step, self._threads.submit(self._write_sheet, step, writing)
+
+    def finish(self) -> tuple[int, BaseException] | None:
+        """Waits until the last drawing is written; to be called before the next one, and in the end.
+
+        Returns:
+            Its step and what went wrong, if anything did.
+        """
+        if self._unfinished is None:
+            return None
+        (step, writing), self._unfinished = self._unfinished, None
+        error = writing.exception()
+        return None if error is None else (step, error)
+
+    def _write_sheet(self, step: int, writing: Sequence[Future[None]]) -> None:
+        wait(writing)
+        self._sheet.write(step)
+        for each in writing:
+            each.result()
 
     def _denoise(
         self, model: VelocityModel, plans: Sequence[PicturePlan], stop: Callable[[], bool]
@@ -177,19 +198,21 @@ class Validation:
         return latents
 
     def _decode(
-        self, plans: Sequence[PicturePlan], latents: Sequence[torch.Tensor], device: torch.device
+        self,
+        plans: Sequence[PicturePlan],
+        latents: Sequence[torch.Tensor],
+        device: torch.device,
+        writing: list[Future[None]],
     ) -> list[DrawnPicture]:
-        errors, drawn, saved = [], [], []
-        with ThreadPoolExecutor() as saving, self._vae_on(device) as vae:
+        errors, drawn = [], []
+        with self._vae_on(device) as vae:
             for plan, each in zip(plans, latents, strict=True):
                 try:
                     drawn.append(DrawnPicture(plan.prompt, decode(vae, each)))
                 except UserError as error:
                     errors.append(error)
                     continue
-                saved.append(saving.submit(plan.save, drawn[-1].picture))  # while the next one is decoded
-        for each_saved in saved:
-            each_saved.result()
+                writing.append(self._threads.submit(plan.save, drawn[-1].picture))
         if errors:
             raise errors[0]
         return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -106,6 +107,20 @@ def compared(predicted_bytes: int, measured_bytes: int) -> str:
     return f"peak: predicted {predicted_bytes / GIB:.2f} GiB, {measured}"
 
 
+def measured_peak(budget: DeviceBudget | None, reports: Iterable[StageReport], predicted_bytes: int) -> int:
+    """The bytes that were used at most, printed beside the predicted ones; 0 without a budget or a GPU.
+
+    Args:
+        budget: of the stage.
+        reports: of its parts.
+        predicted_bytes: 0 where nothing was computed, and so nothing is to be compared.
+    """
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget and predicted_bytes:
+        print(compared(predicted_bytes, measured))
+    return measured
+
+
 class BudgetTooSmall(UserError):
     """The refusal of a budget that nothing fits.
 
@@ -177,7 +192,7 @@ def driver_bytes(index: int) -> int | None:
     Through NVML, because torch's own function would create the context that is to be measured.
     """
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")
     except OSError:
         return None
     handle, memory = ctypes.c_void_p(), _Memory()

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from sd3_lora.common.memory import GIB, available_host_bytes
@@ -28,8 +29,18 @@ from sd3_lora.common.placement_flags import AskedPrecision
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.gpu.pinned_memory import pinned_bytes
-from sd3_lora.plan.step_memory import DenoisingShape, Step, StepMemory, StepShape, simulate_denoising, simulate_step
+from sd3_lora.plan.step_memory import (
+    DenoisingShape,
+    Step,
+    StepMemory,
+    StepShape,
+    image_tokens,
+    simulate_denoising,
+    simulate_step,
+)
 from sd3_lora.plan.step_time import (
+    BlockSize,
+    PieceCost,
     StepCost,
     StepSize,
     block_sizes,
@@ -64,6 +75,10 @@ UNUSED_WORKING_SHARE = 0.25
 WHILE_DRAWING_BYTES = 10
 # More pictures at a time than these are no faster.
 MOST_TOGETHER = 4
+# A forward of so many tokens, of pictures and prompts, fills a large GPU: four pictures of 1024 px under guidance. More
+# are no faster; a streamed base has use for more.
+FILLING_TOKENS = 36_000
+MOST_DRAWN = 8
 # Of what a step takes beside CUDA and the weights, what pictures between the steps may take: the forecast of that was
 # up to a tenth too high on an H100 (`benchmarks/results/predictions-h100.json`).
 DRAWN_SHARE = 0.9
@@ -268,10 +283,8 @@ class _Places:
         latent_size: tuple[int, int],
         asked: AskedPlacement,
     ):
-        config = files.read_config("transformer")
-        self.blocks: int = config["num_layers"]
-        self.costs = model_costs(config, dtype, precision)
-        self.block_sizes = block_sizes(self.costs)
+        self._config, self._dtype, self._precision = files.read_config("transformer"), dtype, precision
+        self.blocks: int = self._config["num_layers"]
         self._asked = asked
         ahead = asked.modulations_ahead is not False
         self._plain = Placement(
@@ -279,6 +292,16 @@ class _Places:
         )
         self._whole = base_bytes(files, dtype, precision, latent_size)
         self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
+
+    @cached_property
+    def costs(self) -> list[PieceCost]:
+        """Of all pieces; only a streamed base asks for them, and they take a third of a second."""
+        return model_costs(self._config, self._dtype, self._precision)
+
+    @cached_property
+    def block_sizes(self) -> list[BlockSize]:
+        """Of all blocks."""
+        return block_sizes(self.costs)
 
     def on_device(self) -> _Base:
         """All of them on the device."""
@@ -319,7 +342,11 @@ def _resident_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
 
 
 def plan_denoising(
-    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget | None, asked: AskedPlacement | None = None
+    files: ModelFiles,
+    shape: DenoisingShape,
+    budget: DeviceBudget | None,
+    asked: AskedPlacement | None = None,
+    has_slack: bool = False,
 ) -> Plan:
     """The fastest plan that fits; everything on the device where there is no budget.
 
@@ -328,30 +355,19 @@ def plan_denoising(
         shape: of a forward.
         budget: to stay under.
         asked: what flags fix.
+        has_slack: whether there must be room for what the allocator leaves unused, with streamed weights too. Without
+            it returns that and takes it again in each pass, and waits for the device.
 
     Raises:
         UserError: nothing fits; names the smallest budget that would.
     """
     asked = asked or AskedPlacement()
     if budget is None:
-        return Plan(plain_placement(files, asked), Forecast())
-    plans: list[Plan] = []
-    for precision in _PRECISIONS[asked.precision]:
-        config = files.read_config("transformer")
-        working = simulate_denoising(config, shape, precision, asked.attention_kernel)
-        places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
-        bases = [] if asked.streamed else [places.on_device()]
-        if asked.streamed != 0:
-            resident = _resident_counts(asked, places.blocks)
-            bases += [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
-            bases += places.most_streamed(resident)[1:]
-        for base in bases:
-            kept = {"CUDA": budget.context_bytes, "weights": base.device_bytes, "LoRA": shape.lora_bytes}
-            parts = _denoising_parts(kept, working, bool(base.placement.streamed))
-            plans.append(Plan(base.placement, Forecast((Phase("denoise", parts),), base.host_bytes)))
-    # 4 bits on the device before the exact ones are streamed.
-    resident_first = sorted(plans, key=lambda plan: bool(plan.placement.streamed))
-    chosen, smallest_bytes = _first_that_fits(_only_smaller(resident_first), budget)
+        placement = plain_placement(files, asked)
+        return Plan(replace(placement, merged=shape.merging_bytes > 0 and placement.can_merge), Forecast())
+    chosen, smallest_bytes = _first_that_fits(
+        _only_smaller(_denoising_plans(files, shape, budget, asked, has_slack)), budget
+    )
     if chosen:
         return chosen
     smallest = enough_gib(smallest_bytes)
@@ -362,6 +378,101 @@ def plan_denoising(
         f"--batch_size{leave}",
         smallest_bytes,
     )
+
+
+def _denoising_plans(
+    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget, asked: AskedPlacement, has_slack: bool
+) -> Iterator[Plan]:
+    """All plans, the fastest first: 4 bits on the device before the exact ones are streamed."""
+    config, found = files.read_config("transformer"), list[tuple[_Places, int]]()
+    for precision in _PRECISIONS[asked.precision]:
+        working = simulate_denoising(config, shape, precision, asked.attention_kernel)
+        places = _Places(files, shape.dtype, precision, shape.latent_size, asked)
+        found.append((places, working))
+        if not asked.streamed:
+            yield _denoising_plan(places.on_device(), shape, working, budget, has_slack)
+    for places, working in found if asked.streamed != 0 else []:
+        resident = _resident_counts(asked, places.blocks)
+        bases = [places.streamed(count, STREAM_BUFFERS[0]) for count in reversed(resident)]
+        for base in [*bases, *places.most_streamed(resident)[1:]]:
+            yield _denoising_plan(base, shape, working, budget, has_slack)
+
+
+def _denoising_plan(base: _Base, shape: DenoisingShape, working: int, budget: DeviceBudget, has_slack: bool) -> Plan:
+    """The plan with its peak; LoRAs are merged where they can be."""
+    merged, streamed = shape.merging_bytes > 0 and base.placement.can_merge, bool(base.placement.streamed)
+    kept = {"CUDA": budget.context_bytes, "weights": base.device_bytes, "LoRA": 0 if merged else shape.lora_bytes}
+    parts = _denoising_parts(kept, working, streamed, has_slack)
+    parts["unused between them"] += GRAPH_UNUSED_BYTES if shape.captured else 0
+    phases = [Phase("denoise", parts)]
+    if merged:
+        merging = {**kept, "working memory": shape.merging_bytes}
+        phases.append(Phase("merge the LoRA", {**merging, "unused between them": _unused(merging, streamed)}))
+    return Plan(replace(base.placement, merged=merged), Forecast(tuple(phases), base.host_bytes))
+
+
+def plan_drawing(
+    files: ModelFiles, shape: DenoisingShape, budget: DeviceBudget, asked: AskedPlacement, most: int
+) -> tuple[Plan, int]:
+    """The plan with which pictures are drawn fastest, and how many of them are denoised together.
+
+    Where the weights are on the device, as many as fill it. Where they are streamed, each pass serves all pictures of a
+    batch, and what a larger batch takes of the budget leaves fewer blocks on the device: the best of both.
+
+    Args:
+        files: the model.
+        shape: of a forward for one picture.
+        budget: to stay under.
+        asked: what flags fix.
+        most: pictures that are to be drawn.
+
+    Raises:
+        UserError: not even one picture at a time fits.
+    """
+    config, dtype = files.read_config("transformer"), shape.dtype
+    size = StepSize(
+        shape.batch_size,
+        image_tokens(config, shape.latent_size),
+        shape.text_tokens,
+        config["num_attention_heads"] * config["attention_head_dim"],
+    )
+    filled = max(1, FILLING_TOKENS // (size.rows * (size.tokens + size.text_tokens)))
+    best: tuple[float, Plan, int] | None = None
+    for count in sorted(range(1, min(most, MOST_DRAWN) + 1), key=lambda count: (count > filled, abs(count - filled))):
+        together = replace(shape, batch_size=count * shape.batch_size)
+        try:
+            plan = plan_denoising(files, together, budget, asked, has_slack=True)
+        except BudgetTooSmall:
+            if count > 1:
+                continue
+            plan = plan_denoising(files, together, budget, asked)
+        place = plan.placement
+        if not place.streamed:
+            return plan, count
+        few_buffers = len(place.streamed) == place.blocks and place.buffers < (asked.buffers or STREAM_BUFFERS[0])
+        if count > 1 and few_buffers:
+            continue
+        costs = model_costs(config, dtype, place.precision)
+        computed = count * computed_flops(costs, size, ()).forward
+        rate = measure_flops_a_byte(budget.device, dtype)
+        time = max(computed, copied_flops(block_sizes(costs), place, rate).forward) / count
+        if best is None or time < best[0]:
+            best = time, plan, count
+    assert best is not None
+    return best[1:]
+
+
+def plan_beside(plan: Plan, decoding: Mapping[str, int], budget: DeviceBudget) -> Phase | None:
+    """The phase in which pictures are decoded beside the transformer; None where there is no room for both.
+
+    Args:
+        plan: of denoising.
+        decoding: what the VAE takes alone, by part.
+        budget: to stay under.
+    """
+    parts = {"VAE": decoding["VAE"], "decoding": decoding["working memory"]}
+    phase = Phase("decode beside the transformer", {**plan.forecast.phases[0].parts, **parts})
+    return phase if phase.peak_bytes <= budget.total_bytes else None
 
 
 def each_plan(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
@@ -491,11 +602,11 @@ class _Planner:
         yield Phase("decode a validation picture", {**parts, "unused between them": _unused(parts, streamed)})
 
 
-def _denoising_parts(kept: Mapping[str, int], working: int, streamed: bool) -> dict[str, int]:
+def _denoising_parts(kept: Mapping[str, int], working: int, streamed: bool, has_slack: bool = False) -> dict[str, int]:
     """Bytes by part of a forward that draws, beside what is there anyway."""
     parts = {**kept, "working memory": working + WORKSPACE_BYTES}
     # A streamed base is there because the budget is small, and then the allocator gives back what is unused.
-    fragments = 0 if streamed else int(UNUSED_WORKING_SHARE * working)
+    fragments = 0 if streamed and not has_slack else int(UNUSED_WORKING_SHARE * working)
     return {**parts, "unused between them": _unused(parts, streamed) + fragments}
 
 

@@ -95,7 +95,9 @@ class DenoisingShape:
         latent_size: height and width, in latent pixels.
         text_tokens: of a prompt, the CLIPs' included.
         dtype: of the base and of what it computes in.
-        lora_bytes: of the LoRAs' weights.
+        lora_bytes: of the LoRAs' weights, where they stay beside the base's.
+        merging_bytes: of merging them into the base's, a layer at a time; 0 where they must stay beside.
+        captured: whether the forward is captured as a CUDA graph, which has its own inputs.
     """
 
     batch_size: int
@@ -103,6 +105,8 @@ class DenoisingShape:
     text_tokens: int
     dtype: torch.dtype
     lora_bytes: int
+    merging_bytes: int = 0
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def simulate_denoising(
     with torch.no_grad(), counter:
         transformer(**arguments, return_dict=False)
     inputs = sum(round_up(tensor.nbytes) for tensor in arguments.values())
-    return counter.peak + inputs
+    return counter.peak + (2 if shape.captured else 1) * inputs
 
 
 Step = Callable[[VelocityModel, StepInputs], torch.Tensor]  # → the loss of a micro-batch

@@ -48,7 +48,7 @@ class ScriptSpan:
         host_gib: the most memory of the process.
         budget_gib: as asked for; None where it was all that is free.
         parts: of the prediction, name → GiB.
-        resumed: whether its stages are those of a command that went on.
+        resumed: whether its stages may be those of a command that went on.
     """
 
     script: str

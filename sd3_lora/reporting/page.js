@@ -82,7 +82,7 @@
     const planned = plans ? drawn.filter((span) => span.planned_gib) : [];
     const budgets = plans ? drawn.filter((span) => span.budget_gib) : [];
     const tallest = d3.max([...data.bars.map((d) => d[name]), ...planned.map((d) => d.planned_gib), ...budgets.map((d) => d.budget_gib)]) || 1;
-    const wide = data.bars.filter((d) => (d.end - d.start) * width > 78);
+    const wide = data.bars.filter((d) => (d.end - d.start) * (width - 62) > 7 * d.name.length + 8);
     return chart(width, plans ? 230 : 170, {
       ariaLabel: plans ? "Peak GPU memory by stage" : "Peak host memory by stage",
       x: { axis: null, domain: [0, 1] }, y: { label: "GiB", grid: true, domain: [0, 1.12 * tallest], ticks: 4 }, marginBottom: 8,

@@ -107,7 +107,6 @@ def contents(run: RunFolder) -> dict[str, Any]:
         "prompts": prompts[:MOST_CAPTIONS],
         "more_prompts": max(0, len(prompts) - MOST_CAPTIONS),
         "tokens_note": tokens_note,
-        "clip_limit": 77,
         "t5_limit": run.training.values.get("max_sequence_length") or run.value("max_sequence_length") or "?",
         "settings": training_settings(run),
         "commands": commands(run),
@@ -195,8 +194,8 @@ def prompt_rows(run: RunFolder) -> tuple[list[PromptRow], str]:
     try:
         if prompts:
             tokens = tokens_of(ModelFiles(_model_of(run)), prompts)
-    except (UserError, OSError, ValueError) as error:
-        note = str(error).splitlines()[0]
+    except Exception as error:  # of the hub's libraries too: the rest of the report does without
+        note = (str(error).strip() or type(error).__name__).splitlines()[0]
     rows = [PromptRow(prompt, ", ".join(uses[prompt]), each) for prompt, each in zip(prompts, tokens, strict=True)]
     return rows, note
 

@@ -24,8 +24,12 @@ class EmbeddingConfig(PictureFlags):
     validation_prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
     )
-    prompts_file: str | None = field(
-        default=None, metadata={"help": "Text file with more such prompts, one a line; # begins a comment."}
+    prompts_file: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "Text file with more such prompts, one a line; # begins a comment. May be repeated.",
+        },
     )
     subject: str | None = field(
         default=None,

@@ -117,11 +117,13 @@ class PromptTokens:
     Attributes:
         clip: the pieces that CLIP reads, without the marks of beginning and end.
         clip_count: CLIP's tokens, these marks included.
+        clip_limit: how many of these are read.
         t5_count: T5's tokens, its end mark included.
     """
 
     clip: tuple[str, ...]
     clip_count: int
+    clip_limit: int
     t5_count: int
 
 
@@ -133,9 +135,13 @@ def tokens_of(files: ModelFiles, prompts: Sequence[str]) -> list[PromptTokens]:
     """
     clip = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
     t5 = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    limit = files.clip_tokens()
     return [
         PromptTokens(
-            tuple(clip.tokenize(prompt)), len(clip(prompt).input_ids), len(t5(prompt, truncation=False).input_ids)
+            tuple(clip.tokenize(prompt)),
+            len(clip(prompt).input_ids),
+            limit,
+            len(t5(prompt, truncation=False).input_ids),
         )
         for prompt in prompts
     ]

@@ -20,7 +20,6 @@ from sd3_lora.stage_one.captions import CaptionRules
 from sd3_lora.stage_one.concepts import ClassFolder, Concept, class_folders_of, concepts_of
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.prior_flags import PriorConfig
 
@@ -137,13 +136,10 @@ class StageOneRequest:
 
     def _more_prompts(self) -> dict[str, Any]:
         """The flags with which compute_embeddings.py embeds what is drawn and what the base is kept on."""
-        flags, of_prior = dict(self.more_prompts), self.prior.prior_prompts_file
+        of_prior = self.prior.prior_prompts_file
         if of_prior is None:
-            return flags
-        drawn = flags.get("prompts_file")
-        if drawn is not None:  # the script takes one file
-            flags["validation_prompt"] = [*flags["validation_prompt"], *read_prompts(Path(drawn))]
-        return {**flags, "prompts_file": of_prior}
+            return dict(self.more_prompts)
+        return {**self.more_prompts, "prompts_file": [*self.more_prompts.get("prompts_file", ()), of_prior]}
 
     def text_flags(self, store: EmbeddingStore) -> dict[str, Any]:
         """Of the command that adds prompts to the embeddings file: its length, and the prompt of a single folder."""

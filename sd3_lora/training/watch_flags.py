@@ -127,7 +127,7 @@ class WatchFlags:
         """The flags with which compute_embeddings.py embeds what is drawn."""
         return {
             "validation_prompt": self.validation_prompt,
-            "prompts_file": self.validation_prompts_file,
+            "prompts_file": [] if self.validation_prompts_file is None else [self.validation_prompts_file],
             "negative_prompt": self.validation_negative_prompt or None,  # the empty one is always embedded
         }
 

@@ -7,7 +7,8 @@ through several GiB; and its quantizer refuses a CPU. Here nothing is made that 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ _BLOCK, _GROUP = 64, 256
 # 1/2 + 4/64 = 0.5625, which is 0.35 GiB of SD3.5-Large. The price is an error of the weights that is the same to five
 # digits (9.135 % of their size on the miniature, with and without).
 DOUBLE_QUANTIZATION = True
+# A thread that reads pages of a mapped file and copies them to a GPU takes a second for 2 or 3 GB.
+READING_THREADS = 4
 _BLOCKS = "transformer_blocks"
 _POSITIONS = "pos_embed.pos_embed"
 
@@ -40,7 +43,8 @@ def load_transformer(
 ) -> SD3Transformer2DModel:
     """The transformer, frozen and in eval mode.
 
-    Beside the result, no more than one tensor at a time is held, on the host as on the device.
+    Beside the result, no more than one tensor at a time is held, on the host as on the device. (Threads that read for a
+    GPU hold one each.)
 
     Args:
         files: the model.
@@ -64,15 +68,22 @@ def load_transformer(
         expected = {name: tensor.shape for name, tensor in transformer.state_dict().items()}
         if precision == "nf4":
             _replace_linear_layers(transformer, dtype)
+        if device.type == "cuda" and device.index is None:  # each thread has a current GPU of its own
+            device = torch.device("cuda", torch.cuda.current_device())
         reader = _WeightReader(weights, device, dtype, _kept_positions(config, latent_size))
-        for name, shape in expected.items():
-            is_streamed = _is_linear_weight(name, shape) and int(name.split(".")[1]) in streamed_blocks
-            if is_streamed and precision is None:
-                # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
-                _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(shape))
-                continue
-            _set_tensor(transformer, name, reader.read(name))
-            if is_streamed:  # moved after quantization: a GPU rounds the scales otherwise than a CPU
+        streamed = {
+            name
+            for name, shape in expected.items()
+            if _is_linear_weight(name, shape) and int(name.split(".")[1]) in streamed_blocks
+        }
+        for name in streamed if precision is None else ():
+            # Not meta tensors: those cannot be exchanged for others, and a LoRA would be made on that device.
+            _set_tensor(transformer, name, torch.full((), math.nan, dtype=dtype).expand(expected[name]))
+        read = [name for name in expected if precision or name not in streamed]
+        values = reader.read_all(read, 1 if precision or device.type != "cuda" else READING_THREADS)
+        for name in read:
+            _set_tensor(transformer, name, next(values))  # nothing else holds it
+            if name in streamed:  # moved after quantization: a GPU rounds the scales otherwise than a CPU
                 weight = transformer.get_parameter(name)
                 weight.data = weight.data.to("cpu")
     if reader.kept_positions:
@@ -104,6 +115,14 @@ class _WeightReader:
         if name == _POSITIONS and self.kept_positions:
             value = _middle(value, self.kept_positions)
         return value.to(self.device, self.dtype, copy=True)
+
+    def read_all(self, names: Sequence[str], threads: int) -> Iterator[torch.Tensor]:
+        """Each in turn. Threads read ahead what is part of the result as it is; what is packed first is read alone."""
+        if threads == 1:
+            yield from map(self.read, names)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            yield from pool.map(self.read, names)
 
 
 def base_bytes(

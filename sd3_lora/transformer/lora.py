@@ -165,6 +165,17 @@ class LayerStart:
     bias: torch.Tensor | None = None
     scales_inputs: bool = False
 
+    def to(self, device: torch.device) -> LayerStart:
+        """The same on another device."""
+        return LayerStart(
+            self.down.to(device),
+            self.up.to(device),
+            None if self.magnitudes is None else self.magnitudes.to(device),
+            {part: tensor.to(device) for part, tensor in self.lycoris.items()},
+            None if self.bias is None else self.bias.to(device),
+            self.scales_inputs,
+        )
+
     def added_to(self, weight: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """The layer's weight with the LoRA in it, `(out, in)` in float32 (of a DoRA: arXiv 2402.09353, equation 5)."""
         merged = weight.float() + scale * (difference(self.lycoris) if self.lycoris else self.up @ self.down)

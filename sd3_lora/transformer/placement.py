@@ -32,7 +32,7 @@ from diffusers import SD3Transformer2DModel
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parts of a transformer are kept. Only `precision` and `attention_kernel` change numbers.
+    """Where the parts of a transformer are kept. Only `precision`, `attention_kernel` and `merged` change numbers.
 
     Attributes:
         blocks: how many transformer blocks there are.
@@ -45,6 +45,7 @@ class Placement:
         modulations_ahead: whether modulations of blocks that are both streamed and recomputed are computed one
             micro-step ahead.
         attention_kernel: that computes attention; None for torch's choice.
+        merged: whether the LoRAs to draw with are added to the weights (`merged_weights.py`), and not kept beside them.
     """
 
     blocks: int
@@ -56,6 +57,12 @@ class Placement:
     offload_inputs: bool = False
     modulations_ahead: bool = True
     attention_kernel: AttentionKernel | None = None
+    merged: bool = False
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether weights can be added to: not those in 4 bits, nor those in the files."""
+        return self.precision is None and not (self.streamed and self.stream_from == "files")
 
     @property
     def ahead_blocks(self) -> list[int]:

@@ -280,6 +280,15 @@ class StreamedBlocks:
             self._expected = self._remembered.get(kind, self._all)
             self._remembered[kind] = self._asked  # backward's requests follow
 
+    def forget(self) -> None:
+        """Has every piece copied anew: to be called once the matrices that they are copied from have changed.
+
+        They may change only while no copy is under way.
+        """
+        self._current = None
+        for slot in self._slots:
+            slot.index = None
+
     def _note_graphs(self, is_captured: bool) -> None:
         """Notes who captures this pass, and whether a graph of this or of an earlier pass may be replayed."""
         call = call_in_capture()

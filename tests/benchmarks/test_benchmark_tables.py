@@ -18,11 +18,11 @@ import tables
 @pytest.mark.parametrize(
     ("document", "count"),
     [
-        ("README.md", 4),
-        ("docs/memory.md", 12),
+        ("README.md", 1),
+        ("docs/memory.md", 13),
         ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
-        ("docs/methods.md", 1),
+        ("docs/methods.md", 2),
         ("docs/speed.md", 1),
         ("miniature/README.md", 1),
     ],

@@ -72,7 +72,7 @@ def test_its_result_has_a_line_for_each_rate_and_variant_and_goes_on(call, tmp_p
     assert lines == [(variant, rate) for variant in dreambooth_map.VARIANTS for rate in (0.001, 0.01)]
     assert [point["steps"] for point in result["lines"][0]["points"]] == [1, 2, 3]
     assert result["lines"][0]["points"][0]["rows"] == {"robot": {"0": [1, 2, 2, 2, 0]}}
-    assert result["demo"] == {"learning_rate": 5e-4, "steps": 150}
+    assert result["baseline"] == {"learning_rate": 5e-4, "steps": 150}
     monkeypatch.setattr(dreambooth_runs, "load_bench", None)
     assert call() == 0
     assert call("--points", "1", "2") == 2
@@ -93,7 +93,7 @@ def test_two_pictures_of_the_lines(tmp_path: Path) -> None:
     import plot_map
 
     lines = [line("plain", 5e-4, 80.0), line("plain", 1e-3, 90.0), line("class pictures", 5e-4, 70.0)]
-    result = {"lines": lines, "demo": {"learning_rate": 5e-4, "steps": 150}}
+    result = {"lines": lines, "baseline": {"learning_rate": 5e-4, "steps": 150}}
     assert plot_map.limits(result, "subject") == pytest.approx((68.8, 91.2))
     assert plot_map.typed(1.25e-4) == "1.25e-4"
     (tmp_path / "map.json").write_text(json.dumps(result))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ sys.path.insert(0, str(PROJECT / "benchmarks"))
 import exchange
 import random_sd3
 import step
+import tables
 
 TINY = {"num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "pos_embed_max_size": 64}
 
@@ -71,6 +73,44 @@ def test_a_step_with_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["ms"] > 0
     config = json.loads((tmp_path / "models" / "tiny-with-clips" / "text_encoder_3" / "config.json").read_text())
     assert (config["d_model"], config["num_layers"]) == (4096, 1)
+
+
+def test_prior_terms_and_two_shapes_beside_the_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing is captured; each set has a result of its own."""
+    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
+    monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
+    monkeypatch.setattr(step, "save_short_text", lambda _: None)
+    monkeypatch.setattr(step, "WARM", {})
+    shapes = {"832x1216": "48x80", "1216x832": "80x48"}
+    for name in ("prior", "buckets"):
+        cases = [
+            replace(
+                case,
+                resolution=64,
+                model="tiny",
+                flags=case.flags[len(step.CAPTURED) :],
+                sizes=tuple(shapes[size] for size in case.sizes),
+                precision="bf16",
+            )
+            for case in step.SETS[name]()
+            if case.resolution == 1024
+        ]
+        monkeypatch.setitem(step.SETS, name, lambda cases=cases: iter(cases))
+    shared = ["--models", tmp_path / "models", "--device", "cpu", "--warm", 1, "--steps", 4]
+    words = ["prior", "buckets", *shared, "--result", tmp_path / "{set}.json"]
+    assert step.main([str(word) for word in words]) == 0
+    versions = {"versions": dict.fromkeys(("torch", "diffusers", "bitsandbytes"), "1")}
+    for name, rows in {
+        "prior": ["no prior term", "`preference`", "`prediction`"],
+        "buckets": ["one shape", "two shapes"],
+    }.items():
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert [row["name"] for row in result["rows"]] == rows
+        assert all(row["ms"] > 0 for row in result["rows"])
+        result["rows"][0]["ms"], result["rows"][1]["ms"] = 10, 12
+        lines = tables.printer(f"{name}-h100.json")({**result, **versions}).splitlines()
+        assert lines[0] == "| | 64 px: ms a step | ratio |"
+        assert lines[3] == f"| {rows[1]} | 12.0 | 1.20 |"
 
 
 def test_the_miniature_is_timed_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

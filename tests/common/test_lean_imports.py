@@ -36,6 +36,17 @@ def test_what_was_left_out_of_diffusers_is_there_for_all_others() -> None:
     assert found == "diffusers\nTrue True\n"
 
 
+def test_what_is_imported_is_not_looked_through_for_garbage() -> None:
+    """But all that is made later is."""
+    found = run(
+        "import gc\n"
+        "from sd3_lora.common.lean_imports import import_diffusers\n"
+        "import_diffusers(without=('bitsandbytes', 'peft'))\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 50_000)"
+    )
+    assert found == "True True True\n"
+
+
 def test_bitsandbytes_for_a_gpu_is_imported_without_the_compiler() -> None:
     found = run(
         "import sys\n"
@@ -91,3 +102,12 @@ def test_a_machine_without_a_driver_starts_none(monkeypatch: pytest.MonkeyPatch)
     for thread in set(threading.enumerate()) - before:
         thread.join()
     assert sought == 2 * ["nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"]
+
+
+def test_threads_of_a_cpu_do_not_wait_busily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other work that costs a step of the miniature ten times its time. What the user sets is kept."""
+    code = "import os, sd3_lora; print(os.environ['OMP_WAIT_POLICY'])"
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert run(code) == "PASSIVE\n"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert run(code) == "ACTIVE\n"

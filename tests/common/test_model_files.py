@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from sd3_lora.stage_one.text_encoders import load_clip
 
 import pytest
 import torch
-from conftest import save_tiny_sd3
+from conftest import PROJECT, save_tiny_sd3
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from transformers import CLIPTextModelWithProjection
@@ -436,3 +438,18 @@ def test_another_vocabulary_is_another_model(model: Path) -> None:
     after = ModelFiles(ModelConfig(str(model))).provenance(TEXT_COMPONENTS, "fp32", 77)
     assert after.config_hash == before.config_hash
     assert not after.same_model(before)
+
+
+def test_requests_that_are_tried_again_are_one_line() -> None:
+    code = """
+import logging
+from sd3_lora.common import model_files
+logger = logging.getLogger("huggingface_hub.utils._http")
+for _ in range(5):
+    logger.warning("'%s' thrown while requesting HEAD", "Name or service not known")
+    logger.warning("Retrying in 1s [Retry 1/5].")
+logger.error("something else")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    said = "the hub does not answer: trying again for up to half a minute"
+    assert ended.stderr.splitlines() == [said, "something else"]

@@ -90,9 +90,7 @@ def test_a_picture_drawn_without_the_alpha_is_drawn_again(
     with monkeypatch.context() as patch:
         identity = inference.LoraFile.identity
         patch.setattr(inference.LoraFile, "identity", lambda self: identity(self).split("/")[0])
-        patch.setattr(inference.LoraFile, "attach", lambda *_: None)
-        patch.setattr(SD3Transformer2DModel, "set_adapters", lambda *_: None)
-        patch.setattr(SD3Transformer2DModel, "enable_adapters", lambda *_: None)
+        patch.setattr(inference.MergedLoras, "use", lambda *_: None)
         before = draw(script, prepared, tmp_path / "out", "--lora", path)
     assert not np.array_equal(draw(script, prepared, tmp_path / "out", "--lora", path), before)
 
@@ -102,12 +100,13 @@ def test_streamed_blocks_draw_the_same(
 ) -> None:
     path = saved(tmp_path / "lora.safetensors", tensors)
     resident = draw(script, prepared, tmp_path / "resident", "--lora", path)
-    for source in ("host", "files"):
+    unmerged = draw(script, prepared, tmp_path / "unmerged", "--lora", path, "--unmerged")
+    for source, expected in (("host", resident), ("files", unmerged)):  # the files are never changed
         words = ["--lora", path, "--stream_blocks", 2, "--stream_from", source]
-        assert np.array_equal(draw(script, prepared, tmp_path / source, *words), resident)
+        assert np.array_equal(draw(script, prepared, tmp_path / source, *words), expected)
 
 
-@pytest.mark.parametrize("words", [[], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["--unmerged"], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
 def test_lokr_and_loha(
     script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[Any]
 ) -> None:
@@ -144,9 +143,9 @@ def test_streamed_blocks_draw_the_base_beside_the_lora(
         assert np.array_equal(np.asarray(Image.open(drawn)).astype(int), expected)
 
 
-@pytest.mark.parametrize("base", ["16bit", "nf4"])
+@pytest.mark.parametrize("words", [[], ["--unmerged"], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
 def test_a_dora(
-    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[Any]
 ) -> None:
     """With the weights' own lengths as magnitudes and no change of direction, it is the base; else it is not."""
     transformer = SD3Transformer2DModel.from_pretrained(prepared.model / "transformer")
@@ -155,7 +154,6 @@ def test_a_dora(
         for name in LAYERS
     }
     still = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-    words = ["--base_precision", base]
     plain = draw(script, prepared, tmp_path / "plain", *words)
     unchanged = saved(tmp_path / "unchanged.safetensors", {**still, **norms})
     lengthened = saved(tmp_path / "long.safetensors", {**still, **{name: 9 * norm for name, norm in norms.items()}})
@@ -188,9 +186,9 @@ def test_the_original_names_and_whole_differences(
             assert np.abs(draw(script, prepared, outdir, "--lora", path, *words) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("base", ["16bit", "nf4"])
+@pytest.mark.parametrize("words", [[], ["--unmerged"], ["--stream_blocks", 2], ["--base_precision", "nf4"]], ids=str)
 def test_a_dora_of_inputs(
-    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], base: str
+    script: Script, prepared: Prepared, tmp_path: Path, tensors: dict[str, torch.Tensor], words: list[Any]
 ) -> None:
     """With the lengths of the weights' columns as magnitudes and no change of direction, it is the base."""
     transformer = SD3Transformer2DModel.from_pretrained(prepared.model / "transformer")
@@ -199,7 +197,6 @@ def test_a_dora_of_inputs(
         for name in LAYERS
     }
     still = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
-    words = ["--base_precision", base]
     plain = draw(script, prepared, tmp_path / "plain", *words)
     unchanged = saved(tmp_path / "unchanged.safetensors", {**still, **norms})
     longer = saved(tmp_path / "long.safetensors", {**still, **{name: 9 * norm for name, norm in norms.items()}})
@@ -220,8 +217,8 @@ def test_a_dora_of_inputs(
         ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", [], "was trained on another model"),
         ("nan", [], "has NaN or infinity"),
         ("dora", ["--lora_scale", 0.5], "which has one strength: leave out --lora_scale 0.5"),
-        ("dora", ["--stream_blocks", 2], "cannot be streamed"),
-        ("dora", ["--stream_blocks", 2, "--plan"], "cannot be streamed"),
+        ("dora", ["--stream_blocks", 2, "--unmerged"], "cannot be streamed"),
+        ("dora", ["--stream_blocks", 2, "--stream_from", "files", "--plan"], "cannot be streamed"),
     ],
 )
 def test_refused_before_a_model_is_loaded(

@@ -1,11 +1,16 @@
-"""Sampling with a transformer that is being trained: it draws, and training goes on as if it had not."""
+"""Sampling with a transformer that is being trained: it draws, and training goes on as if it had not; and with one that
+was loaded to draw, captured or compiled.
+"""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import sd3_lora.transformer.streaming
-from sd3_lora.drawing.sampling import Sampler, SamplingSettings, SkipLayerGuidance, left_as_found
+from sd3_lora.drawing.sampling import Sampler, SamplingSettings, SkipLayerGuidance, TransformerCall, left_as_found
+from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled, compile_blocks
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import stream_transformer
@@ -13,7 +18,9 @@ from sd3_lora.transformer.velocity import VelocityModel
 
 import pytest
 import torch
-from small_transformer import CPU, WIDTH, Trained, inputs, make_transformer, train_steps
+from diffusers import SD3Transformer2DModel
+from fake_cuda import FakeCuda
+from small_transformer import CPU, GPU, WIDTH, Trained, inputs, make_transformer, needs_gpu, train_steps
 
 SCHEDULER = {"shift": 3.0, "num_train_timesteps": 1000}
 SETTINGS = SamplingSettings(num_steps=2, guidance=3.0)
@@ -136,3 +143,90 @@ def test_the_mode_and_the_generators_are_put_back_after_an_error() -> None:
         fail()
     assert transformer.training
     assert torch.equal(torch.rand(2), expected)
+
+
+# Captured and compiled
+
+SKIPPING = replace(SETTINGS, num_steps=6, skip_layers=SkipLayerGuidance((1, 2), start=0.0, stop=0.5))
+
+
+def to_draw(device: torch.device = CPU, streamed: bool = False) -> SD3Transformer2DModel:
+    dtype = torch.float16 if device == GPU else torch.float32
+    transformer = make_transformer(dtype=dtype).eval()
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if streamed:
+        stream_transformer(transformer, device, buffers=3)
+    return transformer.to(device) if not streamed else transformer
+
+
+def captured(transformer: SD3Transformer2DModel, shapes: int, **more: object) -> Sampler:
+    call = TransformerCall(transformer, captures=True, must_capture=True, most_shapes=shapes, **more)
+    return Sampler(transformer, SCHEDULER, call=call)
+
+
+def test_each_kind_of_call_is_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sizes of a batch, each with all blocks and without some; no call of one is taken for another's."""
+    transformer = to_draw()
+    sampler, plain = captured(transformer, 4), Sampler(transformer, SCHEDULER)
+    fake = FakeCuda(monkeypatch, sampler.call._forward)
+    sampler.call.captured._compute = fake
+    for pictures in (4, 2, 4, 2):  # of two pictures without blocks there are four rows, as of two under guidance
+        assert torch.equal(sample(sampler, pictures, SKIPPING), sample(plain, pictures, SKIPPING))
+    assert not sampler.call.captured.gave_up
+    assert sorted(event for event in fake.events if event.startswith("compute")) == [
+        f"compute {rows}" for rows in (2, 4, 4, 8)
+    ]
+    # Six steps, two of them with two calls: after the first of its kind each is a replay alone.
+    assert sum(event.startswith("replay") for event in fake.events) == 4 * 8 + 4
+
+
+def test_a_strength_beside_the_weights_is_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformer = to_draw()
+    sampler = captured(transformer, 1)
+    fake = FakeCuda(monkeypatch, sampler.call._forward)
+    sampler.call.captured._compute = fake
+    sample(sampler)
+    sampler.call.release()
+    fake.events.clear()
+    sample(sampler)
+    assert fake.events == ["capture 2", "replay 2", "replay 2"]
+
+
+def test_graphs_do_not_keep_the_transformer() -> None:
+    """The VAE is loaded into its memory, and nothing collects cycles before."""
+    gc.disable()
+    try:
+        transformer = to_draw()
+        gone, sampler = weakref.ref(transformer), captured(transformer, 1)
+        del transformer, sampler
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@needs_gpu
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_gpu_draws_the_same_captured(streamed: bool) -> None:
+    """With a smaller last batch and with skip-layer guidance, bit for bit."""
+    plain = Sampler(to_draw(GPU, streamed), SCHEDULER)
+    sampler = captured(to_draw(GPU, streamed), 4)
+    for pictures in (3, 3, 1, 3):
+        assert torch.equal(sample(sampler, pictures, SKIPPING), sample(plain, pictures, SKIPPING))
+    assert sampler.call.captured.captured
+    assert not sampler.call.captured.gave_up
+
+
+@needs_gpu
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_gpu_draws_almost_the_same_compiled(captures: bool) -> None:
+    plain, transformer = Sampler(to_draw(GPU), SCHEDULER), to_draw(GPU)
+    compile_blocks(transformer, Compiled.ALWAYS)
+    call = TransformerCall(transformer, Compiled.ALWAYS, 6, captures, captures, most_shapes=4)
+    sampler = Sampler(transformer, SCHEDULER, call=call)
+    for pictures in (3, 1, 3):
+        drawn, expected = sample(sampler, pictures, SKIPPING).float(), sample(plain, pictures, SKIPPING).float()
+        assert (drawn - expected).norm() < 0.02 * expected.norm()
+        assert blocks_were_compiled()
+    # The smaller batch and calls without blocks were computed as they are, bit for bit but for what came before.
+    assert torch.equal(sample(sampler, 1), sample(plain, 1))

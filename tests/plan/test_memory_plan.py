@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 from sd3_lora.common.command_line import UserError
@@ -13,11 +15,19 @@ from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
-from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, open_budget, sentence
+from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, driver_bytes, open_budget, sentence
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
-from sd3_lora.plan.memory_plan import DrawingBetween, Plan, drawn_together, plan_denoising, plan_training
+from sd3_lora.plan.memory_plan import (
+    DrawingBetween,
+    Plan,
+    drawn_together,
+    plan_beside,
+    plan_denoising,
+    plan_drawing,
+    plan_training,
+)
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, simulate_step
 from sd3_lora.plan.step_time import (
     PieceCost,
@@ -36,6 +46,7 @@ from conftest import PROJECT
 from miniature_plans import STEP, budget_of, list_plans, task_of
 from small_transformer import CPU, GPU, needs_gpu
 
+MIB = 1024**2
 SHAPE = StepShape(2, (8, 8), 97, None, None, 4, 0.0, torch.float16, 16)
 
 
@@ -139,6 +150,35 @@ def test_a_context_that_was_there_cannot_be_measured(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     assert _context_bytes(torch.device("cpu", 0)) == int(gib * GIB)
+
+
+class Nvml:
+    """The driver's library, of a GPU with three gibibytes in use."""
+
+    def nvmlInit_v2(self) -> int:
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, identity: bytes, handle: object) -> int:
+        return 0 if identity == b"GPU-an-id" else 1
+
+    def nvmlDeviceGetMemoryInfo(self, handle: object, memory: Any) -> int:
+        memory._obj.used = 3 * GIB
+        return 0
+
+
+@pytest.mark.parametrize(("platform", "library"), [("win32", "nvml.dll"), ("linux", "libnvidia-ml.so.1")])
+def test_the_driver_is_asked_by_the_system_s_name_of_its_library(
+    monkeypatch: pytest.MonkeyPatch, platform: str, library: str
+) -> None:
+    def load(name: str) -> Nvml:
+        if name != library:
+            raise OSError(f"there is no {name}")
+        return Nvml()
+
+    monkeypatch.setattr("sd3_lora.gpu.budget.sys.platform", platform)
+    monkeypatch.setattr("sd3_lora.gpu.budget.ctypes.CDLL", load)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="an-id"))
+    assert driver_bytes(0) == 3 * GIB
 
 
 @needs_gpu
@@ -245,6 +285,73 @@ def test_drawing_streams_where_the_base_does_not_fit(miniature_files: ModelFiles
     assert plan_denoising(miniature_files, shape, None).forecast.largest.parts == {}
     packed = plan_denoising(miniature_files, shape, budget_of(1 << 40), AskedPlacement("nf4"))
     assert packed.forecast.peak_bytes < peak_bytes
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_a_merged_lora_takes_memory_only_while_it_is_merged(miniature_files: ModelFiles) -> None:
+    """Beside the weights it takes its own in every forward; and where weights cannot be changed."""
+
+    def planned(asked: AskedPlacement | None = None, budget: int = 1 << 40, **more: int) -> Plan:
+        shape = DenoisingShape(2, (16, 16), 154, torch.float32, **{"lora_bytes": 10 * MIB, **more})
+        return plan_denoising(miniature_files, shape, budget_of(budget), asked)
+
+    beside, merged = planned(), planned(merging_bytes=4 * MIB)
+    assert not beside.placement.merged
+    assert merged.placement.merged
+    assert [phase.name for phase in merged.forecast.phases] == ["denoise", "merge the LoRA"]
+    assert beside.forecast.phases[0].parts["LoRA"] - merged.forecast.phases[0].parts["LoRA"] == 10 * MIB
+    large = planned(merging_bytes=900 * MIB)
+    assert large.forecast.largest.name == "merge the LoRA"
+    assert large.forecast.peak_bytes - merged.forecast.phases[1].peak_bytes >= 896 * MIB
+    streamed = AskedPlacement(streamed=6)
+    assert planned(streamed, merging_bytes=1).placement.merged
+    assert not planned(replace(streamed, stream_from="files"), merging_bytes=1).placement.merged
+    assert not planned(AskedPlacement("nf4"), merging_bytes=1).placement.merged
+    assert plan_denoising(miniature_files, DenoisingShape(2, (16, 16), 154, torch.float32, 0, 1), None).placement.merged
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_as_many_pictures_are_drawn_together_as_are_fastest(
+    miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = DenoisingShape(2, (16, 16), 154, torch.float32, 0)
+    rows = 2 * (64 + 154)
+
+    def together(budget: int, most: int = 99, asked: AskedPlacement | None = None) -> tuple[int, Plan]:
+        plan, count = plan_drawing(miniature_files, shape, budget_of(budget), asked or AskedPlacement(), most)
+        return count, plan
+
+    monkeypatch.setattr(memory_plan, "FILLING_TOKENS", 5 * rows)
+    assert together(1 << 40)[0] == 5  # a GPU is full
+    assert together(1 << 40, most=3)[0] == 3
+    of_five = plan_denoising(miniature_files, replace(shape, batch_size=10), budget_of(1 << 40)).forecast.peak_bytes
+    count, plan = together(of_five - 1)
+    assert count < 5
+    assert not plan.placement.streamed
+    # All streamed, the copies are what takes time: each pass serves as many as may be.
+    monkeypatch.setattr(memory_plan, "measure_flops_a_byte", lambda *_: 1e9)
+    assert together(1 << 40, asked=AskedPlacement(streamed=6))[0] == memory_plan.MOST_DRAWN
+    monkeypatch.setattr(memory_plan, "measure_flops_a_byte", lambda *_: 1e-9)
+    assert together(1 << 40, asked=AskedPlacement(streamed=6))[0] == 5
+    # With all buffers, and with room for what the allocator leaves unused.
+    three = plan_denoising(
+        miniature_files, replace(shape, batch_size=6), budget_of(1 << 40), AskedPlacement(streamed=6)
+    )
+    count, plan = together(three.forecast.peak_bytes, asked=AskedPlacement(streamed=6))
+    assert 1 < count < 3
+    assert plan.placement.buffers == 6
+    with pytest.raises(UserError, match="are too little to denoise a picture"):
+        together(GIB // 2)
+
+
+def test_pictures_are_decoded_beside_the_transformer_where_both_fit(miniature_files: ModelFiles) -> None:
+    budget = budget_of(2 * GIB)
+    plan = plan_denoising(miniature_files, DenoisingShape(2, (16, 16), 154, torch.float32, 0), budget)
+    free = budget.total_bytes - plan.forecast.phases[0].peak_bytes
+    phase = plan_beside(plan, {"CUDA": GIB, "VAE": free // 2, "working memory": free - free // 2}, budget)
+    assert phase is not None
+    assert phase.peak_bytes == budget.total_bytes
+    assert plan_beside(plan, {"CUDA": GIB, "VAE": free // 2, "working memory": free}, budget) is None
 
 
 @pytest.mark.usefixtures("without_allowances")

@@ -249,12 +249,13 @@ def test_a_streamed_picture_is_the_resident_one_and_nf4_is_another(
     resident = draw("resident")
     shape = DenoisingShape(2, (8, 8), 97, torch.float32, lora.folder.joinpath(LORA_FILE).stat().st_size)
     whole = plan_denoising(miniature_files, shape, budget_of(1 << 40)).forecast.peak_bytes
+    unmerged = draw("unmerged", "--unmerged")
     assert streams == []
     assert draw("streamed", "--vram_budget_gib", gib(whole - 2**20)) == resident
     assert [(type(source), buffers) for _, _, source, buffers, _ in streams] == [(PinnedPieces, 6)]
     assert 0 < len(streams[0][-1]) < 6  # some blocks stay
     with monkeypatch.context() as patch:
         patch.setattr(memory_plan, "available_host_bytes", lambda: 0)
-        assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == resident
+        assert draw("from files", "--vram_budget_gib", gib(whole - 2**20)) == unmerged  # which are never changed
     assert [type(source) for _, _, source, *_ in streams] == [PinnedPieces, MappedPieces]
     assert draw("nf4", "--base_precision", "nf4") != resident

@@ -17,9 +17,12 @@ from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import Plan
 from sd3_lora.plan.step_execution import (
+    CAPTURE_FROM_CALLS,
     COMPILE_FROM_MICRO_STEPS,
+    COMPILE_FROM_TOKENS,
     AskedExecution,
     StepExecution,
+    choose_drawing_execution,
     choose_execution,
 )
 from sd3_lora.transformer.compiled import Compiled, compile_blocks, start_compile_workers, uncompiled
@@ -121,6 +124,30 @@ def test_blocks_that_are_called_without_their_lora_too_are_captured_and_not_comp
         assert (execution.compiled, execution.captured) == (Compiled.NO, True)
     with pytest.raises(UserError, match=r"^--compile on: blocks that --prior_term calls with and without their LoRA "):
         choose_execution(AskedExecution(True, base_pass=True), RESIDENT, GPU, 0.0, FEW)
+
+
+def test_drawing_is_captured_and_compiled_where_the_pictures_repay_it() -> None:
+    def draws(
+        plan=RESIDENT, device=GPU, tokens=COMPILE_FROM_TOKENS, calls=CAPTURE_FROM_CALLS, several=False, **asked
+    ) -> tuple[bool, bool]:
+        execution = choose_drawing_execution(AskedExecution(**asked), plan, device, calls, tokens, several)
+        return execution.compiled is not Compiled.NO, execution.captured
+
+    assert draws() == (True, True)
+    assert draws(tokens=COMPILE_FROM_TOKENS - 1) == (False, True)
+    assert draws(tokens=1, compile=True) == (True, True)
+    assert draws(compile=False, capture=False) == (False, False)
+    assert draws(calls=CAPTURE_FROM_CALLS - 1) == (True, False)
+    assert draws(calls=1, capture=True) == (True, True)
+    assert draws(NF4) == draws(STREAMED, capture=True) == (False, True)
+    assert draws(STREAMED) == (False, False)
+    assert draws(FROM_FILES) == draws(device=CPU) == (False, False)
+    assert draws(deterministic=True) == draws(several=True) == (False, True)
+    sentence = r"^--compile on: blocks beside which LoRAs change their strength are not compiled: leave one out$"
+    with pytest.raises(UserError, match=sentence):
+        draws(several=True, compile=True)
+    with pytest.raises(UserError, match=r"^--capture on: the host reads streamed blocks from files: leave it out$"):
+        draws(FROM_FILES, capture=True)
 
 
 def test_what_is_asked_for_is_done_or_refused() -> None:

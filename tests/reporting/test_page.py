@@ -188,6 +188,18 @@ def test_captions_have_their_tokens(a_run: Run) -> None:
     assert "a photo of a dog" in [each.get("aria-label") for each in made.attributes("span")]
 
 
+def test_without_the_model_captions_are_shown_and_not_counted(a_run: Run) -> None:
+    folder = a_run()
+    record = json.loads((folder / "run.json").read_text())
+    record["flags"]["pretrained_model_name_or_path"] = "someone/a-model-that-is-not-here"
+    (folder / "run.json").write_text(json.dumps(record))
+    said = report_of(folder).section("captions")
+    assert (
+        "Tokens are not counted: someone/a-model-that-is-not-here is neither a folder here nor downloaded yet" in said
+    )
+    assert "a photo of sks dog in the snow 1 picture – –" in said
+
+
 def test_what_a_user_wrote_is_escaped(a_run: Run, tmp_path: Path) -> None:
     folder = a_run(captions=(NASTY, "b"), prompts=(NASTY, "a photo of a dog"))
     record = json.loads((folder / "run.json").read_text())
@@ -293,7 +305,9 @@ def test_a_resumed_run_is_shown_as_one(script: Callable[..., Result], prepared: 
         (line["step"], line["loss"]) for line in run.losses
     ]
     assert [each["step"] for each in made.data["warning"]] == [0, 1, 2, 3, 4, 5]
-    assert "Training was resumed: its stages are those of the last command." in made.section("memory")
+    assert "where training went on from a checkpoint, its stages are those of the last command." in made.section(
+        "memory"
+    )
     assert "--resume_from_checkpoint" not in made.section("again")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from sd3_lora.reporting.page import write_report
 
 import pytest
+from conftest import PROJECT
 from made_runs import make_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -148,6 +149,28 @@ def test_a_script_that_slips_in_does_not_run(browser: Any, report: Path, tmp_pat
     opened = Opened(browser, path)
     assert opened.page.title() != "in"
     assert any("Content Security Policy" in complaint for complaint in opened.complaints)
+    opened.context.close()
+
+
+@pytest.mark.parametrize("missing", ["run.json", "losses.jsonl", "early_warning.jsonl", "samples", "pictures.json"])
+def test_it_draws_what_there_is(browser: Any, tmp_path: Path, missing: str) -> None:
+    folder = make_run(tmp_path)
+    path = folder / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    opened = Opened(browser, write_report(folder))
+    empty = "all => all.filter(each => !each.querySelector('svg')).map(each => each.dataset.chart)"
+    assert opened.page.eval_on_selector_all("[data-chart]", empty) == []
+    assert opened.complaints == []
+    opened.context.close()
+
+
+@pytest.mark.parametrize("work", ["adamw", "adam8bit"])
+def test_it_draws_old_work(browser: Any, tmp_path: Path, work: str) -> None:
+    folder = tmp_path / work
+    shutil.copytree(PROJECT / "tests" / "data" / "cc752f5" / work, folder)
+    opened = Opened(browser, write_report(folder))
+    assert opened.page.locator("[data-chart=loss] circle").count() == 6
+    assert opened.complaints == []
     opened.context.close()
 
 

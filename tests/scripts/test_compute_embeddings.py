@@ -130,13 +130,19 @@ def test_every_distinct_prompt_once_with_its_roles_and_pictures(
 def test_prompts_with_the_subject_in_its_place(embed: Callable[..., Result], out: Path, tmp_path: Path) -> None:
     """What is embedded is what inference.py draws by the same flags."""
     (tmp_path / "prompts.txt").write_text("# {} is the subject\na red {}\n")
-    flags = ["--prompts_file", tmp_path / "prompts.txt", "--validation_prompt", "{} at sea"]
+    (tmp_path / "more.txt").write_text("a photo of a fish\n")
+    flags = ["--prompts_file", tmp_path / "prompts.txt", "--prompts_file", tmp_path / "more.txt"]
+    flags += ["--validation_prompt", "{} at sea"]
     refused = embed(*flags)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
     assert "'{} at sea' has {} in place of the subject: add --subject" in refused.err
     assert embed(*flags, "--subject", "sks robot").code == 0
     with EmbeddingStore(out) as store:
-        assert set(store.prompts_with_role("validation")) == {"a red sks robot", "sks robot at sea"}
+        assert set(store.prompts_with_role("validation")) == {
+            "a red sks robot",
+            "sks robot at sea",
+            "a photo of a fish",
+        }
 
 
 def test_the_empty_prompt_is_the_negative_one_by_default(prepared: Prepared) -> None:

@@ -71,7 +71,7 @@ def test_the_demo_draws_and_ends_with_a_table_and_goes_on_when_run_again(in_proc
 
     folder = tmp_path / "demo"
     assert (folder / "embeddings.parquet").is_file()
-    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "lora" / demo.EMA_NAME).is_file()
     drawn = {row: sorted((folder / "pictures" / row).glob("*/*.png")) for row in ("without_lora", "with_lora")}
     assert all(len(paths) == 4 for paths in drawn.values())
     for without, with_lora in zip(*drawn.values(), strict=True):
@@ -82,7 +82,7 @@ def test_the_demo_draws_and_ends_with_a_table_and_goes_on_when_run_again(in_proc
     written = {path: path.stat().st_mtime_ns for paths in drawn.values() for path in paths}
     assert demo.main(flags) == 0
     out = capsys.readouterr().out
-    assert "11 prompts, 11 of them done before" in out
+    assert "36 prompts, 36 of them done before" in out
     assert "5 of 5 pictures cached before" in out
     assert "nothing to do" in out
     assert out.count("4 of them drawn before") == 2

@@ -16,6 +16,7 @@ import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_transformer import needs_gpu
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +228,119 @@ def test_lora_scales(script, prepared: Prepared, lora: Path, tmp_path: Path) -> 
     assert np.abs(drawn["one"] - drawn["none"]).mean() > 1
 
 
+def test_merged_and_unmerged(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+    """The same but for rounding. What was drawn unmerged is kept, and not the other way round."""
+    flags = [*base_flags(prepared, tmp_path / "out"), "--lora", lora, "--prompt", PROMPT]
+    assert script("inference", *flags).code == 0
+    (merged,) = (tmp_path / "out").glob("*/img_*.png")
+    exact = script("inference", *flags, "--unmerged")
+    assert "0 of them drawn before" in exact.out
+    unmerged = merged.with_name("img_00_2.png")
+    assert np.abs(pixels(merged) - pixels(unmerged)).max() <= 1
+    notes = [json.loads(Image.open(path).text["sd3_lora"]).get("lora_merged") for path in (merged, unmerged)]
+    assert notes == [True, None]
+    merged.unlink()
+    assert "1 of them drawn before" in script("inference", *flags).out  # as those of earlier builds
+    without = script("inference", *base_flags(prepared, tmp_path / "base"), "--prompt", PROMPT)
+    assert without.code == 0
+    (base,) = (tmp_path / "base").glob("*/img_*.png")
+    assert "lora_merged" not in Image.open(base).text["sd3_lora"]
+
+
+@pytest.mark.parametrize("words", [[], ["--unmerged"], ["--stream_blocks", 2]], ids=str)
+def test_a_sweep_draws_what_each_strength_draws_alone(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, words: list[Any]
+) -> None:
+    flags = ["--lora", lora, "--prompt", PROMPT, *words]
+    sweep = script("inference", *base_flags(prepared, tmp_path / "sweep"), *flags, "--lora_scale", 1, 0, 0.5)
+    assert sweep.code == 0
+    for scale in (1, 0, 0.5):
+        outdir = tmp_path / str(scale)
+        assert script("inference", *base_flags(prepared, outdir), *flags, "--lora_scale", scale).code == 0
+        (alone,), (swept,) = outdir.glob("*/*.png"), (tmp_path / "sweep").glob(f"*/*scale{scale:g}.png")
+        assert np.array_equal(pixels(alone), pixels(swept))
+
+
+def test_within_a_budget_batches_are_filled_and_decoded_at_once(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The plan of a GPU, made on a CPU. Five pictures are three and two, and the first three are written first."""
+    from sd3_lora.drawing.sampling import Sampler
+
+    denoise, batches = Sampler.denoise, []
+    flags = [*base_flags(prepared, tmp_path / "all"), "--lora", lora, "--prompt", PROMPT, "--num_images", 5]
+
+    def noted(sampler: Sampler, noise: torch.Tensor, *rest: Any) -> torch.Tensor:
+        batches.append(len(noise))
+        if len(batches) == 2 and stops:
+            raise KeyboardInterrupt
+        return denoise(sampler, noise, *rest)
+
+    monkeypatch.setattr(Sampler, "denoise", noted)
+    monkeypatch.setattr("sd3_lora.plan.memory_plan.MOST_DRAWN", 4)
+    stops = True
+    stopped = script("inference", *flags, "--vram_budget_gib", 20)
+    assert stopped.code == 130
+    assert "drew 3 of 5 pictures" in stopped.out
+    assert "decode" not in [line.split(" (")[0] for line in stopped.out.splitlines()]
+    stops = False
+    assert "5 pictures of 64×64, 3 of them drawn before" in script("inference", *flags, "--vram_budget_gib", 20).out
+    assert batches == [3, 2, 2]
+    batches.clear()
+    plain = [*base_flags(prepared, tmp_path / "plain"), "--lora", lora, "--prompt", PROMPT, "--num_images", 5]
+    assert script("inference", *plain).code == 0
+    assert batches == [1] * 5  # no budget: on a CPU more at a time are no faster
+    for path in sorted((tmp_path / "plain").glob("*/img_*.png")):
+        assert np.abs(pixels(path) - pixels(tmp_path / "all" / path.parent.name / path.name)).max() <= 1
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--unmerged"], ["--stream_blocks", 2], ["--compile", "on"], ["--vram_budget_gib", 3]],
+    ids=lambda words: " ".join(map(str, words)) or "merged",
+)
+def test_a_gpu_draws_the_same_captured(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, words: list[Any]
+) -> None:
+    """Base and LoRA, skip-layer guidance in some of the steps, and a smaller last batch."""
+    flags = ["--lora", lora, "--prompt", PROMPT, "--num_images", 3, "--compare", "--mixed_precision", "no"]
+    flags += ["--skip_guidance_layers", 1, "--skip_layer_guidance_start", 0, "--skip_layer_guidance_stop", 1]
+    plain = ["--unmerged", "--capture", "off", "--compile", "off", "--batch_size", 1]
+    assert script("inference", *base_flags(prepared, tmp_path / "plain"), *flags, *plain).code == 0
+    captured = ["--capture", "on", "--batch_size", 2, *words]
+    result = script("inference", *base_flags(prepared, tmp_path / "captured"), *flags, *captured)
+    assert result.code == 0
+    assert "replayed as one CUDA graph" in result.out
+    compared = json.loads((tmp_path / "captured" / "run.json").read_text())
+    assert compared["execution"]["captured"]
+    assert compared["execution"]["compiled"] == ("--compile" in words)
+    assert compared["plan"]["merged"] == ("--unmerged" not in words)
+    paths = sorted((tmp_path / "plain").glob("*/img_*.png"))
+    assert len(paths) == 6
+    for path in paths:
+        drawn = tmp_path / "captured" / path.parent.name / path.name
+        assert np.abs(pixels(path) - pixels(drawn)).max() <= 2
+
+
+def test_a_picture_that_cannot_be_written_ends_the_run(script, prepared: Prepared, tmp_path: Path, monkeypatch) -> None:
+    """Though it is written in a thread; the others are there."""
+    from sd3_lora.drawing.pictures import PicturePlan
+
+    write = PicturePlan.write
+
+    def full(plan: PicturePlan, content: bytes) -> None:
+        if plan.image_index == 1:
+            raise OSError(28, "No space left on device")
+        write(plan, content)
+
+    monkeypatch.setattr(PicturePlan, "write", full)
+    result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT, "--num_images", 3)
+    assert result.code == 2
+    assert "the disk is full" in result.err
+    assert len(list(tmp_path.glob("*/img_*.png"))) == 2
+
+
 def test_the_base_and_the_lora_side_by_side(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
     """The base's pictures are those of a run without the LoRA, exactly, and are known by it; so are the LoRA's."""
     flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT, "--num_images", 2]
@@ -343,18 +457,18 @@ def test_the_precisions_are_those_asked_for(script, prepared: Prepared, tmp_path
     import inference
 
     seen = {}
-    denoise, decode = inference.denoise_all, inference.decode_and_save
+    denoise, make_decoder = inference.denoise_all, inference.Decoder
 
     def denoise_spy(sampler, *rest):
         seen["transformer"] = sampler.transformer.dtype
         return denoise(sampler, *rest)
 
-    def decode_spy(vae, *rest):
+    def decoder_spy(vae, *rest):
         seen["vae"] = vae.dtype
-        return decode(vae, *rest)
+        return make_decoder(vae, *rest)
 
     monkeypatch.setattr(inference, "denoise_all", denoise_spy)
-    monkeypatch.setattr(inference, "decode_and_save", decode_spy)
+    monkeypatch.setattr(inference, "Decoder", decoder_spy)
     flags = [*base_flags(prepared, tmp_path), "--prompt", "unknown"]
     assert "T5 in fp32\n" in script("inference", *flags).out
     assert seen == {"transformer": torch.float32, "vae": torch.float32}
@@ -410,6 +524,12 @@ def test_the_flags_of_diffusers_are_taken(script, prepared: Prepared, tmp_path: 
         (["--prompt", "a", "--height", "0"], "--height 0 must be at least 1"),
         (["--prompt", "a", "--seed", "-1"], "there is no random seed here, so type any number"),
         (["--prompt", "a", "--guidance", "nan"], "--guidance nan must be a finite number"),
+        (["--prompt", "a", "--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--prompt", "a", "--device", "cpu", "--capture", "on"], "--capture on: it needs a GPU: leave it out"),
+        (
+            ["--prompt", "a", "--compile", "on", "--stream_blocks", "1"],
+            "--compile on: streamed blocks are not compiled: leave it out, or keep all blocks on the device in 16 bits",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(script, prepared: Prepared, tmp_path: Path, flags, sentence) -> None:
@@ -441,9 +561,9 @@ def test_a_nan_picture_is_not_written(script, prepared: Prepared, tmp_path: Path
     load = inference.load_sampler
 
     def broken(*args: object) -> object:
-        sampler = load(*args)
+        sampler, use = load(*args)
         sampler.transformer.proj_out.bias.data.fill_(float("nan"))
-        return sampler
+        return sampler, use
 
     monkeypatch.setattr(inference, "load_sampler", broken)
     result = script("inference", *base_flags(prepared, tmp_path), "--prompt", PROMPT)

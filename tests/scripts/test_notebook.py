@@ -139,6 +139,27 @@ def test_an_empty_repository_stops_the_notebook_with_a_sentence(tmp_path: Path):
     assert "fill in REPOSITORY in the cell above" in printed(project)
 
 
+def test_a_drive_that_is_not_mounted_stops_the_notebook_with_a_sentence():
+    """As after a reconnect: else the work would start at zero, in a folder of the machine."""
+    notebook = load_notebook()
+    notebook.cells = [cell for cell in notebook.cells if cell.id in ("parameters", "folders")]
+    parameters, folders = notebook.cells
+    parameters.source = "OUTPUT, PHOTOS = '/content/drive/MyDrive/my lora', '/content/dog'"
+    resources = {"metadata": {"path": str(PROJECT)}}
+    with pytest.raises(CellExecutionError, match="returned non-zero exit status 2"):
+        NotebookClient(notebook, timeout=60, kernel_name="python3", resources=resources).execute()
+    assert "error: the Drive is not mounted, and /content/drive/MyDrive/my lora would be a folder" in printed(folders)
+
+
+def test_folders_of_a_mounted_drive_and_of_the_machine(prepare, tmp_path, monkeypatch, capsys):
+    assert prepare.main(["folders", "/content/output", str(tmp_path)]) == 0
+    monkeypatch.setattr(prepare, "DRIVE", tmp_path)
+    assert prepare.main(["folders", "/content/output", str(tmp_path / "MyDrive" / "dog")]) == 2
+    assert capsys.readouterr().err.startswith("error: the Drive is not mounted")
+    (tmp_path / "MyDrive").mkdir()
+    assert prepare.main(["folders", "/content/output", str(tmp_path / "MyDrive" / "dog")]) == 0
+
+
 # The whole of it, in a kernel, on the miniature.
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
+from sd3_lora.common.devices import cuda_install
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 import pytest
 from conftest import PROJECT, save_pictures
+from packaging.specifiers import SpecifierSet
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 SMALLER = {"1024": "64", "500": "3", "150": "3", "200": "2", SD3: "TINY"}
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md")))]
 LONGEST_COMMAND_LINE = 100
 PACKAGE = PROJECT / "sd3_lora"
+STAGES = ["compute_embeddings.py", "precompute_latents.py", "train_dreambooth_sd3_lora_miniature.py", "inference.py"]
 
 
 def blocks(language: str, document: str = "README.md") -> list[str]:
@@ -35,7 +39,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     commands = [shlex.split(line)[1:] for line in bash_lines() if line.startswith("python ")]
     assert commands.pop(0)[:1] == ["examples/demo.py"]  # which test_demo.py runs
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
-    assert [len(bare), len(sd3)] == [4, 8]
+    assert [len(bare), len(sd3)] == [4, 10]
     said = ""
     for folder, group in (("miniature", bare), ("sd3", sd3)):
         (tmp_path / folder).mkdir()
@@ -51,6 +55,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     outputs = tmp_path / "sd3" / "outputs" / "dog"
     assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
+    assert len(list((tmp_path / "sd3" / "outputs" / "dog-pictures").glob("*/img_00.png"))) == 1
     assert (outputs / "lora-with-prior" / "pytorch_lora_weights.safetensors").is_file()
     assert [path.name for path in sorted((outputs / "watched" / "samples").iterdir())] == [
         "sheet.webp",
@@ -59,7 +64,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     ]
     assert [path.name for path in sorted(Path("dogs").glob("*.png"))] == ["class_0000.png", "class_0001.png"]
     assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
-    assert said.count("no text encoder is loaded") == 2  # the README's own prompts were embedded by its first commands
+    assert said.count("no text encoder is loaded") == 3  # the README's own prompts were embedded by its first commands
 
 
 def test_the_other_commands() -> None:
@@ -68,14 +73,46 @@ def test_the_other_commands() -> None:
     for line in others:
         if line.startswith("make "):
             assert line.split()[1] in targets, line
+        elif line.startswith("pip install torch"):
+            assert_right_torch(line)
         elif line.startswith("pip install"):
             named = re.findall(r"-[rc] (\S+)", line)
             assert named == ["requirements.txt", "constraints.txt"]
             assert all((PROJECT / name).is_file() for name in named)
         else:
             assert line in ("python3 -m venv .venv", "source .venv/bin/activate", "hf auth login")
-    assert len(others) == 6
-    assert others[1] == "source .venv/bin/activate"  # before the first command that needs it
+    assert len(others) == 11
+    assert others[:3] == ["make demo", "python3 -m venv .venv", "source .venv/bin/activate"]
+
+
+def assert_right_torch(line: str) -> None:
+    """The tests' version, of the build that its index has, which constraints.txt lets stay."""
+    (pinned,) = re.findall(r"^torch==(\S+)", (PROJECT / "constraints.txt").read_text(), re.MULTILINE)
+    ((version, build, index),) = re.findall(r"^pip install torch==(\S+)\+(\w+) --index-url \S+/whl/(\w+)$", line)
+    assert (version, build) == (pinned, index)
+    assert SpecifierSet(f"=={pinned}").contains(f"{version}+{build}")
+
+
+def test_the_commands_for_windows_are_the_same_on_one_line() -> None:
+    """In cmd and in PowerShell: without `\\` at the end of a line, and without single quotes."""
+    install, photos = blocks("bat")
+    commands = [line for line in bash_lines() if SD3 in line and "--plan" not in line]
+    assert photos.splitlines() == commands[:6]
+    assert [line.split()[1] for line in commands[:6]] == [*STAGES[2:], *STAGES]
+    assert "'" not in install + photos
+    make_environment, activate, torch, libraries = install.splitlines()
+    assert (make_environment, activate) == ("py -m venv .venv", r".venv\Scripts\activate")
+    assert_right_torch(torch)
+    assert torch == cuda_install(torch.split("==")[1].split("+")[0])
+    assert libraries in bash_lines()
+
+
+def test_the_miniature_s_figures_are_those_of_its_results() -> None:
+    result = json.loads((PROJECT / "benchmarks" / "results" / "dreambooth-miniature-h100.json").read_text())
+    subject = {name: f"{100 * means['subject']:.0f} %" for name, means in result["means"].items()}
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    assert f"shows the subject in {subject['diffusers_defaults']} of pictures" in text
+    assert f"it is {subject['diffusers']}, and {subject['ours']} with ours" in text
 
 
 def test_commands_are_on_short_lines() -> None:

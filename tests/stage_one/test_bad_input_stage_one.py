@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 from sd3_lora.common import devices, model_files
+from sd3_lora.common.defaults import EXAMPLE_SUBJECT
 from sd3_lora.stage_one import text_encoders
 
 import pytest
 import torch
-from conftest import PROMPT, Result
+from conftest import PROJECT, PROMPT, Result
 from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -107,11 +108,53 @@ def test_a_gpu_beside_a_cpu_build_of_torch(
     monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    said = "this machine has an NVIDIA GPU but torch", "type `pip install --force-reinstall torch --index-url https://"
+    said = "this machine has an NVIDIA GPU but torch", f"type `{devices.cuda_install()}`"
     assert refused(run(name), *said, "or add --device cpu")
     assert refused(run(name, "--device", "cuda"), *said)
     assert written() == []
     assert run(name, "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "typed"),
+    [
+        ("2.13.0+cpu", "torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"),
+        ("2.9.1", "torch==2.9.1+cu130 --index-url https://download.pytorch.org/whl/cu130"),
+        ("2.6.0", "torch==2.6.0+cu126 --index-url https://download.pytorch.org/whl/cu126"),
+    ],
+)
+def test_the_same_torch_with_cuda(version: str, typed: str) -> None:
+    """By its whole version, for which pip needs no --force-reinstall, and which constraints.txt allows."""
+    assert devices.cuda_install(version) == f"pip install {typed}"
+
+
+@BOTH
+@pytest.mark.parametrize("model", [[], ["--pretrained_model_name_or_path", str(PROJECT / "miniature")]])
+def test_the_miniature_runs_beside_a_gpu_that_torch_cannot_use(
+    script: Callable[..., Result], tmp_path: Path, name: str, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where PyPI's torch is a build for the CPU."""
+    monkeypatch.setattr(devices, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.chdir(tmp_path)
+    result = script(name, *model)
+    assert result.code == 0, result.err
+    assert f"enough for the miniature; for SD3 type `{devices.cuda_install()}`\n" in result.out
+    asked = script(name, *model, "--device", "cuda")
+    assert refused(asked, "this machine has an NVIDIA GPU but torch", "or add --device cpu")
+
+
+@BOTH
+def test_photos_are_nothing_to_the_miniature(
+    script: Callable[..., Result], pictures: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--instance_prompt", PROMPT, "--plan"]
+    note = f"what is on photos, as in {pictures}, needs a real model: --pretrained_model_name_or_path stabilityai/"
+    assert note in script(name, "--instance_data_dir", pictures, *words).out
+    assert "note: the miniature" not in script(name, *words).out
+    assert "note: the miniature" not in script(name, "--instance_data_dir", EXAMPLE_SUBJECT, *words).out
 
 
 @BOTH

@@ -41,7 +41,7 @@ def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepInputs, lis
 
     def watching(batches: MicroBatches) -> Any:
         taken = original(batches)
-        seen.append((taken[0], taken[1]))
+        seen.append((taken[0].inputs, taken[0].names))
         return taken
 
     monkeypatch.setattr(MicroBatches, "take", watching)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from sd3_lora.common.records import InstanceImage
+from sd3_lora.common.records import InstanceImage, TrainingBatch
 from sd3_lora.training.checkpoints import pack, read_state, unpack
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
+from sd3_lora.training.flow import load_noise_table
+from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.micro_batches import InputSampler
 from sd3_lora.training.pool import Pool, pass_length
 
 import pytest
@@ -24,6 +27,24 @@ def pool(count: int, repeats: int = 1) -> Pool:
 def order_of(count: int, seed: int) -> DataOrder:
     """Of one pool, each picture once in a pass."""
     return DataOrder([pool(count)], seed)
+
+
+@pytest.mark.parametrize("count", [2, 1], ids=["full", "the end of a pass"])
+def test_every_rank_notes_the_noise_levels_of_all(count: int) -> None:
+    table = load_noise_table({"shift": 3.0}, None)
+
+    def drawn(rank: int, world_size: int, batch_size: int, count: int) -> tuple[list[float], list[float]]:
+        """What is noted, and what the rank computes with."""
+        draws = GlobalDraws(7, batch_size, rank, world_size)
+        config = {"shift_factor": 0.0, "scaling_factor": 1.0}
+        sampler = InputSampler(draws, config, table, FlowConfig(), torch.float32, torch.device("cpu"))
+        rows = torch.zeros(count, 16, 2, 2)
+        ids = tuple(map(str, range(count)))
+        inputs = sampler.sample(TrainingBatch(ids, rows, rows, rows[..., 0], rows[:, 0, 0], torch.ones(count)))
+        return sampler.sigmas, inputs.sigmas.flatten().tolist()
+
+    noted, mine = zip(*(drawn(rank, 2, 2, count) for rank in range(2)), strict=True)
+    assert noted[0] == noted[1] == mine[0] + mine[1] == drawn(0, 1, 4, 2 * count)[1]
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 1), (2, 3), (4, 2)])

@@ -129,7 +129,7 @@ def watch_inputs(monkeypatch: pytest.MonkeyPatch) -> list[StepInputs]:
 
     def watching(batches: MicroBatches) -> Any:
         taken = original(batches)
-        seen.append(taken[0])
+        seen.append(taken[0].inputs)
         return taken
 
     monkeypatch.setattr(MicroBatches, "take", watching)

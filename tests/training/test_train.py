@@ -318,6 +318,13 @@ def test_the_card_names_a_prompt_that_was_trained_on(script: Script, private: Pr
         shutil.rmtree(run.folder)
 
 
+def test_the_miniature_s_next_command_has_the_guidance_at_which_it_draws_best(
+    script: Script, prepared: Prepared, on_miniature: Flags, tmp_path: Path
+) -> None:
+    assert train(script, on_miniature, tmp_path / "miniature").out.splitlines()[-1].endswith(" --guidance 3")
+    assert "--guidance" not in train(script, prepared, tmp_path / "other").out
+
+
 def test_the_next_command_draws(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train(script, prepared, tmp_path / "out")
     _, name, *words = shlex.split(run.out.splitlines()[-1].removeprefix("next: "))

@@ -6,11 +6,13 @@ import importlib
 import shlex
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.drawing import validation
+from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.drawing.sampling import Sampler
 from sd3_lora.drawing.validation import Validation
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
@@ -257,6 +259,31 @@ def test_a_failure_costs_a_sentence_and_not_the_run(
     run = train(script, prepared, tmp_path, *LEARNS, *DRAWS, "--validation_steps", 2)
     notes = [line for line in run.out.splitlines() if line.startswith("note: the pictures of step ")]
     assert notes == [f"note: the pictures of step {n} failed ({errors[fault]}): training goes on" for n in (0, 2, 3)]
+    assert_same_run(run, without)
+
+
+def test_pictures_are_written_beside_the_next_steps_and_whole_in_the_end(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Run
+) -> None:
+    """However slow the disk is; where it is full at step 2, a sentence says so, and the others are there."""
+    original, taken = PicturePlan.save, []
+
+    def save(plan: PicturePlan, picture: Image.Image) -> None:
+        time.sleep(0.2)
+        taken.append(plan.path)
+        if plan.settings["training_step"] == 2:
+            raise OSError(28, "No space left on device")
+        original(plan, picture)
+
+    monkeypatch.setattr(PicturePlan, "save", save)
+    run = train(script, prepared, tmp_path, *LEARNS, *DRAWS, "--validation_steps", 1)
+    assert len(taken) == 8
+    notes = [line for line in run.out.splitlines() if line.startswith("note: the pictures of step ")]
+    assert notes == ["note: the pictures of step 2 failed ([Errno 28] No space left on device): training goes on"]
+    assert steps_drawn(run) == [0, 1, 3]
+    assert len(list((tmp_path / "samples").glob("step_*/*.png"))) == 6
+    with Image.open(tmp_path / "samples" / "sheet.webp") as sheet:
+        assert sheet.height > 3 * 176
     assert_same_run(run, without)
 
 

@@ -481,3 +481,14 @@ def test_4_bit_matrices_that_will_visit_are_on_the_host(model, monkeypatch):
     assert {tensor.dtype for tensor in on_host} == {torch.uint8}
     assert sorted(tensor.numel() for tensor in on_host) == sorted(weight.numel() for weight in matrices)
     assert len(on_host) < len(weights_of(transformer))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_read_the_same_in_the_same_order(model: Path, threads: int) -> None:
+    with TensorFiles(sorted((model / "transformer").glob("*.safetensors"))) as weights:
+        names = sorted(weights.shapes())
+        reader = base_weights._WeightReader(weights, CPU, torch.bfloat16, None)
+        read = list(reader.read_all(names, threads))
+        assert all(torch.equal(value, weights.tensor(name).bfloat16()) for name, value in zip(names, read, strict=True))
+        with pytest.raises(KeyError):
+            list(reader.read_all([*names, "nowhere"], threads))

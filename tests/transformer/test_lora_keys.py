@@ -8,7 +8,8 @@ from pathlib import Path
 from sd3_lora.common.command_line import UserError
 from sd3_lora.transformer.lora import LORA_FILE, LoraKind
 from sd3_lora.transformer.lora_exports import export_lora
-from sd3_lora.transformer.lora_files import LoraFile, read_lora_file, require_drawable, require_start
+from sd3_lora.transformer.lora_files import LoraFile, read_lora_file, require_drawable
+from sd3_lora.transformer.lora_starts import require_start
 from sd3_lora.transformer.merged_weights import write_merged
 
 import pytest
