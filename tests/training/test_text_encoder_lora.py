@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.records import StepInputs
+from sd3_lora.plan.step_memory import simulate_step
+from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.checkpoints import read_state
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, attach_lora, target_modules
@@ -26,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_resume import Interrupted, assert_same_run, interrupt
 from training_runs import Script, train
+from transformers import CLIPTextModelWithProjection
 
 TRAINS = ["--train_text_encoder", "--text_encoder_lr", 0.02, "--learning_rate", 0.01]
 
@@ -351,9 +355,36 @@ def test_the_early_warning_measures_with_the_clips(script: Script, prepared: Pre
 # The plan
 
 
-def test_the_plan_counts_the_clips(script: Script, prepared: Prepared, tmp_path: Path) -> None:
-    words = ["--plan", "--vram_budget_gib", 8, "--mixed_precision", "no"]
-    with_clips = train(script, prepared, tmp_path / "with", *words, "--train_text_encoder")
-    assert "+ CLIPs 0." in with_clips.out or "CLIPs 0.00" not in with_clips.out
-    without = train(script, prepared, tmp_path / "without", *words)
-    assert "CLIPs" not in without.out
+def test_the_plan_counts_the_clips(miniature_files: Any) -> None:
+    """Their weights, their LoRA, and what more the blocks keep: those before the first LoRA too."""
+    module, config = importlib.import_module(TRAINING_SCRIPT), miniature_files.read_config("transformer")
+
+    def simulated(*words: str) -> Any:
+        flags = TrainingFlags(*module.COMMAND_LINE.parse(list(words)))
+        device = torch.device("cpu")
+        task = module.training_task(flags, miniature_files, Buckets.square(64), torch.float16, device, 1)
+        assert (task.asked.modulations_ahead is False) == ("--train_text_encoder" in words)
+        return simulate_step(config, task.shape, None, task.step)
+
+    clips, late = "--train_text_encoder", ("--lora_blocks", "5")
+    plain, both, wider = simulated(), simulated(clips), simulated(clips, "--text_encoder_rank", "8")
+    assert (plain.clips, both.clips) == (0, wider.clips)
+    models = [CLIPTextModelWithProjection.from_pretrained(miniature_files.component(name)) for name in CLIPS]
+    frozen = sum(p.numel() for model in models for name, p in model.named_parameters() if ".embeddings." not in name)
+    assert both.clips == 2 * frozen
+    layers = [(model.config.num_hidden_layers, model.config.hidden_size) for model in models]
+    of_clips = 4 * sum(4 * 2 * 4 * count * width for count, width in layers)
+    assert both.lora - plain.lora == of_clips
+    assert wider.lora - plain.lora == 2 * of_clips
+    assert all(mine > other for mine, other in zip(both.kept, plain.kept, strict=True))
+    assert both.outside > plain.outside
+    alone, with_clips = simulated(*late), simulated(clips, *late)
+    assert (alone.kept[0], alone.inputs[0]) == (0, 0)
+    assert min(with_clips.kept[0], with_clips.inputs[0]) > 0
+
+
+def test_a_run_notes_what_the_clips_take(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    run = train(script, prepared, tmp_path, "--vram_budget_gib", 3, "--train_text_encoder")
+    parts = json.loads((run.folder / "run.json").read_text())["predicted_parts"]
+    assert parts["CLIPs"] > 0
+    assert "CLIPs" in run.out

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 from sd3_lora.common.memory import free_memory
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.simulation import AllocationCounter
 from sd3_lora.transformer.flat_parameters import flatten_parameters
+from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 
 import pytest
 import torch
+from conftest import PROMPT, Prepared
 from small_transformer import CPU, GPU, needs_gpu
+from training_runs import Script, same_lora, train
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 SIZES = {"text_encoder": (32, 3, "quick_gelu"), "text_encoder_2": (48, 5, "gelu")}
@@ -242,3 +247,25 @@ def test_memory_is_as_counted() -> None:
     predicted = counted(lora.hollow(torch.float16), 4, torch.float16).peak
     assert predicted == pytest.approx(peaks[1], rel=0.3)
     assert all(later <= earlier for earlier, later in pairwise(peaks))
+
+
+@needs_gpu
+def test_a_captured_run_is_the_plain_one(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """Bit for bit, streamed too; the CLIPs stop halfway, which captures the step anew, and pictures are drawn."""
+    words = ["--train_text_encoder", "--text_encoder_lr", 0.01, "--learning_rate", 0.01, "--max_train_steps", 8]
+    words += ["--device", "cuda", "--mixed_precision", "fp16", "--compile", "off", "--deterministic"]
+    words += ["--stop_text_encoder_after", 0.5, "--gradient_accumulation_steps", 2, "--lora_dropout", 0.2]
+    words += ["--validation_prompt", PROMPT, "--validation_steps", 3, "--validation_num_steps", 2]
+    runs = {}
+    for name, more in (
+        ("plain", ["--capture", "off"]),
+        ("captured", ["--capture", "on"]),
+        ("streamed", ["--capture", "on", "--stream_blocks", 2, "--recompute_blocks", 2]),
+    ):
+        runs[name] = train(script, prepared, tmp_path / name, *words, *more)
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["execution"]["captured"] == (name != "plain"), record["execution"]
+        assert len(list((tmp_path / name / "samples").glob("step_*/*.png"))) == 4
+    for name in ("captured", "streamed"):
+        assert runs[name].losses == runs["plain"].losses, name
+        assert same_lora(tmp_path / name / LORA_FILE, tmp_path / "plain" / LORA_FILE), name
