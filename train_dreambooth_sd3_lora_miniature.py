@@ -141,6 +141,7 @@ from sd3_lora.training.run_identity import run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
+from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
@@ -159,7 +160,7 @@ from sd3_lora.transformer.lora import (
 from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
-from sd3_lora.transformer.lora_starts import require_lycoris_start, require_start
+from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
@@ -544,7 +545,7 @@ def lora_targets(lora: LoraFlags, transformer: SD3Transformer2DModel) -> list[st
     return target_modules(transformer, lora.layers, chosen_blocks(lora.blocks, len(transformer.transformer_blocks)))
 
 
-def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
+def initial_lora(lora: LoraFlags, text: TextEncoderFlags, files: ModelFiles) -> LoraFile | None:
     """The LoRA to begin with, if any, checked before anything is loaded.
 
     Raises:
@@ -553,7 +554,9 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     if lora.init_lora is None:
         return None
     config, kind = files.read_config("transformer"), lora_kind(lora)
-    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
+    read_clip_config = files.read_config if text.train_text_encoder else None
+    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config, read_clip_config)
+    require_clip_start(start, text.rank(lora.rank))
     hollow = make_hollow(config, torch.float32)
     targets = lora_targets(lora, hollow)
     require_start(start, kind.ranks_of(targets, lora.rank), kind)
@@ -585,12 +588,16 @@ def clip_lora(flags: TrainingFlags, files: ModelFiles, seed: int = 0) -> ClipLor
     return ClipLora(configs, flags.text.rank(flags.lora.rank), flags.lora.lora_dropout, seed)
 
 
-def load_clips(lora: ClipLora, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> TrainedClips:
-    """The frozen CLIPs with a new LoRA, on the device."""
+def load_clips(
+    lora: ClipLora, files: ModelFiles, dtype: torch.dtype, device: torch.device, start: LoraFile | None
+) -> TrainedClips:
+    """The frozen CLIPs with a new LoRA, or one that begins as another, on the device."""
     from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
 
     clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
     lora.attach(clips)
+    for name, part in start.clips.items() if start else ():
+        start_from(clips[name], part.starts())
     return TrainedClips(clips).to(device)
 
 
@@ -623,7 +630,7 @@ def load_training(
     groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
     of_clips, clips = clip_lora(flags, files, seed), None
     if of_clips:
-        clips = load_clips(of_clips, files, dtype, device)
+        clips = load_clips(of_clips, files, dtype, device, start)
         parts = tuple(parameter for parameter in clips.parameters() if parameter.requires_grad)
         rate, decay = flags.text_encoder_rate(pictures), flags.text.weight_decay
         groups.append(TrainedGroup("CLIPs", flatten_parameters(parts), rate, parts, decay))
@@ -1196,7 +1203,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_possible(flags, files, plan, chosen.dtype, device)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
-    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
+    start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
     prompts = validation_prompts(flags.watch)
     data = open_data(request, prompts, output_dir, accelerator, flags.text.train_text_encoder)

@@ -352,6 +352,31 @@ def test_the_early_warning_measures_with_the_clips(script: Script, prepared: Pre
     assert run.losses == train(script, prepared, tmp_path / "without", *words).losses
 
 
+def test_training_begins_with_a_lora_of_the_clips(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    """Its own file, of a smaller rank, and its export; the same picture before the first step."""
+    first = train(script, prepared, tmp_path / "first", *TRAINS, "--text_encoder_rank", 3, "--export", "kohya")
+    draws = ["--validation_prompt", PROMPT, "--validation_num_steps", 2, "--max_train_steps", 1]
+    draws += ["--learning_rate", 1e-12, "--train_text_encoder", "--text_encoder_lr", 1e-12]
+    pictures = []
+    for name, lora in (("own", LORA_FILE), ("export", LORA_FILE.replace(".", "_kohya."))):
+        run = train(script, prepared, tmp_path / name, *draws, "--init_lora", first.folder / lora)
+        (picture,) = (run.folder / "samples" / "step_000000").glob("*.png")
+        pictures.append(np.asarray(Image.open(picture)).astype(int))
+        mine, before = of_clips(run.lora), of_clips(first.lora)
+        for key in (key for key in before if ".lora_B." in key):
+            product, expected = (each[key] @ each[key.replace("lora_B", "lora_A")] for each in (mine, before))
+            torch.testing.assert_close(product, expected, atol=1e-5, rtol=1e-4)
+    plain = train(script, prepared, tmp_path / "plain", *draws)
+    (picture,) = (plain.folder / "samples" / "step_000000").glob("*.png")
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.abs(pictures[0] - np.asarray(Image.open(picture)).astype(int)).mean() > 1
+    words = [*TRAINS, "--init_lora", first.folder, "--text_encoder_rank", 2]
+    error = train(script, prepared, tmp_path / "smaller", *words, code=2).error
+    assert "and this command 2: type --text_encoder_rank 3" in error
+    error = train(script, prepared, tmp_path / "without", "--init_lora", first.folder, code=2).error
+    assert "has LoRA layers of text encoders" in error
+
+
 # The plan
 
 
