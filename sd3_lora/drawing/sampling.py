@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.progress import Progress
 from sd3_lora.drawing.config import SchedulerName
 from sd3_lora.drawing.pictures import PicturePlan, PictureWriter
 from sd3_lora.drawing.schedulers import make_scheduler, set_noise_levels
@@ -23,7 +24,6 @@ from sd3_lora.transformer.velocity import VelocityModel
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
-from tqdm import tqdm
 
 # A prompt's `(S, D)` and `(P,)` embeddings, by prompt.
 Embeddings = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -169,7 +169,7 @@ class TransformerCall:
         if captures:
             device = transformer.device
             self.captured = CapturedCall(
-                self._forward, device, asked=must_capture, log=tqdm.write, most_shapes=most_shapes
+                self._forward, device, asked=must_capture, log=Progress.write, most_shapes=most_shapes
             )
 
     def __call__(

@@ -105,3 +105,10 @@ for name, words in {calls!r}:
     said = re.split(r"end of \w+\n", ended.stdout)
     assert len(said) == len(calls) + 1
     assert all(len(each.splitlines()) <= MOST_LINES for each in said)
+
+
+def test_every_bar_is_ours() -> None:
+    """tqdm's own would fill a pipe."""
+    paths = [*PROJECT.glob("*.py"), *(PROJECT / "sd3_lora").rglob("*.py")]
+    own = re.compile(r"\btqdm(\.auto)?\(|import tqdm\b")
+    assert [path.name for path in paths if own.search(path.read_text(encoding="utf-8"))] == ["progress.py"]

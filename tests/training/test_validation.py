@@ -111,6 +111,7 @@ def test_they_are_the_pictures_that_inference_draws(
     """Of the seed and the resolution by default, with the LoRA that the run leaves."""
     model = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
     words = ["--lora", with_pictures.folder, "--prompt", PROMPT, CLASS_PROMPT, "--batch_size", 2, "--device", "cpu"]
+    words.append("--unmerged")  # as it trains
     result = script("inference", *model, *words, "--num_steps", 2, "--guidance", 3, "--outdir", tmp_path / "images")
     assert result.code == 0, result.err
     drawn = sorted((tmp_path / "images").glob("*/img_*.png"))
@@ -123,6 +124,7 @@ def test_the_average_draws_where_there_is_one(script: Script, prepared: Prepared
     model = ["--pretrained_model_name_or_path", prepared.model, "--data_df_path", prepared.embeddings]
     for name in (LORA_FILE, EMA_FILE):
         words = ["--lora", run.folder / name, "--prompt", PROMPT, "--num_steps", 2, "--guidance", 3, "--device", "cpu"]
+        words.append("--unmerged")  # as it trains
         assert script("inference", *model, *words, "--outdir", tmp_path / name).code == 0
         (path,) = (tmp_path / name).glob("*/img_*.png")
         assert (pixels(path) == drawn_at(run, 3)) == (name == EMA_FILE)
