@@ -41,6 +41,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.placement_flags import is_on
@@ -67,7 +68,7 @@ from sd3_lora.plan.step_memory import DenoisingShape, image_tokens
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts, with_subject
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_clip_plan, choose_text_encoder_plan, describe_t5
-from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts, join_embeddings
+from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
 from sd3_lora.transformer.clip_loras import ClipLoras

@@ -1,7 +1,7 @@
 """Stage two: cached embeddings and latents → LoRA.
 
 Only the transformer is loaded, frozen, and only its LoRA is trained; neither the VAE nor a text encoder is ever in
-memory here.
+memory here. With --train_text_encoder the two CLIPs are, frozen, and their LoRA is trained too.
 
     python train_dreambooth_sd3_lora_miniature.py --instance_data_dir dog --instance_prompt "a photo of sks dog"
 """
@@ -120,6 +120,7 @@ from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_t
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
@@ -140,10 +141,12 @@ from sd3_lora.training.run_identity import run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
+from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
+from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     EMA_FILE,
     LORA_FILE,
@@ -156,8 +159,10 @@ from sd3_lora.transformer.lora import (
 )
 from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
-from sd3_lora.transformer.lora_starts import require_lycoris_start, require_start
+from sd3_lora.transformer.lora_keys import CLIPS
+from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
 from sd3_lora.transformer.placement import AskedPlacement, arrange
+from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -172,16 +177,17 @@ def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig, prior
     """The loss of one micro-batch, a float32 scalar. The plan simulates this very function."""
     noisy_latents = interpolate(inputs.latents, inputs.noise, inputs.sigmas)
     target = inputs.latents, inputs.noise, inputs.sigmas, inputs.loss_weights, flow
+    conditions = model.conditions(inputs)
     if prior.prior_term == "preference":
         base_velocity = model.base_velocity(noisy_latents, *inputs.conditions)
-        velocity = model(noisy_latents, *inputs.conditions)
+        velocity = model(noisy_latents, *conditions)
         return preference_loss(velocity, base_velocity, *target, prior.term_weight)
     count, again = len(noisy_latents), inputs.prior_rows
     if not len(again):
-        return flow_matching_loss(model(noisy_latents, *inputs.conditions), *target)
+        return flow_matching_loss(model(noisy_latents, *conditions), *target)
     # The pictures that come once more, with a prior prompt, are rows of the same pass.
     base_velocity = model.base_velocity(noisy_latents[again], *(rows[count:] for rows in inputs.conditions))
-    both = model(torch.cat([noisy_latents, noisy_latents[again]]), *inputs.conditions)
+    both = model(torch.cat([noisy_latents, noisy_latents[again]]), *conditions)
     velocity, prior_velocity = both.split([count, len(again)])
     moved = prediction_loss(prior_velocity, base_velocity, inputs.sigmas[again], inputs.loss_weights[again], flow)
     weight = prior.term_weight * len(again) / (float(prior.share) * count)
@@ -441,6 +447,8 @@ def train(
     with finished_pictures(watch.validation), signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
+            if training.leave_clips() and training.step - 1 == training.clips_until:
+                watch.release()  # the step is captured anew, without the CLIPs' backward pass
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
             loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
@@ -499,6 +507,7 @@ def update(
     """
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
         training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
+    training.leave_clips()  # the schedule has given them a new rate
     learning_rate = rate_in_force(training.optimizer)
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
     if training.average:
@@ -536,7 +545,7 @@ def lora_targets(lora: LoraFlags, transformer: SD3Transformer2DModel) -> list[st
     return target_modules(transformer, lora.layers, chosen_blocks(lora.blocks, len(transformer.transformer_blocks)))
 
 
-def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
+def initial_lora(lora: LoraFlags, text: TextEncoderFlags, files: ModelFiles) -> LoraFile | None:
     """The LoRA to begin with, if any, checked before anything is loaded.
 
     Raises:
@@ -545,7 +554,9 @@ def initial_lora(lora: LoraFlags, files: ModelFiles) -> LoraFile | None:
     if lora.init_lora is None:
         return None
     config, kind = files.read_config("transformer"), lora_kind(lora)
-    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config)
+    read_clip_config = files.read_config if text.train_text_encoder else None
+    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config, read_clip_config)
+    require_clip_start(start, text.rank(lora.rank))
     hollow = make_hollow(config, torch.float32)
     targets = lora_targets(lora, hollow)
     require_start(start, kind.ranks_of(targets, lora.rank), kind)
@@ -567,6 +578,27 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
     lora, hollow = flags.lora, make_hollow(config, torch.float32)
     attach_lora(hollow, lora_targets(lora, hollow), lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
     require_patterns(flags.optimizer.rates, trained_names(hollow))
+
+
+def clip_lora(flags: TrainingFlags, files: ModelFiles, seed: int = 0) -> ClipLora | None:
+    """The LoRA of the CLIPs, if it is trained."""
+    if not flags.text.train_text_encoder:
+        return None
+    configs = {name: files.read_config(name) for name in CLIPS}
+    return ClipLora(configs, flags.text.rank(flags.lora.rank), flags.lora.lora_dropout, seed)
+
+
+def load_clips(
+    lora: ClipLora, files: ModelFiles, dtype: torch.dtype, device: torch.device, start: LoraFile | None
+) -> TrainedClips:
+    """The frozen CLIPs with a new LoRA, or one that begins as another, on the device."""
+    from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
+
+    clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
+    lora.attach(clips)
+    for name, part in start.clips.items() if start else ():
+        start_from(clips[name], part.starts())
+    return TrainedClips(clips).to(device)
 
 
 def load_training(
@@ -595,12 +627,19 @@ def load_training(
     )
     pictures = run.pictures_per_step(processes)
     group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
-    trainables = Trainables(groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures)))
+    groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
+    of_clips, clips = clip_lora(flags, files, seed), None
+    if of_clips:
+        clips = load_clips(of_clips, files, dtype, device, start)
+        parts = tuple(parameter for parameter in clips.parameters() if parameter.requires_grad)
+        rate, decay = flags.text_encoder_rate(pictures), flags.text.weight_decay
+        groups.append(TrainedGroup("CLIPs", flatten_parameters(parts), rate, parts, decay))
+    trainables = Trainables(groups)
     optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
     return Training(
-        VelocityModel(arranged.transformer, dtype, arranged.ahead),
+        VelocityModel(arranged.transformer, dtype, arranged.ahead, clips),
         trainables,
         optimizer,
         lr_scheduler,
@@ -610,6 +649,7 @@ def load_training(
         planned.steps,
         arranged.ahead,
         average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
+        clips_until=flags.text.last_step(planned.steps),
     )
 
 
@@ -626,6 +666,13 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
     """
     asked = AskedPlacement.of(flags.base, flags.step, blocks)
     asked.check(blocks, processes)
+    if flags.text.train_text_encoder:
+        if asked.modulations_ahead:
+            raise UserError(
+                "--modulations_ahead on computes from prompts before the CLIPs have encoded them: leave it out, or "
+                "leave out --train_text_encoder"
+            )
+        asked = replace(asked, modulations_ahead=False)
     if flags.prior.is_even(flags.run.train_batch_size):
         return asked
     if asked.modulations_ahead:
@@ -677,6 +724,7 @@ def training_task(
         masked=flags.data.masked_loss,
         prior_rows=prior_rows,
         base_rows=base_rows,
+        clips=clip_lora(flags, files),
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
@@ -745,7 +793,7 @@ def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: Device
     if budget is None:
         return choose_tile(files, work, None)
     parts = plan.forecast.phases[-1].parts
-    kept = sum(parts[name] for name in ("weights", "LoRA", "unused between them"))
+    kept = sum(parts.get(name, 0) for name in ("weights", "CLIPs", "LoRA", "unused between them"))
     least = sum(parts.values()) - kept
     return choose_tile(files, work, replace(budget, total_bytes=max(least, room_to_draw(plan) - kept)))
 
@@ -786,7 +834,8 @@ def make_validation(
         settings,
     )
     tensors = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in embeddings.items()}
-    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", resumed_at)
+    encode = partial(live_embeddings, data=data, prompts=list(tensors)) if data.clip_tokens else None
+    return Validation(what, task.files, tensors, Path(flags.run.output_dir) / "samples", resumed_at, encode)
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
@@ -829,10 +878,14 @@ def make_batches(
 ) -> MicroBatches:
     """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
     table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
-    prior = PriorPrompts(data.prior_embeddings(), flags.prior.share) if data.prior_prompts else None
+    prior = None
+    if data.prior_prompts:
+        tokens = [data.clip_tokens[prompt] for prompt in data.prior_prompts] if data.clip_tokens else ()
+        prior = PriorPrompts(data.prior_embeddings(), flags.prior.share, tokens)
     vae_config, dtype = files.read_config("vae"), training.model.dtype
     taken = training.step * flags.run.gradient_accumulation_steps
-    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken)
+    clips = training.model.clips
+    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken, clips)
     early = 2 if training.ahead else 1
     asked = flags.data
     encoder_dropout = EncoderDropout.of(files, asked.clip_l_dropout, asked.clip_g_dropout, asked.t5_dropout)
@@ -883,7 +936,7 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 
 
 def open_data(
-    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator
+    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator, trains_clips: bool
 ) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
     stage_one = StageOne(request)
@@ -912,7 +965,14 @@ def open_data(
     pools = with_class_pool(images, others, request.prior.prior_loss_weight)
     require_masks(request, images, variants, cache)
     variants |= choose_crops(request, others, cache)
-    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts)
+    tokens: dict[str, torch.Tensor] = {}
+    if trains_clips:
+        from sd3_lora.stage_one.text_encoders import clip_token_ids  # imports all of transformers' encoders
+
+        captions = [prompt for pool in pools for image in pool.images for prompt in image.prompts]
+        of_class = [*store.prompts_with_role("class"), request.prior.class_prompt or ""]
+        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts, *of_class])
+    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts, tokens)
 
 
 def sizes_sentence(data: TrainingData, resolution: int) -> str:
@@ -938,7 +998,8 @@ def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None
     for name in (LORA_FILE, EMA_FILE) if flags.average.use_ema else (LORA_FILE,):
         for form in flags.run.exports:
             path = export_path(folder / name, form)
-            export_lora(read_lora_file(folder / name, files.read_config("transformer")), form, path, files)
+            lora = read_lora_file(folder / name, files.read_config("transformer"), files.read_config)
+            export_lora(lora, form, path, files)
             print(f"wrote {path}")
 
 
@@ -1023,7 +1084,8 @@ def require_possible(
     Raises:
         UserError: the transformer's files are not whole, or flags ask for what cannot be.
     """
-    files.component("transformer")
+    for component in ("transformer", *(CLIPS if flags.text.train_text_encoder else ())):
+        files.component(component)
     head_width = files.read_config("transformer")["attention_head_dim"]
     require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)
@@ -1141,9 +1203,10 @@ def run(argv: Sequence[str] | None) -> None:
     require_possible(flags, files, plan, chosen.dtype, device)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
-    start = None if checkpoint else initial_lora(flags.lora, files)  # a checkpoint has all that came of it
+    start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
-    data = open_data(request, validation_prompts(flags.watch), output_dir, accelerator)
+    prompts = validation_prompts(flags.watch)
+    data = open_data(request, prompts, output_dir, accelerator, flags.text.train_text_encoder)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")

@@ -94,6 +94,19 @@ def with_text_encoders(models: Path, name: str) -> Path:
     return folder
 
 
+def with_clips(models: Path, name: str) -> Path:
+    """The same model with CLIPs of full size, to train their LoRA; made now if they are not there."""
+    folder = models / f"{name}-with-clips"
+    if not (folder / "model_index.json").is_file():
+        folder.mkdir(exist_ok=True)
+        for component in ("transformer", "vae"):
+            link = folder / component
+            link.unlink(missing_ok=True)
+            link.symlink_to((model_folder(models, name) / component).resolve(), target_is_directory=True)
+        random_sd3.save(name, folder, ["clips"])
+    return folder
+
+
 def fabricate_stage_one(model: Path, resolution: int, *sizes: PictureSize, masked: bool = False) -> tuple[Path, Path]:
     """An embeddings file and a latent cache of random tensors in the sizes of the real ones.
 
@@ -278,7 +291,10 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
         drop_workspaces(choose_device(device))  # one for each stream of the last row
-    model = (with_text_encoders if case.script == EMBED else model_folder)(models, case.model)
+    if case.script == EMBED:
+        model = with_text_encoders(models, case.model)
+    else:
+        model = (with_clips if "--train_text_encoder" in case.flags else model_folder)(models, case.model)
     output = trained_folder(models) if case.script == TRAIN else models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
     if case.script == EMBED:

@@ -51,7 +51,7 @@ T5: dict[str, Any] = {
 }
 VAE: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 1024}
 
-COMPONENTS = ("transformer", "vae", "text")
+COMPONENTS = ("transformer", "vae", "text", "clips")  # clips: of the text encoders those two alone
 TEXT = (*CLIPS, "text_encoder_3")
 
 
@@ -84,8 +84,9 @@ def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> Non
             transformer = make_transformer(size).half()
             transformer.save_pretrained(folder / "transformer", max_shard_size="20GB")
             del transformer
-        small = (["vae"] if "vae" in components else []) + (list(TEXT) if "text" in components else [])
-        for name in small:
+        small = {"vae": "vae" in components, **dict.fromkeys(CLIPS, "clips" in components)}
+        small |= dict.fromkeys(TEXT, True) if "text" in components else {}
+        for name in (name for name, is_asked in small.items() if is_asked):
             make(name).half().save_pretrained(folder / name, max_shard_size="5GB")
     torch.set_default_dtype(torch.float32)
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")

@@ -42,7 +42,7 @@ import pandas as pd
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
-from memory import PROMPT, fabricate_stage_one, model_folder
+from memory import PROMPT, fabricate_stage_one, model_folder, with_clips
 from PIL import Image
 from placements import placement_of
 from timed_peer import Clock
@@ -136,7 +136,18 @@ def cpu_cases() -> Iterator[Case]:
     yield replace(peer, name="ours, compiled", flags=COMPILED, script=None)  # needs a C++ compiler
 
 
+def clip_cases() -> Iterator[Case]:
+    """With a LoRA of the CLIPs; diffusers' script encodes with T5 too in each step, here with one layer of it."""
+    clips = ("--train_text_encoder",)
+    yield Case("diffusers' train_dreambooth_lora_sd3", 1024, (*ALL_BLOCKS, *clips), script=BIG_SCRIPT)
+    yield Case("ours, all blocks recomputed, plain", 1024, (*PLAIN, *ALL_BLOCKS, *clips))
+    yield Case("ours, all blocks recomputed", 1024, (*CAPTURED, *ALL_BLOCKS, *clips))
+    yield Case("ours, replayed", 1024, (*CAPTURED, *clips))
+    yield Case("ours, compiled and replayed", 1024, (*COMPILED, *clips))
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
+    "clips": clip_cases,
     "1024": lambda: cases_of_size(1024),
     "512": lambda: cases_of_size(512),
     "batch": batch_cases,
@@ -274,6 +285,13 @@ def run_peer(script: str, words: Sequence[object], output: Path, flags: argparse
     return json.loads(report.read_text(encoding="utf-8"))
 
 
+def save_short_t5(model: Path) -> None:
+    """T5 of its real width and one layer."""
+    shutil.rmtree(model / "text_encoder_3")
+    t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
+    T5EncoderModel(t5).half().save_pretrained(model / "text_encoder_3")
+
+
 def save_short_text(model: Path) -> None:
     """Text encoders of the real widths and one layer: the larger script embeds its prompt before its loop begins."""
     for name, sizes in random_sd3.CLIPS.items():
@@ -287,9 +305,7 @@ def save_short_text(model: Path) -> None:
         )
         shutil.rmtree(model / name)
         CLIPTextModelWithProjection(config).half().save_pretrained(model / name)
-    shutil.rmtree(model / "text_encoder_3")
-    t5 = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=512, num_layers=1, num_heads=4)
-    T5EncoderModel(t5).half().save_pretrained(model / "text_encoder_3")
+    save_short_t5(model)
 
 
 def prepare_model(name: str, models: Path) -> Path:
@@ -300,9 +316,20 @@ def prepare_model(name: str, models: Path) -> Path:
     return model_folder(models, name)
 
 
+def prepare_with_clips(name: str, models: Path) -> Path:
+    """The same with CLIPs of full size, beside a short T5."""
+    prepare_model(name, models)
+    is_new = not (models / f"{name}-with-clips" / "model_index.json").is_file()
+    model = with_clips(models, name)
+    if is_new:
+        save_short_t5(model)
+    return model
+
+
 def run_case(case: Case, flags: argparse.Namespace, warm: int) -> dict[str, Any]:
     """One row, timed after `warm` steps."""
-    model = prepare_model(case.model, flags.models)
+    prepare = prepare_with_clips if "--train_text_encoder" in case.flags else prepare_model
+    model = prepare(case.model, flags.models)
     output = flags.models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()

@@ -28,8 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.stage_one.latent_cache import normalize_latents, sample_posterior
-from sd3_lora.stage_one.text_encoders import join_embeddings
 from sd3_lora.training.flow import flow_matching_loss, interpolate
 from sd3_lora.training.flow_flags import FlowConfig
 

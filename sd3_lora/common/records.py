@@ -108,6 +108,8 @@ class TrainingBatch:
         prompt_embeds: `(B, S, D)`.
         pooled_prompt_embeds: `(B, P)`.
         loss_weights: float32, the weight in the loss of each sample `(B,)`, or of each latent pixel `(B, 1, H/8, W/8)`.
+        clip_tokens: `(B, 2, C)` int64, where the CLIPs are trained: what each of them encodes.
+        clip_kept: `(B, 2)` float32, 0 where a CLIP's part is dropped; None where none is.
     """
 
     image_ids: tuple[str, ...]
@@ -116,6 +118,8 @@ class TrainingBatch:
     prompt_embeds: torch.Tensor
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
+    clip_tokens: torch.Tensor | None = None
+    clip_kept: torch.Tensor | None = None
 
     def weighted(self, weights: torch.Tensor) -> TrainingBatch:
         """The same with each sample's weight multiplied by one of these `(B,)`."""
@@ -135,6 +139,10 @@ class StepInputs(NamedTuple):
         pooled_prompt_embeds: `(R, P)` likewise.
         loss_weights: `(B,)` or `(B, 1, H/8, W/8)` float32.
         prior_rows: `(R - B,)` int64: which of the B pictures come once more.
+        clip_states: `(R, C, d)` in the transformer's dtype, where the CLIPs are trained: what they encode the prompts
+            from (`TrainedClips.embed`); else empty.
+        clip_ends: `(R, 2)` int64, likewise; else empty.
+        clip_kept: `(R, 2)` float32, 0 where a CLIP's part is dropped; else empty.
     """
 
     latents: torch.Tensor
@@ -145,10 +153,13 @@ class StepInputs(NamedTuple):
     pooled_prompt_embeds: torch.Tensor
     loss_weights: torch.Tensor
     prior_rows: torch.Tensor
+    clip_states: torch.Tensor = torch.empty(0)
+    clip_ends: torch.Tensor = torch.empty(0, dtype=torch.long)
+    clip_kept: torch.Tensor = torch.empty(0)
 
     @property
     def conditions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The transformer's inputs beside the noisy latents."""
+        """The transformer's inputs beside the noisy latents, with the base's embeddings."""
         return self.timesteps, self.prompt_embeds, self.pooled_prompt_embeds
 
     @property

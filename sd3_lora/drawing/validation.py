@@ -96,11 +96,19 @@ class Validation:
         embeddings: of the task's prompts and of its negative prompt.
         folder: `samples`; it need not exist yet.
         resumed_at: the step that the run was resumed at, with which the sheet goes on; 0 of a new run.
+        encode: gives the embeddings anew each time, from the model and its device, where the CLIPs are trained too.
     """
 
     def __init__(
-        self, task: ValidationTask, files: ModelFiles, embeddings: Embeddings, folder: Path, resumed_at: int = 0
+        self,
+        task: ValidationTask,
+        files: ModelFiles,
+        embeddings: Embeddings,
+        folder: Path,
+        resumed_at: int = 0,
+        encode: Callable[[VelocityModel, torch.device], Embeddings] | None = None,
     ):
+        self._encode = encode
         self.task, self.folder, self._resumed_at = task, folder, resumed_at
         self._files, self._embeddings, self._sheet = files, embeddings, ValidationSheet(folder, resumed_at > 0)
         self._sampler: Sampler | None = None
@@ -142,6 +150,8 @@ class Validation:
         Raises:
             UserError: a picture is not finite; the others are written.
         """
+        if self._encode:
+            self._embeddings = self._encode(model, device)
         plans = self.task.pictures(self.step_folder(step), step)
         latents = self._denoise(model, plans, stop)
         drop_workspaces(device)

@@ -82,7 +82,7 @@ MOST_DRAWN = 8
 # Of what a step takes beside CUDA and the weights, what pictures between the steps may take: the forecast of that was
 # up to a tenth too high on an H100 (`benchmarks/results/predictions-h100.json`).
 DRAWN_SHARE = 0.9
-_KEPT = ("CUDA", "weights", "LoRA")  # of a phase of drawing: what is there whatever the batch
+_KEPT = ("CUDA", "weights", "CLIPs", "LoRA")  # of a phase of drawing: what is there whatever the batch
 # For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
 # The host memory that a streamed base leaves free: for Python and its libraries, and for offloaded inputs.
@@ -234,7 +234,7 @@ def drawn_together(task: TrainingTask, plan: Plan, most: int) -> int:
 def room_to_draw(plan: Plan) -> int:
     """The bytes that pictures may take between the steps, with what is there anyway."""
     parts = plan.forecast.largest.parts
-    known = parts["CUDA"] + parts["weights"]
+    known = parts["CUDA"] + parts["weights"] + parts.get("CLIPs", 0)
     return known + int(DRAWN_SHARE * (plan.forecast.peak_bytes - known))
 
 
@@ -568,6 +568,7 @@ class _Planner:
         parts = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
+            **self._clips,
             "LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter),
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
@@ -580,6 +581,10 @@ class _Planner:
         phases = Phase("step", parts), *self._between(base)
         return Plan(placement, Forecast(phases, base.host_bytes, room_for_graph))
 
+    @property
+    def _clips(self) -> dict[str, int]:
+        return {"CLIPs": self.memory.clips} if self.memory.clips else {}
+
     def _between(self, base: _Base) -> Iterator[Phase]:
         """The phases of drawing between the steps, while the optimizer's state waits on the host."""
         if not self.denoising:
@@ -588,6 +593,7 @@ class _Planner:
         kept = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
+            **self._clips,
             "LoRA": int(self.memory.lora / 4 * per_parameter),
         }
         streamed = bool(base.placement.streamed)

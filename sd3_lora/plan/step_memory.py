@@ -17,6 +17,7 @@ from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
 from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require_blocks, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
+from sd3_lora.transformer.trained_clips import ClipLora
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -52,6 +53,7 @@ class StepShape:
         masked: whether the loss has a weight for each latent pixel.
         prior_rows: of the trained model's batch beside the pictures: those that come once more with a prior prompt.
         base_rows: that the base is given too, without gradient.
+        clips: the LoRA of the CLIPs, if they are trained too.
     """
 
     batch_size: int
@@ -70,6 +72,7 @@ class StepShape:
     masked: bool = False
     prior_rows: int = 0
     base_rows: int = 0
+    clips: ClipLora | None = None
 
     @property
     def rows(self) -> int:
@@ -117,6 +120,7 @@ class StepMemory:
         working: the most that backward allocates beside what is kept.
         working_recomputed: the same where every block is recomputed.
         lora: the trained parameters, in float32.
+        clips: the frozen weights of the CLIPs, where these are trained too.
     """
 
     kept: tuple[int, ...]
@@ -125,6 +129,7 @@ class StepMemory:
     working: int
     working_recomputed: int
     lora: int
+    clips: int = 0
 
     def compiled(self, config: Mapping[str, Any]) -> StepMemory:
         """Of compiled blocks: they keep less for backward, and compute what is cheap a second time.
@@ -238,7 +243,7 @@ class _SmallModel:
         attention_kernel: AttentionKernel | None,
     ):
         self._config, self._shape, self._attention_kernel = config, shape, attention_kernel
-        self.kinds = _kinds_of_blocks(config, shape.blocks)
+        self.kinds = _kinds_of_blocks(config, shape.blocks, shape.clips is not None)
         self.distinct = list(dict.fromkeys(self.kinds))
         small = {**config, "num_layers": len(self.distinct)}
         small["dual_attention_layers"] = tuple(i for i, kind in enumerate(self.distinct) if kind.is_dual)
@@ -248,6 +253,7 @@ class _SmallModel:
             targets = target_modules(self.transformer, shape.layers, trained)
             attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0, shape.kind)
         self.transformer.train()
+        self.clips = shape.clips.hollow(shape.dtype) if shape.clips else None
         self._packed = _packed_weights(self.transformer, precision)
         self._stand_in(self.transformer)
 
@@ -271,19 +277,23 @@ class _SmallModel:
 
     def loss(self, step: Step) -> torch.Tensor:
         """Of a hollow micro-batch."""
-        return step(VelocityModel(self.transformer, self._shape.dtype), _hollow_inputs(self._config, self._shape))
+        model = VelocityModel(self.transformer, self._shape.dtype, clips=self.clips)
+        return step(model, _hollow_inputs(self._config, self._shape))
 
 
-def _kinds_of_blocks(config: Mapping[str, Any], blocks: Sequence[int] | None) -> list[_Kind]:
+def _kinds_of_blocks(
+    config: Mapping[str, Any], blocks: Sequence[int] | None, is_input_trained: bool = False
+) -> list[_Kind]:
     """The kind of each block, where `blocks` get a LoRA (None for all); blocks of one kind allocate the same.
 
-    Nothing is kept for backward before the first LoRA, and little in its block, whose input needs no gradient.
+    Nothing is kept for backward before the first LoRA, and little in its block, whose input needs no gradient; unless
+    the prompts' embeddings need one.
     """
     count = config["num_layers"]
     dual = set(config.get("dual_attention_layers") or ())
     require_blocks(blocks, count)  # the small model would not miss one
     trained = set(range(count) if blocks is None else blocks)
-    first = min(trained)
+    first = -1 if is_input_trained else min(trained)
     return [_Kind(i < first, i == first, i in dual, i in trained, i == count - 1) for i in range(count)]
 
 
@@ -344,6 +354,7 @@ def simulate_step(
     """
     model = _SmallModel(config, shape, precision, attention_kernel)
     trained = model.trained_parameters
+    of_clips = sum(p.numel() for p in model.clips.parameters() if p.requires_grad) if model.clips else 0
     counted = _count_step(model, step)
     tokens = image_tokens(config, shape.latent_size) + shape.text_tokens
     width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -356,7 +367,8 @@ def simulate_step(
             outside=max(0, counted.after_forward - sum(counted.kept.values())),
             working=working,
             working_recomputed=working_recomputed,
-            lora=4 * sum(trained[kind] for kind in kinds),
+            lora=4 * (sum(trained[kind] for kind in kinds) + of_clips),
+            clips=model.clips.frozen_bytes if model.clips else 0,
         )
 
     # The most that one block needs beside what is kept: the peak when each is recomputed.
@@ -389,4 +401,7 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             pooled_prompt_embeds=torch.empty(shape.rows, config["pooled_projection_dim"], dtype=shape.dtype),
             loss_weights=torch.empty(size, 1, *shape.latent_size) if shape.masked else torch.empty(size),
             prior_rows=torch.empty(shape.prior_rows, dtype=torch.long),
+            clip_states=torch.empty(shape.rows, *(shape.clips.states_shape if shape.clips else ()), dtype=shape.dtype),
+            clip_ends=torch.empty(shape.rows, 2, dtype=torch.long),
+            clip_kept=torch.empty(shape.rows, 2),
         )

@@ -15,6 +15,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport, memory_stage
@@ -106,22 +107,6 @@ def encode_clips(
     return clip_hidden, torch.cat(pooled, dim=-1)
 
 
-def join_embeddings(clip_hidden: Sequence[torch.Tensor], t5_hidden: torch.Tensor) -> torch.Tensor:
-    """The prompt's embedding of the encoders' hidden states, as `StableDiffusion3Pipeline.encode_prompt` joins them.
-
-    Args:
-        clip_hidden: of each CLIP, the penultimate hidden states `(B, C, d)`. Side by side they are narrower than T5's,
-            and are padded with zeros.
-        t5_hidden: `(B, T, D)`; they follow the CLIPs' tokens.
-
-    Returns:
-        `(B, C + T, D)` in the dtype of `t5_hidden`.
-    """
-    clips = torch.cat(list(clip_hidden), dim=-1)  # (B, C, d1 + d2)
-    clips = torch.nn.functional.pad(clips, (0, t5_hidden.shape[-1] - clips.shape[-1]))  # (B, C, D)
-    return torch.cat([clips.to(t5_hidden.dtype), t5_hidden], dim=1)
-
-
 @contextmanager
 def tensor_cores_for_wo(files: ModelFiles, precision: T5Precision) -> Iterator[None]:
     """Multiplies T5's `wo` by tensor cores in the block, where that rounds no factor. `wo` is float32 in any precision.
@@ -208,13 +193,26 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     return ids
 
 
+def clip_token_ids(files: ModelFiles, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Each prompt's token ids for both CLIPs, `(2, C)` int64; prints which prompts are cut."""
+    distinct, length = list(dict.fromkeys(prompts)), files.clip_tokens()
+    tokenizers = [_tokenizer(CLIPTokenizer, files.component(name)) for name in ("tokenizer", "tokenizer_2")]
+    ids = [tokenize(tokenizer, distinct, length) for tokenizer in tokenizers]
+    return dict(zip(distinct, torch.stack(ids, dim=1), strict=True))
+
+
+def load_clip_in(files: ModelFiles, component: str, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+    """One CLIP text encoder on the host."""
+    return CLIPTextModelWithProjection.from_pretrained(
+        files.component(component), variant=files.config.variant, dtype=dtype, use_safetensors=True
+    )
+
+
 def load_clip(
     files: ModelFiles, component: str, plan: TextEncoderPlan, change: ClipChange | None = None
 ) -> CLIPTextModelWithProjection:
     """One CLIP text encoder on the plan's device, whole or streamed layer by layer; changed while it is on the host."""
-    encoder = CLIPTextModelWithProjection.from_pretrained(
-        files.component(component), variant=files.config.variant, dtype=plan.clip_dtype, use_safetensors=True
-    )
+    encoder = load_clip_in(files, component, plan.clip_dtype)
     if change is not None:
         change(component, encoder)
     if plan.t5_stream and not plan.whole_clips:

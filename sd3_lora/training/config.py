@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, counted, require_right
@@ -12,18 +13,14 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub_flags import HubFlags
 from sd3_lora.training.lora_flags import AverageFlags, LoraFlags
 from sd3_lora.training.optimizer_flags import OptimizerConfig
-from sd3_lora.training.optimizer_kinds import ADAMW, SCHEDULE_FREE_ADAMW
+from sd3_lora.training.optimizer_kinds import ADAMW, PRODIGY, SCHEDULE_FREE_ADAMW
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.run_flags import RunConfig
+from sd3_lora.training.text_encoder_flags import DEFAULT_RATE, TextEncoderFlags
 from sd3_lora.training.watch_flags import WatchFlags
 
-_FREED = "the text encoders are freed before training; only the transformer is trained"
-# Flags of diffusers' scripts that are not here, with what to do instead.
-REFUSED_FLAGS = {
-    "train_text_encoder": _FREED,
-    "text_encoder_lr": f"{_FREED}, at --learning_rate",
-    "adam_weight_decay_text_encoder": f"{_FREED}; leave it out",
-}
+# Flags of diffusers' scripts that are not here, with what to do instead: none.
+REFUSED_FLAGS: dict[str, str] = {}
 # Those that ask for what is always so.
 HARMLESS_FLAGS = {
     "cache_latents": HarmlessFlag("latents are always cached"),
@@ -40,6 +37,7 @@ class TrainingFlags:
     data: DataConfig
     prior: PriorConfig
     lora: LoraFlags
+    text: TextEncoderFlags
     optimizer: OptimizerConfig
     average: AverageFlags
     run: RunConfig
@@ -65,6 +63,35 @@ class TrainingFlags:
             )
         if self.prior.with_prior_preservation and self.data.concepts_list is None:
             require_right(self.prior.lacking())
+        for fault in self._text_encoder_faults() if self.text.train_text_encoder else ():
+            raise UserError(fault)
+
+    def _text_encoder_faults(self) -> Iterator[str]:
+        """What does not go with a LoRA of the CLIPs."""
+        flag, optimizer = "--train_text_encoder", self.optimizer
+        if self.lora.lora_type != "lora":
+            yield f"{flag} trains a plain LoRA, whose file --lora_type {self.lora.lora_type} cannot have: leave one out"
+        if self.text.stop_text_encoder_after is not None and optimizer.kind in (PRODIGY, SCHEDULE_FREE_ADAMW):
+            yield (
+                f"--stop_text_encoder_after does not go with --optimizer {optimizer.kind.name}, which updates all that "
+                "it has: leave one out"
+            )
+        if optimizer.kind == PRODIGY and self.text.text_encoder_lr not in (None, optimizer.rate):
+            yield (
+                f"--optimizer {optimizer.kind.name} finds one learning rate for all: type --text_encoder_lr "
+                f"{optimizer.rate:g}, as --learning_rate, or leave it out"
+            )
+
+    def text_encoder_rate(self, pictures: int) -> float:
+        """The CLIPs' learning rate, scaled with --scale_lr.
+
+        Args:
+            pictures: of an optimizer step.
+        """
+        rate = self.text.text_encoder_lr
+        if rate is None:
+            rate = self.optimizer.rate if self.optimizer.kind == PRODIGY else DEFAULT_RATE
+        return rate * (pictures if self.optimizer.scale_lr else 1)
 
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.
@@ -91,4 +118,5 @@ class TrainingFlags:
             + ("on" if self.flow.precondition_outputs else "off")
             + self.data.sentence()
             + prior.sentence()
+            + (f", CLIPs' learning rate {self.text_encoder_rate(pictures):g}" if self.text.train_text_encoder else "")
         )

@@ -6,7 +6,7 @@ Shapes: B batch, S text tokens, D joint attention width, P pooled width, H, W pi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, counted
@@ -36,6 +36,7 @@ class TrainingData:
         unmasked_weight: of what the masks of the subject's pictures leave out, in the loss (see `mask_weights`); None
             for a loss without masks. With them each of these variants has one in the cache.
         prior_prompts: with which pictures come once more, where a prior term asks for it.
+        clip_tokens: of each prompt that training may use `(2, C)`, where the CLIPs are trained.
 
     Raises:
         UserError: the crops of a picture show nothing of its mask.
@@ -49,7 +50,9 @@ class TrainingData:
         cache: LatentCache,
         unmasked_weight: float | None = None,
         prior_prompts: Sequence[str] = (),
+        clip_tokens: Mapping[str, torch.Tensor] | None = None,
     ):
+        self.clip_tokens = dict(clip_tokens or {})
         self.prior_prompts = tuple(prior_prompts)
         self.pools = tuple(pools)
         self.images = tuple(image for pool in pools for image in pool.images)
@@ -160,7 +163,8 @@ class TrainingData:
         for image, draw in zip(images, variant_draws.tolist(), strict=True):
             variants = self.variants[image.image_id]
             posteriors.append(self._posterior(image.image_id, variants[int(draw * len(variants))]))
-        embeddings = [self.embedding(prompt) for prompt in prompts or [image.prompt for image in images]]
+        prompts = prompts or [image.prompt for image in images]
+        embeddings = [self.embedding(prompt) for prompt in prompts]
         return TrainingBatch(
             image_ids=tuple(image.image_id for image in images),
             latent_mean=torch.stack([p.mean for p in posteriors]),
@@ -168,6 +172,7 @@ class TrainingData:
             prompt_embeds=torch.stack([e.prompt_embeds for e in embeddings]),
             pooled_prompt_embeds=torch.stack([e.pooled_prompt_embeds for e in embeddings]),
             loss_weights=self._weights(indices, [p.variant for p in posteriors], posteriors[0].mean.shape[1:]),
+            clip_tokens=torch.stack([self.clip_tokens[prompt] for prompt in prompts]) if self.clip_tokens else None,
         )
 
     @property

@@ -24,6 +24,7 @@ from sd3_lora.stage_one.latent_cache import normalize_latents
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
 from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.loss_log import keep_lines
 from sd3_lora.training.picture_losses import FixedNoise
 from sd3_lora.transformer.lora import lora_off
@@ -153,7 +154,7 @@ class EarlyWarning:
         if self._class:
             if not self._base:
                 with lora_off(model.transformer):
-                    self._base = [velocity for *_, velocity in self._predict(model, device, self._class)]
+                    self._base = [velocity for *_, velocity in self._predict(model, device, self._class, True)]
             of_class = self._mean(self._distances(model, device))
         if not all(math.isfinite(value) for value in (subject, of_class or 0.0)):
             raise ValueError(f"a loss is {subject if not math.isfinite(subject) else of_class}")
@@ -186,10 +187,19 @@ class EarlyWarning:
             yield from (velocity - base).square().flatten(1).mean(1)
 
     def _predict(
-        self, model: VelocityModel, device: torch.device, probes: Sequence[Probe]
+        self, model: VelocityModel, device: torch.device, probes: Sequence[Probe], is_base: bool = False
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Latents, noise, sigmas and predicted velocity of some rows at a time, float32 on the host."""
+        """Latents, noise, sigmas and predicted velocity of some rows at a time, float32 on the host.
+
+        CLIPs that are trained encode the prompts anew, unless the base is to predict.
+        """
         fixed, table = self._fixed, self._fixed.table
+        prompts = list(dict.fromkeys(probe.prompt for probe in probes))
+        if model.clips and not is_base:
+            embedded = live_embeddings(model, device, self._data, prompts)
+        else:
+            rows_of = {prompt: self._data.embedding(prompt) for prompt in prompts}
+            embedded = {prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for prompt, row in rows_of.items()}
         by_shape: dict[torch.Size, list[tuple[torch.Tensor, Probe, int]]] = {}
         for probe in probes:
             mean = self._data.posterior(probe.index, probe.variant).mean.float()
@@ -203,12 +213,12 @@ class EarlyWarning:
                 noise = one_noise.expand_as(stacked)
                 indices = [level for *_, level in batch]
                 sigmas = table.sigmas[indices].view(-1, 1, 1, 1)
-                embeddings = [self._data.embedding(probe.prompt) for _, probe, _ in batch]
+                embeddings = [embedded[probe.prompt] for _, probe, _ in batch]
                 velocity = model(
                     interpolate(stacked, noise, sigmas).to(device),
                     table.timesteps[indices].to(device),
-                    torch.stack([each.prompt_embeds for each in embeddings]).to(device, model.dtype),
-                    torch.stack([each.pooled_prompt_embeds for each in embeddings]).to(device, model.dtype),
+                    torch.stack([prompt_embeds for prompt_embeds, _ in embeddings]).to(device, model.dtype),
+                    torch.stack([pooled for _, pooled in embeddings]).to(device, model.dtype),
                 )
                 yield stacked, noise, sigmas, velocity.float().cpu()
 

@@ -26,12 +26,14 @@ class EncoderPart:
         tokens: in the sequence.
         columns: of those tokens.
         pooled: columns of the pooled embedding; an empty slice for T5, which has none there.
+        clip: which CLIP it is, 0 or 1; None for T5.
     """
 
     chance: float
     tokens: slice
     columns: slice
     pooled: slice
+    clip: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class EncoderDropout:
         """
         clip_tokens = files.clip_tokens()
         column, pooled_column, parts = 0, 0, []
-        for chance, component in ((clip_l, "text_encoder"), (clip_g, "text_encoder_2")):
+        for clip, (chance, component) in enumerate(((clip_l, "text_encoder"), (clip_g, "text_encoder_2"))):
             config = files.read_config(component)
             end, pooled_end = column + config["hidden_size"], pooled_column + config["projection_dim"]
             columns, pooled = slice(column, end), slice(pooled_column, pooled_end)
-            parts.append(EncoderPart(chance, slice(0, clip_tokens), columns, pooled))
+            parts.append(EncoderPart(chance, slice(0, clip_tokens), columns, pooled, clip))
             column, pooled_column = end, pooled_end
         parts.append(EncoderPart(t5, slice(clip_tokens, None), slice(None), slice(0, 0)))
         return cls(tuple(part for part in parts if part.chance))
@@ -71,8 +73,11 @@ class EncoderDropout:
         if not self.parts:
             return batch
         prompt_embeds, pooled = batch.prompt_embeds.clone(), batch.pooled_prompt_embeds.clone()
+        kept = torch.ones(len(pooled), 2)
         for part in self.parts:
             dropped = uniform() < part.chance  # (B,)
             prompt_embeds[:, part.tokens, part.columns].masked_fill_(dropped[:, None, None], 0.0)
             pooled[:, part.pooled].masked_fill_(dropped[:, None], 0.0)
-        return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
+            if part.clip is not None:
+                kept[:, part.clip].masked_fill_(dropped, 0.0)
+        return replace(batch, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, clip_kept=kept)

@@ -17,6 +17,7 @@ from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import NoiseTable, sample_table_indices
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
+from sd3_lora.transformer.trained_clips import TrainedClips
 
 import torch
 
@@ -33,6 +34,7 @@ class InputSampler:
         device: where the step is computed.
         prior: with which some pictures come once more; None where none do.
         taken: micro-batches of the run before it was resumed.
+        clips: that are trained, if they are.
 
     Attributes:
         sigmas: the noise levels of the pictures of all ranks in the micro-batch that was drawn last, for the log.
@@ -48,7 +50,9 @@ class InputSampler:
         device: torch.device,
         prior: PriorPrompts | None = None,
         taken: int = 0,
+        clips: TrainedClips | None = None,
     ):
+        self._clips = clips
         self.draws, self.device, self._prior, self._number = draws, device, prior, taken
         self._vae_config, self._table, self._flow, self._dtype = vae_config, table, flow, dtype
         self.sigmas: list[float] = []
@@ -61,10 +65,11 @@ class InputSampler:
         of_all = sample_table_indices(draws.global_batch_size, table, self._flow, draws.generator)
         indices, self.sigmas = of_all[draws.rows(count)], table.sigmas[of_all[draws.all_rows(count)]].tolist()
         conditions = [table.timesteps[indices], batch.prompt_embeds, batch.pooled_prompt_embeds]
-        prior_rows = torch.empty(0, dtype=torch.long)
+        prior_rows, prior_tokens = torch.empty(0, dtype=torch.long), None
         if self._prior:
             prior_rows = self._prior.rows(self._number, draws, count)
-            again = conditions[0][prior_rows], *self._prior.draw(prior_rows, draws, count)
+            *embeddings, prior_tokens = self._prior.draw(prior_rows, draws, count)
+            again = conditions[0][prior_rows], *embeddings
             conditions = [torch.cat(pair) for pair in zip(conditions, again, strict=True)]
         self._number += 1
         timesteps, prompt_embeds, pooled = conditions
@@ -78,10 +83,23 @@ class InputSampler:
             pooled.to(self._dtype),
             batch.loss_weights,
             prior_rows,
+            *self._of_clips(batch, prior_tokens),
         )
         if self.device.type != "cuda":
             return on_host
         return StepInputs(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in on_host))
+
+    def _of_clips(self, batch: TrainingBatch, prior_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """`clip_states`, `clip_ends` and `clip_kept` of a micro-step's rows; none where the CLIPs are not trained."""
+        if self._clips is None:
+            return ()
+        assert batch.clip_tokens is not None
+        tokens, kept = batch.clip_tokens, batch.clip_kept
+        kept = torch.ones(len(tokens), 2) if kept is None else kept
+        if prior_tokens is not None:
+            tokens, kept = torch.cat([tokens, prior_tokens]), torch.cat([kept, torch.ones(len(prior_tokens), 2)])
+        states, ends = self._clips.embed(tokens)
+        return states.to(self._dtype), ends, kept
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,14 @@ class PriorPrompts:
     Args:
         embeddings: of the prompts, at least one.
         share: of the pictures, more than 0 and at most 1.
+        clip_tokens: of each prompt `(2, C)`, where the CLIPs are trained.
     """
 
-    def __init__(self, embeddings: Sequence[PromptEmbedding], share: Fraction):
+    def __init__(
+        self, embeddings: Sequence[PromptEmbedding], share: Fraction, clip_tokens: Sequence[torch.Tensor] = ()
+    ):
         self._share = share
+        self._clip_tokens = torch.stack(list(clip_tokens)) if clip_tokens else None
         self._prompt_embeds = torch.stack([one.prompt_embeds for one in embeddings])
         self._pooled = torch.stack([one.pooled_prompt_embeds for one in embeddings])
 
@@ -43,15 +47,21 @@ class PriorPrompts:
         turns = [math.floor(self._share * place) for place in range(first, first + count + 1)]
         return torch.tensor([row for row in range(count) if turns[row + 1] > turns[row]], dtype=torch.long)
 
-    def draw(self, rows: torch.Tensor, draws: GlobalDraws, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A prompt at random for each of these rows, `(E, S, D)` and `(E, P)`; nothing is drawn where there is one.
+    def draw(
+        self, rows: torch.Tensor, draws: GlobalDraws, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """A prompt at random for each of these rows; nothing is drawn where there is one.
 
         Args:
             rows: as `rows` has them.
             draws: of the run.
             count: this rank's pictures.
+
+        Returns:
+            `(E, S, D)`, `(E, P)`, and `(E, 2, C)` where the CLIPs are trained.
         """
         prompts = torch.zeros(len(rows), dtype=torch.long)
         if len(self._pooled) > 1:
             prompts = (draws.uniform(count)[rows] * len(self._pooled)).long()
-        return self._prompt_embeds[prompts], self._pooled[prompts]
+        tokens = None if self._clip_tokens is None else self._clip_tokens[prompts]
+        return self._prompt_embeds[prompts], self._pooled[prompts], tokens

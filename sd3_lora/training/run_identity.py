@@ -62,6 +62,7 @@ def run_identity(
         "--unmasked_weight": flags.data.unmasked_weight,
         MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
         **{f"--{name}": value for name, value in numbers.items()},
+        **flags.text.identity(flags.text_encoder_rate(1), flags.lora.rank),
         **flags.prior.identity(),
         PRIOR_PROMPTS: list(data.prior_prompts) or None,
         "--lora_alpha": flags.lora.alpha,

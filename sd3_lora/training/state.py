@@ -50,6 +50,7 @@ class Training:
         ahead: modulations that are computed ahead.
         step: optimizer steps taken.
         average: the moving average of what is trained, if one is kept.
+        clips_until: the last optimizer step that changes the CLIPs; None where none is, or each step does.
     """
 
     model: VelocityModel
@@ -63,6 +64,24 @@ class Training:
     ahead: ModulationsAhead | None = None
     step: int = 0
     average: MovingAverage | None = None
+    clips_until: int | None = None
+
+    @property
+    def clips(self) -> dict[str, torch.nn.Module]:
+        """The CLIPs that are trained, by their names in a pipeline; none where only the transformer is."""
+        return self.model.clips.by_name() if self.model.clips else {}
+
+    def leave_clips(self) -> bool:
+        """Whether the CLIPs stay as they are in this step. Their rate is zero then, and they get no gradient.
+
+        Called before each step's micro-steps, and again before its update, which may have a new rate.
+        """
+        if self.clips_until is None or self.step <= self.clips_until:
+            return False
+        assert self.model.clips is not None
+        self.model.clips.requires_grad_(False)
+        self.optimizer.param_groups[-1]["lr"] = 0.0  # their group is the last
+        return True
 
     @property
     def transformer(self) -> SD3Transformer2DModel:
@@ -99,6 +118,8 @@ class Training:
             "step": self.step,
             "steps": self.steps,
             "lora": lora_tensors(self.transformer),
+            **({"clips": {name: lora_tensors(clip) for name, clip in self.clips.items()}} if self.clips else {}),
+            **({} if self.clips_until is None else {"clips_until": self.clips_until}),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -110,6 +131,8 @@ class Training:
         """Goes on from where `state_dict` was taken."""
         self.step = state["step"]
         load_lora_tensors(self.transformer, state["lora"])
+        for name, clip in self.clips.items():
+            load_lora_tensors(clip, state["clips"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["scaler"]:
@@ -183,10 +206,10 @@ class Outputs:
         """
         metadata = lora_metadata(self.record.facts, training.step)
         with averaged_weights(training.optimizer):  # of a schedule-free run
-            path = save_lora(folder, training.transformer, metadata, file_name)
+            path = save_lora(folder, training.transformer, metadata, file_name, training.clips)
         if training.average:
             with training.average.in_place():
-                save_lora(folder, training.transformer, metadata, average_name)
+                save_lora(folder, training.transformer, metadata, average_name, training.clips)
         return path
 
     def save_lora_of_step(self, training: Training) -> Path:
@@ -233,6 +256,12 @@ class Outputs:
         """
         require_same_run(state["signature"], self.record, folder)
         self._require_same_schedule(state, training, folder)
+        if training.clips_until != state.get("clips_until"):
+            raise UserError(
+                f"{folder} was to leave the CLIPs as they are after step {state['clips_until']}, of {state['steps']}, "
+                f"and this command after step {training.clips_until}: type --max_train_steps {state['steps']}, or give "
+                "another --output_dir for a new run"
+            )
         training.load_state_dict(state)
         if accelerator.process_index < len(
             state["random"]

@@ -21,12 +21,14 @@ class TrainedGroup:
         flat: all of them as one float32 tensor, with its gradient (`flatten_parameters`).
         learning_rate: at the schedule's full rate.
         parts: the parameters themselves, whose data and gradients are views of `flat`.
+        weight_decay: of it; None for the optimizer's.
     """
 
     name: str
     flat: torch.nn.Parameter
     learning_rate: float
     parts: tuple[torch.nn.Parameter, ...] = ()
+    weight_decay: float | None = None
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -113,7 +115,11 @@ class Trainables:
             as_matrices: whether the optimizer is given the parts, in their shapes, instead of all as one.
         """
         return [
-            {"params": list(group.parts) if as_matrices else [group.flat], "lr": group.learning_rate}
+            {
+                "params": list(group.parts) if as_matrices else [group.flat],
+                "lr": group.learning_rate,
+                **({} if group.weight_decay is None else {"weight_decay": group.weight_decay}),
+            }
             for group in self.groups
         ]
 

@@ -567,7 +567,11 @@ def plain_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]
 
 
 def save_lora(
-    folder: Path, transformer: SD3Transformer2DModel, record: Mapping[str, Any], file_name: str = LORA_FILE
+    folder: Path,
+    transformer: SD3Transformer2DModel,
+    record: Mapping[str, Any],
+    file_name: str = LORA_FILE,
+    clips: Mapping[str, torch.nn.Module] | None = None,
 ) -> Path:
     """Writes diffusers' file, or LyCORIS', atomically, reads it back and compares.
 
@@ -576,12 +580,13 @@ def save_lora(
         transformer: with the LoRA attached.
         record: base model, prompts and the like, kept in the metadata for inference.
         file_name: of the file.
+        clips: that have a LoRA too, by their names in a pipeline.
 
     Raises:
         UserError: the weights are not finite: nothing is written.
         OSError: what was read back is not what was written.
     """
-    tensors, metadata = _file_of(transformer, record)
+    tensors, metadata = _file_of(transformer, record, clips or {})
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"the LoRA has NaN or infinity in {bad[0]}: not saved; lower --learning_rate and train again")
@@ -595,7 +600,7 @@ def save_lora(
 
 
 def _file_of(
-    transformer: SD3Transformer2DModel, record: Mapping[str, Any]
+    transformer: SD3Transformer2DModel, record: Mapping[str, Any], clips: Mapping[str, torch.nn.Module]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A file's tensors and metadata."""
     lycoris = lycoris_layers(transformer)
@@ -603,11 +608,13 @@ def _file_of(
         tensors = lycoris_file(transformer, _ADAPTER)
         rank, settings = _most_common({name: layer.r[_ADAPTER] for name, layer in lycoris.items()}), {}
     else:
-        plain = plain_tensors(transformer)
-        tensors = {_PREFIX + name: tensor for name, tensor in plain.items()}
-        adapter = _adapter_settings(plain)
-        rank = adapter["r"]
-        settings = {LORA_ADAPTER_METADATA_KEY: json.dumps({_PREFIX + key: value for key, value in adapter.items()})}
+        tensors, adapters = {}, dict[str, Any]()
+        for prefix, model in {_PREFIX: transformer, **{f"{name}.": clip for name, clip in clips.items()}}.items():
+            plain = plain_tensors(model)
+            tensors |= {prefix + name: tensor for name, tensor in plain.items()}
+            adapters |= {prefix + key: value for key, value in _adapter_settings(plain).items()}
+        rank = adapters[f"{_PREFIX}r"]
+        settings = {LORA_ADAPTER_METADATA_KEY: json.dumps(adapters)}
     own = json.dumps({**record, "rank": rank}, ensure_ascii=False)
     return tensors, {"format": "pt", **settings, METADATA_KEY: own}
 

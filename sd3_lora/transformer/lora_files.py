@@ -431,7 +431,8 @@ def read_lora_file(
             else:
                 raise UserError(
                     f"{path} has LoRA layers of text encoders (its tensor {keys[0]}), which this command does not "
-                    "apply: give a LoRA of the transformer alone; only drawing, export and merge take the whole"
+                    "apply: give a LoRA of the transformer alone; drawing, export, merge and training with "
+                    "--train_text_encoder take the whole"
                 )
             layers = _read_layers(path, handle, model, {key: shapes[key] for key in keys}, layer_widths(config, model))
             parts[model] = LoraFile(path, layers, record, _has_effect(handle, layers))

@@ -18,7 +18,6 @@ from sd3_lora.transformer.original_layers import OriginalPlace, original_places
 
 import torch
 from diffusers import SD3Transformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 PEFT_PREFIX = "base_model.model."
 _PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.", "lora_transformer.")
@@ -110,6 +109,8 @@ def layer_widths(config: Mapping[str, Any], model: str = TRANSFORMER) -> dict[st
         if model == TRANSFORMER:
             made = SD3Transformer2DModel.from_config(config)
         else:
+            from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # takes a second, and few need it
+
             made = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config)))
     return {
         name: (module.in_features, module.out_features) if isinstance(module, torch.nn.Linear) else None

@@ -9,6 +9,7 @@ from sd3_lora.common.config import LoraType
 from sd3_lora.transformer.lora import LoraKind
 from sd3_lora.transformer.lora_files import LoraFile
 from sd3_lora.transformer.lycoris import lycoris_layers, parts_of
+from sd3_lora.transformer.trained_clips import CLIP_LAYERS
 
 from diffusers import SD3Transformer2DModel
 
@@ -60,6 +61,32 @@ def _start_faults(lora: LoraFile, ranks: Mapping[str, int], kind: LoraKind) -> I
             )
     if lora.is_dora and not kind.use_dora:
         yield "is a DoRA: add --use_dora"
+
+
+def require_clip_start(lora: LoraFile, rank: int) -> None:
+    """Checks that the CLIPs' LoRA can begin with what a file has of them.
+
+    Args:
+        lora: to begin with.
+        rank: of the CLIPs' LoRA, which is a plain one.
+
+    Raises:
+        UserError: it is of another kind; a layer of it is not trained, or has a larger rank.
+    """
+    flag = f"--init_lora {lora.path}"
+    for clip, part in lora.clips.items():
+        if part.type != "lora" or part.is_dora or part.has_biases:
+            raise UserError(
+                f"{flag} has another kind than a plain LoRA on {clip}, which is not trained: begin with another"
+            )
+        for name, layer in part.layers.items():
+            if name.rpartition(".")[2] not in CLIP_LAYERS:
+                raise UserError(f"{flag} has a LoRA on {clip}.{name}, which is not trained here: begin with another")
+            if layer.rank > rank:
+                raise UserError(
+                    f"{flag} has a rank of {layer.rank} on {clip}.{name}, and this command {rank}: type "
+                    f"--text_encoder_rank {max(each.rank for each in part.layers.values())}"
+                )
 
 
 def require_lycoris_start(lora: LoraFile, transformer: SD3Transformer2DModel) -> None:

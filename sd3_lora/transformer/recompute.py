@@ -50,15 +50,22 @@ def recompute_blocks(transformer: SD3Transformer2DModel, indices: Sequence[int],
         if place is None:
             return block(*inputs)
         if offload is None:
-            return _recomputed(block, inputs, draws)
+            return recomputed(block, inputs, draws)
         # These hooks see no saved tensors of the block itself: checkpoint's are nested in them, and the inner ones win.
         with offload.hooks(place):
-            return _recomputed(block, inputs, draws)
+            return recomputed(block, inputs, draws)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
 
 
-def _recomputed(block: torch.nn.Module, inputs: tuple[Any, ...], draws: bool) -> Any:
+def recomputed(block: Callable[..., Any], inputs: tuple[Any, ...], draws: bool) -> Any:
+    """What a block computes, of which backward computes the activations again.
+
+    Args:
+        block: to call.
+        inputs: of it, which are kept.
+        draws: whether dropout draws in it: then the generators' states are kept too.
+    """
     try:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     except BaseException as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from sd3_lora.common.records import StepInputs
 from sd3_lora.transformer.lora import lora_off
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
+from sd3_lora.transformer.trained_clips import TrainedClips
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -20,11 +22,19 @@ class VelocityModel(torch.nn.Module):
         transformer: with its adapters.
         dtype: that it computes in: float16 or bfloat16 by autocast, under which adapters stay float32; or float32.
         ahead: the modulations that are computed ahead, if any are.
+        clips: that are trained too, if they are.
     """
 
-    def __init__(self, transformer: SD3Transformer2DModel, dtype: torch.dtype, ahead: ModulationsAhead | None = None):
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        dtype: torch.dtype,
+        ahead: ModulationsAhead | None = None,
+        clips: TrainedClips | None = None,
+    ):
         super().__init__()
         self.transformer = transformer
+        self.clips = clips
         self.dtype = dtype
         self._ahead = ahead
 
@@ -61,6 +71,21 @@ class VelocityModel(torch.nn.Module):
                 return_dict=False,
             )[0]
         return velocity
+
+    def conditions(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Timesteps and the prompts' embeddings: encoded by the CLIPs where these are trained, else those given.
+
+        Args:
+            inputs: of a micro-step.
+
+        Returns:
+            `(R,)`, `(R, S, D)` and `(R, P)`.
+        """
+        if self.clips is None:
+            return inputs.conditions
+        with self.precision(inputs.prompt_embeds.device):
+            states = inputs.clip_states, inputs.clip_ends, inputs.clip_kept
+            return inputs.timesteps, *self.clips(inputs.prompt_embeds, *states)
 
     @torch.no_grad()
     def base_velocity(self, *inputs: torch.Tensor) -> torch.Tensor:

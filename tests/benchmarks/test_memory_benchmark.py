@@ -203,6 +203,16 @@ def test_saving_no_more_than_training(rows, tmp_path: Path) -> None:
     assert table(tmp_path, "saving-h100.json")[2].startswith("| training | 0.00 | 0.")
 
 
+def test_a_lora_of_the_clips(rows) -> None:
+    """On the CLIPs of the benchmark's own sizes; the plan of the same step without has no such part."""
+    clips = [each for each in memory.SETS["clips"]() if "--train_text_encoder" in each.flags]
+    assert len(clips) == 10
+    found, without = rows(case("--train_text_encoder", "--vram_budget_gib", "3"), case("--vram_budget_gib", "3"))
+    assert found["parts_gib"]["CLIPs"] >= 0
+    assert "CLIPs" not in without["parts_gib"]
+    assert found["predicted_gib"] > without["predicted_gib"]
+
+
 def test_the_largest_size_that_fits_a_card(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SIZES_PX", (64, 512))
     cases = list(memory.SETS["cards_run"]())

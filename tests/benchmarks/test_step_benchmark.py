@@ -59,6 +59,22 @@ def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: 
     assert "--capture on: it needs a GPU" in failed["failed"][0]
 
 
+def test_a_step_with_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have their own sizes, and T5 is short."""
+    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
+    monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    clips = {"text_encoder": {**small, "projection_dim": 768}, "text_encoder_2": {**small, "projection_dim": 1280}}
+    monkeypatch.setattr(random_sd3, "CLIPS", clips)
+    monkeypatch.setattr(step, "save_short_text", lambda _: None)
+    ours = step.Case("ours", 64, (*step.PLAIN, "--train_text_encoder"), "tiny", 1, 2, "no")
+    monkeypatch.setitem(step.SETS, "clips", lambda: iter([ours]))
+    (found,) = rows_of(tmp_path, "clips")
+    assert found["ms"] > 0
+    config = json.loads((tmp_path / "models" / "tiny-with-clips" / "text_encoder_3" / "config.json").read_text())
+    assert (config["d_model"], config["num_layers"]) == (4096, 1)
+
+
 def test_prior_terms_and_two_shapes_beside_the_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU nothing is captured; each set has a result of its own."""
     monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})

@@ -130,6 +130,11 @@ ELSEWHERE = {
     "prodigy_decouple": "test_optimizers_by_name.py",
     "prodigy_use_bias_correction": "test_optimizers_by_name.py",
     "prodigy_safeguard_warmup": "test_optimizers_by_name.py",
+    "train_text_encoder": "test_text_encoder_lora.py",
+    "text_encoder_lr": "test_text_encoder_lora.py",
+    "text_encoder_rank": "test_text_encoder_lora.py",
+    "stop_text_encoder_after": "test_text_encoder_lora.py",
+    "adam_weight_decay_text_encoder": "test_text_encoder_lora.py",
     "use_ema": "test_ema.py",
     "init_lora": "test_kinds.py",
     "ema_decay": "test_ema.py",
@@ -400,15 +405,6 @@ def test_a_bad_value_is_a_sentence(
     run = train(script, prepared, tmp_path / "out", *words, code=2)
     assert says in run.error
     assert run.wrote_no_weights()
-
-
-@pytest.mark.parametrize("flag", REFUSED_FLAGS)
-def test_a_refused_flag_names_the_alternative(script: Script, prepared: Prepared, tmp_path: Path, flag: str) -> None:
-    for spelling in ([f"--{flag}"], [f"--{flag.replace('_', '-')}=1"], [f"--{flag}", "some", "words"]):
-        run = train(script, prepared, tmp_path / "out", *spelling, code=2)
-        assert run.error == f"--{flag} is not part of {TRAINING_SCRIPT}.py: {REFUSED_FLAGS[flag]}"
-    assert len(REFUSED_FLAGS[flag]) > 20
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_always_so_changes_nothing(script: Script, prepared: Prepared, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every flag of diffusers' scripts: taken and with its value, harmless, or refused because another issue still owes it.
+"""Every flag of diffusers' scripts: taken and with its value, or harmless.
 
 The scripts are examples/dreambooth/train_dreambooth_lora_sd3.py and
 examples/research_projects/sd3_lora_colab/train_dreambooth_lora_sd3_miniature.py of commit 58eb52c.
@@ -10,7 +10,7 @@ import importlib
 from dataclasses import asdict
 from typing import Any
 
-from sd3_lora.common.command_line import Secret, UserError
+from sd3_lora.common.command_line import Secret
 from sd3_lora.common.config import groups_of
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
@@ -23,6 +23,7 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
     "adam_beta2": ("0.999", 0.999),
     "adam_epsilon": ("1e-08", 1e-8),
     "adam_weight_decay": ("1e-04", 1e-4),
+    "adam_weight_decay_text_encoder": ("1e-03", 1e-3),
     "allow_tf32": (None, True),
     "cache_dir": ("cache", "cache"),
     "caption_column": ("text", "text"),
@@ -80,7 +81,9 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
     "sample_batch_size": ("2", 2),
     "scale_lr": (None, True),
     "seed": ("0", 0),
+    "text_encoder_lr": ("5e-6", 5e-6),
     "train_batch_size": ("1", 1),
+    "train_text_encoder": (None, True),
     "use_8bit_adam": (None, True),
     "variant": ("fp16", "fp16"),
     "weighting_scheme": ("sigma_sqrt", "sigma_sqrt"),
@@ -92,6 +95,7 @@ TAKEN: dict[str, tuple[str | None, Any]] = {
 # What diffusers, too, needs beside a flag (--push_to_hub it does not ask for: without it these change nothing).
 PRIOR = ["--with_prior_preservation", "--class_prompt", "a dog", "--class_data_dir", "dogs"]
 BESIDE: dict[str, list[str]] = {
+    **{name: ["--train_text_encoder"] for name in ("adam_weight_decay_text_encoder", "text_encoder_lr")},
     "num_validation_images": ["--validation_prompt", "a photo"],
     "validation_epochs": ["--validation_prompt", "a photo"],
     **{name: ["--push_to_hub"] for name in ("hub_model_id", "hub_token")},
@@ -104,12 +108,6 @@ BESIDE: dict[str, list[str]] = {
     },
 }
 HARMLESS = {"cache_latents", "dataloader_num_workers", "local_rank", "upcast_before_saving"}
-# Flag → the issue that owes it.
-OWED = {
-    "adam_weight_decay_text_encoder": 22,
-    "text_encoder_lr": 22,
-    "train_text_encoder": 22,
-}
 
 
 def parse(*words: str) -> dict[str, Any]:
@@ -117,11 +115,11 @@ def parse(*words: str) -> dict[str, Any]:
     return {name: value for group in groups_of(flags) for name, value in asdict(group).items()}  # type: ignore[call-overload]
 
 
-def test_only_what_another_issue_owes_is_refused() -> None:
-    assert REFUSED_FLAGS.keys() == OWED.keys()
+def test_none_is_refused() -> None:
+    assert not REFUSED_FLAGS
     assert HARMLESS_FLAGS.keys() == HARMLESS
-    assert not TAKEN.keys() & (OWED.keys() | HARMLESS)
-    assert len(TAKEN) + len(HARMLESS) + len(OWED) == 76  # 75 of the one script, and --data_df_path of the other
+    assert not TAKEN.keys() & HARMLESS
+    assert len(TAKEN) + len(HARMLESS) == 76  # 75 of the one script, and --data_df_path of the other
 
 
 @pytest.mark.parametrize("flag", TAKEN)
@@ -132,9 +130,3 @@ def test_a_flag_has_its_value(flag: str) -> None:
     spellings = [[f"--{flag}"]] if typed is None else [[f"--{flag}", typed], [f"--{flag}={typed}"]]
     for words in spellings:
         assert parse(*beside, *words)[flag] == value
-
-
-@pytest.mark.parametrize("flag", OWED)
-def test_a_flag_that_is_owed_says_what_to_do(flag: str) -> None:
-    with pytest.raises(UserError, match=f"--{flag} is not part of {TRAINING_SCRIPT}.py: "):
-        parse(f"--{flag}", "1")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one import text_encoders
 from sd3_lora.stage_one.text_encoder_plan import TextEncoderPlan, TextWork, choose_clip_plan
-from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts, join_embeddings
+from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts
 from sd3_lora.transformer.clip_loras import ClipLoras
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_exports import export_lora
