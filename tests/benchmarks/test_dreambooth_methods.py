@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sd3_lora.common.config import BudgetConfig
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import pytest
@@ -82,29 +83,29 @@ def test_every_method_of_the_list_is_a_command_that_training_takes():
     )
     for method in methods:
         words = dreambooth_runs.training_words(flags, dreambooth_methods.runs_of(flags, method)[0])
-        _, prior, lora, optimizer, average, run, *_ = training_script.COMMAND_LINE.parse(words)
-        assert (run.max_train_steps, run.train_batch_size, lora.rank) == (150, 2, 8), method.name
-        assert prior.with_prior_preservation == bool(method.class_images)
-        assert average.use_ema == method.keeps_average
+        told = TrainingFlags(*training_script.COMMAND_LINE.parse(words))
+        assert (told.run.max_train_steps, told.run.train_batch_size, told.lora.rank) == (150, 2, 8), method.name
+        assert told.prior.with_prior_preservation == bool(method.class_images)
+        assert told.average.use_ema == method.keeps_average
         if "--learning_rate" in method.flags:
-            assert optimizer.rate != 5e-4 or "--learning_rate 5e-4" in method.flags
+            assert told.optimizer.rate != 5e-4 or "--learning_rate 5e-4" in method.flags
 
 
 def test_a_method_is_told_over_the_shared_flags_and_one_prompt_has_no_captions(tmp_path):
     flags = flags_of("--output_dir", tmp_path)
     subject = dreambooth_runs.prepared_subject(flags, "alarm clock")
 
-    def parsed(**fields: object) -> tuple:
+    def parsed(**fields: object) -> TrainingFlags:
         run = Run(Method("m", **fields), "alarm clock", 7, (Point(150),))
-        return training_script.COMMAND_LINE.parse(dreambooth_runs.training_words(flags, run))
+        return TrainingFlags(*training_script.COMMAND_LINE.parse(dreambooth_runs.training_words(flags, run)))
 
-    data, prior, lora, optimizer, _, run, *_ = parsed(
-        flags="--learning_rate 0.01 --class_prompt '{class_prompt}'", class_images=9
-    )
-    assert (optimizer.learning_rate, run.seed, run.output_dir) == (0.01, 7, str(tmp_path / "runs/m/alarm_clock-7/lora"))
-    assert (lora.lora_blocks, data.instance_data_dir) == ("0,1", str(subject.captioned))
-    assert (prior.class_prompt, prior.num_class_images) == ("a photo of a alarm clock", 9)
-    data, _, lora, *_ = parsed(one_prompt=True)
+    told = parsed(flags="--learning_rate 0.01 --class_prompt '{class_prompt}'", class_images=9)
+    assert (told.optimizer.learning_rate, told.run.seed) == (0.01, 7)
+    assert told.run.output_dir == str(tmp_path / "runs/m/alarm_clock-7/lora")
+    assert (told.lora.lora_blocks, told.data.instance_data_dir) == ("0,1", str(subject.captioned))
+    assert (told.prior.class_prompt, told.prior.num_class_images) == ("a photo of a alarm clock", 9)
+    told = parsed(one_prompt=True)
+    data, lora = told.data, told.lora
     assert (data.instance_data_dir, data.instance_prompt) == (str(subject.pictures), "a photo of sks alarm clock")
     assert (lora.lora_layers, lora.lora_blocks) == (None, None)
     assert parsed(one_prompt=True, flags="--lora_blocks 1")[2].lora_blocks == "1"

@@ -57,7 +57,7 @@ def test_a_timed_row_beside_the_stock_pipeline(tmp_path: Path, monkeypatch: pyte
     assert row["step_ms"] > 0
     assert (row["step_gib"], row["drawing_gib"], row["predicted_gib"]) == (0, 0, {})  # of a GPU
     assert row["written_s"] >= 0
-    assert result["stock"]["s"] > result["stock"]["unwritten_s"] > 0
+    assert result["stock"]["s"] >= result["stock"]["unwritten_s"] > 0
     result["stock"]["s"], row["drawing_s"] = 2.0, 1.0
     lines = tables.validation_table({**result, "versions": dict.fromkeys(("torch", "diffusers", "bitsandbytes"), 1)})
     assert lines.splitlines()[2].startswith("| no budget | 1.0 | 0.50 | ")
