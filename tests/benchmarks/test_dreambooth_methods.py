@@ -108,7 +108,7 @@ def test_a_method_is_told_over_the_shared_flags_and_one_prompt_has_no_captions(t
     data, lora = told.data, told.lora
     assert (data.instance_data_dir, data.instance_prompt) == (str(subject.pictures), "a photo of sks alarm clock")
     assert (lora.lora_layers, lora.lora_blocks) == (None, None)
-    assert parsed(one_prompt=True, flags="--lora_blocks 1")[2].lora_blocks == "1"
+    assert parsed(one_prompt=True, flags="--lora_blocks 1").lora.lora_blocks == "1"
 
 
 def test_stage_one_and_class_pictures_are_made_once_for_all_methods(sweep, tmp_path, monkeypatch, capsys):
