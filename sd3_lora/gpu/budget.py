@@ -83,7 +83,7 @@ def open_budget(
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + context
         if asked is not None and asked > free and not config.plan:
             raise UserError(
-                f"--vram_budget_gib {config.vram_budget_gib:g}: {free / GIB:.1f} GiB are free on "
+                f"--vram_budget_gib {config.vram_budget_gib:g}: {at_most_gib(free)} GiB are free on "
                 f"{torch.cuda.get_device_name(device)}: close other programs, or ask for less"
             )
         budget = DeviceBudget(asked or free, context, device)
@@ -147,6 +147,11 @@ def too_small(what: str, needed_bytes: int) -> BudgetTooSmall:
 def enough_gib(needed_bytes: int) -> str:
     """GiB rounded up, because what is typed must suffice: "1.01"."""
     return f"{math.ceil((needed_bytes + 1) * 100 / GIB) / 100:.2f}"
+
+
+def at_most_gib(free_bytes: int) -> str:
+    """GiB rounded down, so that what is too little does not read like what is enough: "1.00"."""
+    return f"{math.floor((free_bytes + 1) * 100 / GIB) / 100:.2f}"
 
 
 def _largest() -> int:

@@ -26,7 +26,7 @@ from typing import Any
 from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
-from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, enough_gib
+from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, at_most_gib, enough_gib
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan.step_memory import (
@@ -189,7 +189,7 @@ def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
     fixed = f" with {asked.typed}" if asked.typed else ""
     leave = f", or leave out {asked.typed}" if asked.typed else ""
     raise BudgetTooSmall(
-        f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little, training takes at least "
+        f"{at_most_gib(budget.total_bytes)} GiB of GPU memory are too little, training takes at least "
         f"{smallest} GiB here{fixed}: {remedy}, or lower --resolution or --train_batch_size{leave}",
         smallest_bytes,
     )
@@ -373,7 +373,7 @@ def plan_denoising(
     smallest = enough_gib(smallest_bytes)
     leave = f", or leave out {asked.typed}" if asked.typed else ""
     raise BudgetTooSmall(
-        f"{budget.total_bytes / GIB:.1f} GiB of GPU memory are too little to denoise a picture, which takes at least "
+        f"{at_most_gib(budget.total_bytes)} GiB of GPU memory are too little to denoise a picture, which takes at least "
         f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or "
         f"--batch_size{leave}",
         smallest_bytes,
@@ -403,7 +403,8 @@ def _denoising_plan(base: _Base, shape: DenoisingShape, working: int, budget: De
     merged, streamed = shape.merging_bytes > 0 and base.placement.can_merge, bool(base.placement.streamed)
     kept = {"CUDA": budget.context_bytes, "weights": base.device_bytes, "LoRA": 0 if merged else shape.lora_bytes}
     parts = _denoising_parts(kept, working, streamed, has_slack)
-    parts["unused between them"] += GRAPH_UNUSED_BYTES if shape.captured else 0
+    is_captured = shape.captured and not streamed  # streamed weights are not captured
+    parts["unused between them"] += GRAPH_UNUSED_BYTES if is_captured else 0
     phases = [Phase("denoise", parts)]
     if merged:
         merging = {**kept, "working memory": shape.merging_bytes}

@@ -14,7 +14,7 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.gpu.budget import DeviceBudget, too_small
+from sd3_lora.gpu.budget import DeviceBudget, at_most_gib, enough_gib, too_small
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
 
@@ -151,7 +151,7 @@ def choose_text_encoder_plan(
             needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
             if needed <= free:
                 return candidate
-        shortage = f"T5 in {precision} takes {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free"
+        shortage = f"T5 in {precision} takes {enough_gib(needed)} GiB and {at_most_gib(free)} GiB are free"
         if precision == "nf4":
             raise UserError(f"{shortage}: type --t5_precision fp16 --t5_stream")
         if precision == "int8":

@@ -196,7 +196,7 @@ def test_what_is_forced_and_does_not_fit_is_refused(script: Script, flags: list[
     assert result.code == 2
     (sentence,) = result.err.splitlines()
     typed = " ".join(map(str, flags))
-    assert sentence.startswith("error: 0.8 GiB of GPU memory are too little, training takes at least 0.")
+    assert sentence.startswith("error: 0.80 GiB of GPU memory are too little, training takes at least 0.")
     assert f" GiB here with {typed}: " in sentence
     assert sentence.endswith(f", or leave out {typed}")
 

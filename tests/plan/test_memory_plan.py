@@ -15,7 +15,15 @@ from sd3_lora.common.config import BudgetConfig
 from sd3_lora.common.memory import GIB, drop_workspaces
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
-from sd3_lora.gpu.budget import ASSUMED_CONTEXT_BYTES, _context_bytes, driver_bytes, open_budget, sentence
+from sd3_lora.gpu.budget import (
+    ASSUMED_CONTEXT_BYTES,
+    _context_bytes,
+    at_most_gib,
+    driver_bytes,
+    enough_gib,
+    open_budget,
+    sentence,
+)
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.gpu.pinned_memory import pinned_bytes
 from sd3_lora.plan import memory_plan
@@ -355,6 +363,13 @@ def test_pictures_are_decoded_beside_the_transformer_where_both_fit(miniature_fi
 
 
 @pytest.mark.usefixtures("without_allowances")
+def test_what_is_too_little_reads_less_than_what_is_enough() -> None:
+    assert [at_most_gib(int(typed * GIB)) for typed in (0.8, 1, 7.96)] == ["0.80", "1.00", "7.96"]  # as typed
+    for needed in (GIB, GIB * 4 // 5, GIB * 3 // 7):
+        assert float(at_most_gib(needed - 1)) < float(enough_gib(needed))
+        assert float(enough_gib(needed)) * GIB >= needed
+
+
 def test_a_host_that_is_too_small_streams_from_the_files(
     miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
