@@ -373,8 +373,8 @@ def plan_denoising(
     smallest = enough_gib(smallest_bytes)
     leave = f", or leave out {asked.typed}" if asked.typed else ""
     raise BudgetTooSmall(
-        f"{at_most_gib(budget.total_bytes)} GiB of GPU memory are too little to denoise a picture, which takes at least "
-        f"{smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or "
+        f"{at_most_gib(budget.total_bytes)} GiB of GPU memory are too little to denoise a picture, which takes at "
+        f"least {smallest} GiB here: type --vram_budget_gib {smallest}, or a smaller --height, --width or "
         f"--batch_size{leave}",
         smallest_bytes,
     )

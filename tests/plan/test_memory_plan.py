@@ -362,7 +362,6 @@ def test_pictures_are_decoded_beside_the_transformer_where_both_fit(miniature_fi
     assert plan_beside(plan, {"CUDA": GIB, "VAE": free // 2, "working memory": free}, budget) is None
 
 
-@pytest.mark.usefixtures("without_allowances")
 def test_what_is_too_little_reads_less_than_what_is_enough() -> None:
     assert [at_most_gib(int(typed * GIB)) for typed in (0.8, 1, 7.96)] == ["0.80", "1.00", "7.96"]  # as typed
     for needed in (GIB, GIB * 4 // 5, GIB * 3 // 7):
@@ -370,6 +369,7 @@ def test_what_is_too_little_reads_less_than_what_is_enough() -> None:
         assert float(enough_gib(needed)) * GIB >= needed
 
 
+@pytest.mark.usefixtures("without_allowances")
 def test_a_host_that_is_too_small_streams_from_the_files(
     miniature_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
