@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sd3_lora.common.config import BudgetConfig
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import pytest
@@ -82,32 +83,32 @@ def test_every_method_of_the_list_is_a_command_that_training_takes():
     )
     for method in methods:
         words = dreambooth_runs.training_words(flags, dreambooth_methods.runs_of(flags, method)[0])
-        _, prior, lora, optimizer, average, run, *_ = training_script.COMMAND_LINE.parse(words)
-        assert (run.max_train_steps, run.train_batch_size, lora.rank) == (150, 2, 8), method.name
-        assert prior.with_prior_preservation == bool(method.class_images)
-        assert average.use_ema == method.keeps_average
+        typed = TrainingFlags(*training_script.COMMAND_LINE.parse(words))
+        assert (typed.run.max_train_steps, typed.run.train_batch_size, typed.lora.rank) == (150, 2, 8), method.name
+        assert typed.prior.with_prior_preservation == bool(method.class_images)
+        assert typed.average.use_ema == method.keeps_average
         if "--learning_rate" in method.flags:
-            assert optimizer.rate != 5e-4 or "--learning_rate 5e-4" in method.flags
+            assert typed.optimizer.rate != 5e-4 or "--learning_rate 5e-4" in method.flags
 
 
 def test_a_method_is_told_over_the_shared_flags_and_one_prompt_has_no_captions(tmp_path):
     flags = flags_of("--output_dir", tmp_path)
     subject = dreambooth_runs.prepared_subject(flags, "alarm clock")
 
-    def parsed(**fields: object) -> tuple:
+    def parsed(**fields: object) -> TrainingFlags:
         run = Run(Method("m", **fields), "alarm clock", 7, (Point(150),))
-        return training_script.COMMAND_LINE.parse(dreambooth_runs.training_words(flags, run))
+        return TrainingFlags(*training_script.COMMAND_LINE.parse(dreambooth_runs.training_words(flags, run)))
 
-    data, prior, lora, optimizer, _, run, *_ = parsed(
-        flags="--learning_rate 0.01 --class_prompt '{class_prompt}'", class_images=9
-    )
-    assert (optimizer.learning_rate, run.seed, run.output_dir) == (0.01, 7, str(tmp_path / "runs/m/alarm_clock-7/lora"))
-    assert (lora.lora_blocks, data.instance_data_dir) == ("0,1", str(subject.captioned))
-    assert (prior.class_prompt, prior.num_class_images) == ("a photo of a alarm clock", 9)
-    data, _, lora, *_ = parsed(one_prompt=True)
-    assert (data.instance_data_dir, data.instance_prompt) == (str(subject.pictures), "a photo of sks alarm clock")
-    assert (lora.lora_layers, lora.lora_blocks) == (None, None)
-    assert parsed(one_prompt=True, flags="--lora_blocks 1")[2].lora_blocks == "1"
+    typed = parsed(flags="--learning_rate 0.01 --class_prompt '{class_prompt}'", class_images=9)
+    assert (typed.optimizer.learning_rate, typed.run.seed) == (0.01, 7)
+    assert typed.run.output_dir == str(tmp_path / "runs/m/alarm_clock-7/lora")
+    assert (typed.lora.lora_blocks, typed.data.instance_data_dir) == ("0,1", str(subject.captioned))
+    assert (typed.prior.class_prompt, typed.prior.num_class_images) == ("a photo of a alarm clock", 9)
+    typed = parsed(one_prompt=True)
+    pictures, prompt = str(subject.pictures), "a photo of sks alarm clock"
+    assert (typed.data.instance_data_dir, typed.data.instance_prompt) == (pictures, prompt)
+    assert (typed.lora.lora_layers, typed.lora.lora_blocks) == (None, None)
+    assert parsed(one_prompt=True, flags="--lora_blocks 1").lora.lora_blocks == "1"
 
 
 def test_stage_one_and_class_pictures_are_made_once_for_all_methods(sweep, tmp_path, monkeypatch, capsys):
