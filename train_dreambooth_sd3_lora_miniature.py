@@ -465,19 +465,31 @@ def train(
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
                 marks.append((training.step, time.perf_counter() - aside_s))
-            if at_end and accelerator.is_main_process:
-                outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
-            if flags.watch.saves_at(training.step) and accelerator.is_main_process:
-                outputs.save_lora_of_step(training)
-            if saves:
-                outputs.save_checkpoint(training, batches.state_dict(), accelerator)
+            save_what_is_due(training, batches, flags, outputs, saves, accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
-    return ms_a_step(marks)
+    return mean_step_ms(marks)
 
 
-def ms_a_step(marks: Sequence[tuple[int, float]]) -> float:
+def save_what_is_due(
+    training: Training,
+    batches: MicroBatches,
+    flags: TrainingFlags,
+    outputs: Outputs,
+    saves: bool,
+    accelerator: Accelerator,
+) -> None:
+    """Writes the LoRA at the end of the run, that of a step if asked for, and a checkpoint where `saves` says so."""
+    if training.step == training.steps and accelerator.is_main_process:
+        outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
+    if flags.watch.saves_at(training.step) and accelerator.is_main_process:
+        outputs.save_lora_of_step(training)
+    if saves:
+        outputs.save_checkpoint(training, batches.state_dict(), accelerator)
+
+
+def mean_step_ms(marks: Sequence[tuple[int, float]]) -> float:
     """The milliseconds of a step, without the first ones where there are more: those load, compile and capture.
 
     Args:
@@ -1205,8 +1217,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
-    prompts = validation_prompts(flags.watch)
-    data = open_data(request, prompts, output_dir, accelerator, flags.text.train_text_encoder)
+    data = open_data(request, validation_prompts(flags.watch), output_dir, accelerator, flags.text.train_text_encoder)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
