@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -51,6 +50,7 @@ from sd3_lora.common.command_line import (
     command_again,
     counted,
     exit_code,
+    first_line,
     forget_secrets,
     require_writable_folder,
 )
@@ -365,8 +365,7 @@ def look(
 
 def note_failure(what: str, step: int, error: BaseException) -> None:
     """Says that something between the steps failed, which stops no run."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    Progress.write(f"note: {what} of step {step} failed ({reason}): training goes on")
+    Progress.write(f"note: {what} of step {step} failed ({first_line(error)}): training goes on")
 
 
 def finish_pictures(validation: Validation | None) -> None:
@@ -1022,8 +1021,7 @@ def report(outputs: Outputs) -> None:
 
         print(f"wrote {write_report(outputs.folder)}: open it in a browser")
     except Exception as error:  # whatever it is: the run is done
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"note: the report was not written ({reason})")
+        print(f"note: the report was not written ({first_line(error)})")
 
 
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:

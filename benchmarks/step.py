@@ -42,7 +42,7 @@ import pandas as pd
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
-from memory import PROMPT, fabricate_stage_one, model_folder, with_clips
+from memory import PROMPT, fabricate_stage_one, model_folder, with_encoders
 from PIL import Image
 from placements import placement_of
 from timed_peer import Clock
@@ -320,7 +320,7 @@ def prepare_with_clips(name: str, models: Path) -> Path:
     """The same with CLIPs of full size, beside a short T5."""
     prepare_model(name, models)
     is_new = not (models / f"{name}-with-clips" / "model_index.json").is_file()
-    model = with_clips(models, name)
+    model = with_encoders(models, name, "clips")
     if is_new:
         save_short_t5(model)
     return model

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from sd3_lora.common.command_line import first_line
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.gpu.copy_stream import join_captured_copies
 
@@ -141,7 +142,7 @@ class CapturedCall:
             for each in (error, cause):
                 traceback.clear_frames(each.__traceback__)  # the frames hold the computed tensors
             self._give_up()
-            self.refusal = str(cause).splitlines()[0]
+            self.refusal = first_line(cause)
             self._log(f"not captured as a CUDA graph ({self.refusal}): kernels are launched one by one")
         finally:
             if is_new:

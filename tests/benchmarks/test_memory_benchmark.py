@@ -110,7 +110,7 @@ def test_the_other_scripts_tell_their_predictions(rows) -> None:
 
 def test_a_refused_run_is_a_row_with_its_sentence(rows) -> None:
     (refused,) = rows(case("--vram_budget_gib", "0.76", "--plan"))
-    assert refused["failed"].startswith("error: 0.8 GiB of GPU memory")
+    assert refused["failed"].startswith("error: 0.76 GiB of GPU memory")
     assert f"at least {refused['needed_gib']} GiB" in refused["failed"]
     first, second = case("--vram_budget_gib", "3", "--plan"), case("--vram_budget_gib", "0.76", "--plan")
     (row,) = rows(first, second, part="1/2")
