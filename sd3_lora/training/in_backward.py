@@ -33,8 +33,8 @@ from sd3_lora.training.stochastic_rounding import step_keys
 import torch
 
 UNTRAINED = "pos_embed.pos_embed"  # a buffer
-# Plain operations make a dozen float32 of each number that they update: 48 MiB for so many blocks.
-BLOCKS_AT_A_TIME = 4096
+# Plain operations make a dozen float32 of each number that they update: 12 MiB for so many blocks.
+BLOCKS_AT_A_TIME = 1024
 UPDATE_BYTES = 12 * 4 * BLOCK * BLOCKS_AT_A_TIME
 
 
