@@ -63,7 +63,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
+from sd3_lora.common.memory import GIB, drop_workspaces, free_disk_bytes, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
@@ -148,6 +148,7 @@ from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
+from sd3_lora.transformer.base_weights import base_bytes
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
@@ -1065,6 +1066,8 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     accelerator.print(f"nothing to do: {asked}; {longer}")
     if accelerator.is_main_process and not outputs.trained_path.exists():
         print(f"wrote {outputs.save_trained(training, outputs.folder)}, as it is at step {training.step}")
+    if accelerator.is_main_process and not (outputs.folder / "model_index.json").is_file():
+        write_model(outputs, training)
 
 
 def write_model(outputs: Outputs, training: Training) -> None:
@@ -1147,7 +1150,8 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
     """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
     if repo:
         folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        print(f"uploaded {folder} to {repo.upload(folder, 'LoRA after ' + counted(step, 'step'))}")
+        what = "transformer" if flags.trains_all else "LoRA"
+        print(f"uploaded {folder} to {repo.upload(folder, what + ' after ' + counted(step, 'step'))}")
 
 
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
@@ -1171,6 +1175,26 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     return chosen
 
 
+def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> None:
+    """Checks where a whole model is to go.
+
+    Raises:
+        UserError: its folder is the base's, or there is no room for it and its checkpoints.
+    """
+    folder = Path(flags.run.output_dir)
+    if folder.resolve() == files.folder.resolve():
+        raise UserError(f"--output_dir {folder} is the model that is trained, which --full would replace: give another")
+    weights = base_bytes(files, dtype)
+    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1)
+    kept = flags.run.checkpoints_total_limit or 1
+    needed, free = (kept + 1) * (weights + moments), free_disk_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / GIB:.1f} GiB of disk left, and --full writes up to {needed / GIB:.1f} GiB there "
+            f"({counted(kept + 1, 'checkpoint')} for a moment): make room, or give another --output_dir"
+        )
+
+
 def require_possible(
     flags: TrainingFlags, files: ModelFiles, plan: Plan, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -1182,6 +1206,8 @@ def require_possible(
     for component in ("transformer", *(CLIPS if flags.text.train_text_encoder else ())):
         files.component(component)
     head_width = files.read_config("transformer")["attention_head_dim"]
+    if flags.trains_all:
+        require_room_for_model(flags, files, dtype)
     require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)
     for form in flags.run.exports:

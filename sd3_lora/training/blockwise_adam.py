@@ -52,7 +52,7 @@ class Table:
 
     @classmethod
     def on(cls, device: torch.device, signed: bool) -> Table:
-        """bitsandbytes' table, from -1 or from 0 to 1."""
+        """The table of bitsandbytes, from -1 or from 0 to 1."""
         from bitsandbytes.functional import create_dynamic_map  # its import takes seconds, and only this needs it
 
         values = create_dynamic_map(signed=signed)

@@ -117,6 +117,8 @@ class TrainingFlags:
             yield ("--compile on has all gradients of a block in memory at once, and --full only one: leave one out")
         if self.run.exports:
             yield f"--export {self.run.exports[0]} is a form of a LoRA, and --full writes a whole model: leave it out"
+        if self.hub.hub_checkpoints == "lora":
+            yield "--hub_checkpoints lora uploads LoRAs, and --full trains none: type all or none"
         if self.watch.save_every_n_steps is not None:
             yield (
                 "--save_every_n_steps with --full would write the whole model each time: type --checkpointing_steps "
