@@ -239,7 +239,7 @@ def test_a_gpu_without_bf16_is_refused_with_the_reason(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     gpu = torch.device("cuda")
     for asked in (None, "fp16", "bf16"):
-        with pytest.raises(UserError, match="bf16, which Tesla T4 lacks.*add --mixed_precision no"):
+        with pytest.raises(UserError, match=r"bf16, which Tesla T4 lacks.*add --mixed_precision no"):
             choose_whole_dtype(asked, gpu)
     assert choose_whole_dtype("no", gpu).dtype == torch.float32
 
