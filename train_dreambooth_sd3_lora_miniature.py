@@ -689,11 +689,13 @@ def load_training(
         if flags.trains_all
         else load_lora(request, flags, planned, seed, accelerator, start)
     )
-    optimizer, lr_scheduler = (
-        make_optimizer_in_backward(flags.optimizer, trainables, planned.steps, seed, run.gradient_accumulation_steps)
-        if flags.trains_all
-        else make_optimizer(flags.optimizer, trainables, planned.steps)
-    )
+    if flags.trains_all:
+        window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
+        optimizer, lr_scheduler = make_optimizer_in_backward(
+            flags.optimizer, trainables, planned.steps, seed, window, by_chance
+        )
+    else:
+        optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
     torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     return Training(
         VelocityModel(arranged.transformer, dtype, arranged.ahead, clips),

@@ -105,11 +105,13 @@ class Settings:
         betas: the moments' decays.
         epsilon: beside the root of the second.
         max_norm: to which a tensor's gradient is clipped, by itself.
+        by_chance: whether bfloat16 weights are rounded so, or to the nearest.
     """
 
     betas: tuple[float, float]
     epsilon: float
     max_norm: float
+    by_chance: bool = True
 
 
 class Update(NamedTuple):
@@ -184,9 +186,11 @@ def _adamw(
     return kept * weights - rate * moved, first, second
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype, start: int, key: torch.Tensor) -> torch.Tensor:
+def _rounded(
+    values: torch.Tensor, dtype: torch.dtype, start: int, key: torch.Tensor, settings: Settings
+) -> torch.Tensor:
     """New weights in their dtype, bfloat16 by chance; `start` is the first one's place in its tensor."""
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or not settings.by_chance:
         return values.to(dtype)
     places = torch.arange(start, start + values.numel(), dtype=torch.int32, device=values.device)
     return round_stochastically(values, random_bits(places.view_as(values), key))
@@ -206,7 +210,7 @@ def update_small(
     """
     new, first, second = _adamw(weights.float(), gradient.float(), moments, update, settings)
     for old, result in zip(
-        (weights, *moments), (_rounded(new, weights.dtype, 0, update.key), first, second), strict=True
+        (weights, *moments), (_rounded(new, weights.dtype, 0, update.key, settings), first, second), strict=True
     ):
         old.copy_(torch.where(update.counts, result, old))
 
@@ -237,7 +241,7 @@ def update_blocks(
     )
     new, first, second = _adamw(weights.float(), gradient.float(), before, update, settings)
     results = (
-        _rounded(new, weights.dtype, start, update.key),
+        _rounded(new, weights.dtype, start, update.key, settings),
         *pack(first, tables.first),
         *pack(second, tables.second),
     )

@@ -96,7 +96,7 @@ def _make_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, st
 
 
 def make_optimizer_in_backward(
-    config: OptimizerConfig, weights: Trainables, steps: int, seed: int, window: int
+    config: OptimizerConfig, weights: Trainables, steps: int, seed: int, window: int, by_chance: bool
 ) -> tuple[AdamInBackward, Any]:
     """The optimizer of the whole transformer, and its schedule over so many steps.
 
@@ -106,11 +106,12 @@ def make_optimizer_in_backward(
         steps: of the whole run.
         seed: of the run.
         window: micro-batches of a step.
+        by_chance: whether bfloat16 weights are rounded so.
 
     Raises:
         UserError: as `make_optimizer`.
     """
-    settings = Settings(config.betas or (0.9, 0.999), config.epsilon or 0.0, config.max_grad_norm)
+    settings = Settings(config.betas or (0.9, 0.999), config.epsilon or 0.0, config.max_grad_norm, by_chance)
     by_name = {group.name: group.flat for group in weights.groups}
     rate = weights.groups[0].learning_rate
     optimizer = AdamInBackward(by_name, rate, config.adam_weight_decay, settings, seed, window)

@@ -171,6 +171,21 @@ def test_bfloat16_weights_move_as_float32_ones_do(script: Script, prepared: Prep
         assert 0.6 < along < 1.2, name
 
 
+def test_to_the_nearest_small_updates_are_lost(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+    words = ["--mixed_precision", "bf16", "--learning_rate", 1e-5]
+    train_full(script, prepared, tmp_path / "chance", *words)
+    train_full(script, prepared, tmp_path / "nearest", *words, "--weight_rounding", "nearest")
+    before = load_file(prepared.model / WEIGHTS)
+    names = [name for name in before if name.endswith("ff.net.2.weight")]
+    moved = {}
+    for kind in ("chance", "nearest"):
+        after = load_file(tmp_path / kind / WEIGHTS)
+        moved[kind] = sum(int((after[name] != before[name].bfloat16()).sum()) for name in names)
+    assert moved["nearest"] < 0.4 * moved["chance"]
+    run = train(script, prepared, tmp_path / "out", "--weight_rounding", "nearest", code=2)
+    assert run.error == "--weight_rounding nearest is of --full: add that, or leave it out"
+
+
 def test_equal_runs_are_equal_in_bfloat16(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     words = ["--mixed_precision", "bf16", "--checkpointing_steps", 2]
     for name in "ab":
