@@ -231,7 +231,7 @@ class Outputs:
 
     def save_trained(self, training: Training, folder: Path) -> Path:
         """Writes the LoRA with its average, or the whole transformer; returns the path."""
-        return self._save_transformer(training, folder) if training.in_backward else self.save_lora(training, folder)
+        return self.save_lora(training, folder) if self.files is None else self._save_transformer(training, folder)
 
     def _save_transformer(self, training: Training, folder: Path) -> Path:
         """Writes the transformer's folder under another name, and renames it. An earlier one is replaced."""
@@ -250,10 +250,18 @@ class Outputs:
             shutil.rmtree(old, ignore_errors=True)
         return path
 
-    def _link_transformer(self, folder: Path) -> None:
-        """The transformer that the end of the run has just written, in its checkpoint too, without a second copy."""
-        for path in sorted((self.folder / "transformer").iterdir()):
-            link_or_copy(path, folder / "transformer" / path.name)
+    def _save_whole_state(self, training: Training, folder: Path) -> None:
+        """Writes what of a whole transformer's checkpoint is too large for one file: weights and moments.
+
+        At the end of the run the weights have just been written, and are linked: no second copy on the disk.
+        """
+        assert training.in_backward is not None
+        if training.step == training.steps:
+            for path in sorted((self.folder / "transformer").iterdir()):
+                link_or_copy(path, folder / "transformer" / path.name)
+        else:
+            self._save_transformer(training, folder)
+        write_shards(folder / _MOMENTS, "moments{suffix}.safetensors", training.in_backward.tensors())
 
     def write_whole_model(self) -> None:
         """Puts what the transformer's folder lacks of a pipeline beside it: links to the base's files, or copies."""
@@ -302,12 +310,10 @@ class Outputs:
         random_states = gather_object([random_state(accelerator.device)])
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
-                if training.in_backward and training.step == training.steps:
-                    self._link_transformer(folder)
+                if self.files is not None:
+                    self._save_whole_state(training, folder)
                 else:
-                    self.save_trained(training, folder)
-                if training.in_backward:
-                    write_shards(folder / _MOMENTS, "moments{suffix}.safetensors", training.in_backward.tensors())
+                    self.save_lora(training, folder)
                 state = {
                     **training.state_dict(drawn),
                     "random": random_states,
@@ -335,7 +341,8 @@ class Outputs:
                 "another --output_dir for a new run"
             )
         training.load_state_dict(state)
-        if training.in_backward:
+        if self.files is not None:
+            assert training.in_backward is not None
             read_transformer(folder / "transformer", training.transformer)
             read_shards(folder / _MOMENTS, training.in_backward.tensors())
         if accelerator.process_index < len(
