@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from sd3_lora.common.command_line import first_line
@@ -54,7 +54,7 @@ class CapturedCall:
 
     Args:
         compute: tensors on the device → a tensor. It may change no memory but `changed`, and must draw nothing at
-            random.
+            random. What else it changes must stay as it is inside `rehearsal`.
         device: a GPU.
         changed: the tensors to which it adds; zero when it is first called.
         asked: whether the user asked for it. If not, a computation that cannot be captured runs without a graph.
@@ -63,6 +63,7 @@ class CapturedCall:
         most_shapes: how many shapes get a graph; one more, such as a last, smaller batch, ends the replays.
 
     Attributes:
+        rehearsal: the context in which it is tried out before a result counts.
         captured: whether it has been captured and replayed at least once.
         refusal: why it could not be captured; None where it was, or was not tried.
         gave_up: whether it computes plainly from now on, so that no graph of it is ever replayed again.
@@ -85,6 +86,7 @@ class CapturedCall:
         self._graphs: dict[_Shapes, _Captured] = {}  # in one pool, the largest first
         self._inputs: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by position; graphs share those of one shape
         self._aside: torch.cuda.Stream | None = None
+        self.rehearsal: Callable[[], AbstractContextManager[object]] = nullcontext
         self.captured = False
         self.gave_up = False
         self.refusal: str | None = None
@@ -94,7 +96,8 @@ class CapturedCall:
         shapes = tuple(tensor.shape for tensor in inputs)
         if not self.gave_up and shapes not in self._graphs:
             if shapes in self._compared or len(self._compared) < self._most_shapes:
-                self._capture(shapes, inputs)
+                with self.rehearsal():
+                    self._capture(shapes, inputs)
             else:
                 self._give_up()
         captured = self._graphs.get(shapes)

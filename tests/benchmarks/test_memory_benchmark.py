@@ -213,6 +213,15 @@ def test_a_lora_of_the_clips(rows) -> None:
     assert found["predicted_gib"] > without["predicted_gib"]
 
 
+def test_the_whole_transformer(rows) -> None:
+    cases = list(memory.SETS["full"]())
+    assert all("--full" in each.flags for each in cases)
+    assert {each.model for each in cases} == {"sd3-medium", "sd3.5-medium", "sd3.5-large"}
+    (found,) = rows(case("--full", "--mixed_precision", "bf16", "--vram_budget_gib", "3"))
+    assert found["parts_gib"]["optimizer"] > 0
+    assert "LoRA and optimizer" not in found["parts_gib"]
+
+
 def test_the_largest_size_that_fits_a_card(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "SIZES_PX", (64, 512))
     cases = list(memory.SETS["cards_run"]())
