@@ -133,11 +133,10 @@ def test_no_command_recomputes_all_blocks_whatever_fits() -> None:
 
 @pytest.mark.parametrize("group", [BaseFlags, StepFlags])
 def test_every_trick_has_its_flag_in_the_documents(group: type) -> None:
-    for document, section in (("README.md", "Where the memory goes"), ("docs/memory.md", "The flags")):
-        text = (PROJECT / document).read_text(encoding="utf-8")
-        (found,) = re.findall(rf"^## {section}.*?(?=^## )", text, re.DOTALL | re.MULTILINE)
-        for flag in fields(group):
-            assert f"`--{flag.name}" in found or flag.name == "gradient_checkpointing", (document, flag.name)
+    text = (PROJECT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^## The flags.*?(?=^## )", text, re.DOTALL | re.MULTILINE)
+    for flag in fields(group):
+        assert f"`--{flag.name}" in found, flag.name
 
 
 def test_the_architecture_names_every_file_and_no_other() -> None:
@@ -160,6 +159,39 @@ def test_the_python_code(script, tiny_sd3: Path, prepared, tmp_path: Path, monke
     names: dict[str, object] = {}
     exec(lines, names)
     assert names["pipeline"].get_active_adapters() == ["default_0"]
+
+
+def rows_of(document: str) -> dict[str, str]:
+    """The tables' rows of six trainers by their first cell, without the numbers of sources."""
+    text = re.sub(r" \[\d\]", "", (PROJECT / document).read_text(encoding="utf-8"))
+    return {
+        line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 6
+    }
+
+
+def test_other_trainers_are_told_alike_in_both_documents() -> None:
+    short, long = rows_of("README.md"), rows_of("docs/comparison.md")
+    assert len(short) >= 10
+    assert all(long.get(name) == line for name, line in short.items() if not name.startswith(("| |", "| ---"))), short
+    read_on = r"ead from their code and documents on (\d{4}-\d\d-\d\d)"
+    dates = [re.findall(read_on, (PROJECT / name).read_text()) for name in ("README.md", "docs/comparison.md")]
+    assert dates[0] == dates[1]
+    assert len(dates[0]) == 1
+
+
+def test_the_readme_fits_in_as_many_lines_as_before() -> None:
+    """Evidence belongs into docs/."""
+    assert (PROJECT / "README.md").read_text(encoding="utf-8").count("\n") <= 500
+
+
+@pytest.mark.parametrize("document", ["glossary.md", "comparison.md", "memory.md"])
+def test_links_of_new_documents_lead_somewhere(document: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", (PROJECT / "docs" / document).read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = PROJECT / "docs" / (name or document)
+        assert target.exists(), link
+        titles = re.findall(r"^##+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, link
 
 
 def test_links_lead_somewhere() -> None:

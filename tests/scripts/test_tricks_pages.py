@@ -1,4 +1,4 @@
-"""The pages of docs/tricks: four parts each, linked names that exist, commands that run, tables of committed results."""
+"""The pages of docs/tricks: four parts each, linked names that are there, commands that run, committed results."""
 
 from __future__ import annotations
 
