@@ -308,15 +308,17 @@ def drawn(rows: Sequence[Row], title: str) -> str:
         ".before{fill:#0969da}.work{fill:#54aeff}@media(prefers-color-scheme:dark){svg{background:#0d1117}"
         "text{fill:#e6edf3}.low{fill:#9198a1}.before{fill:#1f6feb}.work{fill:#79c0ff}}</style>",
         f'<text x="12" y="22">{html.escape(title)}</text>',
+        '<text class="low" x="240" y="46">dark: libraries and weights, before training</text>'
         '<text class="low" x="600" y="46">GiB</text><text class="low" x="650" y="46">ms a step</text>'
         '<text class="low" x="730" y="46">numbers</text>',
     ]
     for place, row in enumerate(rows):
-        y, before, whole = 52 + 26 * place, 340 * row.before_gib / most, 340 * row.peak_gib / most
+        y, whole = 52 + 26 * place, 340 * row.peak_gib / most
+        loaded = 340 * row.before_gib / most if row.part == TRAINING else 0.0
         lines += [
             f'<text x="12" y="{y + 15}">{html.escape(row.name)}</text>',
             f'<rect class="work" x="240" y="{y + 3}" width="{whole:.1f}" height="16"/>',
-            f'<rect class="before" x="240" y="{y + 3}" width="{min(before, whole):.1f}" height="16"/>',
+            f'<rect class="before" x="240" y="{y + 3}" width="{min(loaded, whole):.1f}" height="16"/>',
             f'<text x="600" y="{y + 15}">{row.peak_gib:.2f}</text>',
             f'<text class="low" x="650" y="{y + 15}">{shown(row.step_ms, ".0f")}</text>',
             f'<text class="low" x="730" y="{y + 15}">{html.escape(row.numbers)}</text>',
@@ -379,7 +381,7 @@ def run(argv: Sequence[str] | None) -> None:
     name = "the miniature" if model == str(MINIATURE) else model
     what = "GiB of GPU memory for tensors" if device.type == "cuda" else "GiB of host memory"
     title = f"{name} at {resolution} px on {machine}: {what}"
-    print(f"{title}; some {'minutes' if device.type == 'cuda' else 'two minutes'}, one process a row", flush=True)
+    print(f"{title}; a minute or two, one process a row", flush=True)
     rows = measure(config, model, resolution, device)
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
