@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.devices import cuda_install
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
@@ -113,6 +114,37 @@ def test_the_miniature_s_figures_are_those_of_its_results() -> None:
     text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
     assert f"shows the subject in {subject['diffusers_defaults']} of pictures" in text
     assert f"it is {subject['diffusers']}, and {subject['ours']} with ours" in text
+
+
+def result_of(name: str) -> dict[str, Any]:
+    return json.loads((PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_times_are_those_of_their_results() -> None:
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    step = {(row["name"], row["resolution"]): row["ms"] for row in result_of("step-h200")["rows"]}
+    first = {size: step["diffusers' sd3_lora_colab", size] for size in (1024, 512)}
+    for name, at_1024, at_512 in (("replayed", 5, 12), ("compiled and replayed", 7, 17)):
+        assert [round(first[size] / step[f"ours, {name}", size]) for size in (1024, 512)] == [at_1024, at_512]
+    assert "takes a fifth of the time of the script that this project follows, and a twelfth at 512 px" in text
+    assert "compiled, a seventh and a seventeenth" in text
+    job = {row["name"]: row["job_s"] for row in result_of("stages-job-h100")["rows"] if "job_s" in row}
+    ours, reference = (round(job[f"{who}: photos to LoRA"]) for who in ("ours", "the reference"))
+    assert f"the three scripts took {ours} s on an H100. The reference's two take {reference}" in text
+    assert f"five photos, 500 steps of four at 1024 px: {ours} s on an H100" in text
+    one, two = (row["images_per_s"] for row in result_of("step-gpus-h200")["rows"][:2])
+    assert f"{two / one:.2f} times as many pictures a second" in text
+
+
+def test_what_is_said_of_prior_terms_is_as_measured() -> None:
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    step = {row["name"]: row["ms"] for row in result_of("prior-h200")["rows"]}
+    assert f"at {step['`prediction`'] / step['no prior term']:.1f} times the time of a step" in text
+    means = {method["name"]: method["means"] for method in result_of("methods-miniature-h200")["methods"]}
+    best, plain = max(means.values(), key=lambda scores: scores["subject"] + scores["drift"]), means["baseline"]
+    assert f"shows the subject in {best['subject']:.0f} % of pictures and forgets {100 - best['drift']:.0f} %" in text
+    assert f"without a prior term it is {plain['subject']:.0f} and {100 - plain['drift']:.0f}" in text
+    assert f"of {len(result_of('methods-one-seed-miniature-h200')['methods'])} methods the best" in text
 
 
 def test_commands_are_on_short_lines() -> None:
