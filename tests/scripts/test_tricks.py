@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import TRAINING_SCRIPT
 from safetensors.torch import save_file
+from small_transformer import needs_gpu
 
 STAGE_ONE = ["text encoders, one at a time", "VAE, whole pictures", "VAE, pictures in tiles"]
 ON_CPU = [
@@ -70,6 +71,20 @@ def test_the_ladder_of_a_small_model(run_scripts, tiny_sd3: Path, tmp_path: Path
     assert "all blocks recomputed          --recompute_blocks" in out
     assert (tmp_path / "tricks" / "ladder.svg").read_text().count('class="work"') == 10
     assert [path.name for path in sorted((tmp_path / "tricks").iterdir())] == ["ladder.json", "ladder.svg"]
+
+
+@needs_gpu
+def test_the_ladder_on_a_gpu(tmp_path: Path) -> None:
+    """Of the miniature, in processes: with the rows that change something on a GPU alone."""
+    flags = ["--resolution", "128", "--max_train_steps", "2", "--device", "cuda", "--output_dir", str(tmp_path)]
+    assert tricks.main(flags) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
+    assert len(rows) == len(STAGE_ONE) + len(ON_CPU) + 3
+    assert {name: row["failed"] for name, row in rows.items() if row["failed"]} == {}
+    recomputed, streamed = rows["all blocks recomputed"], rows["instead: 16-bit base streamed"]
+    assert recomputed["peak_gib"] < rows["Adam's state in 8 bits"]["peak_gib"]
+    assert streamed["peak_gib"] < recomputed["peak_gib"]
+    assert streamed["host_gib"] > 0
 
 
 def test_the_training_script_takes_the_flags_of_each_rung() -> None:
