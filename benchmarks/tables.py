@@ -486,18 +486,25 @@ def _stage_cell(key: str, value: Any) -> str:
 
 
 def tricks_table(result: dict[str, Any]) -> str:
-    """The ladder of `python -m sd3_lora.tricks`: one trick a row, its memory, its step's time, and its numbers."""
-    where = "host" if result["device"] == "cpu" else "device"
-    lines = [f"| | by | {where} GiB | of it loaded | ms a step | numbers |", "| --- | --- | ---: | ---: | ---: | --- |"]
-    for row in _measured_rows(result):
-        is_training = row["part"] == "training"
-        loaded = f"{row['before_gib']:.2f}" if is_training else ""
-        step = f"{row['step_ms']:.0f}" if is_training else ""
-        sizes = f"{row['peak_gib']:.2f} | {loaded} | {step}"
-        lines.append(f"| {row['name']} | `{row['trick']}` | {sizes} | {row['numbers']} |")
-    said = f"The {result['model'].removeprefix('the ')} at {result['resolution_px']} px, one picture a step"
+    """The ladder of `python -m sd3_lora.tricks`: one trick a row, its memory, its step's time, and its numbers.
+
+    Columns of training stand only where a row has them.
+    """
+    rows, where = _measured_rows(result), "host" if result["device"] == "cpu" else "device"
+    trains = any(row["part"] == "training" for row in rows)
+    more = " of it loaded | ms a step | numbers |" if trains else ""
+    lines = [f"| | by | {where} GiB |{more}", "| --- | --- | ---: |" + (" ---: | ---: | --- |" if trains else "")]
+    for row in rows:
+        line = f"| {row['name']} | `{row['trick']}` | {row['peak_gib']:.2f} |"
+        if row["part"] == "training":
+            line += f" {row['before_gib']:.2f} | {row['step_ms']:.0f} | {row['numbers']} |"
+        elif trains:
+            line += " | | |"
+        lines.append(line)
+    said = f"The {result['model'].removeprefix('the ')} at {result['resolution_px']} px, one picture at a time"
     machine = f"{result['machine']}, {result['date']}, torch {result['versions']['torch']}"
-    return "\n".join([*lines, "", f"{said}. {machine}; numbers: the trained LoRA beside that of an earlier row."])
+    numbers = "; numbers: the trained LoRA beside that of an earlier row" if trains else ""
+    return "\n".join([*lines, "", f"{said}. {machine}{numbers}."])
 
 
 def exchange_table(result: dict[str, Any]) -> str:

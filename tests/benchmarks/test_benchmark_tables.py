@@ -73,7 +73,15 @@ def test_the_ladder_of_the_miniature():
     lines = tables.tricks_table(result).splitlines()
     assert lines[0] == "| | by | host GiB | of it loaded | ms a step | numbers |"
     assert lines[2] == "| recomputed | `--recompute_blocks 6` | 0.50 | 0.25 | 12 | the same bits |"
-    assert lines[4].startswith("The miniature at 64 px, one picture a step. M, D, torch 1;")
+    assert lines[4].startswith("The miniature at 64 px, one picture at a time. M, D, torch 1; numbers:")
+    before = {**row, "part": "stage one", "name": "VAE", "trick": "--vae_tile 256"}
+    assert tables.tricks_table({**result, "rows": [before, row]}).splitlines()[2] == (
+        "| VAE | `--vae_tile 256` | 0.50 | | | |"
+    )
+    lines = tables.tricks_table({**result, "rows": [before]}).splitlines()
+    assert lines[0] == "| | by | host GiB |"
+    assert lines[2] == "| VAE | `--vae_tile 256` | 0.50 |"
+    assert lines[4] == "The miniature at 64 px, one picture at a time. M, D, torch 1."
 
 
 def test_the_reckoned_buffers_are_what_their_command_prints(capsys):

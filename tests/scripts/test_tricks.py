@@ -76,7 +76,7 @@ def test_the_ladder_of_a_small_model(run_scripts, tiny_sd3: Path, tmp_path: Path
 @needs_gpu
 def test_the_ladder_on_a_gpu(tmp_path: Path) -> None:
     """Of the miniature, in processes: with the rows that change something on a GPU alone."""
-    flags = ["--resolution", "128", "--max_train_steps", "2", "--device", "cuda", "--output_dir", str(tmp_path)]
+    flags = ["--resolution", "512", "--max_train_steps", "2", "--device", "cuda", "--output_dir", str(tmp_path)]
     assert tricks.main(flags) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "ladder.json").read_text())["rows"]}
     assert len(rows) == len(STAGE_ONE) + len(ON_CPU) + 3
