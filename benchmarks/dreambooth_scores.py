@@ -115,18 +115,24 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def methods_table(result: dict[str, Any]) -> str:
-    """A row for each method, best subject first, with standard errors over subjects; and the targets; in markdown."""
-    lines = ["| method | told | subject, % | prompt, % | drift, % |", "| --- | --- | ---: | ---: | ---: |"]
+    """A row for each method, best subject first, with standard errors over subjects; and the targets; in markdown.
+
+    What each was told stands below the table, by its number: flags are too long for a column.
+    """
+    lines = ["| | method | subject, % | prompt, % | drift, % |", "| ---: | --- | ---: | ---: | ---: |"]
     best_first = sorted(result["methods"], key=lambda method: (method["one_prompt"], -method["means"]["subject"]))
-    for method in best_first:
+    for number, method in enumerate(best_first, start=1):
         cells = []
         for name in TARGETS:
             mean, error = method["means"][name], method["standard_errors"][name]
             cells.append("–" if mean is None else f"{mean:.1f}" + ("" if error is None else f" ± {error:.1f}"))
-        lines.append(f"| {method['name']} | {told(method)} | {' | '.join(cells)} |")
+        lines.append(f"| {number} | {method['name']} | {' | '.join(cells)} |")
     for kind, targets in result["targets"].items():
-        lines.append(f"| target, {kind} | | {' | '.join(f'≥ {targets[name]:.0f}' for name in TARGETS)} |")
-    return "\n".join(lines)
+        lines.append(f"| | target, {kind} | {' | '.join(f'≥ {targets[name]:.0f}' for name in TARGETS)} |")
+    all_told = [f"{number}. {told(method) or 'nothing more'}" for number, method in enumerate(best_first, start=1)]
+    return "\n".join(
+        [*lines, "", "<details>", "<summary>What each was told</summary>", "", *all_told, "", "</details>"]
+    )
 
 
 def told(method: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Prints a result as the Markdown table that the documents show, or has the documents show it.
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
-python benchmarks/tables.py --fill README.md docs/*.md
+python benchmarks/tables.py benchmarks/results/ladder-h100.json --rows "latents cached" "base in fp16"
+python benchmarks/tables.py --fill README.md docs/*.md docs/tricks/*.md
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from placements import streaming
 
 PROJECT = Path(__file__).resolve().parent.parent
 # In a document: the command with the result's path, the table, the end.
-NAMED = re.compile(r"(<!-- python benchmarks/tables\.py (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NAMED = re.compile(r"(<!-- python benchmarks/tables\.py ([^\n]+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def pipeline_table(result: dict[str, Any]) -> str:
@@ -91,6 +93,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "buckets": ratio_table,
         "validation": validation_table,
         "predictions": predictions_table,
+        "tricks": tricks_table,
     }
     return tables[re.split(r"[-.]", name)[0]]
 
@@ -266,7 +269,7 @@ def _cell(exact: dict[str, Any], auto: dict[str, Any]) -> str:
 
 def _measured_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What ran, without the rows that only warmed the machine up."""
-    return [row for row in result["rows"] if row["name"] != "warm-up" and "failed" not in row]
+    return [row for row in result["rows"] if row["name"] != "warm-up" and not row.get("failed")]
 
 
 def text_table(result: dict[str, Any]) -> str:
@@ -482,6 +485,28 @@ def _stage_cell(key: str, value: Any) -> str:
     return "×".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def tricks_table(result: dict[str, Any]) -> str:
+    """The ladder of `python -m sd3_lora.tricks`: one trick a row, its memory, its step's time, and its numbers.
+
+    Columns of training stand only where a row has them.
+    """
+    rows, where = _measured_rows(result), "host" if result["device"] == "cpu" else "device"
+    trains = any(row["part"] == "training" for row in rows)
+    more = " of it loaded | ms a step | numbers |" if trains else ""
+    lines = [f"| | by | {where} GiB |{more}", "| --- | --- | ---: |" + (" ---: | ---: | --- |" if trains else "")]
+    for row in rows:
+        line = f"| {row['name']} | `{row['trick']}` | {row['peak_gib']:.2f} |"
+        if row["part"] == "training":
+            line += f" {row['before_gib']:.2f} | {row['step_ms']:.0f} | {row['numbers']} |"
+        elif trains:
+            line += " | | |"
+        lines.append(line)
+    said = f"The {result['model'].removeprefix('the ')} at {result['resolution_px']} px, one picture at a time"
+    machine = f"{result['machine']}, {result['date']}, torch {result['versions']['torch']}"
+    numbers = "; numbers: the trained LoRA beside that of an earlier row" if trains else ""
+    return "\n".join([*lines, "", f"{said}. {machine}{numbers}."])
+
+
 def exchange_table(result: dict[str, Any]) -> str:
     """What averaging a gradient takes, by its size."""
     lines = ["| gradient MiB | ms | GB/s each way |", "| ---: | ---: | ---: |"]
@@ -495,23 +520,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of results/, or Markdown files to fill.")
     parser.add_argument("--fill", action="store_true", help="Put into the Markdown files the tables that they name.")
+    parser.add_argument("--rows", nargs="+", help="Names of the rows to show. Default: all.")
     flags = parser.parse_args(argv)
     for path in flags.files:
         if flags.fill:
             path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
-            print(printed(path))
+            print(printed(path, flags.rows))
     return 0
 
 
-def printed(path: Path) -> str:
-    """The table of a result."""
-    return printer(path.name)(json.loads(path.read_text(encoding="utf-8")))
+def printed(path: Path, rows: Sequence[str] | None = None) -> str:
+    """The table of a result, or of its rows with these names.
+
+    Raises:
+        ValueError: the result has no row of a name.
+    """
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if rows:
+        unknown = set(rows) - {row["name"] for row in result["rows"]}
+        if unknown:
+            raise ValueError(f"{path} has no rows {sorted(unknown)}")
+        result["rows"] = [row for row in result["rows"] if row["name"] in rows]
+    return printer(path.name)(result)
 
 
 def filled(text: str) -> str:
     """A document in which each table stands that a comment above it names by its command."""
-    return NAMED.sub(lambda found: f"{found[1]}{printed(PROJECT / found[2])}\n{found[4]}", text)
+
+    def table_of(found: re.Match[str]) -> str:
+        name, *others = shlex.split(found[2])
+        return f"{found[1]}{printed(PROJECT / name, others[1:])}\n{found[4]}"
+
+    return NAMED.sub(table_of, text)
 
 
 if __name__ == "__main__":

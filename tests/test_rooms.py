@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "drawing": ["stage_one", "transformer", "common", "gpu"],
     "reporting": ["plan", "training", "drawing", "stage_one", "transformer", "common", "gpu"],
 }
-COMMANDS = ["convert", "export", "losses", "merge", "report"]  # python -m sd3_lora.NAME
+COMMANDS = ["convert", "export", "losses", "merge", "report", "tricks"]  # python -m sd3_lora.NAME
 FORBIDDEN = [(room, other) for room in ROOMS for other in ROOMS if other != room and other not in MAY_IMPORT[room]]
 
 

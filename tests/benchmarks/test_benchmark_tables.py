@@ -48,6 +48,42 @@ def test_a_document_is_filled_with_the_tables_that_it_names(tmp_path):
     assert old.read_text(encoding="utf-8") == text
 
 
+def test_some_rows_of_a_result(capsys):
+    path = PROJECT / "benchmarks" / "results" / "ladder-h100.json"
+    assert tables.main([str(path), "--rows", "base in fp16", "latents cached"]) == 0
+    shown = [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines()[2:-2]]
+    assert shown == ["| latents cached", "| base in fp16"]
+    with pytest.raises(ValueError, match="no rows"):
+        tables.printed(path, ["base in fp17"])
+
+
+def test_a_document_may_name_rows():
+    text = '<!-- python benchmarks/tables.py benchmarks/results/flags-h100.json --rows "--compile on" -->\n<!-- end -->'
+    lines = tables.filled(text).splitlines()
+    assert lines[3].startswith("| `--compile on` | 9.96 | 8.68 |")
+    assert lines[-1] == "<!-- end -->"
+    assert tables.filled(tables.filled(text)) == tables.filled(text)
+
+
+def test_the_ladder_of_the_miniature():
+    row = {"part": "training", "name": "recomputed", "trick": "--recompute_blocks 6", "before_gib": 0.25}
+    row |= {"peak_gib": 0.5, "step_ms": 12.4, "numbers": "the same bits", "failed": ""}
+    result = {"model": "the miniature", "resolution_px": 64, "device": "cpu", "machine": "M", "date": "D"}
+    result |= {"versions": {"torch": "1"}, "rows": [row, {**row, "name": "no", "failed": "why"}]}
+    lines = tables.tricks_table(result).splitlines()
+    assert lines[0] == "| | by | host GiB | of it loaded | ms a step | numbers |"
+    assert lines[2] == "| recomputed | `--recompute_blocks 6` | 0.50 | 0.25 | 12 | the same bits |"
+    assert lines[4].startswith("The miniature at 64 px, one picture at a time. M, D, torch 1; numbers:")
+    before = {**row, "part": "stage one", "name": "VAE", "trick": "--vae_tile 256"}
+    assert tables.tricks_table({**result, "rows": [before, row]}).splitlines()[2] == (
+        "| VAE | `--vae_tile 256` | 0.50 | | | |"
+    )
+    lines = tables.tricks_table({**result, "rows": [before]}).splitlines()
+    assert lines[0] == "| | by | host GiB |"
+    assert lines[2] == "| VAE | `--vae_tile 256` | 0.50 |"
+    assert lines[4] == "The miniature at 64 px, one picture at a time. M, D, torch 1."
+
+
 def test_the_reckoned_buffers_are_what_their_command_prints(capsys):
     assert stream_buffers.main([]) == 0
     assert f"<!-- python benchmarks/stream_buffers.py -->\n{capsys.readouterr().out}<!-- end -->" in (

@@ -313,9 +313,12 @@ def test_the_result_has_every_count_and_prints_as_a_table(sweep, tmp_path, capsy
     capsys.readouterr()
     assert tables.main([str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == "| plain |  | 50.0 | 100.0 | – |"
-    assert lines[3] == "| flips | `--learning_rate 1e-3`; stage one: `--random_flip` | 50.0 | 100.0 | – |"
-    assert lines[4] == "| target, captions | | ≥ 92 | ≥ 98 | ≥ 97 |"
+    assert lines[2] == "| 1 | plain | 50.0 | 100.0 | – |"
+    assert lines[3] == "| 2 | flips | 50.0 | 100.0 | – |"
+    assert lines[4] == "| | target, captions | ≥ 92 | ≥ 98 | ≥ 97 |"
+    told = lines.index("<summary>What each was told</summary>")
+    assert lines[told + 2] == "1. nothing more"
+    assert lines[told + 3] == "2. `--learning_rate 1e-3`; stage one: `--random_flip`"
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ finally:
     assert "\nHow much memory may be used; every script has these flags:\n" in shown.stdout
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *COMMANDS, "sd3_lora.report"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *COMMANDS, "sd3_lora.report", "sd3_lora.tricks"])
 def test_an_interruption_in_the_first_moment_shows_no_traceback(script: str) -> None:
     """Before the command line is read, while Python imports our first module."""
     code = f"""

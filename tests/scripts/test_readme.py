@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.devices import cuda_install
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
@@ -115,6 +116,37 @@ def test_the_miniature_s_figures_are_those_of_its_results() -> None:
     assert f"it is {subject['diffusers']}, and {subject['ours']} with ours" in text
 
 
+def result_of(name: str) -> dict[str, Any]:
+    return json.loads((PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_times_are_those_of_their_results() -> None:
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    step = {(row["name"], row["resolution"]): row["ms"] for row in result_of("step-h200")["rows"]}
+    first = {size: step["diffusers' sd3_lora_colab", size] for size in (1024, 512)}
+    for name, at_1024, at_512 in (("replayed", 5, 12), ("compiled and replayed", 7, 17)):
+        assert [round(first[size] / step[f"ours, {name}", size]) for size in (1024, 512)] == [at_1024, at_512]
+    assert "takes a fifth of the time of the script that this project follows, and a twelfth at 512 px" in text
+    assert "compiled, a seventh and a seventeenth" in text
+    job = {row["name"]: row["job_s"] for row in result_of("stages-job-h100")["rows"] if "job_s" in row}
+    ours, reference = (round(job[f"{who}: photos to LoRA"]) for who in ("ours", "the reference"))
+    assert f"the three scripts took {ours} s on an H100. The reference's two take {reference}" in text
+    assert f"five photos, 500 steps of four at 1024 px: {ours} s on an H100" in text
+    one, two = (row["images_per_s"] for row in result_of("step-gpus-h200")["rows"][:2])
+    assert f"{two / one:.2f} times as many pictures a second" in text
+
+
+def test_what_is_said_of_prior_terms_is_as_measured() -> None:
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    step = {row["name"]: row["ms"] for row in result_of("prior-h200")["rows"]}
+    assert f"at {step['`prediction`'] / step['no prior term']:.1f} times the time of a step" in text
+    means = {method["name"]: method["means"] for method in result_of("methods-miniature-h200")["methods"]}
+    best, plain = max(means.values(), key=lambda scores: scores["subject"] + scores["drift"]), means["baseline"]
+    assert f"shows the subject in {best['subject']:.0f} % of pictures and forgets {100 - best['drift']:.0f} %" in text
+    assert f"without a prior term it is {plain['subject']:.0f} and {100 - plain['drift']:.0f}" in text
+    assert f"of {len(result_of('methods-one-seed-miniature-h200')['methods'])} methods the best" in text
+
+
 def test_commands_are_on_short_lines() -> None:
     lines = [line for document in DOCUMENTS for block in blocks("bash", document) for line in block.splitlines()]
     assert [line for line in lines if len(line) > LONGEST_COMMAND_LINE] == []
@@ -133,11 +165,10 @@ def test_no_command_recomputes_all_blocks_whatever_fits() -> None:
 
 @pytest.mark.parametrize("group", [BaseFlags, StepFlags])
 def test_every_trick_has_its_flag_in_the_documents(group: type) -> None:
-    for document, section in (("README.md", "Where the memory goes"), ("docs/memory.md", "The flags")):
-        text = (PROJECT / document).read_text(encoding="utf-8")
-        (found,) = re.findall(rf"^## {section}.*?(?=^## )", text, re.DOTALL | re.MULTILINE)
-        for flag in fields(group):
-            assert f"`--{flag.name}" in found or flag.name == "gradient_checkpointing", (document, flag.name)
+    text = (PROJECT / "docs" / "memory.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"^## The flags.*?(?=^## )", text, re.DOTALL | re.MULTILINE)
+    for flag in fields(group):
+        assert f"`--{flag.name}" in found, flag.name
 
 
 def test_the_architecture_names_every_file_and_no_other() -> None:
@@ -160,6 +191,39 @@ def test_the_python_code(script, tiny_sd3: Path, prepared, tmp_path: Path, monke
     names: dict[str, object] = {}
     exec(lines, names)
     assert names["pipeline"].get_active_adapters() == ["default_0"]
+
+
+def rows_of(document: str) -> dict[str, str]:
+    """The tables' rows of six trainers by their first cell, without the numbers of sources."""
+    text = re.sub(r" \[\d\]", "", (PROJECT / document).read_text(encoding="utf-8"))
+    return {
+        line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 6
+    }
+
+
+def test_other_trainers_are_told_alike_in_both_documents() -> None:
+    short, long = rows_of("README.md"), rows_of("docs/comparison.md")
+    assert len(short) >= 10
+    assert all(long.get(name) == line for name, line in short.items() if not name.startswith(("| |", "| ---"))), short
+    read_on = r"ead from their code and documents on (\d{4}-\d\d-\d\d)"
+    dates = [re.findall(read_on, (PROJECT / name).read_text()) for name in ("README.md", "docs/comparison.md")]
+    assert dates[0] == dates[1]
+    assert len(dates[0]) == 1
+
+
+def test_the_readme_fits_in_as_many_lines_as_before() -> None:
+    """Evidence belongs into docs/."""
+    assert (PROJECT / "README.md").read_text(encoding="utf-8").count("\n") <= 500
+
+
+@pytest.mark.parametrize("document", ["glossary.md", "comparison.md", "memory.md"])
+def test_links_of_new_documents_lead_somewhere(document: str) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", (PROJECT / "docs" / document).read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = PROJECT / "docs" / (name or document)
+        assert target.exists(), link
+        titles = re.findall(r"^##+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}, link
 
 
 def test_links_lead_somewhere() -> None:
