@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
-from sd3_lora.training.checkpoints import checkpoint_folders
+from sd3_lora.training.checkpoints import RECORD, checkpoint_folders
 from sd3_lora.training.gallery import SAMPLES, find_pictures, find_sheet
 from sd3_lora.training.hub_flags import HUB_FLAGS
 from sd3_lora.training.model_card import FOLDER_IN_CARD, NOTICE, NOTICE_FILE
@@ -67,7 +67,8 @@ def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
             yield path
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
-            yield from sorted(folder.glob("*" if checkpoints == "all" else "pytorch_lora_weights*.safetensors"))
+            wanted = "*" if checkpoints == "all" else "pytorch_lora_weights*.safetensors"
+            yield from sorted(path for path in folder.glob(wanted) if path.name != RECORD)  # it names folders
 
 
 def _copy_picture(path: Path, copy: Path) -> None:
