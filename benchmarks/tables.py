@@ -1,7 +1,8 @@
 """Prints a result as the Markdown table that the documents show, or has the documents show it.
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
-python benchmarks/tables.py --fill README.md docs/*.md
+python benchmarks/tables.py benchmarks/results/cards_run-h200.json --rows T4
+python benchmarks/tables.py --fill README.md docs/*.md colab/*.ipynb
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from dreambooth_scores import methods_table, table
 from placements import streaming
 
 PROJECT = Path(__file__).resolve().parent.parent
-# In a document: the command with the result's path, the table, the end.
-NAMED = re.compile(r"(<!-- python benchmarks/tables\.py (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+# In a document: the command with the result's path and perhaps a word of the rows that are shown, the table, the end.
+NAMED = re.compile(
+    r"(<!-- python benchmarks/tables\.py (?P<path>\S+)(?: --rows (?P<rows>\S+))? -->\n)(.*?)(?P<end><!-- end -->)",
+    re.DOTALL,
+)
 
 
 def pipeline_table(result: dict[str, Any]) -> str:
@@ -494,24 +498,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of results/, or Markdown files to fill.")
-    parser.add_argument("--fill", action="store_true", help="Put into the Markdown files the tables that they name.")
+    parser.add_argument(
+        "--fill", action="store_true", help="Put into Markdown files and notebooks the tables they name."
+    )
+    parser.add_argument("--rows", help="Show only the rows that have this text.")
     flags = parser.parse_args(argv)
     for path in flags.files:
         if flags.fill:
-            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+            fill = filled_notebook if path.suffix == ".ipynb" else filled
+            path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
-            print(printed(path))
+            print(printed(path, flags.rows))
     return 0
 
 
-def printed(path: Path) -> str:
-    """The table of a result."""
-    return printer(path.name)(json.loads(path.read_text(encoding="utf-8")))
+def printed(path: Path, rows: str | None = None) -> str:
+    """The table of a result, or of it the rows that have a text."""
+    lines = printer(path.name)(json.loads(path.read_text(encoding="utf-8"))).splitlines()
+    is_row = [line.startswith("|") and index > 1 for index, line in enumerate(lines)]  # behind the two of the head
+    return "\n".join(line for line, row in zip(lines, is_row, strict=True) if not row or rows is None or rows in line)
 
 
 def filled(text: str) -> str:
     """A document in which each table stands that a comment above it names by its command."""
-    return NAMED.sub(lambda found: f"{found[1]}{printed(PROJECT / found[2])}\n{found[4]}", text)
+    return NAMED.sub(lambda found: f"{found[1]}{printed(PROJECT / found['path'], found['rows'])}\n{found['end']}", text)
+
+
+def filled_notebook(text: str) -> str:
+    """A notebook, likewise, in its texts."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = filled("".join(cell["source"])).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

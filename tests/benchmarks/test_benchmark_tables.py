@@ -42,7 +42,7 @@ def test_each_table_of_a_document_is_what_its_command_prints(document, count, ca
 def test_a_document_is_filled_with_the_tables_that_it_names(tmp_path):
     text = (PROJECT / "docs" / "stages.md").read_text(encoding="utf-8")
     old = tmp_path / "old.md"
-    old.write_text(tables.NAMED.sub(r"\1\4", text), encoding="utf-8")
+    old.write_text(tables.NAMED.sub(r"\1\g<end>", text), encoding="utf-8")
     assert len(old.read_text(encoding="utf-8")) < len(text) - 3000
     assert tables.main(["--fill", str(old)]) == 0
     assert old.read_text(encoding="utf-8") == text
