@@ -116,7 +116,7 @@ def run(command: str, picture: Path | None = None) -> int:
     What ends with a carriage return is the state of a progress bar: the latest alone is shown, above the lines.
     Stopping the cell types Ctrl-C into that terminal; so training saves a checkpoint.
     """
-    options: dict[str, Any] = {"encoding": "utf-8", "codec_errors": "replace", "dimensions": (24, 110)}
+    options: dict[str, Any] = {"encoding": "utf-8", "codec_errors": "replace", "dimensions": (24, 100)}
     child = pexpect.spawn("/bin/sh", ["-ec", command], env={**os.environ, "NO_COLOR": "1"}, **options)
     shown, rest, looked, is_running = Shown(picture), "", 0.0, True
     while is_running:

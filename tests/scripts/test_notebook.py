@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 import nbformat
 import pytest
 from conftest import PROJECT, Result
+from hub_server import TOKEN
 from huggingface_hub.errors import GatedRepoError
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
@@ -563,6 +565,25 @@ def test_a_closed_licence_gate_is_told_at_once(prepare, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: someone/gated is gated: accept its licence at https://huggingface.co/someone/gated")
     assert asked == ["model_index.json"]
+
+
+def test_a_lora_is_pushed_without_photos_and_folders(prepare, tmp_path, capsys, monkeypatch, hub):
+    monkeypatch.setattr("sd3_lora.training.hub.get_token", lambda: TOKEN)
+    folder = tmp_path / "lora"
+    assert prepare.main(["push", str(folder), "my-dog"]) == 2
+    assert "run the training cell first" in capsys.readouterr().err
+    shutil.copytree(PROJECT / "tests" / "data" / "cc752f5" / "adamw", folder)
+    assert prepare.main(["push", str(folder), ""]) == 0
+    assert capsys.readouterr().out == "nothing is uploaded: HUB_REPO is empty\n"
+    assert prepare.main(["push", str(folder), "no name", "--private", "True"]) == 2
+    assert capsys.readouterr().err.startswith("error: --hub_model_id no name is no name that the hub takes")
+    assert hub.repos == {}
+    assert prepare.main(["push", str(folder), "my-dog", "--private", "True"]) == 0
+    assert capsys.readouterr().out == f"uploaded to {hub.url}/alice/my-dog\n"
+    assert set(hub.repos["alice/my-dog"]) == {"pytorch_lora_weights.safetensors", "run.json"}
+    assert hub.private == {"alice/my-dog"}
+    assert prepare.main(["push", str(folder), "another", "--private", "False"]) == 0
+    assert hub.private == {"alice/my-dog"}
 
 
 def test_example_photos_are_not_put_among_ones_own(prepare, tmp_path, capsys):
