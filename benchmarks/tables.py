@@ -2,7 +2,8 @@
 
 python benchmarks/tables.py benchmarks/results/pipeline-sd3-medium-h100.json
 python benchmarks/tables.py benchmarks/results/ladder-h100.json --rows "latents cached" "base in fp16"
-python benchmarks/tables.py --fill README.md docs/*.md docs/tricks/*.md
+python benchmarks/tables.py benchmarks/results/cards_run-h200.json --rows_with T4
+python benchmarks/tables.py --fill README.md docs/*.md docs/tricks/*.md colab/*.ipynb
 """
 
 from __future__ import annotations
@@ -519,19 +520,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files of results/, or Markdown files to fill.")
-    parser.add_argument("--fill", action="store_true", help="Put into the Markdown files the tables that they name.")
-    parser.add_argument("--rows", nargs="+", help="Names of the rows to show. Default: all.")
+    parser.add_argument(
+        "--fill", action="store_true", help="Put into Markdown files and notebooks the tables that they name."
+    )
+    add_choice_of_rows(parser)
     flags = parser.parse_args(argv)
     for path in flags.files:
         if flags.fill:
-            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+            fill = filled_notebook if path.suffix == ".ipynb" else filled
+            path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
         else:
-            print(printed(path, flags.rows))
+            print(printed(path, flags.rows, flags.rows_with))
     return 0
 
 
-def printed(path: Path, rows: Sequence[str] | None = None) -> str:
-    """The table of a result, or of its rows with these names.
+def add_choice_of_rows(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose among a result's rows."""
+    parser.add_argument("--rows", nargs="+", help="Names of the rows to show. Default: all.")
+    parser.add_argument("--rows_with", help="Show only the rows that have this text.")
+
+
+def printed(path: Path, rows: Sequence[str] | None = None, text: str | None = None) -> str:
+    """The table of a result, or of its rows with these names, or of it the rows that have a text.
 
     Raises:
         ValueError: the result has no row of a name.
@@ -542,17 +552,31 @@ def printed(path: Path, rows: Sequence[str] | None = None) -> str:
         if unknown:
             raise ValueError(f"{path} has no rows {sorted(unknown)}")
         result["rows"] = [row for row in result["rows"] if row["name"] in rows]
-    return printer(path.name)(result)
+    lines = printer(path.name)(result).splitlines()
+    is_row = [line.startswith("|") and index > 1 for index, line in enumerate(lines)]  # behind the two of the head
+    return "\n".join(line for line, row in zip(lines, is_row, strict=True) if not row or text is None or text in line)
 
 
 def filled(text: str) -> str:
     """A document in which each table stands that a comment above it names by its command."""
 
     def table_of(found: re.Match[str]) -> str:
-        name, *others = shlex.split(found[2])
-        return f"{found[1]}{printed(PROJECT / name, others[1:])}\n{found[4]}"
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        parser.add_argument("path")
+        add_choice_of_rows(parser)
+        asked = parser.parse_args(shlex.split(found[2]))
+        return f"{found[1]}{printed(PROJECT / asked.path, asked.rows, asked.rows_with)}\n{found[4]}"
 
     return NAMED.sub(table_of, text)
+
+
+def filled_notebook(text: str) -> str:
+    """A notebook, likewise, in its texts."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = filled("".join(cell["source"])).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Makes a Colab machine ready: its packages, the folders, the model's licence gate, photos to begin with.
+"""Makes a Colab machine ready: its packages, the model's licence gate, photos to begin with; and pushes the LoRA.
 
     python colab/prepare.py packages
     python colab/prepare.py access stabilityai/stable-diffusion-3-medium-diffusers
-    python colab/prepare.py folders /content/drive/MyDrive/sd3-lora /content/dog
-    python colab/prepare.py photos /content/dog
+    python colab/prepare.py photos /content/photos
+    python colab/prepare.py push /content/sd3-lora-output/lora my-dog --private True
 
 Each of them may be run again at any time.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 PROJECT_FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_FOLDER))
 
-DRIVE = Path("/content/drive")  # where Colab mounts it
 EXAMPLE_DATASET = "diffusers/dog-example"
 GIB = 1024**3
 ATTACH_A_LORA = """
@@ -125,21 +124,6 @@ def prepare_packages() -> int:
     return code
 
 
-def check_folders(folders: Sequence[Path]) -> int:
-    """Refuses folders of a Drive that is not mounted: they would be the machine's own, which vanish with it."""
-    if (DRIVE / "MyDrive").is_dir():
-        return 0
-    for folder in folders:
-        if folder.is_relative_to(DRIVE):
-            print(
-                f"error: the Drive is not mounted, and {folder} would be a folder of this machine, which vanishes: "
-                "mount it in the file browser on the left, and run this cell again",
-                file=sys.stderr,
-            )
-            return 2
-    return 0
-
-
 def check_access(model: str) -> int:
     """Says at once whether a model can be read: fetches its index, a file of some hundred bytes."""
     from sd3_lora.common.command_line import exit_code
@@ -184,20 +168,47 @@ def example_photos(folder: Path) -> int:
     return exit_code(fetch, None)
 
 
+def push(folder: Path, repo: str, private: bool) -> int:
+    """Uploads a trained LoRA with its card and pictures, as training does with --push_to_hub."""
+    from sd3_lora.common.command_line import UserError, exit_code
+
+    def upload(_: Sequence[str] | None) -> None:
+        from sd3_lora.training.hub import open_repo
+        from sd3_lora.training.hub_flags import HubFlags
+        from sd3_lora.training.hub_folder import make_hub_folder
+        from sd3_lora.transformer.lora import LORA_FILE
+
+        if not repo:
+            print("nothing is uploaded: HUB_REPO is empty")
+            return
+        if not (folder / LORA_FILE).is_file():
+            raise UserError(f"there is no {LORA_FILE} in {folder}: run the training cell first")
+        try:
+            flags = HubFlags(push_to_hub=True, hub_model_id=repo, hub_private=private)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        hub = open_repo(flags, folder)
+        print(f"uploaded to {hub.upload(make_hub_folder(folder, hub.repo_id), 'LoRA')}")
+
+    return exit_code(upload, None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("packages", help="install what is missing, keep torch, mend torchao")
     commands.add_parser("access", help="is the model's licence gate open?").add_argument("model")
-    folders = commands.add_parser("folders", help="is the Drive mounted, where folders are on it?")
-    folders.add_argument("folders", type=Path, nargs="+")
     commands.add_parser("photos", help="five example photos, unless there are some").add_argument("folder", type=Path)
+    push_words = commands.add_parser("push", help="upload a LoRA to the hub; an empty name uploads nothing")
+    push_words.add_argument("folder", type=Path)
+    push_words.add_argument("repo")
+    push_words.add_argument("--private", choices=("True", "False"), default="True")
     flags = parser.parse_args(argv)
     if flags.command == "access":
         return check_access(flags.model)
-    if flags.command == "folders":
-        return check_folders(flags.folders)
+    if flags.command == "push":
+        return push(flags.folder, flags.repo, flags.private == "True")
     if flags.command == "photos":
         return example_photos(flags.folder)
     return prepare_packages()

@@ -37,14 +37,17 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from sd3_lora.common.command_line import exit_code
+from sd3_lora.common.command_line import UserError, exit_code
 from sd3_lora.reporting.page import write_report
 
 
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     (config,) = COMMAND_LINE.parse(argv)
-    path = write_report(Path(config.output_dir))
+    try:
+        path = write_report(Path(config.output_dir))
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read or written: change its permissions") from error
     print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB: open it in a browser")
 
 

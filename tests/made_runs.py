@@ -108,6 +108,7 @@ def make_run(
         "latents_path": str(latents.parent),
         "output_dir": str(folder),
         "seed": None,
+        "max_train_steps": steps,
         "rank": 8,
         "use_rslora": False,
         "validation_prompt": list(prompts),

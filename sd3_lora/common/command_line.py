@@ -328,8 +328,7 @@ class CommandLine:
         flags = [argument for argument in unknown if argument.startswith("--")]  # others may be their values
         faults += [self._about_unknown(flag, parser) for flag in flags]
         if unknown and not flags:
-            hint = "" if unknown == arguments else "put double quotes around a value of several words; "
-            faults.append(f"unknown argument {unknown[0]}: {hint}{self._help_hint}")
+            faults.append(f"unknown argument {unknown[0]}: {self._about_more(arguments, unknown)}")
         groups = []
         for group in self.groups:
             names = [flag.name for flag in fields(group)]
@@ -342,6 +341,17 @@ class CommandLine:
         if faults:
             raise UserError(all_of(faults, "the command line"))
         return tuple(groups)
+
+    def _about_more(self, arguments: Sequence[str], unknown: Sequence[str]) -> str:
+        """What to do about arguments behind all that is taken."""
+        if unknown == arguments:
+            return self._help_hint
+        if self.first and arguments[0] == f"--{self.first}" and arguments[2] == unknown[0]:
+            whole = " ".join([arguments[1], *unknown])
+            if os.path.exists(os.path.expanduser(whole)):
+                return f'put double quotes around "{whole}"'
+            return f"--{self.first} is one, here {arguments[1]}: type the command once for each"
+        return f"put double quotes around a value of several words; {self._help_hint}"
 
     def _parser(self) -> Any:
         from transformers import HfArgumentParser  # half a second, which only parsing needs

@@ -34,17 +34,17 @@ class Progress(tqdm):
         """Tqdm's fields, and the memory in use."""
         return {**super().format_dict, "memory": memory_in_use()}
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draws the bar; elsewhere writes a line if one is due."""
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
+        """Draws the bar; elsewhere writes a line if one is due. Returns whether a bar was drawn, as tqdm asks."""
         if self._is_terminal:
-            super().display(msg, pos)
-            return
+            return bool(super().display(msg, pos))  # True: a bar that goes away leaves the cursor at its beginning
         tenth = int(_TENTHS * self.n / self.total) if self.total else 0
         now = time.monotonic()
         if tenth > self._written_tenth and now - self._written_s >= LINE_INTERVAL_S:
             self._written_tenth, self._written_s = tenth, now
             self.fp.write(self.line() + "\n")
             self.fp.flush()
+        return False
 
     def line(self) -> str:
         """How far it is, in one line: "steps: 250 of 500, 00:41 left, host 1.2 GiB, loss 0.2143"."""

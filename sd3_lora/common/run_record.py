@@ -189,15 +189,15 @@ class RunRecord:
     facts: RunFacts
     identity: RunIdentity = field(default_factory=lambda: RunIdentity({}))
 
-    def to_dict(self, results: RunResults) -> dict[str, Any]:
+    def to_dict(self, results: RunResults | None) -> dict[str, Any]:
         """As `run.json` has it: plain types in a fixed order, without what the script does not have."""
         flags = {name: value for group in self.flags for name, value in asdict(group).items()}
         facts = {**asdict(self.facts), "predicted_bytes": self.facts.predicted_bytes}
         identity = {"identity": dict(self.identity.values)} if self.identity.values else {}
-        values = {"flags": flags, **identity, **facts, **asdict(results)}
+        values = {"flags": flags, **identity, **facts, **(asdict(results) if results else {})}
         return {name: value for name, value in values.items() if value is not None}
 
-    def save(self, path: Path, results: RunResults) -> None:
-        """Writes `run.json`, atomically."""
+    def save(self, path: Path, results: RunResults | None) -> None:
+        """Writes `run.json`, atomically; without results that of a run that goes on."""
         content = json.dumps(self.to_dict(results), indent=1, ensure_ascii=False, default=str)
         write_text_atomically(path, content + "\n")

@@ -92,6 +92,7 @@ def contents(run: RunFolder) -> dict[str, Any]:
     return {
         "run": run,
         "record": {**dict.fromkeys(_SHOWN_KEYS), **run.training.values},
+        "record_is_noted": bool(run.training.values),
         "title": run.training.values.get("trigger") or run.folder.resolve().name,
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "tiles": list(tiles(run, timeline)),
@@ -152,7 +153,7 @@ def tiles(run: RunFolder, timeline: MemoryTimeline) -> Iterator[tuple[str, str, 
         reach = min(50, len(run.losses))  # as in `run.json`
         mean = sum(line.loss for line in run.losses[-reach:]) / reach
         yield "loss", f"{mean:.4f}", f"mean of the last {reach} steps"
-    if timeline.elapsed_s:
+    if timeline.elapsed_s and run.has_ended:
         per_step = record.get("ms_a_step")
         yield "time", duration(timeline.elapsed_s), f"{per_step:,.0f} ms a step" if per_step else ""
     training = timeline.spans[-1] if timeline.spans else None
@@ -207,7 +208,7 @@ def _model_of(run: RunFolder) -> ModelConfig:
         UserError: nothing names it.
     """
     if not run.training.values:
-        raise UserError("the run has not ended, and its record names the model")
+        raise UserError("the model is noted by a checkpoint, and by the end of the run")
     flags = run.training.flags
     revision = run.training.values.get("revision") or flags.get("revision")
     return ModelConfig(flags.get("pretrained_model_name_or_path"), revision, None, flags.get("cache_dir"))

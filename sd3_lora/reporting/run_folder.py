@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, quoted
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
 from sd3_lora.common.run_record import NotedPicture
-from sd3_lora.training.checkpoints import checkpoint_folders, read_pictures, read_summary
+from sd3_lora.training.checkpoints import RECORD, checkpoint_folders, is_checkpoint, read_pictures, read_summary
 from sd3_lora.training.early_warning import Measurement
 from sd3_lora.training.gallery import SAMPLES
 from sd3_lora.training.loss_log import LoggedStep
 
 TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
+# A flag that one script alone has → the script, to tell whose record a `run.json` is.
+_TELLING_FLAGS = {
+    "max_train_steps": TRAINING_SCRIPT,
+    "vae_batch_size": "precompute_latents.py",
+    "outdir": "inference.py",
+    "sample_batch_size": "draw_class_pictures.py",
+}
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
 _LORA_OF_STEP = re.compile(r".*-step(\d+)(_ema)?\.safetensors$")
 _Line = TypeVar("_Line", LoggedStep, Measurement)
@@ -54,7 +62,7 @@ class RunFolder:
 
     Attributes:
         folder: the output folder.
-        training: its record; without values where the run has not ended yet.
+        training: its record; where the run has not ended, that of its newest checkpoint, which has no results.
         earlier: the records of the scripts that prepared it, in their order.
         checkpoint: `step`, `steps` and `signature` (flag or noun → value) of its newest checkpoint.
         losses: of each optimizer step.
@@ -63,6 +71,7 @@ class RunFolder:
         step_folders: optimizer step → the folder of its validation pictures.
         loras: optimizer step → the files of the LoRA of that step.
         damaged: lines that could not be read, by file.
+        foreign: whether the `run.json` in the folder is no record of training, or damaged.
     """
 
     folder: Path
@@ -75,11 +84,12 @@ class RunFolder:
     step_folders: Mapping[int, Path] = field(default_factory=dict)
     loras: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)
     damaged: Mapping[str, int] = field(default_factory=dict)
+    foreign: bool = False
 
     @property
     def has_ended(self) -> bool:
         """Whether training came to its end, and wrote its record."""
-        return bool(self.training.values)
+        return bool(self.training.values) and self.training.path.parent == self.folder
 
     @property
     def steps(self) -> int:
@@ -91,7 +101,7 @@ class RunFolder:
         """Optimizer steps that were asked for; None where nothing tells."""
         if self.has_ended:
             return self.steps
-        return self.checkpoint.get("steps")
+        return self.checkpoint.get("steps") or self.training.flags.get("max_train_steps")
 
     def value(self, name: str) -> Any:
         """What a training flag was, as the record has it, or else the checkpoint; None where neither does."""
@@ -110,19 +120,19 @@ def read_run(folder: Path) -> RunFolder:
     Raises:
         UserError: there is nothing of a run.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: give the --output_dir of a training run")
-    training = _read_record(TRAINING_SCRIPT, folder / "run.json")
+    _require_folder(folder)
+    record = _read_record(folder / RECORD)
     losses, damaged_losses = _read_lines(folder / "losses.jsonl", LoggedStep)
-    if not losses and not training.values:
+    if not losses and record.script != TRAINING_SCRIPT:
         raise UserError(
-            f"{folder} holds neither run.json nor losses.jsonl: give the --output_dir of a training run that has "
+            f"{folder} holds {_instead_of_a_run(folder, record)}: give the --output_dir of a training run that has "
             "taken its first steps"
         )
     measurements, damaged_measurements = _read_lines(folder / "early_warning.jsonl", Measurement)
     damaged = {"losses.jsonl": damaged_losses, "early_warning.jsonl": damaged_measurements}
-    last = max((line.step for line in losses), default=training.values.get("steps") or 0)
     checkpoints = checkpoint_folders(folder)
+    training = _newest_record(record, losses, checkpoints)
+    last = max((line.step for line in losses), default=training.values.get("steps") or 0)
     return RunFolder(
         folder,
         training,
@@ -134,18 +144,58 @@ def read_run(folder: Path) -> RunFolder:
         {step: path for step, path in _step_folders(folder / SAMPLES) if step <= last},
         _loras(folder),
         {name: count for name, count in damaged.items() if count},
+        (folder / RECORD).exists() and record.script != TRAINING_SCRIPT,
     )
+
+
+def _require_folder(folder: Path) -> None:
+    """Raises `UserError` where a path is no folder, or a checkpoint in that of its run."""
+    if folder.is_file() or is_checkpoint(folder):
+        what = "a checkpoint in the folder of its run" if folder.is_dir() else "a file, and a run is a folder"
+        try:
+            run = read_run(folder.parent).folder
+        except UserError:
+            raise UserError(f"{folder} is {what}: give the --output_dir of a training run") from None
+        command = quoted(["python", "-m", "sd3_lora.report", str(run)])
+        raise UserError(f"{folder} is {what}: type `{command}`")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: give the --output_dir of a training run")
+
+
+def _instead_of_a_run(folder: Path, record: ScriptRecord) -> str:
+    """What a folder without a run holds."""
+    if record.script:
+        return f"what {record.script} wrote, and no training run"
+    if (folder / RECORD).exists():
+        return f"a {RECORD} that is damaged or not of this trainer"
+    if (folder / "losses.jsonl").exists():
+        return "a losses.jsonl without a line of this trainer"
+    return f"neither {RECORD} nor losses.jsonl"
+
+
+def _newest_record(record: ScriptRecord, losses: Sequence[LoggedStep], checkpoints: Sequence[Path]) -> ScriptRecord:
+    """The record of a run that has ended; else, also of one that went on since, that of its newest checkpoint."""
+    is_training = record.script == TRAINING_SCRIPT
+    ended_at = record.values.get("steps") or math.inf
+    if is_training and all(line.step <= ended_at for line in losses):
+        return record
+    noted = (_read_record(checkpoint / RECORD) for checkpoint in reversed(checkpoints))
+    empty = replace(record, script=TRAINING_SCRIPT, values={})
+    return next((each for each in noted if each.script == TRAINING_SCRIPT), record if is_training else empty)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_record(script: str, path: Path) -> ScriptRecord:
+def _read_record(path: Path, script: str = "") -> ScriptRecord:
+    """A record, empty where it cannot be read; its script by its flags, unless one is named."""
     try:
-        return ScriptRecord(script, path, _mapping(json.loads(path.read_text(encoding="utf-8"))))
+        values = _mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        return ScriptRecord(script, path, {})
+        values = {}
+    flags = _mapping(values.get("flags"))
+    return ScriptRecord(script or next((of for flag, of in _TELLING_FLAGS.items() if flag in flags), ""), path, values)
 
 
 def _earlier_records(training: ScriptRecord) -> Iterator[ScriptRecord]:
@@ -158,7 +208,7 @@ def _earlier_records(training: ScriptRecord) -> Iterator[ScriptRecord]:
     if flags.get("with_prior_preservation") and flags.get("class_data_dir"):
         paths["draw_class_pictures.py"] = Path(flags["class_data_dir"]) / "run.json"
     if training.values:
-        records = [_read_record(script, path) for script, path in paths.items()]
+        records = [_read_record(path, script) for script, path in paths.items()]
         yield from (record for record in records if record.values)
 
 
@@ -176,10 +226,21 @@ def _read_lines(path: Path, kind: type[_Line]) -> tuple[tuple[_Line, ...], int]:
         try:
             values = {name: value for name, value in json.loads(line).items() if name in names}
             made = kind(**values)
+            if not all(_is_right(getattr(made, each.name), str(each.type)) for each in fields(kind)):
+                raise ValueError("a chart has no place for it")
             read[int(made.step)] = made
         except (ValueError, TypeError, AttributeError):
             damaged += 1
     return tuple(line for _, line in sorted(read.items())), damaged
+
+
+def _is_right(value: Any, annotation: str) -> bool:
+    """Whether a number of a log is one, finite, and there where it must be."""
+    if isinstance(value, list):
+        return annotation.startswith("Sequence") and all(_is_right(each, "float") for each in value)
+    if isinstance(value, int | float):
+        return math.isfinite(value)
+    return annotation not in ("int", "float", "bool") and value in (None, ())
 
 
 def _noted_pictures(folder: Path, checkpoints: list[Path]) -> tuple[NotedPicture, ...] | None:

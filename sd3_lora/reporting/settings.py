@@ -88,8 +88,8 @@ def shown_value(value: Any) -> str:
 
 
 def commands(run: RunFolder) -> list[str]:
-    """The commands that make the run again, in their order; none for a run that has not ended."""
-    if not run.has_ended:
+    """The commands that make the run again, in their order; none where neither it nor a checkpoint has a record."""
+    if not run.training.values:
         return []
     return [command_of(record) for record in (*run.earlier, run.training)]
 

@@ -191,14 +191,26 @@ def instance_pictures(run: RunFolder) -> list[NotedPicture]:
 def shown_pictures(run: RunFolder) -> list[ShownPicture]:
     """The first pictures of the subject, cut from their files as they lie there now."""
     pictures = instance_pictures(run)[:MOST_INSTANCE]
-    files = _files_by_name(_picture_folders(run), {picture.name for picture in pictures if picture.name})
+    folders = list(_picture_folders(run))
+    files = _files_by_name(folders, {picture.name for picture in pictures if picture.name})
     latents = next((record for record in run.earlier if record.script == "precompute_latents.py"), None)
     background = (latents.flags.get("alpha_background") if latents else None) or "white"
     cache = Path(run.value("latents_path") or "latents")
-    return [_shown(picture, files.get(picture.name, ()), background, cache) for picture in pictures]
+    not_found = _why_not_found(run, folders)
+    return [_shown(picture, files.get(picture.name, ()), background, cache, not_found) for picture in pictures]
 
 
-def _shown(picture: NotedPicture, paths: Sequence[Path], background: Any, cache: Path) -> ShownPicture:
+def _why_not_found(run: RunFolder, folders: Sequence[Path]) -> str:
+    """Why a picture's file is not found, where none has its name."""
+    if not run.training.values:
+        return "where its file lies is not noted: an earlier version wrote this checkpoint"
+    if absent := [str(folder) for folder in folders if not folder.is_dir()]:
+        where = "" if Path(absent[0]).is_absolute() else f" in {Path.cwd()}"
+        return f"its folder {absent[0]} is not found{where}"
+    return "the file is no longer where it was"
+
+
+def _shown(picture: NotedPicture, paths: Sequence[Path], background: Any, cache: Path, not_found: str) -> ShownPicture:
     plain = [name for name in picture.crops if not number_of_variant(name)] or list(picture.crops)
     chosen, sizes = plain[:MOST_CROPS], tuple(dict.fromkeys(str(size_of_variant(name)) for name in picture.crops))
     more = len(picture.crops) - len(chosen)
@@ -207,8 +219,8 @@ def _shown(picture: NotedPicture, paths: Sequence[Path], background: Any, cache:
     try:
         path = next((path for path in paths if hash_file(path) == picture.image_id), None)
         if path is None:
-            reason = "has changed since it was trained on" if paths else "is no longer where it was"
-            return ShownPicture(picture, (), more, sizes, missing=f"the file {reason}")
+            missing = "the file has changed since it was trained on" if paths else not_found
+            return ShownPicture(picture, (), more, sizes, missing=missing)
         whole = open_rgb(path, background)
     except (BrokenImage, UserError) as error:
         return ShownPicture(picture, (), more, sizes, missing=str(error))

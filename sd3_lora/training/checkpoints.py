@@ -2,7 +2,8 @@
 
 `checkpoint-N/` holds the state after N optimizer steps: `state.safetensors` (every tensor of the LoRA, the optimizer
 and the random generators), `state.json` (everything else, with a placeholder where a tensor belongs), and the LoRA in
-diffusers' format, so that a checkpoint can be drawn with as it is. `pictures.json` names the pictures, for people.
+diffusers' format, so that a checkpoint can be drawn with as it is. For people and the report: `pictures.json` names the
+pictures, and `run.json` has the run's settings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+RECORD = "run.json"
 _TENSORS, _STATE, _PICTURES = "state.safetensors", "state.json", "pictures.json"
 
 
@@ -62,7 +64,12 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest step first."""
-    return sorted((folder for folder in _numbered_folders(output_dir) if (folder / _STATE).is_file()), key=_step_of)
+    return sorted(filter(is_checkpoint, _numbered_folders(output_dir)), key=_step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is itself a checkpoint, and not the folder of its run."""
+    return (folder / _STATE).is_file()
 
 
 class UnfinishedCheckpoint:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
-from sd3_lora.training.checkpoints import checkpoint_folders
+from sd3_lora.training.checkpoints import RECORD, checkpoint_folders
 from sd3_lora.training.gallery import SAMPLES, find_pictures, find_sheet
 from sd3_lora.training.hub_flags import HUB_FLAGS
 from sd3_lora.training.model_card import FOLDER_IN_CARD, NOTICE, NOTICE_FILE
@@ -72,7 +72,10 @@ def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
             yield path
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
-            yield from _files_in(folder) if checkpoints == "all" else folder.glob("pytorch_lora_weights*.safetensors")
+            found = (
+                _files_in(folder) if checkpoints == "all" else sorted(folder.glob("pytorch_lora_weights*.safetensors"))
+            )
+            yield from (path for path in found if path.name != RECORD)  # it names folders
 
 
 def _files_in(folder: Path) -> Iterable[Path]:

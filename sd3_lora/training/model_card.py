@@ -66,7 +66,10 @@ def licence_of(base_model: str) -> dict[str, str]:
     if not card.is_file():
         return {}
     try:
-        stated = ModelCard(card.read_text(encoding="utf-8-sig")).data.to_dict()
+        text = card.read_text(encoding="utf-8-sig")
+        if not text.lstrip().startswith("---"):  # states nothing, of which the library would warn
+            return {}
+        stated = ModelCard(text).data.to_dict()
     except Exception:  # of a YAML library: a card that nobody can read states nothing
         return {}
     if stated.get("license_name") == _STABILITY["license_name"]:

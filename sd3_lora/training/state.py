@@ -19,6 +19,7 @@ from sd3_lora.common.run_record import RunFacts, RunRecord
 from sd3_lora.common.tensor_files import read_shards, write_shards
 from sd3_lora.gpu.set_aside import set_aside
 from sd3_lora.training.checkpoints import (
+    RECORD,
     UnfinishedCheckpoint,
     checkpoint_folders,
     remove_old_checkpoints,
@@ -321,6 +322,7 @@ class Outputs:
                 }
                 write_state(folder, state)
                 write_pictures(folder, self.record.identity.pictures)
+                self.record.save(folder / RECORD, None)
             remove_old_checkpoints(self.folder, self.limit)
         accelerator.wait_for_everyone()
 

@@ -47,6 +47,11 @@ def test_a_bar_shows_the_time_left_and_the_memory(clock: list[float]) -> None:
     assert "\x1b[3" not in text  # no colour, so that NO_COLOR has nothing to forbid
 
 
+def test_what_follows_a_bar_that_goes_away_begins_at_the_left(clock: list[float]) -> None:
+    text = "\n".join(count(Terminal(), clock, seconds=1, leave=False))
+    assert re.search(r"\r +\r$", text)
+
+
 def test_without_a_terminal_there_is_a_line_for_a_tenth(clock: list[float]) -> None:
     lines = count(io.StringIO(), clock, seconds=2)
     assert len(lines) == 11

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import importlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora import report
+from sd3_lora.common.command_line import quoted
 from sd3_lora.reporting import page
 from sd3_lora.reporting.page import write_report
 from sd3_lora.reporting.run_folder import read_run
@@ -244,7 +247,7 @@ def test_five_megabytes_are_enough_for_noise(a_run: Run) -> None:
         ("early_warning.jsonl", "warning", "Not measured."),
         ("losses.jsonl", "loss", "losses.jsonl is not in the folder."),
         ("pictures.json", "pictures", "Nothing in the folder names the pictures"),
-        ("run.json", "again", "They are noted at the end of a run."),
+        ("run.json", "again", "They are noted by a checkpoint, and at the end of a run."),
         ("run.json", "memory", "Stages are noted at the end of a run."),
     ],
 )
@@ -268,16 +271,72 @@ def test_a_run_that_goes_on_shows_what_its_checkpoint_notes(
     script: Callable[..., Result], prepared: Prepared, tmp_path: Path
 ) -> None:
     train(script, prepared, tmp_path, "--max_train_steps", 6, "--checkpointing_steps", 3, "--rank", 3)
-    for name in ("run.json", "pictures.json", "checkpoint-6"):
-        path = tmp_path / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    log = tmp_path / "losses.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    interrupt(tmp_path)
     made = report_of(tmp_path)
     assert "This run has not ended" in made.words
     assert "4 of 6" in " ".join(made.words.split())
     assert "--rank 3" in made.section("settings").replace("--rank  3", "--rank 3")
+    assert f"torch {importlib.metadata.version('torch')}" in made.section("settings")
     assert made.section("pictures").startswith("Pictures as the model saw them 5 pictures.")
+    assert len([each for each in made.attributes("img") if "data-step" not in each]) == 5 * 3 - 2
+    assert "moved" not in made.words
+    assert "no longer" not in made.words
+    assert "Tokens are not counted" not in made.words
+    assert "going on, or interrupted: noted at its end" in made.section("memory")
+    (again,) = commands(read_run(tmp_path))[-1:]
+    assert "--rank 3 " in again
+    assert "--max_train_steps 6" in again
+    assert again in html.unescape(made.section("again"))
+
+
+def interrupt(folder: Path) -> None:
+    """Leaves of a run of 6 steps what an interruption behind the 4th leaves, with a checkpoint of the 3rd."""
+    for name in ("run.json", "pictures.json", "checkpoint-6"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    log = folder / "losses.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+
+
+def test_a_checkpoint_of_an_earlier_version_does_not_say_that_pictures_moved(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path
+) -> None:
+    train(script, prepared, tmp_path, "--max_train_steps", 6, "--checkpointing_steps", 3, "--rank", 3)
+    interrupt(tmp_path)
+    (tmp_path / "checkpoint-3" / "run.json").unlink()
+    made = report_of(tmp_path)
+    assert made.section("pictures").count("where its file lies is not noted") == 5
+    assert "--rank 3" in made.section("settings").replace("--rank  3", "--rank 3")
+    assert "no longer where it was" not in made.words
+
+
+def test_a_finished_run_that_goes_on_has_not_ended(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path
+) -> None:
+    train(script, prepared, tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 3)
+    record = (tmp_path / "run.json").read_text()
+    more = ("--max_train_steps", 6, "--checkpointing_steps", 3, "--resume_from_checkpoint", "latest")
+    train(script, prepared, tmp_path, *more)
+    (tmp_path / "run.json").write_text(record)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    log = tmp_path / "losses.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    run = read_run(tmp_path)
+    assert not run.has_ended
+    assert (run.steps, run.planned_steps) == (4, 3)  # of the older command: no checkpoint notes the newer
+
+
+def test_photos_that_a_relative_path_does_not_reach_from_here(
+    a_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run()
+    record = json.loads((folder / "run.json").read_text())
+    record["flags"]["instance_data_dir"] = "photos"
+    (folder / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(folder)
+    assert f"its folder photos is not found in {folder}" in report_of(folder).section("pictures")
+    monkeypatch.chdir(tmp_path)
+    assert "is not found" not in report_of(folder).section("pictures")
 
 
 def test_a_real_run_writes_its_report_and_the_command_writes_the_same(
@@ -380,6 +439,99 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert report.main([str(tmp_path)]) == 2
     assert f"{tmp_path} holds neither run.json nor losses.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
+
+
+OTHERS = {
+    "latents": "what precompute_latents.py wrote, and no training run",
+    "images": "what inference.py wrote, and no training run",
+}
+
+
+@pytest.mark.parametrize("folder", OTHERS)
+def test_what_another_script_wrote_is_no_run(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / folder).mkdir()
+    shutil.copy(PROJECT / "tests" / "data" / "cc752f5" / folder / "run.json", tmp_path / folder)
+    assert report.main([str(tmp_path / folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / folder} holds {OTHERS[folder]}: give the --output_dir of a training")
+    assert [path.name for path in (tmp_path / folder).iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.json", '{"name": "another program"}', "a run.json that is damaged or not of this trainer"),
+        ("run.json", '{"flags": ["--rank"]}', "a run.json that is damaged or not of this trainer"),
+        ("run.json", "[1]", "a run.json that is damaged or not of this trainer"),
+        ("run.json", "{", "a run.json that is damaged or not of this trainer"),
+        ("losses.jsonl", '{"epoch": 1, "loss": 2.0}\n', "a losses.jsonl without a line of this trainer"),
+    ],
+)
+def test_what_another_program_wrote_is_no_run(
+    name: str, content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds {said}: give the --output_dir")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_foreign_record_beside_losses_is_left_out(a_run: Run) -> None:
+    folder = a_run()
+    (folder / "run.json").write_text('{"name": "another program"}')
+    made = report_of(folder)
+    assert "run.json is damaged or not that of a training run, and is left out here." in made.words
+    assert "This run has not ended" in made.words
+
+
+@pytest.mark.parametrize("name", ["run.json", "report.html", "checkpoint-3"])
+def test_what_lies_in_a_run_is_told_with_the_command_for_its_run(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my run"
+    shutil.copytree(PROJECT / "tests" / "data" / "cc752f5" / "adamw", folder)
+    (folder / "report.html").touch()
+    assert report.main([str(folder / name)]) == 2
+    what = "a checkpoint in the folder of its run" if name == "checkpoint-3" else "a file, and a run is a folder"
+    command = quoted(["python", "-m", "sd3_lora.report", str(folder)])
+    assert capsys.readouterr().err == f"error: {folder / name} is {what}: type `{command}`\n"
+    assert report.main(shlex.split(command)[3:]) == 0
+
+
+def test_a_file_elsewhere_is_called_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert report.main([str(tmp_path / "notes.txt")]) == 2
+    assert "notes.txt is a file, and a run is a folder: give the --output_dir" in capsys.readouterr().err
+
+
+def test_two_folders_are_told_apart_from_a_name_with_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["one", "two"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: unknown argument two: --output_dir is one, here one: type the command once for each\n"
+    Path("my new run").mkdir()
+    assert report.main(["my", "new", "run"]) == 2
+    assert capsys.readouterr().err == 'error: unknown argument new: put double quotes around "my new run"\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "loss": NaN, "gradient_norm": 1, "learning_rate": 1, "skipped": false}',
+        '{"step": 1, "loss": "low", "gradient_norm": 1, "learning_rate": 1, "skipped": false}',
+        '{"step": 1, "loss": 1, "gradient_norm": 1, "learning_rate": 1, "skipped": false, "sigmas": ["a"]}',
+        '{"step": 1, "loss": null, "gradient_norm": 1, "learning_rate": 1, "skipped": false}',
+    ],
+)
+def test_what_no_chart_can_show_is_a_damaged_line(a_run: Run, line: str) -> None:
+    folder = a_run(steps=20)
+    log = folder / "losses.jsonl"
+    log.write_text("".join([line + "\n", *log.read_text().splitlines(keepends=True)[1:]]))
+    made = report_of(folder)
+    assert [point["step"] for point in made.data["losses"]] == list(range(2, 21))
+    assert "losses.jsonl has 1 damaged line, left out here." in made.words
 
 
 def test_the_libraries_are_those_of_their_list() -> None:

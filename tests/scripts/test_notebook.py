@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import ast
+import base64
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 
 import nbformat
 import pytest
 from conftest import PROJECT, Result
+from hub_server import TOKEN
 from huggingface_hub.errors import GatedRepoError
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
@@ -56,15 +64,34 @@ def python_of(cell: Any) -> ast.Module:
 
 
 def parameters_of(cell: Any) -> dict[str, Any]:
+    """Each variable that a cell sets to a literal."""
     return {node.targets[0].id: ast.literal_eval(node.value) for node in python_of(cell).body}
+
+
+def with_values(cell: Any, values: dict[str, Any]) -> None:
+    """Fills in a form: other values for variables that the cell sets."""
+    for name, value in values.items():
+        cell.source, count = re.subn(
+            rf"^{name} = .*$", lambda _, name=name, value=value: f"{name} = {value!r}", cell.source, flags=re.MULTILINE
+        )
+        assert count == 1, name
+
+
+def load_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"colab_{name}", PROJECT / "colab" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("colab_prepare", PROJECT / "colab" / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("prepare")
+
+
+@pytest.fixture(scope="module")
+def cells() -> ModuleType:
+    return load_module("notebook_cells")
 
 
 # What the notebook holds.
@@ -79,138 +106,336 @@ def test_outputs_are_cleared_and_a_t4_is_asked_for():
 
 
 def test_the_notebook_holds_no_logic():
-    for cell in code_cells(load_notebook()):
+    """But for the first cell, which has nothing of the project yet."""
+    first, *others = code_cells(load_notebook())
+    assert first.id == "project"
+    for cell in others:
         for node in ast.walk(python_of(cell)):
             assert isinstance(node, WITHOUT_LOGIC), f"{cell.id}: {ast.dump(node)}"
 
 
 def test_every_script_that_it_calls_is_there_and_nothing_installs_the_constraints():
     sources = [cell.source for cell in code_cells(load_notebook())]
-    called = set(re.findall(r"!python (\S+\.py)", "\n".join(sources)))
+    called = set(re.findall(r"^python (\S+\.py)", "\n".join(sources), re.MULTILINE))
     assert {path for path in called if not (PROJECT / path).is_file()} == set()
     stages = {path.name for path in PROJECT.glob("*.py")} - {"caption_images.py", "draw_class_pictures.py"}
     assert {path for path in called if "/" not in path} == stages
     assert not any("constraints" in source or "pip install" in source for source in sources)
+    beginnings = [source.splitlines()[0] for source in sources if re.search(r"^python ", source, re.MULTILINE)]
+    assert all(line.startswith("%%terminal") for line in beginnings)  # which stops where one fails
 
 
-def test_its_figures_are_labelled_with_their_machine():
+def test_what_people_change_is_a_form_field_that_colab_reads():
+    cells = {cell.id: cell for cell in code_cells(load_notebook())}
+    forms = re.findall(r"^(\w+) = (.*?)  # @param (.*)$", cells["parameters"].source, re.MULTILINE)
+    wanted = {"MODEL", "PHOTOS", "IDENTIFIER", "CLASS", "STEPS", "RESOLUTION", "LEARNING_RATE", "VALIDATION_PROMPT"}
+    assert wanted <= {name for name, _, _ in forms}
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number"}
+    for name, value, form in forms:
+        choices = re.match(r"\[.*?\]", form)
+        if choices:
+            assert ast.literal_eval(value) in [
+                *ast.literal_eval(choices[0]),
+                *map(_number, ast.literal_eval(choices[0])),
+            ]
+        else:
+            assert json.loads(re.sub(r"(\w+):", r'"\1":', form)) == {"type": kinds[type(ast.literal_eval(value))]}, name
+    assert 'REPOSITORY = ""  # @param' in cells["project"].source
+    assert 'HUB_REPO = ""  # @param' in cells["push"].source
+
+
+def _number(text: str) -> Any:
+    return int(text) if text.isdigit() else None
+
+
+def test_the_models_are_the_known_ones():
+    known = json.loads((PROJECT / "sd3_lora" / "common" / "known_models.json").read_text())["hub_ids"]
+    source = next(cell.source for cell in load_notebook().cells if cell.id == "parameters")
+    assert set(re.findall(r'"(stabilityai/[^"]+)"', source)) == set(known.values())
+
+
+def test_its_tables_are_those_of_committed_results_and_no_other_figure_is_in_it():
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    sys.path.insert(0, str(PROJECT / "benchmarks"))
+    import tables
+
+    assert tables.filled_notebook(text) == text
     texts = [cell.source for cell in load_notebook().cells if cell.cell_type == "markdown"]
-    with_figures = [index for index, text in enumerate(texts) if re.search(r"\d\.\d+ GiB", text)]
-    labels = [index for index, text in enumerate(texts) if "H200" in text]
-    assert labels
-    assert min(with_figures) >= min(labels)
-
-
-def numbers_of(value: Any) -> Iterator[float]:
-    """All numbers of a result, at any depth."""
-    if isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from numbers_of(part)
-    elif isinstance(value, float):
-        yield value
-
-
-def test_its_figures_are_those_of_committed_results():
-    results = [json.loads(path.read_text()) for path in (PROJECT / "benchmarks" / "results").glob("*h?00.json")]
-    measured = {f"{number:.2f}" for result in results for number in numbers_of(result)}
-    whole = {f"{number:.0f}" for result in results for number in numbers_of(result)}
-    text = "\n".join(cell.source for cell in load_notebook().cells if cell.cell_type == "markdown")
-    gib, ms = re.findall(r"(\d+\.\d+) GiB", text), re.findall(r"(\d+) ms", text)
-    assert len(gib) >= 5
-    assert len(ms) >= 2
-    assert [figure for figure in gib if figure not in measured] == []
-    assert [figure for figure in ms if figure not in whole] == []
+    found = [match for each in texts for match in tables.NAMED.finditer(each)]
+    assert len(found) == 4
+    assert any("as a T4" in match[0] for match in found)
+    assert all(re.search(r"NVIDIA \w+.*, 20\d\d-", match[0]) for match in found)
+    prose = "\n".join(tables.NAMED.sub("", each) for each in texts)
+    assert set(re.findall(r"[\d.]+ (?:GiB|ms)\b", prose)) == {"15 GiB"}  # of a T4
 
 
 def test_no_cell_asks_for_what_the_plan_knows_better():
     """All blocks recomputed whatever fits, and 8 bits for a small state."""
     sources = "\n".join(cell.source for cell in code_cells(load_notebook()))
-    assert "--gradient_checkpointing" not in sources
+    placement = {flag.name for flag in (*fields(BaseFlags), *fields(StepFlags))}
+    asked = set(re.findall(r"--(\w+)", sources)) & {*placement, "gradient_checkpointing", "vram_budget_gib"}
+    assert asked == set()
     assert "--use_8bit_adam" not in sources
+    assert "--mixed_precision" not in sources
+
+
+def execute(notebook: Any, folder: Path) -> None:
+    NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+
+
+def stopped_at(notebook: Any, folder: Path) -> tuple[str, list[str]]:
+    """The cell at which a notebook stops, and what it shows of the error."""
+    with pytest.raises(CellExecutionError):
+        execute(notebook, folder)
+    (cell,) = [cell for cell in code_cells(notebook) if any(out.output_type == "error" for out in cell.outputs)]
+    return cell.id, next(out.traceback for out in cell.outputs if out.output_type == "error")
+
+
+def only(*names: str) -> Any:
+    notebook = load_notebook()
+    notebook.cells = [cell for cell in notebook.cells if cell.id in names]
+    return notebook
 
 
 def test_an_empty_repository_stops_the_notebook_with_a_sentence(tmp_path: Path):
-    notebook = load_notebook()
-    notebook.cells = [cell for cell in notebook.cells if cell.id in ("parameters", "project")]
-    parameters, project = notebook.cells
-    parameters.source = f"REPOSITORY = ''\nPROJECT = {str(tmp_path / 'sd3-lora')!r}"
-    with pytest.raises(CellExecutionError, match="No such file"):
-        NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
-    assert "fill in REPOSITORY in the cell above" in printed(project)
+    notebook = only("project", "parameters", "folders")
+    with_values(notebook.cells[0], {"PROJECT": str(tmp_path / "sd3-lora")})
+    cell, shown = stopped_at(notebook, tmp_path)
+    assert cell == "project"
+    assert shown == ["error: REPOSITORY is empty: type the address of the project into it, and run this cell again"]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_drive_that_is_not_mounted_stops_the_notebook_with_a_sentence():
+def test_a_repository_that_is_not_there_or_another_stops_the_notebook_with_a_sentence(tmp_path: Path):
+    subprocess.run(["git", "init", "--quiet", str(tmp_path / "another")], check=True)
+    for name in ("nowhere", "another"):
+        notebook, address = only("project", "parameters"), str(tmp_path / name)
+        with_values(notebook.cells[0], {"PROJECT": str(tmp_path / "sd3-lora"), "REPOSITORY": address})
+        cell, (shown,) = stopped_at(notebook, tmp_path)
+        assert cell == "project"
+        assert shown.startswith(f"error: {address} was not cloned, or is another project: correct REPOSITORY")
+
+
+def test_a_notebook_in_the_projects_folder_needs_no_repository(tmp_path: Path):
+    notebook = only("project", "parameters", "folders")
+    with_values(notebook.cells[1], {"FOLDER": str(tmp_path / "out")})
+    for _ in range(2):
+        execute(notebook, PROJECT / "colab")
+    assert printed(notebook.cells[2]) == f"results go to {tmp_path / 'out'}\n"
+
+
+# The Drive.
+
+COLAB = """
+import os
+def mount(path):
+    {mount}
+def upload():
+    open("mine.png", "wb").write(b"x")
+def download(path):
+    print("the browser saves", os.path.basename(path))
+"""
+MOUNT = """
+    os.makedirs(os.path.join(path, "MyDrive"), exist_ok=True)
+    is_mount = os.path.ismount
+    os.path.ismount = lambda each: os.fspath(each) == path or is_mount(each)
+"""
+
+
+def fake_colab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mount: str = MOUNT) -> None:
+    """A machine on which `google.colab` can be imported, by kernels that are started from now on."""
+    folder = tmp_path / "packages" / "google" / "colab"
+    folder.mkdir(parents=True)
+    for name in ("__init__", "drive", "files"):
+        (folder / f"{name}.py").write_text(COLAB.format(mount=mount.strip()) if name != "__init__" else "")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+
+
+@pytest.mark.parametrize(
+    "values", [{"SAVE_TO_DRIVE": True}, {"PHOTOS": "DRIVE/MyDrive/dog"}, {"FOLDER": "DRIVE/MyDrive/x"}]
+)
+@pytest.mark.parametrize(
+    ("mount", "reason"),
+    [
+        (None, "only Colab has one"),
+        ("raise ValueError('mount failed')", "mount failed"),
+        ("os.makedirs(os.path.join(path, 'MyDrive'))", "it was not allowed"),  # an ordinary folder of that name
+    ],
+)
+def test_a_drive_that_is_not_mounted_stops_the_notebook_with_a_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cells: ModuleType,
+    mount: str | None,
+    reason: str,
+    values: dict[str, Any],
+):
     """As after a reconnect: else the work would start at zero, in a folder of the machine."""
-    notebook = load_notebook()
-    notebook.cells = [cell for cell in notebook.cells if cell.id in ("parameters", "folders")]
-    parameters, folders = notebook.cells
-    parameters.source = "OUTPUT, PHOTOS = '/content/drive/MyDrive/my lora', '/content/dog'"
-    resources = {"metadata": {"path": str(PROJECT)}}
-    with pytest.raises(CellExecutionError, match="returned non-zero exit status 2"):
-        NotebookClient(notebook, timeout=60, kernel_name="python3", resources=resources).execute()
-    assert "error: the Drive is not mounted, and /content/drive/MyDrive/my lora would be a folder" in printed(folders)
+    drive, names = tmp_path / "drive", ("google", "google.colab", "google.colab.drive")
+    if mount:
+        fake_colab(tmp_path, monkeypatch, mount)
+        for name in names:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+    settings = {"FOLDER": str(tmp_path / "out"), "SAVE_TO_DRIVE": False, "PHOTOS": "/content/dog", **values}
+    if settings["SAVE_TO_DRIVE"]:
+        settings["FOLDER"] = "my lora"
+    settings = {
+        key: value.replace("DRIVE", str(drive)) if isinstance(value, str) else value for key, value in settings.items()
+    }
+    with pytest.raises(
+        cells.Stop, match=re.escape(f"the Drive is not mounted ({reason}), and {drive}/MyDrive/")
+    ) as stop:
+        cells.work_folder(settings["FOLDER"], settings["SAVE_TO_DRIVE"], settings["PHOTOS"], str(drive))
+    assert stop.value._render_traceback_() == [f"error: {stop.value}"]
+    assert not (tmp_path / "out").exists()
+    assert not list(drive.glob("MyDrive/*"))
 
 
-def test_folders_of_a_mounted_drive_and_of_the_machine(prepare, tmp_path, monkeypatch, capsys):
-    assert prepare.main(["folders", "/content/output", str(tmp_path)]) == 0
-    monkeypatch.setattr(prepare, "DRIVE", tmp_path)
-    assert prepare.main(["folders", "/content/output", str(tmp_path / "MyDrive" / "dog")]) == 2
-    assert capsys.readouterr().err.startswith("error: the Drive is not mounted")
-    (tmp_path / "MyDrive").mkdir()
-    assert prepare.main(["folders", "/content/output", str(tmp_path / "MyDrive" / "dog")]) == 0
+# The cells' functions.
+
+
+def outputs_of(source: str, tmp_path: Path) -> Any:
+    """What a cell with these lines leaves behind the first cell."""
+    notebook = only("project", "parameters")
+    notebook.cells[1].source = source
+    with contextlib.suppress(CellExecutionError):
+        execute(notebook, PROJECT / "colab")
+    return notebook.cells[1]
+
+
+def test_a_command_that_fails_stops_the_notebook_with_a_sentence(tmp_path: Path):
+    cell = outputs_of("%%terminal\necho first\nfalse\necho never", tmp_path)
+    assert printed(cell) == "first\n"
+    (error,) = [out for out in cell.outputs if out.output_type == "error"]
+    assert error.traceback == [
+        "error: the command ended with 1: the reason is above; run this cell again once it is mended"
+    ]
+
+
+def test_a_progress_bar_is_one_line_and_its_picture_grows(tmp_path: Path):
+    picture = tmp_path / "she et.webp"
+    for size in (8, 16):
+        Image.new("RGB", (size, size)).save(tmp_path / f"{size}.webp")
+    (tmp_path / "script.py").write_text(
+        "import shutil, sys, time\n"
+        "print('plan: {all} on the device')\n"
+        "for step in range(3):\n"
+        f"    shutil.copy({str(tmp_path)!r} + f'/{{8 if step < 2 else 16}}.webp', {str(picture)!r})\n"
+        "    print(f'\\rsteps: {step} of 3\\x1b[A', end='', flush=True)\n"
+        "    time.sleep(1.2)\n"
+        "print('\\rsteps: 3 of 3', flush=True)\n"
+        "print(f'\\r               \\rdone in colour, or not', end='')\n"
+    )
+    line = f'%%terminal --picture "{picture}"\npython "{tmp_path}/script.py"'
+    cell = outputs_of(line, tmp_path)
+    assert printed(cell).splitlines() == ["plan: {all} on the device", "steps: 3 of 3", "done in colour, or not"]
+    status, sheet = [out.data["text/html"] for out in cell.outputs if out.output_type == "display_data"]
+    assert re.fullmatch(r"[3-9] s", status)
+    shown = base64.b64decode(re.search(r"data:image/webp;base64,([^\"]+)", sheet)[1])
+    assert shown == picture.read_bytes() == (tmp_path / "16.webp").read_bytes()
+
+
+def test_stopping_a_cell_types_ctrl_c_into_its_terminal(cells: ModuleType, tmp_path: Path, monkeypatch, capsys):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time\nprint('began', flush=True)\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('checkpoint-3 is kept')\n    sys.exit(130)\n"
+    )
+    states = []
+
+    def update(_: Any) -> None:
+        states.append(0)
+        if len(states) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells, "display", lambda *_, **__: SimpleNamespace(update=update))
+    assert cells.run(f"{sys.executable} {script}") == 130
+    assert "checkpoint-3 is kept" in capsys.readouterr().out
+
+
+def test_memory_is_shown_with_its_limits(cells: ModuleType, tmp_path: Path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '5734, 15360'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    rows = list(cells.memory_in_use())
+    assert rows[0] == ("GPU", pytest.approx(5.6, abs=0.01), 15.0)
+    assert rows[1][0] == "host"
+    assert 0 < rows[1][1] < rows[1][2]
+    assert '<progress value="5.60" max="15.00"' in cells.bars(rows)
+    assert "5.6 of 15.0 GiB" in cells.bars(rows)
 
 
 # The whole of it, in a kernel, on the miniature.
 
 
+@pytest.mark.parametrize("on_drive", [False, True])
 def test_the_notebook_runs_from_top_to_bottom_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result], on_drive: bool
 ):
     notebook = load_notebook()
     cells = {cell.id: cell for cell in code_cells(notebook)}
+    drive = tmp_path / "drive"
     values = {
-        "REPOSITORY": "",
-        "PROJECT": str(PROJECT),
-        "OUTPUT": str(tmp_path / "out put"),  # a Drive's folders have spaces
-        "PHOTOS": str(PROJECT / "examples" / "robot"),
-        "PROMPT": "a photo of sks robot",
-        "NEW_PROMPT": "a photo of sks robot in a bucket",
         "MODEL": str(PROJECT / "miniature"),
+        "PHOTOS": str(PROJECT / "examples" / "robot"),
+        "IDENTIFIER": "sks",
+        "CLASS": "robot",
+        "VALIDATION_PROMPT": "a photo of {} in a bucket",
         "RESOLUTION": 128,
         "STEPS": 2,
         "ACCUMULATION": 2,
+        "LEARNING_RATE": 2e-4,
+        "VALIDATION_STEPS": 1,
         "DRAWING_STEPS": 2,
+        "SAVE_TO_DRIVE": on_drive,
+        "FOLDER": "out put" if on_drive else str(tmp_path / "out put"),  # a Drive's folders have spaces
         "MINIATURE_STEPS": 2,
+        "DRIVE": str(drive),
     }
     assert cells["parameters"].metadata["tags"] == ["parameters"]
     assert parameters_of(cells["parameters"]).keys() == values.keys()
-    cells["parameters"].source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # !python is this one
+    with_values(cells["parameters"], values)
+    with_values(cells["project"], {"PROJECT": str(PROJECT)})
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # `python` is this one
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    elsewhere, output = tmp_path / "elsewhere", Path(values["OUTPUT"])
+    if on_drive:
+        fake_colab(tmp_path, monkeypatch)
+    elsewhere, output = tmp_path / "elsewhere", drive / "MyDrive" / "out put" if on_drive else tmp_path / "out put"
     elsewhere.mkdir()
-    NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(elsewhere)}}
-    ).execute()
+    execute(notebook, elsewhere)
 
     text = "\n".join(map(printed, cells.values()))
     assert "error:" not in text, text
     assert "Traceback" not in text, text
+    assert f"results go to {output}\n" in text
     assert "kept torch" in text
     assert "you have access" in text
     assert "no robot in it" in printed(cells["miniature"])
     assert "one block at a time" in printed(cells["embeddings"])
+    assert "learning rate 0.0002" in printed(cells["train"])
     assert all("no text encoder is loaded" in printed(cells[name]) for name in ("draw-before", "draw-after"))
     for name in ("miniature-pictures", "look"):
-        assert cells[name].outputs[-1].data["image/png"]
+        assert '<img src="data:image/png;base64,' in cells[name].outputs[-1].data["text/html"]
+    sheets = [out.data["text/html"] for out in cells["train"].outputs if "data" in out]
+    assert base64.b64encode((output / "lora/samples/sheet.webp").read_bytes()).decode() in sheets[-1]
     assert list(elsewhere.iterdir()) == []
+    for name in ("lora/pytorch_lora_weights.safetensors", "lora_comfyui.safetensors", "lora/report.html"):
+        assert f"{output / name}: 0." in printed(cells["download"])
+        assert (f"the browser saves {Path(name).name}" in printed(cells["download"])) == on_drive
+    assert printed(cells["push-run"]) == "nothing is uploaded: HUB_REPO is empty\n"
     pictures = sorted(path.relative_to(output).as_posix() for path in output.glob("[ab]*/*/*.png"))
     assert pictures == [
         f"{row}/{name}/img_00.png"
         for row in ("after", "before")
         for name in ("000_a-photo-of-sks-robot", "001_a-photo-of-sks-robot-in-a-bucket")
     ]
+    if on_drive:
+        return
 
     # Each script's cell again, in this process: five imports less.
     kept = [path for path in output.rglob("*") if path.suffix in (".png", ".safetensors")]
@@ -218,9 +443,12 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
         path: path.stat().st_mtime_ns for path in kept if path.stem != "contact_sheet"
     }  # each run writes its own
     assert len(written) > 20
+    prompt = "a photo of sks robot"
+    names = {**values, "OUTPUT": str(output), "PROMPT": prompt, "NEW_PROMPT": f"{prompt} in a bucket"}
     for name, said in SAID_THE_SECOND_TIME.items():
-        program, *words = shlex.split(cells[name].source.replace("\\\n", " ").format(**values))
-        assert program == "!python"
+        magic, _, source = cells[name].source.partition("\n")
+        program, *words = shlex.split(source.replace("\\\n", " ").format(**names))
+        assert (magic.split()[0], program) == ("%%terminal", "python")
         result = script(Path(words[0]).stem, *words[1:])
         assert result.code == 0, result.err
         assert said in result.out
@@ -337,6 +565,25 @@ def test_a_closed_licence_gate_is_told_at_once(prepare, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: someone/gated is gated: accept its licence at https://huggingface.co/someone/gated")
     assert asked == ["model_index.json"]
+
+
+def test_a_lora_is_pushed_without_photos_and_folders(prepare, tmp_path, capsys, monkeypatch, hub):
+    monkeypatch.setattr("sd3_lora.training.hub.get_token", lambda: TOKEN)
+    folder = tmp_path / "lora"
+    assert prepare.main(["push", str(folder), "my-dog"]) == 2
+    assert "run the training cell first" in capsys.readouterr().err
+    shutil.copytree(PROJECT / "tests" / "data" / "cc752f5" / "adamw", folder)
+    assert prepare.main(["push", str(folder), ""]) == 0
+    assert capsys.readouterr().out == "nothing is uploaded: HUB_REPO is empty\n"
+    assert prepare.main(["push", str(folder), "no name", "--private", "True"]) == 2
+    assert capsys.readouterr().err.startswith("error: --hub_model_id no name is no name that the hub takes")
+    assert hub.repos == {}
+    assert prepare.main(["push", str(folder), "my-dog", "--private", "True"]) == 0
+    assert capsys.readouterr().out == f"uploaded to {hub.url}/alice/my-dog\n"
+    assert set(hub.repos["alice/my-dog"]) == {"pytorch_lora_weights.safetensors", "run.json"}
+    assert hub.private == {"alice/my-dog"}
+    assert prepare.main(["push", str(folder), "another", "--private", "False"]) == 0
+    assert hub.private == {"alice/my-dog"}
 
 
 def test_example_photos_are_not_put_among_ones_own(prepare, tmp_path, capsys):

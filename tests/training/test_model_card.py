@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,11 @@ FOLDERS: list[tuple[str | None, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("text", "licence"), FOLDERS)
-def test_a_folders_licence_is_that_of_its_card(tmp_path: Path, text: str | None, licence: dict[str, str]) -> None:
+def test_a_folders_licence_is_that_of_its_card(
+    tmp_path: Path, text: str | None, licence: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monitored = logging.getLogger("huggingface_hub")
+    monitored.addHandler(caplog.handler)
     (tmp_path / "model").mkdir()
     if text is not None:
         (tmp_path / "model/README.md").write_text(text)
@@ -77,6 +82,8 @@ def test_a_folders_licence_is_that_of_its_card(tmp_path: Path, text: str | None,
     assert 'from_pretrained("model", ' in written
     assert "base_model" not in card_data(written)  # the hub would look for a model of that name
     assert card_data(written).get("license") == licence.get("license")
+    monitored.removeHandler(caplog.handler)
+    assert caplog.records == []  # no line of the library's among the trainer's
 
 
 def test_the_miniatures_licence() -> None:
