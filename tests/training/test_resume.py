@@ -462,6 +462,7 @@ def test_the_checkpoint_is_plain(script: Script, prepared: Prepared, tmp_path: P
     assert sorted(path.name for path in folder.iterdir()) == [
         "pictures.json",
         LORA_FILE,
+        "run.json",
         "state.json",
         "state.safetensors",
     ]
