@@ -27,7 +27,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, shown, write_text_atomically
+from sd3_lora.common.command_line import (
+    UserError,
+    command,
+    counted,
+    exit_code,
+    first_line,
+    shown,
+    write_text_atomically,
+)
 from sd3_lora.common.config import missing_path
 from sd3_lora.common.devices import choose_device, make_deterministic
 from sd3_lora.common.memory import GIB, free_memory
@@ -65,7 +73,7 @@ def load_captioner(config: CaptioningConfig, device: torch.device) -> tuple[Mode
             config.caption_model, dtype=dtype, use_safetensors=True, **source
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"--caption_model {config.caption_model} cannot be loaded ({reason}): give the folder or the hub id of a "
             "model that captions pictures, such as Salesforce/blip-image-captioning-large"

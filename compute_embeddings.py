@@ -264,7 +264,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not files.is_known:
         print_words(files, trigger, config.class_prompt, roles)
 
-    existing = read_existing(output_path, config.overwrite)
+    # A model that is not there is planned for as if nothing were: what is there is not known to be of it.
+    existing = None if files.is_known else read_existing(output_path, config.overwrite)
     work = text_work(config, existing, min(len(roles), chunk_size(len(roles), processes.count)))
     planned = planned_device(device_config.device, device, budget_config.plan)
     plan = choose_text_encoder_plan(files, work, planned, budget)

@@ -60,7 +60,7 @@ from sd3_lora.drawing.sampling import (
     TransformerCall,
 )
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
-from sd3_lora.gpu.budget import DeviceBudget, compared, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_beside, plan_denoising, plan_drawing
 from sd3_lora.plan.step_execution import AskedExecution, StepExecution, choose_drawing_execution
@@ -733,9 +733,8 @@ def run(argv: Sequence[str] | None) -> None:
     measured, drawn = 0, Drawn({}, {})
     if count:
         drawn = draw(flags, files, drawing, tile, loras, to_draw, context)
-    if budget and count:  # of the last two stages: that of encoding is printed before
-        measured = budget.used_bytes([r for r in context.reports if r.name.startswith(("denoise", "decode"))])
-        print(compared(forecast.peak_bytes, measured))
+        last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]
+        measured = measured_peak(budget, last, forecast.peak_bytes)  # that of encoding is printed before
     facts = RunFacts(
         model=files.name,
         revision=files.revision,

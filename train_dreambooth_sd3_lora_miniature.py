@@ -33,7 +33,6 @@ if __name__ == "__main__":
 
 import os
 import random
-import signal
 import sys
 import time
 from collections import Counter
@@ -51,6 +50,7 @@ from sd3_lora.common.command_line import (
     command_again,
     counted,
     exit_code,
+    first_line,
     forget_secrets,
     require_writable_folder,
 )
@@ -59,10 +59,11 @@ from sd3_lora.common.devices import (
     ChosenDtype,
     choose_device,
     choose_training_dtype,
+    choose_whole_dtype,
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
+from sd3_lora.common.memory import GIB, drop_workspaces, free_disk_bytes, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
@@ -120,6 +121,7 @@ from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_t
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.in_backward import adam_notes, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
@@ -128,6 +130,7 @@ from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.optimizer import (
     bytes_per_parameter,
     make_optimizer,
+    make_optimizer_in_backward,
     optimizer_notes,
     optimizer_step,
     rate_in_force,
@@ -145,6 +148,7 @@ from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
+from sd3_lora.transformer.base_weights import base_bytes
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
@@ -161,9 +165,10 @@ from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
-from sd3_lora.transformer.placement import AskedPlacement, arrange
+from sd3_lora.transformer.placement import ArrangedTransformer, AskedPlacement, arrange
 from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.whole_weights import train_whole
 
 import torch
 from accelerate import Accelerator
@@ -245,7 +250,7 @@ def make_step(
         report: gets a line where it cannot be captured.
         sizes: how many sizes of crops there are.
     """
-    ahead, window = training.ahead, flags.run.gradient_accumulation_steps
+    ahead, window, in_backward = training.ahead, flags.run.gradient_accumulation_steps, training.in_backward
 
     def compute(*inputs: torch.Tensor) -> torch.Tensor:
         with ahead.active() if ahead else nullcontext():
@@ -255,12 +260,15 @@ def make_step(
 
     if not execution.captured:
         return compute
-    gradients = training.trainables.gradients
+    gradients = in_backward.gradients if in_backward else training.trainables.gradients
     exact = bool(flags.device.must_be_deterministic)
     shapes = 2 * sizes if sizes > 1 else 1  # of several sizes each has a smaller batch at the end of a pass
     if flags.prior.predicts and (sizes > 1 or not flags.prior.is_even(flags.run.train_batch_size)):
         shapes *= 2  # of each one with a row more than the other
-    return CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact, shapes)
+    call = CapturedCall(compute, gradients[0].device, gradients, execution.must_capture, report, exact, shapes)
+    if in_backward:
+        call.rehearsal = in_backward.rehearsal
+    return call
 
 
 def accumulate(
@@ -365,8 +373,7 @@ def look(
 
 def note_failure(what: str, step: int, error: BaseException) -> None:
     """Says that something between the steps failed, which stops no run."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    Progress.write(f"note: {what} of step {step} failed ({reason}): training goes on")
+    Progress.write(f"note: {what} of step {step} failed ({first_line(error)}): training goes on")
 
 
 def finish_pictures(validation: Validation | None) -> None:
@@ -449,6 +456,7 @@ def train(
             training.step += 1
             if training.leave_clips() and training.step - 1 == training.clips_until:
                 watch.release()  # the step is captured anew, without the CLIPs' backward pass
+            training.begin_step()
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
             loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
@@ -482,7 +490,7 @@ def save_what_is_due(
 ) -> None:
     """Writes the LoRA at the end of the run, that of a step if asked for, and a checkpoint where `saves` says so."""
     if training.step == training.steps and accelerator.is_main_process:
-        outputs.save_lora(training, outputs.folder)  # first of all: nothing after this can lose it
+        outputs.save_trained(training, outputs.folder)  # first of all: nothing after this can lose it
     if flags.watch.saves_at(training.step) and accelerator.is_main_process:
         outputs.save_lora_of_step(training)
     if saves:
@@ -613,18 +621,17 @@ def load_clips(
     return TrainedClips(clips).to(device)
 
 
-def load_training(
+def load_lora(
     request: StageOneRequest,
     flags: TrainingFlags,
     planned: PlannedTraining,
     seed: int,
-    data: TrainingData,
     accelerator: Accelerator,
     start: LoraFile | None,
-) -> Training:
-    """The frozen transformer with a new LoRA, or one that begins as another, and all that trains it."""
-    files, lora, run, device = request.files, flags.lora, flags.run, accelerator.device
-    processes, dtype, names = accelerator.num_processes, planned.dtype, list[str]()
+) -> tuple[ArrangedTransformer, TrainedClips | None, Trainables]:
+    """The frozen transformer with a new LoRA, or one that begins as another; the CLIPs where they have one too."""
+    files, lora, device = request.files, flags.lora, accelerator.device
+    dtype, names = planned.dtype, list[str]()
 
     def add_lora(transformer: SD3Transformer2DModel) -> list[torch.nn.Parameter]:
         targets, kind = lora_targets(lora, transformer), lora_kind(lora)
@@ -637,7 +644,7 @@ def load_training(
     arranged = arrange(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
-    pictures = run.pictures_per_step(processes)
+    pictures = flags.run.pictures_per_step(accelerator.num_processes)
     group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
     groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
     of_clips, clips = clip_lora(flags, files, seed), None
@@ -647,9 +654,48 @@ def load_training(
         rate, decay = flags.text_encoder_rate(pictures), flags.text.weight_decay
         groups.append(TrainedGroup("CLIPs", flatten_parameters(parts), rate, parts, decay))
     trainables = Trainables(groups)
-    optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
-    torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
+    return arranged, clips, trainables
+
+
+def load_whole(
+    request: StageOneRequest, flags: TrainingFlags, planned: PlannedTraining, accelerator: Accelerator
+) -> tuple[ArrangedTransformer, None, Trainables]:
+    """The transformer, of which all is trained; each of its weights is a group of its own."""
+    placement, device, dtype = planned.plan.placement, accelerator.device, planned.dtype
+    arranged = arrange(request.files, placement, device, dtype, planned.latent_size, train_whole)
+    rate = flags.optimizer.scaled_rate(flags.run.pictures_per_step(1))
+    weights = arranged.transformer.named_parameters()
+    trainables = Trainables([TrainedGroup(name, weight, rate, (weight,)) for name, weight in weights])
+    name = str(dtype).removeprefix("torch.")
+    accelerator.print(f"transformer: {trainables.numel / 1e6:.2f} M parameters in {name}, AdamW's state in 8 bits")
+    return arranged, None, trainables
+
+
+def load_training(
+    request: StageOneRequest,
+    flags: TrainingFlags,
+    planned: PlannedTraining,
+    seed: int,
+    data: TrainingData,
+    accelerator: Accelerator,
+    start: LoraFile | None,
+) -> Training:
+    """The transformer with what is trained, and all that trains it."""
+    run, device, processes, dtype = flags.run, accelerator.device, accelerator.num_processes, planned.dtype
+    arranged, clips, trainables = (
+        load_whole(request, flags, planned, accelerator)
+        if flags.trains_all
+        else load_lora(request, flags, planned, seed, accelerator, start)
+    )
+    if flags.trains_all:
+        window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
+        optimizer, lr_scheduler = make_optimizer_in_backward(
+            flags.optimizer, trainables, planned.steps, seed, window, by_chance
+        )
+    else:
+        optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
+    torch.manual_seed(seed + accelerator.process_index)  # each rank drops out other elements
     return Training(
         VelocityModel(arranged.transformer, dtype, arranged.ahead, clips),
         trainables,
@@ -678,6 +724,12 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
     """
     asked = AskedPlacement.of(flags.base, flags.step, blocks)
     asked.check(blocks, processes)
+    if flags.trains_all:
+        if processes > 1:
+            raise UserError(
+                f"--full updates weights inside the backward pass of one process, not of {processes}: use one"
+            )
+        return replace(asked, whole=True)
     if flags.text.train_text_encoder:
         if asked.modulations_ahead:
             raise UserError(
@@ -694,6 +746,13 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
             "or type --prior_share 1"
         )
     return replace(asked, modulations_ahead=False)
+
+
+def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> int | None:
+    """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
+    if not flags.trains_all:
+        return None
+    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps)
 
 
 def training_task(
@@ -737,11 +796,13 @@ def training_task(
         prior_rows=prior_rows,
         base_rows=base_rows,
         clips=clip_lora(flags, files),
+        whole_bytes=optimizer_bytes(flags, files, dtype),
     )
-    can_stream = processes == 1 and not kind.needs_whole_weights
+    can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
     drawing = drawing_between(flags, files, dtype)
-    return TrainingTask(files, shape, step, asked, can_stream, not kind.starts_from_weights, drawing)
+    can_be_4bit = not kind.starts_from_weights and not flags.trains_all
+    return TrainingTask(files, shape, step, asked, can_stream, can_be_4bit, drawing)
 
 
 def validation_sampling(watch: WatchFlags) -> SamplingSettings:
@@ -783,8 +844,9 @@ def make_early_warning(
     class_prompt = data.class_prompt(flags.prior.class_prompt)
     if class_prompt is None:
         say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
-    elif lora_kind(flags.lora).starts_from_weights:
-        say(f"note: --init_lora_weights {flags.lora.init_lora_weights} changes the base itself: no drift is measured")
+    elif flags.trains_all or lora_kind(flags.lora).starts_from_weights:
+        what = "--full" if flags.trains_all else f"--init_lora_weights {flags.lora.init_lora_weights}"
+        say(f"note: {what} changes the base itself: no drift is measured")
         class_prompt = None
     warning = EarlyWarning(
         data,
@@ -874,7 +936,8 @@ def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, reco
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
     """What flags fix of how micro-steps are carried out."""
     step, base_pass = flags.step, flags.prior.prior_term is not None
-    return AskedExecution(step.must_compile, step.must_capture, flags.device.must_be_deterministic, base_pass)
+    must_compile = False if flags.trains_all else step.must_compile  # a compiled block has all its gradients at once
+    return AskedExecution(must_compile, step.must_capture, flags.device.must_be_deterministic, base_pass)
 
 
 def plan_execution(
@@ -920,7 +983,8 @@ def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
     """The transformer's: as its flag or accelerate launch says, else what the device does best."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
     asked = flags.run.mixed_precision or (launched if launched in ("fp16", "bf16") else None)
-    return choose_training_dtype(asked, planned_device(flags.device.device, device, flags.budget.plan))
+    choose = choose_whole_dtype if flags.trains_all else choose_training_dtype
+    return choose(asked, planned_device(flags.device.device, device, flags.budget.plan))
 
 
 def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
@@ -1001,8 +1065,21 @@ def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Acc
     longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
     asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
     accelerator.print(f"nothing to do: {asked}; {longer}")
-    if accelerator.is_main_process and not (outputs.folder / LORA_FILE).is_file():
-        print(f"wrote {outputs.save_lora(training, outputs.folder)}, as it is at step {training.step}")
+    if accelerator.is_main_process and not outputs.trained_path.exists():
+        print(f"wrote {outputs.save_trained(training, outputs.folder)}, as it is at step {training.step}")
+    if accelerator.is_main_process and not (outputs.folder / "model_index.json").is_file():
+        write_model(outputs, training)
+
+
+def write_model(outputs: Outputs, training: Training) -> None:
+    """Makes the output folder a whole model, where its transformer was trained. A failure costs a sentence."""
+    if not training.in_backward:
+        return
+    try:
+        outputs.write_whole_model()
+        print(f"wrote {outputs.folder}, a whole model: what is beside its transformer is the base's")
+    except (UserError, OSError) as error:
+        print(f"note: {outputs.trained_path} is written, and not what a whole model has beside it ({error})")
 
 
 def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
@@ -1022,8 +1099,7 @@ def report(outputs: Outputs) -> None:
 
         print(f"wrote {write_report(outputs.folder)}: open it in a browser")
     except Exception as error:  # whatever it is: the run is done
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"note: the report was not written ({reason})")
+        print(f"note: the report was not written ({first_line(error)})")
 
 
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
@@ -1042,6 +1118,11 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
 
     guidance = MINIATURE_GUIDANCE if flags.model.is_bundled else None
+    if flags.trains_all:
+        facts, size = record.facts, dict.fromkeys(("height", "width"), record.facts.resolution)
+        shared |= {"pretrained_model_name_or_path": outputs.folder, "max_sequence_length": facts.max_sequence_length}
+        print("next: " + command("inference.py", **shared, **size, prompt=prompt, data_df_path=embeddings_path))
+        return
 
     def drawing(lora: Path) -> str:
         settings = {"lora": lora, "prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
@@ -1069,7 +1150,8 @@ def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
     """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
     if repo:
         folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        print(f"uploaded {folder} to {repo.upload(folder, 'LoRA after ' + counted(step, 'step'))}")
+        what = "transformer" if flags.trains_all else "LoRA"
+        print(f"uploaded {folder} to {repo.upload(folder, what + ' after ' + counted(step, 'step'))}")
 
 
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
@@ -1080,12 +1162,37 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
         say_miniature(SCRIPT, flags.data.instance_data_dir)
     chosen, say = choose_precision(flags, accelerator.device), accelerator.print
     processes = counted(accelerator.num_processes, "process")
-    say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
-    for note in optimizer_notes(flags.optimizer, accelerator.device):
+    if flags.trains_all:
+        say(f"transformer in {chosen.reason}; trained whole; {processes}")
+        notes = adam_notes(flags.run.gradient_accumulation_steps, flags.optimizer.max_grad_norm)
+    else:
+        say(f"transformer in {chosen.reason}; LoRA and optimizer in float32; {processes}")
+        notes = optimizer_notes(flags.optimizer, accelerator.device)
+    for note in notes:
         say(note)
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return chosen
+
+
+def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> None:
+    """Checks where a whole model is to go.
+
+    Raises:
+        UserError: its folder is the base's, or there is no room for it and its checkpoints.
+    """
+    folder = Path(flags.run.output_dir)
+    if folder.resolve() == files.folder.resolve():
+        raise UserError(f"--output_dir {folder} is the model that is trained, which --full would replace: give another")
+    weights = base_bytes(files, dtype)
+    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1)
+    kept = flags.run.checkpoints_total_limit or 1
+    needed, free = (kept + 1) * (weights + moments), free_disk_bytes(folder)
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / GIB:.1f} GiB of disk left, and --full writes up to {needed / GIB:.1f} GiB there "
+            f"({counted(kept + 1, 'checkpoint')} for a moment): make room, or give another --output_dir"
+        )
 
 
 def require_possible(
@@ -1099,6 +1206,8 @@ def require_possible(
     for component in ("transformer", *(CLIPS if flags.text.train_text_encoder else ())):
         files.component(component)
     head_width = files.read_config("transformer")["attention_head_dim"]
+    if flags.trains_all:
+        require_room_for_model(flags, files, dtype)
     require_attention_kernel(plan.placement.attention_kernel, device, dtype, head_width, trains=True)
     plan_execution(flags, plan, device, 0, None)
     for form in flags.run.exports:
@@ -1168,7 +1277,10 @@ def open_outputs(
     """What writes the LoRA and the checkpoints, with the record of the run."""
     record = RunRecord(groups_of(flags), facts, run_identity(flags, facts, request, data, execution.kernels))
     again = command_again(SCRIPT, argv, resume_from_checkpoint="latest")
-    return Outputs(Path(flags.run.output_dir), record, flags.run.checkpoints_total_limit, again)
+    # A checkpoint of a whole transformer has gigabytes, and by default the last one is kept alone.
+    limit = flags.run.checkpoints_total_limit or (1 if flags.trains_all else None)
+    files = request.files if flags.trains_all else None
+    return Outputs(Path(flags.run.output_dir), record, limit, again, files)
 
 
 @contextmanager
@@ -1191,13 +1303,15 @@ def report_results(
     """What the run came to; prints its peak beside the plan's."""
     measured = measured_peak(budget, reports, planned.plan.forecast.peak_bytes)
     carried_out = planned.execution.carried_out(step if isinstance(step, CapturedCall) else None).to_dict()
-    lora_path, loss, skipped = str(outputs.folder / LORA_FILE), log.recent_mean, log.skipped
-    return RunResults(lora_path, reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped)
+    loss, skipped = log.recent_mean, log.skipped
+    return RunResults(
+        str(outputs.trained_path), reports, measured, planned.steps, ms_a_step, carried_out, loss, skipped
+    )
 
 
 def run(argv: Sequence[str] | None) -> None:
     """The stage from top to bottom."""
-    flags = TrainingFlags(*COMMAND_LINE.parse(argv))
+    flags = TrainingFlags(*COMMAND_LINE.parse(argv)).settled()
     forget_secrets()
     output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
     accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
@@ -1248,6 +1362,7 @@ def run(argv: Sequence[str] | None) -> None:
             ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
         if accelerator.is_main_process:
             results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
+            write_model(outputs, training)
             finish(outputs, flags, results)
     else:
         write_what_is_missing(outputs, training, accelerator)

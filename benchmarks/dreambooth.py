@@ -48,7 +48,7 @@ from sd3_lora.transformer.lora_files import find_lora, read_lora_file
 import torch
 from contact_sheet import draw_sheet, load_row
 from demo import GUIDANCE, RANK, STEPS, TRAIN_BATCH_SIZE
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from dreambooth_scores import TARGETS, count_right, shares, table
 from dreambooth_subjects import (
     SUBJECTS,
@@ -139,7 +139,7 @@ class Bench:
 
     @contextmanager
     def with_lora(self, lora: Path | None) -> Iterator[None]:
-        """The miniature with a LoRA, and afterwards without.
+        """The miniature with a LoRA, or with the weights of a transformer's folder; and afterwards as it was.
 
         Raises:
             RuntimeError: it is not what it was before.
@@ -149,11 +149,8 @@ class Bench:
             return
         transformer = self.pipeline.transformer
         before = fingerprint(transformer)
-        read_lora_file(lora, transformer.config).attach(transformer, "subject")
-        try:
+        with in_its_place(transformer, lora) if lora.is_dir() else attached(transformer, lora):
             yield
-        finally:
-            transformer.unload_lora()
         if fingerprint(transformer) != before:
             raise RuntimeError(f"{lora} was taken off the transformer, which is not what it was before")
 
@@ -162,6 +159,27 @@ class Bench:
         scenes, prompts = drift_scenes(self.flags.drift_prompts)
         right = count_right(self.judge.verdict(self.draw(prompts, DRIFT_NOISE)), scenes)
         return {"drift_samples": len(scenes), "drift_right": right["object"]}
+
+
+@contextmanager
+def attached(transformer: SD3Transformer2DModel, lora: Path) -> Iterator[None]:
+    """Within it the transformer has a LoRA."""
+    read_lora_file(lora, transformer.config).attach(transformer, "subject")
+    try:
+        yield
+    finally:
+        transformer.unload_lora()
+
+
+@contextmanager
+def in_its_place(transformer: SD3Transformer2DModel, folder: Path) -> Iterator[None]:
+    """Within it the transformer has the weights of a folder."""
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    transformer.load_state_dict(SD3Transformer2DModel.from_pretrained(folder).state_dict())
+    try:
+        yield
+    finally:
+        transformer.load_state_dict(before)
 
 
 def fingerprint(model: torch.nn.Module) -> list[tuple[str, int]]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,11 @@ class Method:
     def keeps_average(self) -> bool:
         """Whether its moving average is kept, and so judged in place of the LoRA."""
         return "--use_ema" in shlex.split(self.flags)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole transformer is trained, and no LoRA."""
+        return "--full" in shlex.split(self.flags)
 
     def words(self, subject: Subject) -> list[str]:
         """`flags` for a subject."""
@@ -198,7 +204,14 @@ def training_words(flags: argparse.Namespace, run: Run) -> list[str]:
     words += stored_words(flags, subject.pictures if method.one_prompt else subject.captioned, files)
     if method.class_images:
         words += ["--with_prior_preservation", *class_words(subject, files, method.class_images)]
+    if method.is_whole:
+        words = without_flags(words, ("--rank", "--lora_layers", "--lora_blocks"))
     return [*words, "--seed", str(run.seed), *budget_words(flags), *method.words(subject)]
+
+
+def without_flags(words: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line without some flags that have a value each."""
+    return [word for before, word in pairwise(["", *words]) if word not in flags and before not in flags]
 
 
 @contextmanager
@@ -229,7 +242,7 @@ def carry_out(flags: argparse.Namespace, bench: Bench, run: Run) -> dict[str, An
     with process_settings():
         run_script(TRAINING_SCRIPT, training_words(flags, run), folder / "log.txt", f"{run.subject}, {run.method.name}")
     trained = time.perf_counter()
-    files = [lora_of(folder / "lora", point, flags.steps) for point in run.points]
+    files = [trained_of(folder / "lora", point, flags.steps, run.method.is_whole) for point in run.points]
     scores = [{"subject": run.subject, "seed": run.seed, **bench.count(run.subject, path)} for path in files]
     times = {"training_s": round(trained - start, 2), "sampling_s": round(time.perf_counter() - trained, 2)}
     write_json(folder / "result.json", {**run.noted(), **times, "scores": scores})
@@ -306,10 +319,10 @@ def require_none(failures: Sequence[str]) -> None:
         raise UserError(f"{len(failures)} runs failed; the first: {failures[0]}")
 
 
-def lora_of(folder: Path, point: Point, last_step: int) -> Path:
-    """A point's file: in the run's folder at its end, else in a checkpoint."""
+def trained_of(folder: Path, point: Point, last_step: int, is_whole: bool) -> Path:
+    """A point's LoRA, or its transformer's folder: in the run's folder at its end, else in a checkpoint."""
     where = folder if point.steps == last_step else folder / f"checkpoint-{point.steps}"
-    return where / (EMA_FILE if point.is_average else LORA_FILE)
+    return where / ("transformer" if is_whole else EMA_FILE if point.is_average else LORA_FILE)
 
 
 @dataclass(frozen=True)

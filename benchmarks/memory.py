@@ -81,29 +81,22 @@ def model_folder(models: Path, name: str) -> Path:
     return folder
 
 
-def with_text_encoders(models: Path, name: str) -> Path:
-    """The same model with text encoders of full size, made now if they are not there."""
-    folder = models / f"{name}-with-text"
+def with_encoders(models: Path, name: str, encoders: str) -> Path:
+    """The same model with text encoders of full size, made now if they are not there.
+
+    Args:
+        models: folder of the models.
+        name: of the model.
+        encoders: "text" for all three, "clips" for the two whose LoRA can be trained.
+    """
+    folder = models / f"{name}-with-{encoders}"
     if not (folder / "model_index.json").is_file():
         folder.mkdir(exist_ok=True)
         for component in ("transformer", "vae"):
             link = folder / component
             link.unlink(missing_ok=True)
             link.symlink_to((model_folder(models, name) / component).resolve(), target_is_directory=True)
-        random_sd3.save(name, folder, ["text"])
-    return folder
-
-
-def with_clips(models: Path, name: str) -> Path:
-    """The same model with CLIPs of full size, to train their LoRA; made now if they are not there."""
-    folder = models / f"{name}-with-clips"
-    if not (folder / "model_index.json").is_file():
-        folder.mkdir(exist_ok=True)
-        for component in ("transformer", "vae"):
-            link = folder / component
-            link.unlink(missing_ok=True)
-            link.symlink_to((model_folder(models, name) / component).resolve(), target_is_directory=True)
-        random_sd3.save(name, folder, ["clips"])
+        random_sd3.save(name, folder, [encoders])
     return folder
 
 
@@ -292,9 +285,10 @@ def run_case(case: Case, models: Path, device: str, driver_before: int) -> dict[
         torch.cuda.set_per_process_memory_fraction(1.0)  # the last row's cap
         drop_workspaces(choose_device(device))  # one for each stream of the last row
     if case.script == EMBED:
-        model = with_text_encoders(models, case.model)
+        model = with_encoders(models, case.model, "text")
     else:
-        model = (with_clips if "--train_text_encoder" in case.flags else model_folder)(models, case.model)
+        trains_clips = "--train_text_encoder" in case.flags
+        model = with_encoders(models, case.model, "clips") if trains_clips else model_folder(models, case.model)
     output = trained_folder(models) if case.script == TRAIN else models / f"output-{os.getpid()}"
     shutil.rmtree(output, ignore_errors=True)
     if case.script == EMBED:

@@ -295,6 +295,19 @@ def clip_cases() -> Iterator[Case]:
     yield Case("streamed, and the CLIPs", "sd3.5-large", flags=(*budget(4.5), *clips), smallest=True)
 
 
+def full_cases() -> Iterator[Case]:
+    """The whole transformer, resident: under the smallest budgets, recomputed or not, and with gradients kept."""
+    whole = ("--full", "--mixed_precision", "bf16")
+    yield Case("warm-up", "sd3-medium", 512, flags=whole)
+    for model, gib in (("sd3-medium", 9.0), ("sd3.5-medium", 10.5)):
+        yield Case("whole, as little as fits", model, flags=(*whole, *budget(gib)), steps=12, smallest=True)
+        yield Case("whole, all blocks recomputed", model, flags=(*whole, *ALL_BLOCKS), steps=12)
+        yield Case("whole", model, flags=whole, steps=12)
+    window = ("--gradient_accumulation_steps", "4")
+    yield Case("whole, gradients kept", "sd3-medium", flags=(*whole, *ALL_BLOCKS, *window), steps=6)
+    yield Case("whole, as little as fits", "sd3.5-large", flags=(*whole, *budget(36)), smallest=True)
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "predictions": prediction_cases,
     "flags": flag_cases,
@@ -307,5 +320,6 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "text": text_cases,
     "saving": saving_cases,
     "clips": clip_cases,
+    "full": full_cases,
     "streaming": streaming_cases,
 }

@@ -28,7 +28,7 @@ from sd3_lora.common.devices import choose_device
 from sd3_lora.common.memory import free_memory
 
 from evaluate import VERSIONS, circumstances
-from memory import with_text_encoders
+from memory import with_encoders
 from pipeline import run_process
 
 PROMPT = "a photo of sks dog"
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     start, rows = time.perf_counter(), []
     flags.models.mkdir(parents=True, exist_ok=True)
-    model = with_text_encoders(flags.models, "sd3-medium")
+    model = with_encoders(flags.models, "sd3-medium", "text")
     free_memory(choose_device(flags.device))
     for folder in (model / "text_encoder_3", model / "text_encoder_2", model / "transformer"):
         read_through(folder.resolve())

@@ -42,7 +42,7 @@ import pandas as pd
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
-from memory import PROMPT, fabricate_stage_one, model_folder, with_clips
+from memory import PROMPT, fabricate_stage_one, model_folder, with_encoders
 from PIL import Image
 from placements import placement_of
 from timed_peer import Clock
@@ -53,6 +53,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 TRAIN = "train_dreambooth_sd3_lora_miniature"
 REFERENCE = "examples/research_projects/sd3_lora_colab/train_dreambooth_lora_sd3_miniature.py"
 BIG_SCRIPT = "examples/dreambooth/train_dreambooth_lora_sd3.py"
+PLAIN_WHOLE = "plain_whole.py"  # beside this script
 TEXT_TOKENS = 154
 ALL_BLOCKS = ("--gradient_checkpointing",)
 
@@ -69,7 +70,7 @@ class Case:
         batch: pictures a step.
         rank: of the LoRA.
         precision: of the base.
-        script: below the clone of diffusers; None for ours.
+        script: below the clone of diffusers, or `PLAIN_WHOLE`; None for ours.
         sizes: of the pictures, in turn, as 832x1216; squares where there are none.
     """
 
@@ -146,6 +147,16 @@ def clip_cases() -> Iterator[Case]:
     yield Case("ours, compiled and replayed", 1024, (*COMPILED, *clips))
 
 
+def full_cases() -> Iterator[Case]:
+    """The whole transformer, beside a plain loop with bitsandbytes (`plain_whole.py`)."""
+    whole = ("--full", *ALL_BLOCKS)
+    for model in ("sd3-medium", "sd3.5-medium"):
+        yield Case("a plain loop, all blocks recomputed", 1024, (), model, precision="bf16", script=PLAIN_WHOLE)
+        yield Case("ours, all blocks recomputed, plain", 1024, (*whole, "--capture", "off"), model, precision="bf16")
+        yield Case("ours, all blocks recomputed", 1024, (*whole, "--capture", "on"), model, precision="bf16")
+        yield Case("ours, replayed", 1024, ("--full", "--capture", "on"), model, precision="bf16")
+
+
 SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "clips": clip_cases,
     "1024": lambda: cases_of_size(1024),
@@ -154,6 +165,7 @@ SETS: dict[str, Callable[[], Iterator[Case]]] = {
     "sd3.5": sd35_cases,
     "prior": prior_cases,
     "buckets": bucket_cases,
+    "full": full_cases,
 }
 # Steps before the clock starts: the graphs of all shapes are captured by then. The timed ones have each as often.
 WARM = {"prior": 9, "buckets": 9}
@@ -285,6 +297,16 @@ def run_peer(script: str, words: Sequence[object], output: Path, flags: argparse
     return json.loads(report.read_text(encoding="utf-8"))
 
 
+def run_plain_whole(case: Case, output: Path, warm: int, steps: int) -> dict[str, Any]:
+    """The plain loop in a process of its own."""
+    report, script = output / "report.json", Path(__file__).with_name(PLAIN_WHOLE)
+    words = [sys.executable, script, case.model, case.resolution, warm, steps, report]
+    finished = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
+    if not report.is_file():
+        return {"failed": finished.stderr.strip().splitlines()[-3:]}
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
 def save_short_t5(model: Path) -> None:
     """T5 of its real width and one layer."""
     shutil.rmtree(model / "text_encoder_3")
@@ -320,7 +342,7 @@ def prepare_with_clips(name: str, models: Path) -> Path:
     """The same with CLIPs of full size, beside a short T5."""
     prepare_model(name, models)
     is_new = not (models / f"{name}-with-clips" / "model_index.json").is_file()
-    model = with_clips(models, name)
+    model = with_encoders(models, name, "clips")
     if is_new:
         save_short_t5(model)
     return model
@@ -337,6 +359,8 @@ def run_case(case: Case, flags: argparse.Namespace, warm: int) -> dict[str, Any]
     start = time.perf_counter()
     if case.script is None:
         row = run_ours(case, model, output, warm, flags.steps, flags.device)
+    elif case.script == PLAIN_WHOLE:
+        row = run_plain_whole(case, output, warm, flags.steps)
     else:
         words = [*shared_words(case, model, output, flags.steps + 5), *peer_words(case, model), *case.flags]
         row = run_peer(case.script, words, output, flags)
@@ -518,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if time.perf_counter() - start > flags.stop_after:
                     print(f"stopped before {name}: {case.name}", flush=True)
                     break
-                if case.script is None or flags.peer:
+                if case.script in (None, PLAIN_WHOLE) or flags.peer:
                     keep({"set": name, **run_case(case, flags, WARM.get(name, flags.warm))})
     return 0
 

@@ -42,40 +42,14 @@ if __name__ == "__main__":
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, command, exit_code, link_or_copy, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.model_folder import files_beside, take
 from sd3_lora.transformer.lora_files import LoraFile, base_of, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.merged_weights import write_merged
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data")
-
-
-def files_beside(files: ModelFiles, changed: Collection[str]) -> Iterator[str]:
-    """All files of the pipeline but the weights of the changed models, by their paths in its folder.
-
-    Of weights, and of lists of weight files, those of the variant that was asked for.
-    """
-    yield "model_index.json"
-    variant = files.config.variant
-    for component in files.components():
-        folder = files.component(component)
-        kept = [] if component in changed else files.weight_files(component)
-        for path in sorted(folder.rglob("*")):
-            is_of_variant = ".index." not in path.name or not variant or f".{variant}" in path.name
-            if path.is_file() and is_of_variant and (path.suffix not in _WEIGHTS or path in kept):
-                yield str(path.relative_to(files.folder))
-
-
-def take(source: Path, path: Path, copies: bool) -> None:
-    """A hard link for weights, where that can be; else a copy."""
-    if path.suffix in _WEIGHTS and not copies:
-        link_or_copy(source, path)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, path)
 
 
 def require_new_folder(folder: Path) -> None:

@@ -215,6 +215,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("es" if noun.endswith("s") else "s")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(names: Sequence[str]) -> str:
     """The first names of a list, for a sentence, and how many more there are."""
     others = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.tensor_files import TensorFiles
 
 import torch
@@ -109,7 +109,7 @@ def _expected_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torc
         with torch.device("meta"):
             model = _make_model(folder.name, config)
     except Exception as error:  # the libraries raise whatever a wrong number leads to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"no model can be made of {folder / 'config.json'} ({reason}): delete it and download it again"
         ) from error

@@ -130,3 +130,29 @@ def choose_training_dtype(asked: str | None, device: torch.device) -> ChosenDtyp
     if asked == "bf16":
         return ChosenDtype(torch.bfloat16, "bf16: as asked")
     return ChosenDtype(torch.float16, "fp16: as asked" if asked else "fp16: half the memory, on every GPU")
+
+
+def choose_whole_dtype(asked: str | None, device: torch.device) -> ChosenDtype:
+    """The dtype of a transformer whose own weights are trained: they are kept, updated and saved in it.
+
+    fp16 is none: its numbers reach no further than 65504, and an update that the backward pass has applied cannot be
+    undone where a gradient was infinite, as a gradient scaler must.
+
+    Args:
+        asked: no, fp16, bf16, or None for the best that the device has.
+        device: where it runs.
+
+    Raises:
+        UserError: the GPU has no bf16.
+    """
+    if device.type == "cpu" or asked == "no":
+        return choose_training_dtype(asked, device)
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"--full trains weights in bf16, which {torch.cuda.get_device_name(device)} lacks, and in fp16 an update "
+            "inside the backward pass could not be undone where a gradient overflows: add --mixed_precision no (fp32, "
+            "twice the memory), or leave --full out"
+        )
+    if asked == "fp16":
+        return ChosenDtype(torch.bfloat16, "bf16: --full does not train weights in fp16, whose gradients overflow")
+    return ChosenDtype(torch.bfloat16, "bf16: as asked" if asked else "bf16: half the memory of fp32")

@@ -19,6 +19,12 @@ def round_up(size: int) -> int:
     return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
+def free_disk_bytes(folder: Path) -> int:
+    """What is left on the disk where a folder is, or will be."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    return psutil.disk_usage(str(there)).free
+
+
 def free_memory(device: torch.device) -> None:
     """Collects garbage, and has the allocators return their cached device memory and pinned memory."""
     gc.collect()

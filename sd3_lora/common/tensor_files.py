@@ -11,8 +11,11 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+SHARD_BYTES = 10**9
 
 
 class TensorFiles:
@@ -106,3 +109,61 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         file.write(memoryview(content)[start:])
+
+
+def write_shards(folder: Path, pattern: str, tensors: Mapping[str, torch.Tensor]) -> list[Path]:
+    """Writes tensors of any device as safetensors files of about a gigabyte, with an index where there are several.
+
+    No more than one file's tensors are on the host at a time. Each file is read back and compared.
+
+    Args:
+        folder: for the files, which is made; not atomic.
+        pattern: of their names, such as `model{suffix}.safetensors`.
+        tensors: by name; none may share memory with another.
+
+    Raises:
+        UserError: a number is not finite.
+        OSError: what was read back is not what was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=SHARD_BYTES)
+    for file_name, names in split.filename_to_tensors.items():
+        on_host = {name: tensors[name].detach().cpu().contiguous() for name in names}
+        for name, tensor in on_host.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise UserError(f"{name} has a NaN or infinity: not saved; lower --learning_rate and train again")
+        path = folder / file_name
+        write_tensors(path, on_host, {"format": "pt"})
+        with TensorFiles([path]) as written:
+            if any(not torch.equal(written.tensor(name), tensor) for name, tensor in on_host.items()):
+                raise OSError(f"{path}: the disk returned other bytes than were written")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        name = pattern.replace("{suffix}", "") + ".index"
+        (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    return [folder / name for name in split.filename_to_tensors]
+
+
+@torch.no_grad()
+def read_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Reads what `write_shards` wrote into tensors of the same shapes and dtypes, one at a time.
+
+    Raises:
+        UserError: a file or a tensor is missing, is damaged, or does not fit.
+    """
+    paths = sorted(folder.glob("*.safetensors"))
+    try:
+        with TensorFiles(paths) as files:
+            for name, tensor in tensors.items():
+                value = files.tensor(name)
+                if value.shape != tensor.shape or value.dtype != tensor.dtype:
+                    raise ValueError(f"{name} has another shape or dtype")
+                if value.is_floating_point() and not value.isfinite().all():
+                    raise ValueError(f"{name} has a NaN or infinity")
+                tensor.copy_(value)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not whole ({error}): give an earlier checkpoint to --resume_from_checkpoint, or another "
+            "--output_dir for a new run"
+        ) from error

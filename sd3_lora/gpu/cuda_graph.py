@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from sd3_lora.common.command_line import first_line
 from sd3_lora.common.memory import drop_workspaces, free_memory
 from sd3_lora.gpu.copy_stream import join_captured_copies
 
@@ -53,7 +54,7 @@ class CapturedCall:
 
     Args:
         compute: tensors on the device → a tensor. It may change no memory but `changed`, and must draw nothing at
-            random.
+            random. What else it changes must stay as it is inside `rehearsal`.
         device: a GPU.
         changed: the tensors to which it adds; zero when it is first called.
         asked: whether the user asked for it. If not, a computation that cannot be captured runs without a graph.
@@ -62,6 +63,7 @@ class CapturedCall:
         most_shapes: how many shapes get a graph; one more, such as a last, smaller batch, ends the replays.
 
     Attributes:
+        rehearsal: the context in which it is tried out before a result counts.
         captured: whether it has been captured and replayed at least once.
         refusal: why it could not be captured; None where it was, or was not tried.
         gave_up: whether it computes plainly from now on, so that no graph of it is ever replayed again.
@@ -84,6 +86,7 @@ class CapturedCall:
         self._graphs: dict[_Shapes, _Captured] = {}  # in one pool, the largest first
         self._inputs: dict[tuple[int, torch.Size], torch.Tensor] = {}  # by position; graphs share those of one shape
         self._aside: torch.cuda.Stream | None = None
+        self.rehearsal: Callable[[], AbstractContextManager[object]] = nullcontext
         self.captured = False
         self.gave_up = False
         self.refusal: str | None = None
@@ -93,7 +96,8 @@ class CapturedCall:
         shapes = tuple(tensor.shape for tensor in inputs)
         if not self.gave_up and shapes not in self._graphs:
             if shapes in self._compared or len(self._compared) < self._most_shapes:
-                self._capture(shapes, inputs)
+                with self.rehearsal():
+                    self._capture(shapes, inputs)
             else:
                 self._give_up()
         captured = self._graphs.get(shapes)
@@ -141,7 +145,7 @@ class CapturedCall:
             for each in (error, cause):
                 traceback.clear_frames(each.__traceback__)  # the frames hold the computed tensors
             self._give_up()
-            self.refusal = str(cause).splitlines()[0]
+            self.refusal = first_line(cause)
             self._log(f"not captured as a CUDA graph ({self.refusal}): kernels are launched one by one")
         finally:
             if is_new:

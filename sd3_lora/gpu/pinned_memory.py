@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.memory import GIB
 
 import torch
@@ -51,6 +51,6 @@ def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch
         except RuntimeError as error:
             raise UserError(
                 f"the driver did not pin {pinned_bytes(sizes) / GIB:.1f} GiB of host memory for the streamed "
-                f"transformer ({str(error).splitlines()[0]}): close other programs, or type --stream_from files"
+                f"transformer ({first_line(error)}): close other programs, or type --stream_from files"
             ) from error
         yield from slab_buffer[: sum(slab)].split(slab)

@@ -82,7 +82,7 @@ MOST_DRAWN = 8
 # Of what a step takes beside CUDA and the weights, what pictures between the steps may take: the forecast of that was
 # up to a tenth too high on an H100 (`benchmarks/results/predictions-h100.json`).
 DRAWN_SHARE = 0.9
-_KEPT = ("CUDA", "weights", "CLIPs", "LoRA")  # of a phase of drawing: what is there whatever the batch
+_KEPT = ("CUDA", "weights", "CLIPs", "LoRA", "optimizer")  # of a phase of drawing: what is there whatever the batch
 # For a streamed base: more than six gain nothing, since with six a block's other copies run behind its attention.
 STREAM_BUFFERS = (6, 4, 3, 2)
 # The host memory that a streamed base leaves free: for Python and its libraries, and for offloaded inputs.
@@ -168,6 +168,7 @@ def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
         bool(asked.offload_inputs and recomputed),
         asked.modulations_ahead is not False,
         asked.attention_kernel,
+        whole=asked.whole,
     )
 
 
@@ -234,7 +235,7 @@ def drawn_together(task: TrainingTask, plan: Plan, most: int) -> int:
 def room_to_draw(plan: Plan) -> int:
     """The bytes that pictures may take between the steps, with what is there anyway."""
     parts = plan.forecast.largest.parts
-    known = parts["CUDA"] + parts["weights"] + parts.get("CLIPs", 0)
+    known = parts["CUDA"] + parts["weights"] + parts.get("CLIPs", 0) + parts.get("optimizer", 0)
     return known + int(DRAWN_SHARE * (plan.forecast.peak_bytes - known))
 
 
@@ -288,7 +289,7 @@ class _Places:
         self._asked = asked
         ahead = asked.modulations_ahead is not False
         self._plain = Placement(
-            self.blocks, precision, modulations_ahead=ahead, attention_kernel=asked.attention_kernel
+            self.blocks, precision, modulations_ahead=ahead, attention_kernel=asked.attention_kernel, whole=asked.whole
         )
         self._whole = base_bytes(files, dtype, precision, latent_size)
         self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
@@ -570,12 +571,12 @@ class _Planner:
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
             **self._clips,
-            "LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter),
+            **self._updated,
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
         }
         # The allocator reuses the holes between activations, never all of them; fitted to measurements on an H100.
-        fragments = int(0.08 * (activations + working) + 0.2 * parts["LoRA and optimizer"])
+        fragments = int(0.08 * (activations + working) + 0.2 * parts.get("LoRA and optimizer", 0))
         if room_for_graph:
             fragments += GRAPH_UNUSED_BYTES + (OFFLOAD_UNUSED_BYTES if offload_inputs else 0)
         parts["unused between them"] = _unused(parts, bool(placement.streamed)) + fragments
@@ -583,11 +584,23 @@ class _Planner:
         return Plan(placement, Forecast(phases, base.host_bytes, room_for_graph))
 
     @property
+    def _updated(self) -> dict[str, int]:
+        """The LoRA with its optimizer's state, or that of the whole transformer's."""
+        if self.shape.whole_bytes is not None:
+            return {"optimizer": self.shape.whole_bytes}
+        return {"LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter)}
+
+    @property
     def _clips(self) -> dict[str, int]:
         return {"CLIPs": self.memory.clips} if self.memory.clips else {}
 
     def _between(self, base: _Base) -> Iterator[Phase]:
-        """The phases of drawing between the steps, while the optimizer's state waits on the host."""
+        """The phases of saving a whole transformer; and of drawing between the steps, while a LoRA's optimizer's state
+        waits on the host.
+        """
+        if self.shape.whole:  # to be saved, tensors leave the device one at a time
+            kept = {"CUDA": self.budget.context_bytes, "weights": base.device_bytes, **self._updated}
+            yield Phase("save", {**kept, "unused between them": _unused(kept, False)})
         if not self.denoising:
             return
         per_parameter = WHILE_DRAWING_BYTES + 1.5 * self.shape.kind.frozen_bytes_per_parameter
@@ -596,6 +609,7 @@ class _Planner:
             "weights": base.device_bytes,
             **self._clips,
             "LoRA": int(self.memory.lora / 4 * per_parameter),
+            **(self._updated if self.shape.whole else {}),
         }
         streamed = bool(base.placement.streamed)
         yield Phase("denoise a validation picture", _denoising_parts(kept, self.denoising, streamed))

@@ -19,6 +19,7 @@ from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.trained_clips import ClipLora
 from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.whole_weights import train_whole
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -54,6 +55,8 @@ class StepShape:
         prior_rows: of the trained model's batch beside the pictures: those that come once more with a prior prompt.
         base_rows: that the base is given too, without gradient.
         clips: the LoRA of the CLIPs, if they are trained too.
+        whole_bytes: of the optimizer's state and of gradients that are kept, where the whole transformer is trained and
+            no LoRA; None where there is a LoRA.
     """
 
     batch_size: int
@@ -73,6 +76,12 @@ class StepShape:
     prior_rows: int = 0
     base_rows: int = 0
     clips: ClipLora | None = None
+    whole_bytes: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole transformer is trained."""
+        return self.whole_bytes is not None
 
     @property
     def rows(self) -> int:
@@ -243,19 +252,31 @@ class _SmallModel:
         attention_kernel: AttentionKernel | None,
     ):
         self._config, self._shape, self._attention_kernel = config, shape, attention_kernel
-        self.kinds = _kinds_of_blocks(config, shape.blocks, shape.clips is not None)
+        self.kinds = _kinds_of_blocks(config, shape.blocks, shape.clips is not None or shape.whole)
         self.distinct = list(dict.fromkeys(self.kinds))
         small = {**config, "num_layers": len(self.distinct)}
         small["dual_attention_layers"] = tuple(i for i, kind in enumerate(self.distinct) if kind.is_dual)
         with torch.device("meta"):
             self.transformer = make_hollow(small, shape.dtype)
-            trained = [i for i, kind in enumerate(self.distinct) if kind.is_trained]
-            targets = target_modules(self.transformer, shape.layers, trained)
-            attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0, shape.kind)
+            if shape.whole:
+                self._train_whole()
+            else:
+                trained = [i for i, kind in enumerate(self.distinct) if kind.is_trained]
+                targets = target_modules(self.transformer, shape.layers, trained)
+                attach_lora(self.transformer, targets, shape.rank, float(shape.rank), shape.dropout, 0, shape.kind)
         self.transformer.train()
         self.clips = shape.clips.hollow(shape.dtype) if shape.clips else None
         self._packed = _packed_weights(self.transformer, precision)
         self._stand_in(self.transformer)
+
+    def _train_whole(self) -> None:
+        """All weights, whose gradients go as soon as they have been applied."""
+
+        def apply(parameter: torch.nn.Parameter) -> None:
+            parameter.grad = None
+
+        for parameter in train_whole(self.transformer):
+            parameter.register_post_accumulate_grad_hook(apply)
 
     def _stand_in(self, module: torch.nn.Module) -> None:
         shape = self._shape
@@ -367,7 +388,7 @@ def simulate_step(
             outside=max(0, counted.after_forward - sum(counted.kept.values())),
             working=working,
             working_recomputed=working_recomputed,
-            lora=4 * (sum(trained[kind] for kind in kinds) + of_clips),
+            lora=0 if shape.whole else 4 * (sum(trained[kind] for kind in kinds) + of_clips),
             clips=model.clips.frozen_bytes if model.clips else 0,
         )
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, write_atomically
+from sd3_lora.common.command_line import UserError, first_line, write_atomically
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.reporting.loss_curves import LEVELS, losses_by_level, smoothed, thinned, window_of
@@ -195,7 +195,7 @@ def prompt_rows(run: RunFolder) -> tuple[list[PromptRow], str]:
         if prompts:
             tokens = tokens_of(ModelFiles(_model_of(run)), prompts)
     except Exception as error:  # of the hub's libraries too: the rest of the report does without
-        note = (str(error).strip() or type(error).__name__).splitlines()[0]
+        note = first_line(error)
     rows = [PromptRow(prompt, ", ".join(uses[prompt]), each) for prompt, each in zip(prompts, tokens, strict=True)]
     return rows, note
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, counted, require_right
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
 from sd3_lora.common.placement_flags import BaseFlags, StepFlags
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.flow_flags import FlowConfig
+from sd3_lora.training.full_flags import FULL_RATE, FullFlags
 from sd3_lora.training.hub_flags import HubFlags
 from sd3_lora.training.lora_flags import AverageFlags, LoraFlags
 from sd3_lora.training.optimizer_flags import OptimizerConfig
-from sd3_lora.training.optimizer_kinds import ADAMW, PRODIGY, SCHEDULE_FREE_ADAMW
+from sd3_lora.training.optimizer_kinds import ADAMW, ADAMW_8BIT, PRODIGY, SCHEDULE_FREE_ADAMW
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.run_flags import RunConfig
 from sd3_lora.training.text_encoder_flags import DEFAULT_RATE, TextEncoderFlags
@@ -38,6 +39,7 @@ class TrainingFlags:
     prior: PriorConfig
     lora: LoraFlags
     text: TextEncoderFlags
+    full: FullFlags
     optimizer: OptimizerConfig
     average: AverageFlags
     run: RunConfig
@@ -65,6 +67,63 @@ class TrainingFlags:
             require_right(self.prior.lacking())
         for fault in self._text_encoder_faults() if self.text.train_text_encoder else ():
             raise UserError(fault)
+        for fault in self._full_faults() if self.full.full else ():
+            raise UserError(fault)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether the whole transformer is trained, and not a LoRA."""
+        return self.full.full
+
+    def settled(self) -> TrainingFlags:
+        """With the optimizer's settings that `--full` has where no flag says otherwise."""
+        if not self.trains_all:
+            return self
+        rate = FULL_RATE if self.optimizer.learning_rate is None else self.optimizer.learning_rate
+        settings = replace(self.optimizer, optimizer=ADAMW.name, use_8bit_adam=True, learning_rate=rate)
+        return replace(self, optimizer=settings)
+
+    def _full_faults(self) -> Iterator[str]:
+        """What does not go with training the whole transformer."""
+        usual = asdict(LoraFlags())
+        for name, value in asdict(self.lora).items():
+            if value != usual[name]:
+                flag = f"--{name}" if isinstance(value, bool) else f"--{name} {value}"
+                yield f"{flag} is of a LoRA, and --full trains the transformer itself: leave one of them out"
+        if self.text.train_text_encoder:
+            yield "--full trains the transformer alone, and --train_text_encoder a LoRA: leave one of them out"
+        if self.prior.prior_term is not None:
+            yield (
+                f"--prior_term {self.prior.prior_term} compares with the base, which --full changes and does not keep "
+                "beside: type --with_prior_preservation, with class pictures, or leave --full out"
+            )
+        if self.average.use_ema:
+            yield "--use_ema would keep every weight of the transformer twice, and --full does not: leave one out"
+        if self.optimizer.kind not in (ADAMW, ADAMW_8BIT):
+            yield (
+                f"--optimizer {self.optimizer.kind.name} updates all weights at once, and --full each one inside the "
+                "backward pass, which AdamW with its state in 8 bits can: leave --optimizer out"
+            )
+        if self.optimizer.lr_pattern is not None:
+            yield f"--lr_pattern {self.optimizer.lr_pattern} is of a LoRA's layers: leave it or --full out"
+        if self.base.base_precision != "16bit":
+            yield f"--base_precision {self.base.base_precision} freezes the weights that --full trains: leave one out"
+        if self.base.streamed:
+            yield (
+                f"--stream_blocks {self.base.stream_blocks} takes frozen weights from the host, and --full changes "
+                "them: leave one of them out"
+            )
+        if self.step.must_compile:
+            yield ("--compile on has all gradients of a block in memory at once, and --full only one: leave one out")
+        if self.run.exports:
+            yield f"--export {self.run.exports[0]} is a form of a LoRA, and --full writes a whole model: leave it out"
+        if self.hub.hub_checkpoints == "lora":
+            yield "--hub_checkpoints lora uploads LoRAs, and --full trains none: type all or none"
+        if self.watch.save_every_n_steps is not None:
+            yield (
+                "--save_every_n_steps with --full would write the whole model each time: type --checkpointing_steps "
+                f"{self.watch.save_every_n_steps}, whose checkpoints hold the transformer"
+            )
 
     def _text_encoder_faults(self) -> Iterator[str]:
         """What does not go with a LoRA of the CLIPs."""

@@ -61,13 +61,31 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
 
 
 def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
-    """The LoRA, its average and its forms for other programs; of checkpoints what is asked for."""
+    """The LoRA, its average and its forms for other programs, or a whole model; of checkpoints what is asked for."""
+    if _is_whole(output_dir):
+        index = output_dir / "model_index.json"
+        yield index
+        for name, value in json.loads(index.read_text(encoding="utf-8")).items():
+            yield from _files_in(output_dir / name) if isinstance(value, list) else ()
     for path in sorted(output_dir.glob("*.safetensors")):
         if checkpoints != "none" or not _OF_ONE_STEP.fullmatch(path.name):
             yield path
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
-            yield from sorted(folder.glob("*" if checkpoints == "all" else "pytorch_lora_weights*.safetensors"))
+            yield from _files_in(folder) if checkpoints == "all" else folder.glob("pytorch_lora_weights*.safetensors")
+
+
+def _files_in(folder: Path) -> Iterable[Path]:
+    """All files below a folder, if it is there."""
+    return [path for path in sorted(folder.glob("**/*")) if path.is_file()]
+
+
+def _is_whole(output_dir: Path) -> bool:
+    """Whether the last run trained the whole transformer, and made a model of it."""
+    record = output_dir / "run.json"
+    if not (record.is_file() and (output_dir / "model_index.json").is_file()):
+        return False
+    return bool(json.loads(record.read_text(encoding="utf-8")).get("flags", {}).get("full"))
 
 
 def _copy_picture(path: Path, copy: Path) -> None:

@@ -41,6 +41,8 @@ _TAGS = [
     *("template:sd-lora", "stable-diffusion-3", "sd3"),
 ]
 
+_OF_LORAS = ("lora", "template:sd-lora")  # tags that a whole model lacks
+
 _LYCORIS = {"lokr": "LoKr", "loha": "LoHa"}
 _IN_OTHERS = (
     "It is a LyCORIS {}, which diffusers' pipeline for Stable Diffusion 3 does not load: draw with it in ComfyUI, or "
@@ -86,14 +88,15 @@ def write_model_card(path: Path, record: RunRecord, results: RunResults) -> None
     facts, folder = record.facts, path.parent
     trigger = facts.trigger or ""
     pictures = find_pictures(folder)
-    licence = licence_of(facts.model)
+    licence, whole = licence_of(facts.model), _is_whole(record)
+    name = "SD3 DreamBooth model" if whole else "SD3 DreamBooth LoRA"
     data = ModelCardData(
         base_model=facts.base_model if facts.revision else None,
-        base_model_relation="adapter" if facts.revision else None,
+        base_model_relation=("finetune" if whole else "adapter") if facts.revision else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         instance_prompt=facts.trigger,
-        tags=list(_TAGS),
+        tags=[tag for tag in _TAGS if not (whole and tag in _OF_LORAS)],
         widget=[
             {"text": picture.prompt or trigger, "output": {"url": picture.path.relative_to(folder).as_posix()}}
             for picture in pictures
@@ -102,7 +105,7 @@ def write_model_card(path: Path, record: RunRecord, results: RunResults) -> None
         **licence,
     )
     parts = [
-        f"# SD3 DreamBooth LoRA: {_plain(trigger)}" if trigger else "# SD3 DreamBooth LoRA",
+        f"# {name}: {_plain(trigger)}" if trigger else f"# {name}",
         _introduction(record),
         *(["<Gallery />"] if pictures else []),
         *_sheet(folder),
@@ -117,7 +120,8 @@ def _introduction(record: RunRecord) -> str:
     facts = record.facts
     name = _MODEL_NAMES.get(facts.base_model, facts.base_model)
     base = f"[{name}](https://huggingface.co/{facts.base_model})" if facts.revision else f"`{name}`"
-    text = f"A LoRA that teaches {base} a subject, trained on {_count(record)} as DreamBooth does."
+    what = f"{base} with a subject more" if _is_whole(record) else f"A LoRA that teaches {base} a subject"
+    text = f"{what}, trained on {_count(record)} as DreamBooth does."
     if not facts.trigger:
         return text
     if len(facts.prompts or ()) > 1:
@@ -133,6 +137,8 @@ def _sheet(folder: Path) -> Iterator[str]:
 
 def _usage(record: RunRecord, folder: Path) -> str:
     facts = record.facts
+    if _is_whole(record):
+        return f"## Use it\n\n{_whole_in_diffusers(facts)}"
     average = (
         f"\n\n`{EMA_FILE}` is the moving average of the same run: another look at the same subject."
         if (folder / EMA_FILE).is_file()
@@ -188,11 +194,14 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     yield "steps", f"{results.steps}, of {counted(batch, 'picture')} each"
     alpha = identity.get("--lora_alpha")
     kind = _LYCORIS.get(flags["lora_type"], "LoRA")
-    yield kind, f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
+    if _is_whole(record):
+        yield "trained", "the whole transformer"
+    else:
+        yield kind, f"rank {flags['rank']}, alpha {alpha:g}" if alpha else f"rank {flags['rank']}"
     optimizer = next(group for group in record.flags if isinstance(group, OptimizerConfig))
     yield "optimizer", f"{optimizer.kind.name}, learning rate {optimizer.rate:g}, {optimizer.lr_scheduler}"
     yield "noise levels", flags["weighting_scheme"]
-    yield "base weights in", facts.precision
+    yield "weights in" if _is_whole(record) else "base weights in", facts.precision
     yield "T5 tokens", facts.max_sequence_length
     yield "seed", facts.seed
     if results.loss is not None:
@@ -239,6 +248,11 @@ def _flags(record: RunRecord) -> dict[str, Any]:
     return {name: value for group in record.flags for name, value in asdict(group).items()}
 
 
+def _is_whole(record: RunRecord) -> bool:
+    """Whether the whole transformer was trained."""
+    return bool(_flags(record).get("full"))
+
+
 def _changed_flags(record: RunRecord) -> str:
     """The flags that are not at their defaults; without folders, and without what the hub is told."""
     defaults = flag_defaults(type(group) for group in record.flags)
@@ -251,18 +265,18 @@ def _changed_flags(record: RunRecord) -> str:
 
 
 def _licence(record: RunRecord, licence: Mapping[str, str]) -> str:
-    facts = record.facts
+    facts, what = record.facts, "this model" if _is_whole(record) else "a LoRA"
     if licence.get("license_name") == _STABILITY["license_name"]:
         return f"""## Licence
 
-A LoRA is a derivative of its base model, and so it is under the
+{what.capitalize() if _is_whole(record) else "A LoRA"} is a derivative of its base model, and so it is under the
 [Stability AI Community License]({_STABILITY["license_link"]}). Powered by Stability AI.
 
 > {NOTICE}"""
     if licence:
         name, link = licence.get("license_name") or licence.get("license", "").upper(), licence.get("license_link")
         return f"## Licence\n\nThat of the base model: {f'[{name}]({link})' if link else name}."
-    return f"## Licence\n\nThat of the base model, `{facts.base_model}`: a LoRA is a derivative of it."
+    return f"## Licence\n\nThat of the base model, `{facts.base_model}`: {what} is a derivative of it."
 
 
 def _duration(seconds: float) -> str:
@@ -292,6 +306,19 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(facts.base_model)}, torch_dtype=torch.float16)
 pipeline.load_lora_weights("{FOLDER_IN_CARD}", weight_name="{LORA_FILE}")
+pipeline.enable_model_cpu_offload()
+pipeline({_literal(facts.trigger or "")}).images[0].save("picture.png")
+```"""
+
+
+def _whole_in_diffusers(facts: RunFacts) -> str:
+    return f"""With [diffusers](https://huggingface.co/docs/diffusers):
+
+```python
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained("{FOLDER_IN_CARD}", torch_dtype=torch.bfloat16)
 pipeline.enable_model_cpu_offload()
 pipeline({_literal(facts.trigger or "")}).images[0].save("picture.png")
 ```"""

@@ -9,6 +9,8 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.copy_stream import DeviceFlag
+from sd3_lora.training.blockwise_adam import Settings
+from sd3_lora.training.in_backward import AdamInBackward, finished_step
 from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.optimizer_kinds import (
     ADAFACTOR,
@@ -91,6 +93,29 @@ def _make_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, st
                 f"--lr_scheduler {config.lr_scheduler}: {error}: raise --learning_rate {config.rate:g}"
             ) from error
         raise UserError(f"--lr_step_rules {config.lr_step_rules} cannot be read: type for example 1:100,0.1") from error
+
+
+def make_optimizer_in_backward(
+    config: OptimizerConfig, weights: Trainables, steps: int, seed: int, window: int, by_chance: bool
+) -> tuple[AdamInBackward, Any]:
+    """The optimizer of the whole transformer, and its schedule over so many steps.
+
+    Args:
+        config: of the optimizer.
+        weights: each a group of its own.
+        steps: of the whole run.
+        seed: of the run.
+        window: micro-batches of a step.
+        by_chance: whether bfloat16 weights are rounded so.
+
+    Raises:
+        UserError: as `make_optimizer`.
+    """
+    settings = Settings(config.betas or (0.9, 0.999), config.epsilon or 0.0, config.max_grad_norm, by_chance)
+    by_name = {group.name: group.flat for group in weights.groups}
+    rate = weights.groups[0].learning_rate
+    optimizer = AdamInBackward(by_name, rate, config.adam_weight_decay, settings, seed, window)
+    return optimizer, _make_schedule(config, optimizer, steps)
 
 
 _Groups = list[dict[str, Any]]  # torch's
@@ -189,6 +214,8 @@ def optimizer_step(
         Its norm before clipping, a float32 scalar on the device; and whether the scaler skipped the step, for an
         infinity or a NaN.
     """
+    if isinstance(optimizer, AdamInBackward):
+        return finished_step(optimizer)
     scaler.unscale_(optimizer)
     norm = trainables.clip(max_grad_norm)  # before the step: schedule-free AdamW overwrites the gradient
     scaler.step(optimizer)

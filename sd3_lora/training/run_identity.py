@@ -45,7 +45,13 @@ def run_identity(
         (*picture.key, image.role) if image.role == "class" else picture.key
         for picture, image in zip(pictures, data.images, strict=True)
     ]
-    numbers = {**asdict(flags.lora), **flags.optimizer.identity(), **asdict(flags.average), **asdict(flags.flow)}
+    numbers = {
+        **asdict(flags.lora),
+        **flags.optimizer.identity(),
+        **asdict(flags.average),
+        **asdict(flags.flow),
+        **asdict(flags.full),
+    }
     transformer = request.files.provenance(["transformer"], "", 0)
     values = {
         TRANSFORMER: transformer.identity,

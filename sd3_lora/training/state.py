@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.atomic_files import UNFINISHED, replacing
+from sd3_lora.common.command_line import UserError, link_or_copy
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.model_folder import files_beside, take
 from sd3_lora.common.run_record import RunFacts, RunRecord
+from sd3_lora.common.tensor_files import read_shards, write_shards
 from sd3_lora.gpu.set_aside import set_aside
 from sd3_lora.training.checkpoints import (
     UnfinishedCheckpoint,
@@ -21,17 +27,21 @@ from sd3_lora.training.checkpoints import (
 )
 from sd3_lora.training.draws import DataOrder, GlobalDraws
 from sd3_lora.training.ema import MovingAverage
+from sd3_lora.training.in_backward import AdamInBackward
 from sd3_lora.training.run_changes import require_same_run
 from sd3_lora.training.schedule_free import averaged_weights
 from sd3_lora.training.trainables import Trainables
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, load_lora_tensors, lora_tensors, save_lora
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
 from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.whole_weights import read_transformer, write_transformer
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import SD3Transformer2DModel
+
+_MOMENTS = "moments"  # the folder of a checkpoint with the optimizer's state of a whole transformer
 
 
 @dataclass
@@ -71,6 +81,16 @@ class Training:
         """The CLIPs that are trained, by their names in a pipeline; none where only the transformer is."""
         return self.model.clips.by_name() if self.model.clips else {}
 
+    @property
+    def in_backward(self) -> AdamInBackward | None:
+        """What updates the whole transformer inside the backward pass; None where a LoRA is trained."""
+        return self.optimizer if isinstance(self.optimizer, AdamInBackward) else None
+
+    def begin_step(self) -> None:
+        """To be called before the micro-steps of a step, once `step` is its number."""
+        if self.in_backward:
+            self.in_backward.begin(self.step, self.learning_rates(self.step - 1)[0])
+
     def leave_clips(self) -> bool:
         """Whether the CLIPs stay as they are in this step. Their rate is zero then, and they get no gradient.
 
@@ -100,6 +120,9 @@ class Training:
         What only the next step needs waits on the host. Afterwards all is as it was, bit for bit.
         """
         device = self.trainables.parameters[0].device
+        if self.in_backward:  # its state is most of what there is, and the plan leaves room beside it
+            yield
+            return
         waiting = [tensor for state in self.optimizer.state.values() for tensor in _tensors_of(state)]
         if self.average:
             waiting += self.average.tensors
@@ -111,13 +134,15 @@ class Training:
     def state_dict(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """The state of this rank and of what the ranks share; tensors on the CPU.
 
+        Of a whole transformer neither weights nor moments, which are too large for one file.
+
         Args:
             drawn: where the draws and the order stand, `MicroBatches.state_dict`.
         """
         return {
             "step": self.step,
             "steps": self.steps,
-            "lora": lora_tensors(self.transformer),
+            **({} if self.in_backward else {"lora": lora_tensors(self.transformer)}),
             **({"clips": {name: lora_tensors(clip) for name, clip in self.clips.items()}} if self.clips else {}),
             **({} if self.clips_until is None else {"clips_until": self.clips_until}),
             "optimizer": self.optimizer.state_dict(),
@@ -130,7 +155,8 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken."""
         self.step = state["step"]
-        load_lora_tensors(self.transformer, state["lora"])
+        if not self.in_backward:
+            load_lora_tensors(self.transformer, state["lora"])
         for name, clip in self.clips.items():
             load_lora_tensors(clip, state["clips"][name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -189,12 +215,61 @@ class Outputs:
         record: of the run.
         limit: how many checkpoints are kept; None for all.
         command: that goes on with the run.
+        files: of the base, of which a whole transformer's folder has some; None where a LoRA is trained.
     """
 
     folder: Path
     record: RunRecord
     limit: int | None
     command: str = ""
+    files: ModelFiles | None = None
+
+    @property
+    def trained_path(self) -> Path:
+        """Of the result: the LoRA's file, or the whole transformer's folder."""
+        return self.folder / (LORA_FILE if self.files is None else "transformer")
+
+    def save_trained(self, training: Training, folder: Path) -> Path:
+        """Writes the LoRA with its average, or the whole transformer; returns the path."""
+        return self.save_lora(training, folder) if self.files is None else self._save_transformer(training, folder)
+
+    def _save_transformer(self, training: Training, folder: Path) -> Path:
+        """Writes the transformer's folder under another name, and renames it. An earlier one is replaced."""
+        assert self.files is not None
+        path = folder / "transformer"
+        unfinished, old = (folder / f".{path.name}.{os.getpid()}{end}" for end in (UNFINISHED, ".old"))
+        for leftover in folder.glob(f".{path.name}.*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            write_transformer(unfinished, training.transformer, self.files)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(unfinished, path)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        return path
+
+    def _save_whole_state(self, training: Training, folder: Path) -> None:
+        """Writes what of a whole transformer's checkpoint is too large for one file: weights and moments.
+
+        At the end of the run the weights have just been written, and are linked: no second copy on the disk.
+        """
+        assert training.in_backward is not None
+        if training.step == training.steps:
+            for path in sorted((self.folder / "transformer").iterdir()):
+                link_or_copy(path, folder / "transformer" / path.name)
+        else:
+            self._save_transformer(training, folder)
+        write_shards(folder / _MOMENTS, "moments{suffix}.safetensors", training.in_backward.tensors())
+
+    def write_whole_model(self) -> None:
+        """Puts what the transformer's folder lacks of a pipeline beside it: links to the base's files, or copies."""
+        assert self.files is not None
+        names = [name for name in files_beside(self.files, {"transformer"}) if not name.startswith("transformer/")]
+        for name in [*names[1:], names[0]]:  # model_index.json last: with it the folder counts as a model
+            with replacing(self.folder / name) as unfinished:
+                take(self.files.folder / name, unfinished)
 
     def save_lora(
         self, training: Training, folder: Path, file_name: str = LORA_FILE, average_name: str = EMA_FILE
@@ -235,7 +310,10 @@ class Outputs:
         random_states = gather_object([random_state(accelerator.device)])
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
-                self.save_lora(training, folder)
+                if self.files is not None:
+                    self._save_whole_state(training, folder)
+                else:
+                    self.save_lora(training, folder)
                 state = {
                     **training.state_dict(drawn),
                     "random": random_states,
@@ -263,6 +341,10 @@ class Outputs:
                 "another --output_dir for a new run"
             )
         training.load_state_dict(state)
+        if self.files is not None:
+            assert training.in_backward is not None
+            read_transformer(folder / "transformer", training.transformer)
+            read_shards(folder / _MOMENTS, training.in_backward.tensors())
         if accelerator.process_index < len(
             state["random"]
         ):  # a rank that the checkpoint's run did not have keeps its state

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from sd3_lora.common.command_line import first_line
+
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
@@ -85,7 +87,7 @@ class Trackers:
         try:
             work()
         except Exception as error:  # of a library, whatever it is
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            reason = first_line(error)
             self._accelerator.print(
                 f"note: {name} does not work ({type(error).__name__}: {reason}): training goes on without it, and "
                 "losses.jsonl has what it would have shown"

@@ -46,6 +46,7 @@ class Placement:
             micro-step ahead.
         attention_kernel: that computes attention; None for torch's choice.
         merged: whether the LoRAs to draw with are added to the weights (`merged_weights.py`), and not kept beside them.
+        whole: whether the weights themselves are trained, and no LoRA (`whole_weights.py`).
     """
 
     blocks: int
@@ -58,6 +59,7 @@ class Placement:
     modulations_ahead: bool = True
     attention_kernel: AttentionKernel | None = None
     merged: bool = False
+    whole: bool = False
 
     @property
     def can_merge(self) -> bool:
@@ -72,6 +74,8 @@ class Placement:
 
     def base_sentence(self) -> str:
         """For the user: where the weights are."""
+        if self.whole:
+            return "the whole transformer trained, on the device"
         base = "in 4 bits (nf4)" if self.precision else "unchanged"
         if not self.streamed:
             return f"base {base}, on the device"
@@ -115,6 +119,7 @@ class AskedPlacement:
         modulations_ahead: likewise.
         attention_kernel: likewise.
         typed: the flags that fix something, for messages.
+        whole: whether the weights themselves are trained.
     """
 
     precision: AskedPrecision = "16bit"
@@ -126,6 +131,7 @@ class AskedPlacement:
     modulations_ahead: bool | None = None
     attention_kernel: AttentionKernel | None = None
     typed: str = ""
+    whole: bool = False
 
     @classmethod
     def of(cls, base: BaseFlags, step: StepFlags | None, blocks: int) -> AskedPlacement:
@@ -227,8 +233,8 @@ class ArrangedTransformer:
 
     Attributes:
         transformer: frozen but for its adapters.
-        flat: what is trained, as one parameter; None where nothing is.
-        trained: the same, parameter by parameter: views of `flat`.
+        flat: what is trained, as one parameter; None where nothing is, or the whole transformer.
+        trained: the same, parameter by parameter: views of `flat` where there is one.
         streamed: what streams its blocks, if any are.
         ahead: the modulations that are computed ahead, if any are.
     """
@@ -256,7 +262,7 @@ def arrange(
     3. stream: all but the streamed matrices moves to the device, adapters too;
     4. modulations ahead: wraps layers that are streamed;
     5. recompute: wraps whole blocks;
-    6. flatten: what is trained becomes one tensor, after which it may not be moved;
+    6. flatten: what is trained becomes one tensor, after which it may not be moved; not the whole transformer;
     7. compile: sees all of this.
 
     Capture as a CUDA graph (`CapturedCall`) comes last, where the step is put together.
@@ -285,7 +291,7 @@ def arrange(
         if placement.ahead_blocks:
             ahead = ModulationsAhead(transformer, streamed, placement.ahead_blocks)
     recompute_blocks(transformer, placement.recomputed, placement.offload_inputs)
-    flat = flatten_parameters(trained) if trained else None
+    flat = flatten_parameters(trained) if trained and not placement.whole else None
     if compiled is not Compiled.NO:
         compile_blocks(transformer, compiled)
     return ArrangedTransformer(transformer, flat, trained, streamed, ahead)

@@ -84,7 +84,9 @@ def test_every_method_of_the_list_is_a_command_that_training_takes():
     for method in methods:
         words = dreambooth_runs.training_words(flags, dreambooth_methods.runs_of(flags, method)[0])
         told = TrainingFlags(*training_script.COMMAND_LINE.parse(words))
-        assert (told.run.max_train_steps, told.run.train_batch_size, told.lora.rank) == (150, 2, 8), method.name
+        rank = 4 if method.is_whole else 8  # of no effect
+        assert (told.run.max_train_steps, told.run.train_batch_size, told.lora.rank) == (150, 2, rank), method.name
+        assert told.trains_all == method.is_whole
         assert told.prior.with_prior_preservation == bool(method.class_images)
         assert told.average.use_ema == method.keeps_average
         if "--learning_rate" in method.flags:
@@ -378,3 +380,10 @@ def test_some_methods_of_the_list():
     names = [method.name for method in dreambooth_methods.read_methods(dreambooth_methods.METHODS_FILE, ["EMA*"])]
     assert len(names) > 1
     assert all(name.startswith("EMA") for name in names)
+
+
+def test_a_whole_transformer_is_judged_and_taken_out_again(sweep: Callable[..., int], tmp_path: Path) -> None:
+    whole = {"name": "whole", "flags": "--full"}
+    assert sweep([whole, PLAIN], "--jobs", "1") == 0
+    folder = Run(Method(**whole), "robot", 0, ()).folder(tmp_path / "out") / "lora"
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").is_file()

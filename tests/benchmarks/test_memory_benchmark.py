@@ -110,7 +110,7 @@ def test_the_other_scripts_tell_their_predictions(rows) -> None:
 
 def test_a_refused_run_is_a_row_with_its_sentence(rows) -> None:
     (refused,) = rows(case("--vram_budget_gib", "0.76", "--plan"))
-    assert refused["failed"].startswith("error: 0.8 GiB of GPU memory")
+    assert refused["failed"].startswith("error: 0.76 GiB of GPU memory")
     assert f"at least {refused['needed_gib']} GiB" in refused["failed"]
     first, second = case("--vram_budget_gib", "3", "--plan"), case("--vram_budget_gib", "0.76", "--plan")
     (row,) = rows(first, second, part="1/2")
@@ -211,6 +211,15 @@ def test_a_lora_of_the_clips(rows) -> None:
     assert found["parts_gib"]["CLIPs"] >= 0
     assert "CLIPs" not in without["parts_gib"]
     assert found["predicted_gib"] > without["predicted_gib"]
+
+
+def test_the_whole_transformer(rows) -> None:
+    cases = list(memory.SETS["full"]())
+    assert all("--full" in each.flags for each in cases)
+    assert {each.model for each in cases} == {"sd3-medium", "sd3.5-medium", "sd3.5-large"}
+    (found,) = rows(case("--full", "--mixed_precision", "bf16", "--vram_budget_gib", "3"))
+    assert found["parts_gib"]["optimizer"] > 0
+    assert "LoRA and optimizer" not in found["parts_gib"]
 
 
 def test_the_largest_size_that_fits_a_card(rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

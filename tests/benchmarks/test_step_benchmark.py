@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PROJECT
 
 sys.path.insert(0, str(PROJECT / "benchmarks"))
 
 import exchange
+import plain_whole
 import random_sd3
 import step
 import tables
@@ -73,6 +77,32 @@ def test_a_step_with_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["ms"] > 0
     config = json.loads((tmp_path / "models" / "tiny-with-clips" / "text_encoder_3" / "config.json").read_text())
     assert (config["d_model"], config["num_layers"]) == (4096, 1)
+
+
+def test_the_whole_transformer_beside_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_sd3, "TRANSFORMERS", {"tiny": TINY})
+    monkeypatch.setattr(random_sd3, "VAE", {"sample_size": 64})
+    monkeypatch.setattr(step, "save_short_text", lambda _: None)
+    cases = list(step.SETS["full"]())
+    assert [case.script for case in cases] == [step.PLAIN_WHOLE, None, None, None] * 2
+    assert {case.precision for case in cases} == {"bf16"}
+    ours = replace(cases[1], model="tiny", resolution=64)
+    monkeypatch.setitem(step.SETS, "full", lambda: iter([replace(cases[0], model="tiny", resolution=64), ours]))
+    monkeypatch.setattr(step.subprocess, "run", partial(run_here, monkeypatch, step.subprocess.run))
+    plain, found = rows_of(tmp_path, "full")
+    assert plain["ms"] > 0
+    assert found["ms"] > 0
+    assert found["placement"]["whole"] is True
+
+
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., object], words: list[str], *more: object, **others: object
+) -> object:
+    """The plain loop in this process, which has the small sizes; whatever else is started as ever."""
+    if not str(words[1]).endswith(step.PLAIN_WHOLE):
+        return run(words, *more, **others)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return plain_whole.main(words[2:])
 
 
 def test_prior_terms_and_two_shapes_beside_the_plain_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

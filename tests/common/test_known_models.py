@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 from sd3_lora.common.component_weights import shapes_by_config
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.defaults import EMBEDDINGS_PATH
 from sd3_lora.common.known_models import HUB_IDS, known_configs
 from sd3_lora.common.model_files import ModelFiles
 
@@ -86,6 +88,16 @@ def test_every_script_is_planned(script, name: str, words: list[str], said: str,
     assert PLANNED.format(hub_id) in result.out
     assert any(line.startswith(said) for line in result.out.splitlines())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_model_left_changes_no_plan(script, prepared, tmp_path, monkeypatch) -> None:
+    """An embeddings file of the tiny model, in fp32, where this one's would go."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(prepared.embeddings, EMBEDDINGS_PATH)
+    model = ["--pretrained_model_name_or_path", HUB_IDS["sd3-medium"]]
+    result = script("compute_embeddings", *model, "--vram_budget_gib", 6, "--plan")
+    assert result.code == 0, result.err
+    assert "T5 in fp16, one block at a time: CUDA 0.75" in result.out
 
 
 def test_more_than_a_plan_needs_the_files(script, tmp_path, monkeypatch) -> None:

@@ -157,9 +157,30 @@ accelerate launch train_dreambooth_lora_sd3.py \
   --push_to_hub
 """
 
+WHOLE = """
+accelerate launch train_dreambooth_sd3.py \
+  --pretrained_model_name_or_path=$MODEL_NAME  \
+  --instance_data_dir=$INSTANCE_DIR \
+  --output_dir=$OUTPUT_DIR \
+  --mixed_precision="fp16" \
+  --instance_prompt="a photo of sks dog" \
+  --resolution=1024 \
+  --train_batch_size=1 \
+  --gradient_accumulation_steps=4 \
+  --learning_rate=1e-4 \
+  --report_to="wandb" \
+  --lr_scheduler="constant" \
+  --lr_warmup_steps=0 \
+  --max_train_steps=500 \
+  --validation_prompt="A photo of sks dog in a bucket" \
+  --validation_epochs=25 \
+  --seed="0" \
+  --push_to_hub
+"""
+
 
 def words_of(command: str, model: Path) -> list[str]:
-    """The command's flags, with other names and fewer steps."""
+    """The command's flags, with other names and fewer steps; the whole transformer's script is ours with --full."""
     exchanged = {
         "$MODEL_NAME": str(model),
         "$INSTANCE_DIR": "dog",
@@ -173,8 +194,8 @@ def words_of(command: str, model: Path) -> list[str]:
     for name, ours in exchanged.items():
         command = command.replace(name, ours)
     _, _, script, *words = shlex.split(command)
-    assert script == "train_dreambooth_lora_sd3.py"
-    return words
+    ours = {"train_dreambooth_lora_sd3.py": [], "train_dreambooth_sd3.py": ["--full"]}
+    return [*ours[script], *words]
 
 
 def typed(script: Script, words: list[str]) -> Result:
@@ -228,6 +249,25 @@ def test_readme_sd3s_yarn_art(
     assert ranks == {32}
     assert models == {"transformer", "text_encoder", "text_encoder_2"}
     assert "run.json" in hub.repos["alice/trained-sd3-lora"]
+
+
+def test_readme_sd3s_whole_transformer(
+    script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
+    """Accumulation, validation and the upload included; what is drawn and uploaded is a whole model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    save_pictures(Path("dog"), [(80, 64), (64, 64)])
+    result = typed(script, words_of(WHOLE, tiny_sd3))
+    assert "batch 1 × accumulation 4 × processes 1, 2 steps, adamw_8bit, learning rate 0.0001 constant" in result.out
+    assert "note: --gradient_accumulation_steps keeps a gradient for each weight" in result.out
+    assert Path("trained-sd3-lora/samples/step_000002/00_a-photo-of-sks-dog-in-a-bucket_00.png").is_file()
+    weights = Path("trained-sd3-lora/transformer/diffusion_pytorch_model.safetensors")
+    assert hub.repos["alice/trained-sd3-lora"]["/".join(weights.parts[1:])] == weights.read_bytes()
+    pipeline = DiffusionPipeline.from_pretrained("trained-sd3-lora")
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a photo of sks dog in a bucket", num_inference_steps=2, height=64, width=64).images[0]
+    assert image.size == (64, 64)
 
 
 def give_data_set(monkeypatch: pytest.MonkeyPatch, name: str, paths: list[Path]) -> None:

@@ -135,6 +135,8 @@ ELSEWHERE = {
     "text_encoder_rank": "test_text_encoder_lora.py",
     "stop_text_encoder_after": "test_text_encoder_lora.py",
     "adam_weight_decay_text_encoder": "test_text_encoder_lora.py",
+    "full": "test_full.py",
+    "weight_rounding": "test_full.py",
     "use_ema": "test_ema.py",
     "init_lora": "test_kinds.py",
     "ema_decay": "test_ema.py",
