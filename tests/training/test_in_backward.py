@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.training.blockwise_adam import Moments, Settings, Table, new_moments, state_bytes
 from sd3_lora.training.in_backward import UPDATE_BYTES, AdamInBackward, whole_bytes
 
 import pytest
 import torch
+from small_transformer import GPU, needs_gpu
 
 CPU = torch.device("cpu")
 RATE, DECAY, STEPS = 1e-3, 0.1, 30
@@ -198,3 +200,52 @@ def test_the_bytes_of_training_all_are_counted() -> None:
     moments = state_bytes(10_000) + state_bytes(10)
     assert whole_bytes(shapes, torch.bfloat16, 1) == moments + UPDATE_BYTES
     assert whole_bytes(shapes, torch.bfloat16, 4) == moments + 2 * 10_010 + UPDATE_BYTES
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_has_the_numbers_of_a_cpu(dtype: torch.dtype) -> None:
+    """Compiled there: the same random bits, and the same weights but for float32's roundings."""
+    ours = parameters(dtype)
+    train(optimizer_of(ours), ours, range(1, 4))
+    theirs = {name: torch.nn.Parameter(weight.detach().to(GPU)) for name, weight in parameters(dtype).items()}
+    optimizer = optimizer_of(theirs)
+    for step in range(1, 4):
+        optimizer.begin(step, RATE)
+        backward(theirs, {name: gradient.to(GPU) for name, gradient in gradients(step).items()})
+        optimizer.step()
+    for name, weight in theirs.items():
+        different = (weight.detach().cpu() != ours[name].detach()).float().mean()
+        assert float(different) < (0.02 if dtype == torch.bfloat16 else 1), name
+        torch.testing.assert_close(weight.detach().cpu(), ours[name].detach(), rtol=1e-2, atol=1e-4)
+
+
+@needs_gpu
+def test_a_captured_step_is_the_plain_one() -> None:
+    """The first call is tried out and changes nothing; each replay has its own rate, step and random bits."""
+    start = parameters(torch.bfloat16)
+    runs = []
+    for captured in (False, True):
+        weights = {name: torch.nn.Parameter(weight.detach().to(GPU)) for name, weight in start.items()}
+        optimizer = optimizer_of(weights)
+
+        def compute(*wanted: torch.Tensor, weights: dict[str, torch.nn.Parameter] = weights) -> torch.Tensor:
+            loss = torch.stack(
+                [(weight * each).sum() for weight, each in zip(weights.values(), wanted, strict=True)]
+            ).sum()
+            loss.backward()
+            return loss.detach()
+
+        call = CapturedCall(compute, GPU, optimizer.gradients, asked=True, exact=True) if captured else compute
+        if isinstance(call, CapturedCall):
+            call.rehearsal = optimizer.rehearsal
+        norms = []
+        for step in range(1, 6):
+            optimizer.begin(step, RATE / step)
+            call(*(gradient.to(GPU, torch.bfloat16) for gradient in gradients(step).values()))
+            optimizer.step()
+            norms.append(float(optimizer.norm()))
+        runs.append((weights, norms))
+    (plain, norms), (replayed, others) = runs
+    assert norms == others
+    assert all(torch.equal(plain[name], replayed[name]) for name in plain)
