@@ -6,9 +6,10 @@ import sys
 from dataclasses import replace
 
 import train_dreambooth_sd3_lora_miniature as script
+from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.gpu.budget import open_budget
-from sd3_lora.plan.memory_plan import drawn_together
+from sd3_lora.gpu.budget import BudgetTooSmall, open_budget
+from sd3_lora.plan.memory_plan import Plan, drawn_together
 from sd3_lora.plan.step_memory import simulate_denoising
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.config import TrainingFlags
@@ -62,3 +63,36 @@ def test_no_phase_of_drawing_is_above_the_step(
     tile = script.validation_tile(files, script.validation_work(flags, files), plan, budget)
     decoding = between[1].peak_bytes - sum(task.drawing.decoding.values()) + tile.weight_bytes + tile.working_bytes
     assert decoding <= step.peak_bytes
+
+
+@pytest.mark.parametrize(("model", "least_gib"), [("sd3-medium", 9.1), ("sd3.5-medium", 10.2), ("sd3.5-large", 32.4)])
+def test_the_whole_transformer_has_weights_state_and_one_gradient(
+    tmp_path_factory: pytest.TempPathFactory, model: str, least_gib: float
+) -> None:
+    """In bfloat16; the figures are those of docs/full.md."""
+    folder = memory.hollow_model(tmp_path_factory.getbasetemp(), model)
+
+    def plan(*more: object) -> Plan:
+        words = ["--pretrained_model_name_or_path", folder, "--resolution", 1024, "--plan", "--full", *more]
+        flags = TrainingFlags(*script.COMMAND_LINE.parse([str(word) for word in words])).settled()
+        files, budget = ModelFiles(flags.model), open_budget(flags.budget, CPU)
+        assert budget is not None
+        task = script.training_task(flags, files, Buckets.square(1024), torch.bfloat16, CPU, 1)
+        assert not task.can_stream
+        return script.make_plan(task, budget)
+
+    found = plan("--vram_budget_gib", least_gib)
+    place, (step, save) = found.placement, found.forecast.phases
+    assert place.whole
+    assert not place.streamed
+    assert place.precision is None
+    assert save.name == "save"
+    assert save.peak_bytes < step.peak_bytes
+    # 8 bits for each of two moments, and a scale of 32 bits for 256 of them.
+    assert step.parts["optimizer"] == pytest.approx(step.parts["weights"] * (1 + 4 / 256), rel=0.02)
+    assert step.parts["working memory"] < 0.3 * GIB  # not a gradient of every weight
+    kept = plan("--gradient_accumulation_steps", 4, "--vram_budget_gib", 80).forecast.largest.parts["optimizer"]
+    assert kept - step.parts["optimizer"] == pytest.approx(step.parts["weights"], rel=0.02)
+    with pytest.raises(BudgetTooSmall, match="too little") as refused:
+        plan("--vram_budget_gib", 4)
+    assert "nf4" not in str(refused.value)

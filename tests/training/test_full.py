@@ -12,6 +12,7 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import choose_whole_dtype
 from sd3_lora.common.records import StepInputs
 from sd3_lora.training.checkpoints import checkpoint_folders
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.hub_folder import make_hub_folder
 from sd3_lora.training.in_backward import AdamInBackward
 
@@ -246,6 +247,14 @@ def test_what_does_not_go_with_it_is_refused(
     run = train(script, prepared, tmp_path / "out", "--full", *words, code=2)
     assert run.error.startswith(sentence)
     assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused() -> None:
+    script = training_script()
+    flags = TrainingFlags(*script.COMMAND_LINE.parse(["--full"])).settled()
+    assert script.asked_placement(flags, 6, 1).whole
+    with pytest.raises(UserError, match="--full updates weights inside the backward pass of one process, not of 2"):
+        script.asked_placement(flags, 6, 2)
 
 
 def test_a_gpu_without_bf16_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.training.blockwise_adam import Moments, Settings, Table, new_moments, state_bytes
 from sd3_lora.training.in_backward import UPDATE_BYTES, AdamInBackward, whole_bytes
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
+from small_transformer import GPU, needs_gpu
 
 CPU = torch.device("cpu")
 RATE, DECAY, STEPS = 1e-3, 0.1, 30
@@ -198,3 +202,81 @@ def test_the_bytes_of_training_all_are_counted() -> None:
     moments = state_bytes(10_000) + state_bytes(10)
     assert whole_bytes(shapes, torch.bfloat16, 1) == moments + UPDATE_BYTES
     assert whole_bytes(shapes, torch.bfloat16, 4) == moments + 2 * 10_010 + UPDATE_BYTES
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_has_the_numbers_of_a_cpu(dtype: torch.dtype) -> None:
+    """Compiled there: the same random bits, and the same weights but for float32's roundings."""
+    ours = parameters(dtype)
+    train(optimizer_of(ours), ours, range(1, 4))
+    theirs = {name: torch.nn.Parameter(weight.detach().to(GPU)) for name, weight in parameters(dtype).items()}
+    optimizer = optimizer_of(theirs)
+    for step in range(1, 4):
+        optimizer.begin(step, RATE)
+        backward(theirs, {name: gradient.to(GPU) for name, gradient in gradients(step).items()})
+        optimizer.step()
+    for name, weight in theirs.items():
+        different = (weight.detach().cpu() != ours[name].detach()).float().mean()
+        assert float(different) < (0.02 if dtype == torch.bfloat16 else 1), name
+        torch.testing.assert_close(weight.detach().cpu(), ours[name].detach(), rtol=1e-2, atol=1e-4)
+
+
+def compute_with(weights: dict[str, torch.nn.Parameter]) -> Callable[..., torch.Tensor]:
+    """A micro-step whose gradients are its inputs."""
+
+    def compute(*wanted: torch.Tensor) -> torch.Tensor:
+        terms = [(weight * each).sum() for weight, each in zip(weights.values(), wanted, strict=True)]
+        loss = torch.stack(terms).sum()
+        loss.backward()
+        return loss.detach()
+
+    return compute
+
+
+def steps_of(
+    device: torch.device, call_of: Callable[[AdamInBackward, Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]
+) -> tuple[dict[str, torch.nn.Parameter], list[float]]:
+    """The weights after five steps, each with its own rate, and the norms."""
+    weights = {name: torch.nn.Parameter(each.detach().to(device)) for name, each in parameters(torch.bfloat16).items()}
+    optimizer = optimizer_of(weights)
+    call, norms = call_of(optimizer, compute_with(weights)), []
+    for step in range(1, 6):
+        optimizer.begin(step, RATE / step)
+        call(*(gradient.to(device, torch.bfloat16) for gradient in gradients(step).values()))
+        optimizer.step()
+        norms.append(float(optimizer.norm()))
+        if step == 3 and isinstance(call, CapturedCall):
+            call.release()  # as before pictures are drawn
+    return weights, norms
+
+
+def captured(optimizer: AdamInBackward, compute: Callable[..., torch.Tensor]) -> CapturedCall:
+    call = CapturedCall(compute, optimizer.squares.device, optimizer.gradients, asked=True, exact=True)
+    call.rehearsal = optimizer.rehearsal
+    return call
+
+
+def require_same(left: tuple[dict[str, Any], list[float]], right: tuple[dict[str, Any], list[float]]) -> None:
+    assert left[1] == right[1]
+    assert all(torch.equal(left[0][name], right[0][name]) for name in SHAPES)
+
+
+def test_what_is_tried_out_before_a_replay_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a graph, which computes when it is captured too."""
+    plain = steps_of(CPU, lambda _, compute: compute)
+    fakes = list[FakeCuda]()
+
+    def faked(optimizer: AdamInBackward, compute: Callable[..., torch.Tensor]) -> CapturedCall:
+        fakes.append(FakeCuda(monkeypatch, compute, optimizer.gradients))
+        return captured(optimizer, fakes[0])
+
+    require_same(steps_of(CPU, faked), plain)
+    kinds = [event.split()[0] for event in fakes[0].events]
+    assert kinds == ["compute", "freed", "capture", "replay", *["replay"] * 3, "freed", "capture", "replay", "replay"]
+
+
+@needs_gpu
+def test_a_captured_step_is_the_plain_one() -> None:
+    """Each replay has its own rate, step and random bits."""
+    require_same(steps_of(GPU, captured), steps_of(GPU, lambda _, compute: compute))
