@@ -9,6 +9,7 @@ Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -353,6 +354,16 @@ def find_lora(name: str, flag: str = "--lora") -> Path:
         raise UserError(
             f"{flag} {name} is neither a file or folder here nor a LoRA on the hub: check the path"
         ) from error
+
+
+def fetch_beside(path: Path, name: str) -> None:
+    """Downloads a file that belongs to a LoRA of the hub into its folder, where the LoRA came from there."""
+    parts = path.parts  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT/FILE
+    if len(parts) < 4 or parts[-3] != "snapshots" or not parts[-4].startswith("models--"):
+        return
+    with contextlib.suppress(EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
+        repo = parts[-4].removeprefix("models--").replace("--", "/")
+        hf_hub_download(repo, name, revision=parts[-2], cache_dir=Path(*parts[:-4]))
 
 
 def _download_lora(name: str, flag: str) -> Path:
