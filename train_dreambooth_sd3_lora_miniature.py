@@ -1279,7 +1279,7 @@ def run(argv: Sequence[str] | None) -> None:
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
-    identifier = IdentifierStart.of(flags.identifier, files)
+    identifier = IdentifierStart.of(flags.identifier, files, start)
     prompts = validation_prompts(flags.watch)
     data = open_data(request, prompts, output_dir, accelerator, flags.trains_clips, identifier)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}

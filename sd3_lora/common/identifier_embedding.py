@@ -44,6 +44,11 @@ def embedding_path(lora_path: Path) -> Path:
     return lora_path.with_name(f"{name}.safetensors")
 
 
+def is_embedding(path: Path) -> bool:
+    """Whether a file has the name of one, as `embedding_path` gives them."""
+    return path.stem.startswith(_NAME) or path.stem.endswith(f"_{_NAME}")
+
+
 def stands_in(word: str, prompt: str) -> bool:
     """Whether a prompt has the identifier, as a word of its own; capitals count as small letters, as to the CLIPs."""
     return bool(_place_of(word).search(prompt))
@@ -81,6 +86,22 @@ class IdentifierTokenizer:
         if isinstance(ids, torch.Tensor):
             encoded["input_ids"] = torch.where(ids < self._known, ids, self._known - 1 - ids)
         return encoded
+
+
+def embedding_note(record: Mapping[str, Any], lora_path: Path) -> str | None:
+    """What becomes of the embedding when a LoRA is exported or merged, for the user; None where it has none.
+
+    Args:
+        record: that training noted in the LoRA's file.
+        lora_path: of that.
+    """
+    if "identifier_embedding" not in record:
+        return None
+    word, path = record["identifier_embedding"]["word"], embedding_path(lora_path)
+    return (
+        f"note: the LoRA was trained with an embedding of {word!r}, which stays a file of its own: draw with "
+        f"{path} too (in ComfyUI, as an embedding; with inference.py, as --identifier_embedding)"
+    )
 
 
 @dataclass(frozen=True, eq=False)

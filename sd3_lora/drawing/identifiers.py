@@ -11,13 +11,14 @@ from sd3_lora.common.identifier_embedding import (
     EMBEDDING_FILE,
     IdentifierEmbedding,
     counts_of,
-    embedding_path,
     read_identifier_embedding,
     stands_in,
 )
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.transformer.lora_files import LoraFile, fetch_beside
+from sd3_lora.transformer.lora_files import LoraFile, identifier_beside
 from sd3_lora.transformer.lora_keys import CLIPS
+
+_OR_ELSE = ", or type --identifier_embedding FILE"
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,9 @@ def find_identifiers(names: Sequence[str], loras: Sequence[LoraFile], files: Mod
     words = {identifier.word for identifier in asked}
     of_loras = []
     for lora in loras:
-        note = lora.record.get("identifier_embedding")
-        of_loras.append(_beside(lora, note, widths) if note and note["word"] not in words else None)
+        word = lora.record.get("identifier_embedding", {}).get("word")
+        is_beside = word is not None and word not in words
+        of_loras.append(identifier_beside(lora, widths, _OR_ELSE) if is_beside else None)
     found = Identifiers(asked, tuple(of_loras))
     counts_of(found.all)
     return found
-
-
-def _beside(lora: LoraFile, note: dict[str, str], widths: dict[str, int]) -> IdentifierEmbedding:
-    path = embedding_path(lora.path)
-    if not path.is_file():
-        fetch_beside(lora.path, path.name)
-    trained = f"{lora.path} was trained with an embedding of {note['word']!r}"
-    remedy = "put it there, or type --identifier_embedding FILE"
-    if not path.is_file():
-        raise UserError(f"{trained}, and {path.name} is not beside it: {remedy}")
-    identifier = read_identifier_embedding(path, widths)
-    if identifier.note != note:
-        raise UserError(f"{trained}, and {path} is another: {remedy}")
-    return identifier

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 HUB_FOLDER = "hub"
 _MODEL_FLAG = "pretrained_model_name_or_path"
-_OF_ONE_STEP = re.compile(r".*-step\d+\.safetensors")  # a LoRA of before the end
+_OF_ONE_STEP = re.compile(r".*-step\d+(_ema)?(_learned_embeds)?\.safetensors")  # of before the end
 
 
 def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -> Path:
@@ -61,13 +61,15 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
 
 
 def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
-    """The LoRA, its average and its forms for other programs; of checkpoints what is asked for."""
+    """The LoRA, its average, its other forms and its identifier's embedding; of checkpoints what is asked for."""
     for path in sorted(output_dir.glob("*.safetensors")):
         if checkpoints != "none" or not _OF_ONE_STEP.fullmatch(path.name):
             yield path
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
-            yield from sorted(folder.glob("*" if checkpoints == "all" else "pytorch_lora_weights*.safetensors"))
+            loras = "pytorch_lora_weights*.safetensors", "learned_embeds*.safetensors"
+            for pattern in ("*",) if checkpoints == "all" else loras:
+                yield from sorted(folder.glob(pattern))
 
 
 def _copy_picture(path: Path, copy: Path) -> None:
