@@ -51,11 +51,16 @@ def is_embedding(path: Path) -> bool:
 
 def stands_in(word: str, prompt: str) -> bool:
     """Whether a prompt has the identifier, as a word of its own; capitals count as small letters, as to the CLIPs."""
-    return bool(_place_of(word).search(prompt))
+    return bool(_places_of([word]).search(prompt))
 
 
-def _place_of(word: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+def _places_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Where one of the words stands; a letter may stand beside a word's bracket, and not beside its letter."""
+    parts = (
+        (r"(?<!\w)" if re.match(r"\w", word) else "") + re.escape(word) + (r"(?!\w)" if re.search(r"\w$", word) else "")
+        for word in words
+    )
+    return re.compile("|".join(f"({part})" for part in parts), re.IGNORECASE)
 
 
 class IdentifierTokenizer:
@@ -68,19 +73,17 @@ class IdentifierTokenizer:
 
     def __init__(self, tokenizer: Any, identifiers: Mapping[str, int]):
         self._tokenizer, self._known = copy.deepcopy(tokenizer), len(tokenizer)
-        self._places: list[tuple[re.Pattern[str], str]] = []
+        self._places, self._names = _places_of(identifiers), list[str]()
         count = 0
-        for word, vectors in identifiers.items():
+        for vectors in identifiers.values():
             names = [f"<identifier-vector-{count + index}>" for index in range(vectors)]
             self._tokenizer.add_tokens(names)
-            self._places.append((_place_of(word), "".join(names)))
+            self._names.append("".join(names))
             count += vectors
 
     def __call__(self, prompts: Sequence[str], **options: Any) -> Any:
         """As the tokenizer."""
-        texts = list(prompts)
-        for place, names in self._places:
-            texts = [place.sub(names, text) for text in texts]
+        texts = [self._places.sub(lambda found: self._names[(found.lastindex or 1) - 1], text) for text in prompts]
         encoded = self._tokenizer(texts, **options)
         ids = encoded.input_ids
         if isinstance(ids, torch.Tensor):
