@@ -20,6 +20,7 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.transformer.identifier_vectors import IdentifierVectors
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
+from sd3_lora.transformer.lora_files import read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
@@ -27,7 +28,7 @@ from sd3_lora.transformer.velocity import VelocityModel
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, TRAINING_SCRIPT, Prepared, save_pictures
+from conftest import PROJECT, PROMPT, TRAINING_SCRIPT, Prepared, save_pictures
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
@@ -97,6 +98,30 @@ def test_diffusers_reads_the_file(prepared: Prepared, tmp_path: Path, trained: P
     hidden, found = encode_clips(files, prompts, plan, [], identifiers=[identifier])
     assert torch.equal(torch.cat(hidden, -1), expected[:, :77, :24].half())
     assert torch.equal(found, pooled.half())
+
+
+def test_the_benchmark_encodes_with_it(prepared: Prepared, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dreambooth.py gives the stock pipeline CLIPs that read the vectors, and afterwards those of before."""
+    monkeypatch.syspath_prepend(PROJECT / "benchmarks")
+    from dreambooth import changed_clips
+
+    pipeline, names = stock_with(prepared.model, trained / EMBEDDING_FILE)
+    settings: dict[str, Any] = {"max_sequence_length": 20, "do_classifier_free_guidance": False}
+    text = PROMPT.replace("sks", names)
+    expected, _, pooled, _ = pipeline.encode_prompt(text, text, PROMPT, **settings)
+    plain, files = (
+        StableDiffusion3Pipeline.from_pretrained(prepared.model),
+        ModelFiles(ModelConfig(str(prepared.model))),
+    )
+    before = plain.encode_prompt(PROMPT, None, None, **settings)[0]
+    lora = read_lora_file(trained / LORA_FILE, files.read_config("transformer"), files.read_config)
+    with changed_clips(plain, lora):
+        found, _, also_pooled, _ = plain.encode_prompt(PROMPT, None, None, **settings)
+    assert torch.equal(found, expected)
+    # A product with one row is rounded by where it lies in memory.
+    torch.testing.assert_close(also_pooled, pooled, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(found, before)
+    assert torch.equal(plain.encode_prompt(PROMPT, None, None, **settings)[0], before)
 
 
 def drawn(script: Script, prepared: Prepared, outdir: Path, *more: object, code: int = 0) -> Any:
