@@ -41,6 +41,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
+from sd3_lora.common.identifier_embedding import IdentifierEmbedding, stands_in
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
@@ -50,6 +51,7 @@ from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunRes
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
 from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
+from sd3_lora.drawing.identifiers import Identifiers, find_identifiers
 from sd3_lora.drawing.pictures import FileStyle, PicturePlan, PictureWriter, plan_pictures
 from sd3_lora.drawing.sampling import (
     Decoder,
@@ -93,16 +95,19 @@ class Variant:
         scales: one for each LoRA; None for the base alone.
         label: on the contact sheet; empty where there is one way.
         suffix: of the pictures' names, likewise; empty for the plain ones beside the base's.
+        identifiers: whose embeddings the CLIPs read.
     """
 
     scales: tuple[float, ...] | None
     label: str = ""
     suffix: str = ""
+    identifiers: tuple[IdentifierEmbedding, ...] = ()
 
     def identity(self, loras: Sequence[LoraFile]) -> list[str]:
         """For the settings in the picture."""
         scales = zip(loras, self.scales or (), strict=self.scales is not None)
-        return [f"{lora.identity()}@{scale:g}" for lora, scale in scales]
+        of_loras = [f"{lora.identity()}@{scale:g}" for lora, scale in scales]
+        return of_loras + [f"{identifier.word}={identifier.identity}" for identifier in self.identifiers]
 
     def readable(self, loras: Sequence[LoraFile]) -> str:
         """For other programs: the LoRAs' names and strengths."""
@@ -160,7 +165,7 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
         names = [LORA_FOLDER]
     found = [read_lora_file(find_lora(name), files.read_config("transformer"), files.read_config) for name in names]
     for file in found:
-        if not file.has_effect:
+        if not file.has_effect and "identifier_embedding" not in file.record:
             print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
     return found
 
@@ -170,26 +175,33 @@ def name_of(lora: LoraFile) -> str:
     return lora.path.resolve().parent.name if lora.path.name == LORA_FILE else lora.path.stem
 
 
-def find_variants(config: InferenceConfig, loras: Sequence[LoraFile]) -> list[Variant]:
+def find_variants(config: InferenceConfig, loras: Sequence[LoraFile], identifiers: Identifiers) -> list[Variant]:
     """In which ways all pictures are drawn; one, unless flags ask for several.
 
     Raises:
         UserError: there is no LoRA to compare with the base.
     """
-    if config.compare and not loras:
+    if config.compare and not loras and not identifiers.asked:
         raise UserError("--compare draws with a LoRA and without: add --lora")
     scales = dict.fromkeys(config.lora_scale)
     if len(loras) == 1 and len(scales) > 1:
         variants = [Variant((scale,), f"LoRA at {scale:g}", f"scale{scale:g}") for scale in scales]
     else:
-        label = "with the LoRA" + ("s" if len(loras) > 1 else "") if config.compare else ""
+        what = "LoRAs" if len(loras) > 1 else "LoRA" if loras else "embedding"
+        label = f"with the {what}" if config.compare else ""
         variants = [Variant(tuple(config.lora_scale) or (1.0,) * len(loras), label)]
-    has_base = any(not any(variant.scales or ()) for variant in variants)
+    variants = [replace(variant, identifiers=identifiers.used(variant.scales)) for variant in variants]
+    has_base = any(not any(variant.scales or ()) and not variant.identifiers for variant in variants)
     return [Variant(None, "base", "base"), *variants] if config.compare and not has_base else variants
 
 
-def find_prompts(config: InferenceConfig, loras: Sequence[LoraFile], is_miniature: bool) -> list[str]:
+def find_prompts(config: InferenceConfig, records: Sequence[Mapping[str, Any]], is_miniature: bool) -> list[str]:
     """The prompts to draw: as given, else the examples' on the miniature, else each LoRA's trigger.
+
+    Args:
+        config: the flags.
+        records: what training noted in the LoRAs and embeddings.
+        is_miniature: whether the model is.
 
     Raises:
         UserError: there is none, or one lacks its subject.
@@ -199,7 +211,7 @@ def find_prompts(config: InferenceConfig, loras: Sequence[LoraFile], is_miniatur
         prompts += read_prompts(Path(config.prompts_file))
     elif not prompts and is_miniature:
         prompts = read_prompts(EXAMPLE_PROMPTS_FILE)
-    prompts = prompts or [lora.record["trigger"] for lora in loras if "trigger" in lora.record]
+    prompts = prompts or list(dict.fromkeys(record["trigger"] for record in records if "trigger" in record))
     if not prompts:
         raise UserError('nothing to draw: type --prompt "a photo of ..."')
     return with_subject(prompts, config.subject)
@@ -263,8 +275,10 @@ def embed_with(
     prompts = list(base)
     work = TextWork(length, config.t5_precision, config.t5_stream, stored_precision(Path(config.data_df_path)))
     plan = choose_clip_plan(files, work, context.device, context.budget)
-    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, which the LoRA changes")
-    clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, clip_loras.merge_into)
+    what = "which the LoRA changes" if clip_loras.scaled else "which read the identifier's embedding"
+    print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, {what}")
+    change, identifiers = clip_loras.merge_into, clip_loras.identifiers
+    clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, change, identifiers)
     t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
     prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
     return dict(zip(prompts, zip(prompt_embeds, pooled, strict=True), strict=True))
@@ -280,7 +294,10 @@ def embed_variants(
     context: DeviceContext,
 ) -> dict[Variant, Embeddings]:
     """Each variant's embeddings: the base's, unless its LoRAs change a CLIP."""
-    changes = {variant: ClipLoras.of(loras, variant.scales) for variant in variants}
+    changes = {}
+    for variant in variants:
+        read = (each for each in variant.identifiers if any(stands_in(each.word, prompt) for prompt in prompts))
+        changes[variant] = ClipLoras.of(loras, variant.scales, tuple(read))
     without = "no T5" if any(changes.values()) else "no text encoder"
     base = embed(prompts, files, config, length, context, without)
     by_change = {ClipLoras().key: base}
@@ -290,9 +307,16 @@ def embed_variants(
     return {variant: by_change[change.key] for variant, change in changes.items()}
 
 
-def size_of(config: InferenceConfig, loras: Sequence[LoraFile], files: ModelFiles) -> PictureSize:
+def records_of(loras: Sequence[LoraFile], variants: Sequence[Variant]) -> list[Mapping[str, Any]]:
+    """What this project's training noted in LoRAs and in identifiers' embeddings, those of LoRAs first."""
+    identifiers = dict.fromkeys(identifier for variant in variants for identifier in variant.identifiers)
+    records = [*(lora.record for lora in loras), *(identifier.record for identifier in identifiers)]
+    return [record for record in records if record]
+
+
+def size_of(config: InferenceConfig, records: Sequence[Mapping[str, Any]], files: ModelFiles) -> PictureSize:
     """The picture's size: as given, else the resolution of the LoRA's training, else the model's."""
-    trained = next((lora.record["resolution"] for lora in loras if "resolution" in lora.record), None)
+    trained = next((record["resolution"] for record in records if "resolution" in record), None)
     vae_scale = files.latent_channels_and_scale()[1]
     for flag in ("height", "width"):
         check_size(
@@ -325,8 +349,9 @@ def decide(
     Raises:
         UserError: flags that cannot be obeyed, or a budget that nothing fits.
     """
-    config, size = flags.drawing, size_of(flags.drawing, loras, files)
-    trained_length = next((lora.record.get("max_sequence_length") for lora in loras if lora.record), None)
+    records = records_of(loras, variants)
+    config, size = flags.drawing, size_of(flags.drawing, records, files)
+    trained_length = next((record.get("max_sequence_length") for record in records), None)
     length = config.max_sequence_length or trained_length or DEFAULT_SEQUENCE_LENGTH
     channels, vae_scale = files.latent_channels_and_scale()
     latent_size, sampling = size.latent(vae_scale), sampling_of(config)
@@ -708,8 +733,10 @@ def run(argv: Sequence[str] | None) -> None:
         budget.cap()
     files = ModelFiles(flags.model, is_plan)
     loras = find_loras(config, files, flags.model.is_miniature)
-    variants = find_variants(config, loras)
-    prompts = find_prompts(config, loras, flags.model.is_miniature)
+    identifiers = find_identifiers(config.identifier_embedding, loras, files)
+    variants = find_variants(config, loras, identifiers)
+    prompts = find_prompts(config, records_of(loras, variants), flags.model.is_miniature)
+    identifiers.require_in(prompts)
     outdir = Path(config.outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))
     most = len(prompts) * config.num_images

@@ -121,6 +121,7 @@ from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_t
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.identifier_start import IdentifierStart
 from sd3_lora.training.in_backward import adam_notes, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
@@ -166,7 +167,7 @@ from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
 from sd3_lora.transformer.placement import ArrangedTransformer, AskedPlacement, arrange
-from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
+from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
 from sd3_lora.transformer.whole_weights import train_whole
 
@@ -454,8 +455,8 @@ def train(
     with finished_pictures(watch.validation), signals, bar_of_steps as bar:
         while training.step < training.steps:
             training.step += 1
-            if training.leave_clips() and training.step - 1 == training.clips_until:
-                watch.release()  # the step is captured anew, without the CLIPs' backward pass
+            if training.enter_step():
+                watch.release()  # the step is captured anew, with gradients for others
             training.begin_step()
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
@@ -527,9 +528,10 @@ def update(
     """
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
         training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
-    training.leave_clips()  # the schedule has given them a new rate
+    training.enter_step()  # the schedule has given new rates
     learning_rate = rate_in_force(training.optimizer)
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
+    training.hold_identifier(norm)
     if training.average:
         training.average.update(norm)
     return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
@@ -600,25 +602,75 @@ def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
     require_patterns(flags.optimizer.rates, trained_names(hollow))
 
 
-def clip_lora(flags: TrainingFlags, files: ModelFiles, seed: int = 0) -> ClipLora | None:
-    """The LoRA of the CLIPs, if it is trained."""
-    if not flags.text.train_text_encoder:
+def clip_training(
+    flags: TrainingFlags, files: ModelFiles, seed: int = 0, vectors: int | None = None
+) -> ClipTraining | None:
+    """What is trained of the CLIPs, if anything is.
+
+    Args:
+        flags: of the run.
+        files: the model.
+        seed: of the run.
+        vectors: of the identifier's embedding; None where it is planned before the tokenizers are read.
+    """
+    if not flags.trains_clips:
         return None
     configs = {name: files.read_config(name) for name in CLIPS}
-    return ClipLora(configs, flags.text.rank(flags.lora.rank), flags.lora.lora_dropout, seed)
+    rank = flags.text.rank(flags.lora.rank) if flags.text.train_text_encoder else None
+    if vectors is None:
+        vectors = flags.identifier.vectors_at_most
+    return ClipTraining(configs, rank, flags.lora.lora_dropout, seed, vectors)
 
 
 def load_clips(
-    lora: ClipLora, files: ModelFiles, dtype: torch.dtype, device: torch.device, start: LoraFile | None
+    trained: ClipTraining,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    start: LoraFile | None,
+    identifier: IdentifierStart | None,
 ) -> TrainedClips:
-    """The frozen CLIPs with a new LoRA, or one that begins as another, on the device."""
+    """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
     from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
 
     clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
-    lora.attach(clips)
-    for name, part in start.clips.items() if start else ():
+    vectors = identifier.vectors_of(clips) if identifier else None
+    trained.attach(clips)
+    for name, part in start.clips.items() if start and trained.rank is not None else ():
         start_from(clips[name], part.starts())
-    return TrainedClips(clips).to(device)
+    return TrainedClips(clips, vectors).to(device)
+
+
+def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, steps: int) -> Iterator[TrainedGroup]:
+    """What is trained of the CLIPs, in groups: their LoRA, and the identifier's vectors.
+
+    Args:
+        clips: that are trained.
+        flags: of the run.
+        pictures: of an optimizer step.
+        steps: of the run.
+    """
+    lora = clips.lora_parameters()
+    if lora:
+        rate, decay, last = flags.text_encoder_rate(pictures), flags.text.weight_decay, flags.text.last_step(steps)
+        yield TrainedGroup("CLIPs", flatten_parameters(lora), rate, lora, decay, last_step=last)
+    if clips.identifier:
+        vectors, rate = tuple(clips.identifier.parameters()), flags.identifier_rate(pictures)
+        last = flags.identifier.last_step(steps)
+        yield TrainedGroup("identifier", flatten_parameters(vectors), rate, vectors, 0.0, last_step=last)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """What training begins with.
+
+    Attributes:
+        lora: another LoRA, if one was named.
+        identifier: of its embedding, if that is trained.
+    """
+
+    lora: LoraFile | None
+    identifier: IdentifierStart | None
 
 
 def load_lora(
@@ -627,9 +679,10 @@ def load_lora(
     planned: PlannedTraining,
     seed: int,
     accelerator: Accelerator,
-    start: LoraFile | None,
+    starts: Starts,
 ) -> tuple[ArrangedTransformer, TrainedClips | None, Trainables]:
-    """The frozen transformer with a new LoRA, or one that begins as another; the CLIPs where they have one too."""
+    """The frozen transformer with a new LoRA, or one that begins as another; the CLIPs where something of them is."""
+    start, identifier = starts.lora, starts.identifier
     files, lora, device = request.files, flags.lora, accelerator.device
     dtype, names = planned.dtype, list[str]()
 
@@ -645,14 +698,14 @@ def load_lora(
         files, planned.plan.placement, device, dtype, planned.latent_size, add_lora, planned.execution.compiled
     )
     pictures = flags.run.pictures_per_step(accelerator.num_processes)
-    group = TrainedGroup("transformer", arranged.flat, flags.optimizer.scaled_rate(pictures), tuple(arranged.trained))
+    first = flags.identifier.first_step_of_lora(planned.steps)
+    rate, parts = flags.optimizer.scaled_rate(pictures), tuple(arranged.trained)
+    group = TrainedGroup("transformer", arranged.flat, rate, parts, first_step=first)
     groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
-    of_clips, clips = clip_lora(flags, files, seed), None
+    of_clips, clips = clip_training(flags, files, seed, identifier.count if identifier else 0), None
     if of_clips:
-        clips = load_clips(of_clips, files, dtype, device, start)
-        parts = tuple(parameter for parameter in clips.parameters() if parameter.requires_grad)
-        rate, decay = flags.text_encoder_rate(pictures), flags.text.weight_decay
-        groups.append(TrainedGroup("CLIPs", flatten_parameters(parts), rate, parts, decay))
+        clips = load_clips(of_clips, files, dtype, device, start, identifier)
+        groups += groups_of_clips(clips, flags, pictures, planned.steps)
     trainables = Trainables(groups)
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
     return arranged, clips, trainables
@@ -679,14 +732,14 @@ def load_training(
     seed: int,
     data: TrainingData,
     accelerator: Accelerator,
-    start: LoraFile | None,
+    starts: Starts,
 ) -> Training:
     """The transformer with what is trained, and all that trains it."""
     run, device, processes, dtype = flags.run, accelerator.device, accelerator.num_processes, planned.dtype
     arranged, clips, trainables = (
         load_whole(request, flags, planned, accelerator)
         if flags.trains_all
-        else load_lora(request, flags, planned, seed, accelerator, start)
+        else load_lora(request, flags, planned, seed, accelerator, starts)
     )
     if flags.trains_all:
         window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
@@ -707,7 +760,7 @@ def load_training(
         planned.steps,
         arranged.ahead,
         average=MovingAverage(trainables, flags.average.ema_decay) if flags.average.use_ema else None,
-        clips_until=flags.text.last_step(planned.steps),
+        word=flags.identifier.word,
     )
 
 
@@ -730,11 +783,12 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
                 f"--full updates weights inside the backward pass of one process, not of {processes}: use one"
             )
         return replace(asked, whole=True)
-    if flags.text.train_text_encoder:
+    if flags.trains_clips:
         if asked.modulations_ahead:
+            trains = "--train_text_encoder" if flags.text.train_text_encoder else "--train_identifier_embedding"
             raise UserError(
                 "--modulations_ahead on computes from prompts before the CLIPs have encoded them: leave it out, or "
-                "leave out --train_text_encoder"
+                f"leave out {trains}"
             )
         asked = replace(asked, modulations_ahead=False)
     if flags.prior.is_even(flags.run.train_batch_size):
@@ -795,7 +849,7 @@ def training_task(
         masked=flags.data.masked_loss,
         prior_rows=prior_rows,
         base_rows=base_rows,
-        clips=clip_lora(flags, files),
+        clips=clip_training(flags, files),
         whole_bytes=optimizer_bytes(flags, files, dtype),
     )
     can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
@@ -1012,7 +1066,12 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 
 
 def open_data(
-    request: StageOneRequest, prompts: Sequence[str], output_dir: Path, accelerator: Accelerator, trains_clips: bool
+    request: StageOneRequest,
+    prompts: Sequence[str],
+    output_dir: Path,
+    accelerator: Accelerator,
+    trains_clips: bool,
+    identifier: IdentifierStart | None,
 ) -> TrainingData:
     """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
     stage_one = StageOne(request)
@@ -1046,8 +1105,11 @@ def open_data(
         from sd3_lora.stage_one.text_encoders import clip_token_ids  # imports all of transformers' encoders
 
         captions = [prompt for pool in pools for image in pool.images for prompt in image.prompts]
+        if identifier:
+            identifier.require_in([prompt for image in images for prompt in image.prompts])
         of_class = [*store.prompts_with_role("class"), request.prior.class_prompt or ""]
-        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts, *of_class])
+        counts = {identifier.word: identifier.count} if identifier else {}
+        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts, *of_class], counts)
     return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts, tokens)
 
 
@@ -1203,7 +1265,7 @@ def require_possible(
     Raises:
         UserError: the transformer's files are not whole, or flags ask for what cannot be.
     """
-    for component in ("transformer", *(CLIPS if flags.text.train_text_encoder else ())):
+    for component in ("transformer", *(CLIPS if flags.trains_clips else ())):
         files.component(component)
     head_width = files.read_config("transformer")["attention_head_dim"]
     if flags.trains_all:
@@ -1331,7 +1393,9 @@ def run(argv: Sequence[str] | None) -> None:
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
-    data = open_data(request, validation_prompts(flags.watch), output_dir, accelerator, flags.text.train_text_encoder)
+    identifier = IdentifierStart.of(flags.identifier, files, start)
+    prompts = validation_prompts(flags.watch)
+    data = open_data(request, prompts, output_dir, accelerator, flags.trains_clips, identifier)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
@@ -1341,7 +1405,7 @@ def run(argv: Sequence[str] | None) -> None:
     planned = plan_run(request, flags, task, plan, data, accelerator, state["signature"].get("--compile"))
     start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
-        training = load_training(request, flags, planned, seed, data, accelerator, start)
+        training = load_training(request, flags, planned, seed, data, accelerator, Starts(start, identifier))
     say(f"each micro-step: {planned.execution.sentence()}")
     facts = run_facts(request, data, plan, chosen.name, seed, processes)
     outputs = open_outputs(flags, facts, request, data, planned.execution, argv)

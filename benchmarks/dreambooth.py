@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import multiprocessing
 import os
@@ -41,9 +42,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sd3_lora.common.command_line import UserError, exit_code, write_text_atomically
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.devices import choose_device
+from sd3_lora.common.identifier_embedding import IdentifierEmbedding, IdentifierTokenizer
 from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.stage_one.text_encoders import add_vectors
+from sd3_lora.transformer.clip_loras import ClipLoras
 from sd3_lora.transformer.lora import LORA_FILE
-from sd3_lora.transformer.lora_files import find_lora, read_lora_file
+from sd3_lora.transformer.lora_files import LoraFile, find_lora, identifier_beside, read_lora_file
+from sd3_lora.transformer.lora_keys import CLIPS
 
 import torch
 from contact_sheet import draw_sheet, load_row
@@ -149,7 +154,7 @@ class Bench:
             return
         transformer = self.pipeline.transformer
         before = fingerprint(transformer)
-        with in_its_place(transformer, lora) if lora.is_dir() else attached(transformer, lora):
+        with in_its_place(transformer, lora) if lora.is_dir() else attached(self.pipeline, lora):
             yield
         if fingerprint(transformer) != before:
             raise RuntimeError(f"{lora} was taken off the transformer, which is not what it was before")
@@ -162,11 +167,14 @@ class Bench:
 
 
 @contextmanager
-def attached(transformer: SD3Transformer2DModel, lora: Path) -> Iterator[None]:
-    """Within it the transformer has a LoRA."""
-    read_lora_file(lora, transformer.config).attach(transformer, "subject")
+def attached(pipeline: StableDiffusion3Pipeline, path: Path) -> Iterator[None]:
+    """Within it the transformer has a LoRA, and the CLIPs what is theirs."""
+    transformer = pipeline.transformer
+    lora = read_lora_file(path, transformer.config, lambda name: getattr(pipeline, name).config.to_dict())
+    lora.attach(transformer, "subject")
     try:
-        yield
+        with changed_clips(pipeline, lora):
+            yield
     finally:
         transformer.unload_lora()
 
@@ -180,6 +188,53 @@ def in_its_place(transformer: SD3Transformer2DModel, folder: Path) -> Iterator[N
         yield
     finally:
         transformer.load_state_dict(before)
+
+
+class VectorTokenizer:
+    """A CLIP's tokenizer whose ids of an identifier's vectors lie behind the vocabulary, as `add_vectors` puts them.
+
+    Args:
+        tokenizer: the pipeline's.
+        identifier: whose vectors they are.
+        known: tokens of the CLIP without them.
+    """
+
+    def __init__(self, tokenizer: Any, identifier: IdentifierEmbedding, known: int):
+        self._tokenizer, self._known = tokenizer, known
+        self._with_vectors = IdentifierTokenizer(tokenizer, {identifier.word: identifier.count})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> Any:
+        """As the tokenizer, with ids `(N, C)`."""
+        encoded = self._with_vectors(prompts, **options)
+        ids = encoded.input_ids
+        encoded["input_ids"] = torch.where(ids < 0, self._known - 1 - ids, ids)
+        return encoded
+
+
+@contextmanager
+def changed_clips(pipeline: StableDiffusion3Pipeline, lora: LoraFile) -> Iterator[None]:
+    """Inside the block the CLIPs are as a LoRA changes them, and read the identifier's embedding beside it, if any."""
+    identifier, widths = None, {name: getattr(pipeline, name).config.hidden_size for name in CLIPS}
+    if "identifier_embedding" in lora.record:
+        identifier = identifier_beside(lora, widths)
+    changed: dict[str, Any] = {}
+    for name in CLIPS if lora.clips or identifier else ():
+        encoder, suffix = copy.deepcopy(getattr(pipeline, name)), name.removeprefix("text_encoder")
+        ClipLoras.of([lora], [1.0]).merge_into(name, encoder)
+        if identifier:
+            tokenizer = getattr(pipeline, f"tokenizer{suffix}")
+            add_vectors(name, encoder, [identifier], tokenizer.eos_token_id)
+            changed[f"tokenizer{suffix}"] = VectorTokenizer(tokenizer, identifier, encoder.config.vocab_size)
+        changed[name] = encoder
+    before = {name: getattr(pipeline, name) for name in changed}
+    vars(pipeline).update(changed)  # set as attributes they would be noted in the pipeline's configuration
+    try:
+        yield
+    finally:
+        vars(pipeline).update(before)
 
 
 def fingerprint(model: torch.nn.Module) -> list[tuple[str, int]]:

@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import exit_code, require_writable_folder
+from sd3_lora.common.identifier_embedding import embedding_note
 from sd3_lora.transformer.lora_exports import export_lora, export_path
 from sd3_lora.transformer.lora_files import base_of, find_lora, read_lora_file
 
@@ -54,6 +55,9 @@ def run(argv: Sequence[str] | None) -> None:
     require_writable_folder(output.parent)
     export_lora(lora, flags.format, output, files)
     print(f"wrote {output}")
+    note = embedding_note(lora.record, path)
+    if note:
+        print(note)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

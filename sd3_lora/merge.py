@@ -46,6 +46,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.identifier_embedding import embedding_note, embedding_path
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.model_folder import files_beside, take
 from sd3_lora.transformer.lora_files import LoraFile, base_of, find_lora, read_lora_file, require_drawable
@@ -88,6 +89,9 @@ def run(argv: Sequence[str] | None) -> None:
     require_new_folder(folder)
     write_model(lora, flags.lora_scale, files, folder, flags.copy)
     print(f"wrote {folder}")
+    note, embedding = embedding_note(lora.record, path), embedding_path(path)
+    if note:
+        print(note)
     # What drawing reads in a LoRA's file, and no longer finds.
     resolution = lora.record.get("resolution")
     drawing = {
@@ -95,6 +99,7 @@ def run(argv: Sequence[str] | None) -> None:
         "max_sequence_length": lora.record.get("max_sequence_length"),
         "height": resolution,
         "width": resolution,
+        "identifier_embedding": embedding if note and embedding.is_file() else None,
     }
     print("next: " + command("inference.py", pretrained_model_name_or_path=folder, variant=model.variant, **drawing))
 

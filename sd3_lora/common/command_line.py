@@ -36,6 +36,7 @@ PATH_FLAGS = {
     "data_df_path",
     "dataset_name",
     "file",
+    "identifier_embedding",
     "init_lora",
     "instance_data_dir",
     "latents_path",

@@ -108,7 +108,8 @@ class TrainingBatch:
         prompt_embeds: `(B, S, D)`.
         pooled_prompt_embeds: `(B, P)`.
         loss_weights: float32, the weight in the loss of each sample `(B,)`, or of each latent pixel `(B, 1, H/8, W/8)`.
-        clip_tokens: `(B, 2, C)` int64, where the CLIPs are trained: what each of them encodes.
+        clip_tokens: `(B, 2, C)` int64, where the CLIPs are trained: what each of them encodes; negative in the place
+            of an identifier whose embedding is trained.
         clip_kept: `(B, 2)` float32, 0 where a CLIP's part is dropped; None where none is.
     """
 
@@ -143,6 +144,7 @@ class StepInputs(NamedTuple):
             from (`TrainedClips.embed`); else empty.
         clip_ends: `(R, 2)` int64, likewise; else empty.
         clip_kept: `(R, 2)` float32, 0 where a CLIP's part is dropped; else empty.
+        clip_places: `(R, 2, C)` int64, which of the identifier's vectors stands where, -1 for none; else empty.
     """
 
     latents: torch.Tensor
@@ -156,6 +158,7 @@ class StepInputs(NamedTuple):
     clip_states: torch.Tensor = torch.empty(0)
     clip_ends: torch.Tensor = torch.empty(0, dtype=torch.long)
     clip_kept: torch.Tensor = torch.empty(0)
+    clip_places: torch.Tensor = torch.empty(0, dtype=torch.long)
 
     @property
     def conditions(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

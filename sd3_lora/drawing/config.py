@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from sd3_lora.common.command_line import less_than_one, require_right, split_prompt
@@ -37,6 +38,13 @@ class InferenceConfig:
             "action": "extend",
             "help": "Strength of each --lora; default 1. Several for one --lora, such as 0 0.5 1: all is drawn with "
             "each of them.",
+        },
+    )
+    identifier_embedding: list[str] = field(
+        default_factory=list,
+        metadata={
+            "action": "extend",
+            "help": "File of an identifier's embedding; may be repeated. Those beside a --lora are found without it.",
         },
     )
     compare: bool = field(
@@ -172,6 +180,9 @@ class InferenceConfig:
             yield from (f"--{name} {value:g} must be a finite number" for value in values if not math.isfinite(value))
         yield from self._schedule_faults()
         yield from (f"--lora: {fault}" for fault in map(missing_path, self.lora) if fault)
+        for path in self.identifier_embedding:
+            if not Path(path).expanduser().exists():
+                yield f"--identifier_embedding {path} is not there: check the path"
         if self.lora_scale and len(self.lora) != 1 and len(self.lora_scale) != len(self.lora):
             yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
 

@@ -17,7 +17,7 @@ from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
 from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require_blocks, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
-from sd3_lora.transformer.trained_clips import ClipLora
+from sd3_lora.transformer.trained_clips import ClipTraining
 from sd3_lora.transformer.velocity import VelocityModel
 from sd3_lora.transformer.whole_weights import train_whole
 
@@ -54,7 +54,7 @@ class StepShape:
         masked: whether the loss has a weight for each latent pixel.
         prior_rows: of the trained model's batch beside the pictures: those that come once more with a prior prompt.
         base_rows: that the base is given too, without gradient.
-        clips: the LoRA of the CLIPs, if they are trained too.
+        clips: what is trained of the CLIPs, if anything is.
         whole_bytes: of the optimizer's state and of gradients that are kept, where the whole transformer is trained and
             no LoRA; None where there is a LoRA.
     """
@@ -75,7 +75,7 @@ class StepShape:
     masked: bool = False
     prior_rows: int = 0
     base_rows: int = 0
-    clips: ClipLora | None = None
+    clips: ClipTraining | None = None
     whole_bytes: int | None = None
 
     @property
@@ -408,6 +408,11 @@ def image_tokens(config: Mapping[str, Any], latent_size: tuple[int, int]) -> int
     return (height // patch) * (width // patch)
 
 
+def _shape_of_places(shape: StepShape) -> tuple[int, ...]:
+    """That of `StepInputs.clip_places`."""
+    return (shape.rows, 2, shape.clips.states_shape[0]) if shape.clips and shape.clips.vectors else (0,)
+
+
 def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
     """A micro-batch on the meta device."""
     size = shape.batch_size
@@ -425,4 +430,5 @@ def _hollow_inputs(config: Mapping[str, Any], shape: StepShape) -> StepInputs:
             clip_states=torch.empty(shape.rows, *(shape.clips.states_shape if shape.clips else ()), dtype=shape.dtype),
             clip_ends=torch.empty(shape.rows, 2, dtype=torch.long),
             clip_kept=torch.empty(shape.rows, 2),
+            clip_places=torch.empty(*_shape_of_places(shape), dtype=torch.long),
         )

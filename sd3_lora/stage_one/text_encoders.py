@@ -6,15 +6,16 @@ Shapes: N prompts, B prompts of a batch, C CLIP tokens, T T5 tokens, S = C + T t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, counted
 from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.identifier_embedding import IdentifierEmbedding, IdentifierTokenizer, counts_of
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.progress import Progress
@@ -77,6 +78,7 @@ def encode_clips(
     plan: TextEncoderPlan,
     reports: list[StageReport],
     change: ClipChange | None = None,
+    identifiers: Sequence[IdentifierEmbedding] = (),
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Prompts through CLIP-L and CLIP-G, one at a time.
 
@@ -86,6 +88,7 @@ def encode_clips(
         plan: how they run.
         reports: gets one for each CLIP.
         change: what is done to a CLIP's weights before it encodes.
+        identifiers: whose vectors stand in place of their words.
 
     Returns:
         Of each CLIP the penultimate hidden states `(N, C, d)`, and the pooled projections of both, `(N, P)`; float16 on
@@ -95,11 +98,15 @@ def encode_clips(
         UserError: as `encode_prompts`.
     """
     clip_hidden, pooled = [], []
-    clip_tokens = files.clip_tokens()
+    clip_tokens, counts = files.clip_tokens(), counts_of(identifiers)
     for suffix, name in (("", "CLIP-L"), ("_2", "CLIP-G")):
         with memory_stage(f"encode with {name}", plan.device, reports):
-            encoder = load_clip(files, f"text_encoder{suffix}", plan, change)
             tokenizer = _tokenizer(CLIPTokenizer, files.component(f"tokenizer{suffix}"))
+            changes = [change] if change else []
+            if identifiers:
+                changes.append(partial(add_vectors, identifiers=identifiers, end=tokenizer.eos_token_id))
+                tokenizer = IdentifierTokenizer(tokenizer, counts)
+            encoder = load_clip(files, f"text_encoder{suffix}", plan, changes)
             hidden, projected = rounded(encode_clip(encoder, tokenizer, prompts, clip_tokens, plan), prompts, name)
             clip_hidden.append(hidden)
             pooled.append(projected)
@@ -189,14 +196,33 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tenso
     if too_long:
         shown = repr(too_long[0] if len(too_long[0]) <= 60 else too_long[0][:57] + "...")
         others = f" and {counted(len(too_long) - 1, 'more prompt')}" if len(too_long) > 1 else ""
-        print(f"note: cut off after {length} tokens of {type(tokenizer).__name__}: {shown}{others}")
+        print(f"note: cut off after {length} tokens of {_name_of(tokenizer)}: {shown}{others}")
     return ids
 
 
-def clip_token_ids(files: ModelFiles, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Each prompt's token ids for both CLIPs, `(2, C)` int64; prints which prompts are cut."""
+def _name_of(tokenizer: Any) -> str:
+    return CLIPTokenizer.__name__ if isinstance(tokenizer, IdentifierTokenizer) else type(tokenizer).__name__
+
+
+def clip_tokenizers(files: ModelFiles) -> list[CLIPTokenizer]:
+    """Of CLIP-L and CLIP-G."""
+    return [_tokenizer(CLIPTokenizer, files.component(name)) for name in ("tokenizer", "tokenizer_2")]
+
+
+def clip_token_ids(
+    files: ModelFiles, prompts: Sequence[str], identifiers: Mapping[str, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Each prompt's token ids for both CLIPs, `(2, C)` int64; prints which prompts are cut.
+
+    Args:
+        files: the model.
+        prompts: distinct or not.
+        identifiers: word → number of the vectors that stand in its place, with negative ids (`IdentifierTokenizer`).
+    """
     distinct, length = list(dict.fromkeys(prompts)), files.clip_tokens()
-    tokenizers = [_tokenizer(CLIPTokenizer, files.component(name)) for name in ("tokenizer", "tokenizer_2")]
+    tokenizers: list[Any] = [*clip_tokenizers(files)]
+    if identifiers:
+        tokenizers = [IdentifierTokenizer(tokenizer, identifiers) for tokenizer in tokenizers]
     ids = [tokenize(tokenizer, distinct, length) for tokenizer in tokenizers]
     return dict(zip(distinct, torch.stack(ids, dim=1), strict=True))
 
@@ -209,26 +235,52 @@ def load_clip_in(files: ModelFiles, component: str, dtype: torch.dtype) -> CLIPT
 
 
 def load_clip(
-    files: ModelFiles, component: str, plan: TextEncoderPlan, change: ClipChange | None = None
+    files: ModelFiles, component: str, plan: TextEncoderPlan, changes: Sequence[ClipChange] = ()
 ) -> CLIPTextModelWithProjection:
     """One CLIP text encoder on the plan's device, whole or streamed layer by layer; changed while it is on the host."""
     encoder = load_clip_in(files, component, plan.clip_dtype)
-    if change is not None:
+    for change in changes:
         change(component, encoder)
     if plan.t5_stream and not plan.whole_clips:
         return cpu_offload(encoder, execution_device=plan.device)
     return encoder.to(plan.device)
 
 
+def add_vectors(
+    component: str, encoder: CLIPTextModelWithProjection, identifiers: Sequence[IdentifierEmbedding], end: int
+) -> None:
+    """Adds identifiers' vectors to a CLIP's token embeddings, in its precision, as the last ids.
+
+    Configurations of before transformers noted where a text ends, SD3's among them, take the largest id for the end;
+    that would be a vector's.
+
+    Args:
+        component: the CLIP's name.
+        encoder: the CLIP.
+        identifiers: whose vectors are added.
+        end: the id of the token at a text's end.
+    """
+    text: Any = encoder.text_model
+    known = text.embeddings.token_embedding.weight.detach()
+    vectors = torch.cat([identifier.vectors[component] for identifier in identifiers])
+    both = torch.cat([known, vectors.to(known.device, known.dtype)])
+    text.embeddings.token_embedding = torch.nn.Embedding.from_pretrained(both)
+    if text.eos_token_id == 2:
+        text.eos_token_id = end
+
+
 def encode_clip(
     encoder: CLIPTextModelWithProjection,
-    tokenizer: CLIPTokenizer,
+    tokenizer: CLIPTokenizer | IdentifierTokenizer,
     prompts: Sequence[str],
     length: int,
     plan: TextEncoderPlan,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields each batch's penultimate hidden states `(B, C, d)` and pooled projections `(B, p)`, on the device."""
-    for ids in batches(tokenize(tokenizer, prompts, length), plan.clip_batch_size):
+    ids_of_all = tokenize(tokenizer, prompts, length)
+    # Vectors of identifiers have negative ids, and lie behind the vocabulary.
+    ids_of_all = torch.where(ids_of_all < 0, encoder.config.vocab_size - 1 - ids_of_all, ids_of_all)
+    for ids in batches(ids_of_all, plan.clip_batch_size):
         output = encoder(ids.to(plan.device), output_hidden_states=True)
         yield output.hidden_states[-2], output.text_embeds
 

@@ -12,6 +12,8 @@ from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.full_flags import FULL_RATE, FullFlags
 from sd3_lora.training.hub_flags import HubFlags
+from sd3_lora.training.identifier_flags import DEFAULT_RATE as IDENTIFIER_RATE
+from sd3_lora.training.identifier_flags import IdentifierFlags
 from sd3_lora.training.lora_flags import AverageFlags, LoraFlags
 from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.training.optimizer_kinds import ADAMW, ADAMW_8BIT, PRODIGY, SCHEDULE_FREE_ADAMW
@@ -40,6 +42,7 @@ class TrainingFlags:
     lora: LoraFlags
     text: TextEncoderFlags
     full: FullFlags
+    identifier: IdentifierFlags
     optimizer: OptimizerConfig
     average: AverageFlags
     run: RunConfig
@@ -69,6 +72,8 @@ class TrainingFlags:
             raise UserError(fault)
         for fault in self._full_faults() if self.full.full else ():
             raise UserError(fault)
+        for fault in self._identifier_faults() if self.identifier.word is not None else ():
+            raise UserError(fault)
 
     @property
     def trains_all(self) -> bool:
@@ -92,6 +97,8 @@ class TrainingFlags:
                 yield f"{flag} is of a LoRA, and --full trains the transformer itself: leave one of them out"
         if self.text.train_text_encoder:
             yield "--full trains the transformer alone, and --train_text_encoder a LoRA: leave one of them out"
+        if self.identifier.word is not None:
+            yield "--full trains the transformer alone: leave it or --train_identifier_embedding out"
         if self.prior.prior_term is not None:
             yield (
                 f"--prior_term {self.prior.prior_term} compares with the base, which --full changes and does not keep "
@@ -124,6 +131,44 @@ class TrainingFlags:
                 "--save_every_n_steps with --full would write the whole model each time: type --checkpointing_steps "
                 f"{self.watch.save_every_n_steps}, whose checkpoints hold the transformer"
             )
+
+    def _identifier_faults(self) -> Iterator[str]:
+        """What does not go with the identifier's embedding."""
+        flag, optimizer = "--train_identifier_embedding", self.optimizer
+        if optimizer.kind == SCHEDULE_FREE_ADAMW:
+            yield (
+                f"{flag} does not go with --optimizer {optimizer.kind.name}: its vectors are held to their size after "
+                "each step, which its average does not know: type another --optimizer"
+            )
+        if self.identifier.has_phases and optimizer.kind == PRODIGY:
+            flags = "--stop_identifier_after and --start_lora_after do"
+            yield f"{flags} not go with --optimizer prodigy, which updates all that it has: leave one out"
+        if optimizer.kind == PRODIGY and self.identifier.identifier_lr not in (None, optimizer.rate):
+            yield (
+                f"--optimizer {optimizer.kind.name} finds one learning rate for all: type --identifier_lr "
+                f"{optimizer.rate:g}, as --learning_rate, or leave it out"
+            )
+        if self.identifier.is_alone and self.text.train_text_encoder:
+            yield (
+                "--start_lora_after 1 trains the identifier's embedding alone, and --train_text_encoder a LoRA: leave "
+                "one out"
+            )
+
+    @property
+    def trains_clips(self) -> bool:
+        """Whether something of the CLIPs is trained: they encode inside the step then."""
+        return self.text.train_text_encoder or self.identifier.word is not None
+
+    def identifier_rate(self, pictures: int) -> float:
+        """The learning rate of the identifier's embedding, scaled with --scale_lr.
+
+        Args:
+            pictures: of an optimizer step.
+        """
+        rate = self.identifier.identifier_lr
+        if rate is None:
+            rate = self.optimizer.rate if self.optimizer.kind == PRODIGY else IDENTIFIER_RATE
+        return rate * (pictures if self.optimizer.scale_lr else 1)
 
     def _text_encoder_faults(self) -> Iterator[str]:
         """What does not go with a LoRA of the CLIPs."""
@@ -178,4 +223,14 @@ class TrainingFlags:
             + self.data.sentence()
             + prior.sentence()
             + (f", CLIPs' learning rate {self.text_encoder_rate(pictures):g}" if self.text.train_text_encoder else "")
+            + self._identifier_sentence(pictures, steps)
         )
+
+    def _identifier_sentence(self, pictures: int, steps: int) -> str:
+        flags = self.identifier
+        if flags.word is None:
+            return ""
+        last, first = flags.last_step(steps), flags.first_step_of_lora(steps)
+        until = f" until step {last}" if last else ""
+        alone = ", LoRA from step " + str(first) if 1 < first <= steps else ", no LoRA" if first > steps else ""
+        return f", embedding of {flags.word!r} at learning rate {self.identifier_rate(pictures):g}{until}{alone}"

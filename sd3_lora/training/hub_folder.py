@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 HUB_FOLDER = "hub"
 _MODEL_FLAG = "pretrained_model_name_or_path"
-_OF_ONE_STEP = re.compile(r".*-step\d+\.safetensors")  # a LoRA of before the end
+_OF_ONE_STEP = re.compile(r".*-step\d+(_ema)?(_learned_embeds)?\.safetensors")  # of before the end
 
 
 def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -> Path:
@@ -61,7 +61,7 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
 
 
 def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
-    """The LoRA, its average and its forms for other programs, or a whole model; of checkpoints what is asked for."""
+    """The LoRA, its other forms and its identifier's embedding, or a whole model; of checkpoints what is asked for."""
     if _is_whole(output_dir):
         index = output_dir / "model_index.json"
         yield index
@@ -72,9 +72,9 @@ def _weights(output_dir: Path, checkpoints: str) -> Iterable[Path]:
             yield path
     if checkpoints != "none":
         for folder in checkpoint_folders(output_dir):
-            found = (
-                _files_in(folder) if checkpoints == "all" else sorted(folder.glob("pytorch_lora_weights*.safetensors"))
-            )
+            loras = "pytorch_lora_weights*.safetensors", "learned_embeds*.safetensors"
+            of_loras = sorted(path for pattern in loras for path in folder.glob(pattern))
+            found = _files_in(folder) if checkpoints == "all" else of_loras
             yield from (path for path in found if path.name != RECORD)  # it names folders
 
 

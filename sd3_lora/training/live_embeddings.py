@@ -30,7 +30,8 @@ def live_embeddings(
     clips.eval()
     for prompt in prompts:
         cached = data.embedding(prompt).prompt_embeds[None].to(device, model.dtype)
-        states = (*clips.embed(data.clip_tokens[prompt][None]), torch.ones(1, 2))
+        tokens = data.clip_tokens[prompt][None]
+        states = (*clips.embed(tokens), torch.ones(1, 2), clips.places(tokens))
         with model.precision(device):
             prompt_embeds, pooled = clips(cached, *(tensor.to(device) for tensor in states))
         found[prompt] = prompt_embeds[0].cpu(), pooled[0].cpu()

@@ -90,7 +90,7 @@ class InputSampler:
         return StepInputs(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in on_host))
 
     def _of_clips(self, batch: TrainingBatch, prior_tokens: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """`clip_states`, `clip_ends` and `clip_kept` of a micro-step's rows; none where the CLIPs are not trained."""
+        """`StepInputs.clip_…` of a micro-step's rows; none where the CLIPs are not trained."""
         if self._clips is None:
             return ()
         assert batch.clip_tokens is not None
@@ -99,7 +99,8 @@ class InputSampler:
         if prior_tokens is not None:
             tokens, kept = torch.cat([tokens, prior_tokens]), torch.cat([kept, torch.ones(len(prior_tokens), 2)])
         states, ends = self._clips.embed(tokens)
-        return states.to(self._dtype), ends, kept
+        places = self._clips.places(tokens) if self._clips.identifier else torch.empty(0, dtype=torch.long)
+        return states.to(self._dtype), ends, kept, places
 
 
 @dataclass(frozen=True)

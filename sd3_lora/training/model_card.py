@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS, counted
+from sd3_lora.common.identifier_embedding import EMBEDDING_FILE
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, flag_defaults
 from sd3_lora.training.gallery import find_pictures, find_sheet
 from sd3_lora.training.hub_flags import HUB_FLAGS
+from sd3_lora.training.identifier_flags import IdentifierFlags
 from sd3_lora.training.optimizer_flags import OptimizerConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
@@ -43,6 +45,23 @@ _TAGS = [
 
 _OF_LORAS = ("lora", "template:sd-lora")  # tags that a whole model lacks
 
+# diffusers' pipeline for SD3 loads no textual inversion by itself, and takes the largest id for the end of a text.
+_EMBEDDING_LOADER = """
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin, load_textual_inversion_state_dicts
+
+
+class Pipeline(StableDiffusion3Pipeline, TextualInversionLoaderMixin):
+    pass
+
+"""
+_EMBEDDING_LOADED = """
+(embedding,) = load_textual_inversion_state_dicts(["FOLDER"])
+vectors = [f"<s{index}>" for index in range(len(embedding["clip_l"]))]
+for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+    tokenizer, encoder = getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}")
+    pipeline.load_textual_inversion(embedding[key], token=vectors, tokenizer=tokenizer, text_encoder=encoder)
+    encoder.text_model.eos_token_id = tokenizer.eos_token_id
+"""
 _LYCORIS = {"lokr": "LoKr", "loha": "LoHa"}
 _IN_OTHERS = (
     "It is a LyCORIS {}, which diffusers' pipeline for Stable Diffusion 3 does not load: draw with it in ComfyUI, or "
@@ -148,14 +167,31 @@ def _usage(record: RunRecord, folder: Path) -> str:
         else ""
     )
     folder_note = "" if facts.revision else f"\n\n`{facts.base_model}` stands for the folder of the base model."
-    lora_type = _flags(record)["lora_type"]
-    drawn = _in_diffusers(facts) if lora_type == "lora" else _IN_OTHERS.format(_LYCORIS[lora_type])
+    lora_type, word = _flags(record)["lora_type"], _word_of(record)
+    drawn = _in_diffusers(facts, word) if lora_type == "lora" else _IN_OTHERS.format(_LYCORIS[lora_type])
     return f"""## Use it
 
 {drawn}{folder_note}
 
 With ComfyUI: put `{LORA_FILE}` into `models/loras`, and the node *LoraLoaderModelOnly* between the checkpoint and the
-sampler. The text encoders are as they were.{average}"""
+sampler. {_text_encoders(word)}{average}"""
+
+
+def _word_of(record: RunRecord) -> str | None:
+    """The identifier whose embedding was trained."""
+    return next(group.word for group in record.flags if isinstance(group, IdentifierFlags))
+
+
+def _text_encoders(word: str | None) -> str:
+    """What of the text encoders goes with it in ComfyUI."""
+    if word is None:
+        return "The text encoders are as they were."
+    vectors = _code("embedding:" + Path(EMBEDDING_FILE).stem)
+    return (
+        f"Put `{EMBEDDING_FILE}` into `models/embeddings`: it is the embedding of {_code(word)} in the two CLIPs. In "
+        f"the node *CLIPTextEncodeSD3* type {vectors} in place of {_code(word)} into `clip_l` and `clip_g`, and "
+        f"{_code(word)} into `t5xxl`."
+    )
 
 
 def _training(record: RunRecord, results: RunResults) -> str:
@@ -300,17 +336,23 @@ def _code(value: object) -> str:
     return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
-def _in_diffusers(facts: RunFacts) -> str:
+def _in_diffusers(facts: RunFacts, word: str | None) -> str:
+    prompt, pipeline = _literal(facts.trigger or ""), "StableDiffusion3Pipeline"
+    imports, loaded, prompts = "", "", prompt
+    if word is not None:
+        pipeline, imports, loaded = "Pipeline", _EMBEDDING_LOADER, _EMBEDDING_LOADED.replace("FOLDER", FOLDER_IN_CARD)
+        loaded += f"prompt = {prompt}  # T5 reads it as it is, the CLIPs with the vectors\n"
+        prompts = f'prompt.replace({_literal(word)}, "".join(vectors)), prompt_3=prompt'
     return f"""With [diffusers](https://huggingface.co/docs/diffusers) and peft:
 
 ```python
 import torch
 from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained({_literal(facts.base_model)}, torch_dtype=torch.float16)
+{imports}
+pipeline = {pipeline}.from_pretrained({_literal(facts.base_model)}, torch_dtype=torch.float16)
 pipeline.load_lora_weights("{FOLDER_IN_CARD}", weight_name="{LORA_FILE}")
-pipeline.enable_model_cpu_offload()
-pipeline({_literal(facts.trigger or "")}).images[0].save("picture.png")
+{loaded.lstrip()}pipeline.enable_model_cpu_offload()
+pipeline({prompts}).images[0].save("picture.png")
 ```"""
 
 

@@ -69,6 +69,7 @@ def run_identity(
         MASKS: _short_hash(data.mask_sources) if data.mask_sources else None,
         **{f"--{name}": value for name, value in numbers.items()},
         **flags.text.identity(flags.text_encoder_rate(1), flags.lora.rank),
+        **flags.identifier.identity(flags.identifier_rate(1)),
         **flags.prior.identity(),
         PRIOR_PROMPTS: list(data.prior_prompts) or None,
         "--lora_alpha": flags.lora.alpha,

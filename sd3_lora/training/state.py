@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3_lora.common.atomic_files import UNFINISHED, replacing
 from sd3_lora.common.command_line import UserError, link_or_copy
+from sd3_lora.common.identifier_embedding import IdentifierEmbedding, embedding_path
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.model_folder import files_beside, take
 from sd3_lora.common.run_record import RunFacts, RunRecord
@@ -61,7 +62,7 @@ class Training:
         ahead: modulations that are computed ahead.
         step: optimizer steps taken.
         average: the moving average of what is trained, if one is kept.
-        clips_until: the last optimizer step that changes the CLIPs; None where none is, or each step does.
+        word: the identifier whose embedding is trained.
     """
 
     model: VelocityModel
@@ -75,12 +76,12 @@ class Training:
     ahead: ModulationsAhead | None = None
     step: int = 0
     average: MovingAverage | None = None
-    clips_until: int | None = None
+    word: str | None = None
 
     @property
     def clips(self) -> dict[str, torch.nn.Module]:
-        """The CLIPs that are trained, by their names in a pipeline; none where only the transformer is."""
-        return self.model.clips.by_name() if self.model.clips else {}
+        """The CLIPs whose LoRA is trained, by their names in a pipeline; none where none is."""
+        return self.model.clips.with_lora() if self.model.clips else {}
 
     @property
     def in_backward(self) -> AdamInBackward | None:
@@ -92,17 +93,52 @@ class Training:
         if self.in_backward:
             self.in_backward.begin(self.step, self.learning_rates(self.step - 1)[0])
 
-    def leave_clips(self) -> bool:
-        """Whether the CLIPs stay as they are in this step. Their rate is zero then, and they get no gradient.
+    @property
+    def identifier(self) -> IdentifierEmbedding | None:
+        """The identifier's embedding as it is now, if it is trained."""
+        vectors = self.model.clips.identifier if self.model.clips else None
+        return IdentifierEmbedding(self.word, vectors.by_name()) if vectors and self.word is not None else None
+
+    def hold_identifier(self, gradient_norm: torch.Tensor) -> None:
+        """Holds the identifier's vectors to the size of tokens' embeddings, after a step that changed them.
+
+        Args:
+            gradient_norm: of the step, a scalar on the device.
+        """
+        vectors = self.model.clips.identifier if self.model.clips else None
+        if vectors is not None and self.trainables.groups[-1].trains_at(self.step):  # their group is the last
+            vectors.hold_size(gradient_norm)
+
+    @property
+    def trained_steps(self) -> dict[str, list[int | None]]:
+        """The first and the last step of each group that not every step changes."""
+        groups = self.trainables.groups
+        return {group.name: [group.first_step, group.last_step] for group in groups if group.is_for_a_time}
+
+    def enter_step(self) -> bool:
+        """Has each group trained in this step or left as it is: then its rate is zero, and it gets no gradient.
 
         Called before each step's micro-steps, and again before its update, which may have a new rate.
+
+        Returns:
+            Whether others are trained than in the step before.
         """
-        if self.clips_until is None or self.step <= self.clips_until:
+        if self.in_backward:  # all of the transformer, from the first step to the last
             return False
-        assert self.model.clips is not None
-        self.model.clips.requires_grad_(False)
-        self.optimizer.param_groups[-1]["lr"] = 0.0  # their group is the last
-        return True
+        changed = False
+        for place, group in enumerate(self.trainables.groups):
+            options = self.optimizer.param_groups[place]
+            trains = group.trains_at(self.step)
+            changed |= trains != group.trains_at(max(1, self.step - 1))
+            for part in group.parts if group.is_for_a_time else ():
+                part.requires_grad_(trains)
+            if not trains:
+                options["lr"] = 0.0
+            elif group.first_step > 1 and self.step == group.first_step:
+                options["lr"] = self.learning_rates(self.lr_scheduler.last_epoch)[place]
+                for parameter in options["params"]:  # it has seen zeros, which are no gradients
+                    self.optimizer.state.pop(parameter, None)
+        return changed
 
     @property
     def transformer(self) -> SD3Transformer2DModel:
@@ -145,7 +181,8 @@ class Training:
             "steps": self.steps,
             **({} if self.in_backward else {"lora": lora_tensors(self.transformer)}),
             **({"clips": {name: lora_tensors(clip) for name, clip in self.clips.items()}} if self.clips else {}),
-            **({} if self.clips_until is None else {"clips_until": self.clips_until}),
+            **({"identifier": self.identifier.vectors} if self.identifier else {}),
+            **({"trained_steps": self.trained_steps} if self.trained_steps else {}),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -160,6 +197,8 @@ class Training:
             load_lora_tensors(self.transformer, state["lora"])
         for name, clip in self.clips.items():
             load_lora_tensors(clip, state["clips"][name])
+        for name, vectors in self.identifier.vectors.items() if self.identifier else ():
+            vectors.copy_(state["identifier"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if state["scaler"]:
@@ -280,13 +319,21 @@ class Outputs:
         Returns:
             The LoRA's path, not the average's.
         """
-        metadata = lora_metadata(self.record.facts, training.step)
         with averaged_weights(training.optimizer):  # of a schedule-free run
-            path = save_lora(folder, training.transformer, metadata, file_name, training.clips)
+            path = self._save_one(training, folder / file_name)
         if training.average:
             with training.average.in_place():
-                save_lora(folder, training.transformer, metadata, average_name, training.clips)
+                self._save_one(training, folder / average_name)
         return path
+
+    def _save_one(self, training: Training, path: Path) -> Path:
+        """Writes the LoRA, and beside it the identifier's embedding, if that is trained."""
+        metadata = lora_metadata(self.record.facts, training.step)
+        identifier = training.identifier
+        if identifier:
+            identifier.save(embedding_path(path), metadata)
+            metadata["identifier_embedding"] = identifier.note
+        return save_lora(path.parent, training.transformer, metadata, path.name, training.clips)
 
     def save_lora_of_step(self, training: Training) -> Path:
         """Writes the LoRA as it is now under a name that has the step, for the user to pick the best from."""
@@ -336,12 +383,7 @@ class Outputs:
         """
         require_same_run(state["signature"], self.record, folder)
         self._require_same_schedule(state, training, folder)
-        if training.clips_until != state.get("clips_until"):
-            raise UserError(
-                f"{folder} was to leave the CLIPs as they are after step {state['clips_until']}, of {state['steps']}, "
-                f"and this command after step {training.clips_until}: type --max_train_steps {state['steps']}, or give "
-                "another --output_dir for a new run"
-            )
+        self._require_same_phases(state, training, folder)
         training.load_state_dict(state)
         if self.files is not None:
             assert training.in_backward is not None
@@ -351,6 +393,23 @@ class Outputs:
             state["random"]
         ):  # a rank that the checkpoint's run did not have keeps its state
             set_random_state(state["random"][accelerator.process_index], accelerator.device)
+
+    def _require_same_phases(self, state: Mapping[str, Any], training: Training, folder: Path) -> None:
+        """What is trained for a share of the steps would be trained in others in a longer run."""
+        until = state.get("clips_until")  # an earlier build's
+        saved = state.get("trained_steps", {"CLIPs": [1, until]} if until else {})
+        for name in (*saved, *training.trained_steps):
+            before, now = saved.get(name, [1, None]), training.trained_steps.get(name, [1, None])
+            if list(before) == now:
+                continue
+            what = {"transformer": "LoRA", "identifier": "identifier's embedding"}.get(name, name)
+            place = 0 if before[0] != now[0] else 1
+            does = f"was to train the {what} from" if place == 0 else f"was to leave the {what} as they are after"
+            raise UserError(
+                f"{folder} {does} step {before[place]}, of {state['steps']}, and this command "
+                f"{'from' if place == 0 else 'after'} step {now[place]}: type --max_train_steps {state['steps']}, or "
+                "give another --output_dir for a new run"
+            )
 
     def _require_same_schedule(self, state: Mapping[str, Any], training: Training, folder: Path) -> None:
         """A schedule that ends with the run has another rate in a longer run, unless it is warming up still."""

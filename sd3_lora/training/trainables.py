@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
@@ -22,6 +22,8 @@ class TrainedGroup:
         learning_rate: at the schedule's full rate.
         parts: the parameters themselves, whose data and gradients are views of `flat`.
         weight_decay: of it; None for the optimizer's.
+        first_step: the optimizer step that changes it first.
+        last_step: the one that changes it last; None for the run's.
     """
 
     name: str
@@ -29,6 +31,17 @@ class TrainedGroup:
     learning_rate: float
     parts: tuple[torch.nn.Parameter, ...] = ()
     weight_decay: float | None = None
+    first_step: int = 1
+    last_step: int | None = None
+
+    def trains_at(self, step: int) -> bool:
+        """Whether an optimizer step changes it."""
+        return self.first_step <= step and (self.last_step is None or step <= self.last_step)
+
+    @property
+    def is_for_a_time(self) -> bool:
+        """Whether not every step changes it."""
+        return self.first_step > 1 or self.last_step is not None
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -79,7 +92,8 @@ def groups_by_rate(group: TrainedGroup, names: Sequence[str], rates: Mapping[str
         parts = tuple(part for part, own in zip(group.parts, chosen, strict=True) if own == pattern)
         if parts:
             name = f"{group.name} {pattern}" if pattern else group.name
-            groups.append(TrainedGroup(name, flatten_parameters(parts), rate, parts))
+            flat = flatten_parameters(parts)
+            groups.append(replace(group, name=name, flat=flat, learning_rate=rate, parts=parts))
     return groups
 
 

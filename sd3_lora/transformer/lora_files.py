@@ -9,6 +9,7 @@ Shapes: a layer of `in` to `out` features has `lora_A (rank, in)` and `lora_B (o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -20,6 +21,12 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType, ModelConfig
+from sd3_lora.common.identifier_embedding import (
+    IdentifierEmbedding,
+    embedding_path,
+    is_embedding,
+    read_identifier_embedding,
+)
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.run_record import recorded_flags
 from sd3_lora.transformer.lora import (
@@ -353,6 +360,42 @@ def find_lora(name: str, flag: str = "--lora") -> Path:
         raise UserError(
             f"{flag} {name} is neither a file or folder here nor a LoRA on the hub: check the path"
         ) from error
+
+
+def identifier_beside(lora: LoraFile, widths: Mapping[str, int], or_else: str = "") -> IdentifierEmbedding:
+    """The identifier's embedding that a LoRA was trained with, which its metadata name.
+
+    Args:
+        lora: so trained. Its file may be an export, beside the LoRA's own.
+        widths: of the CLIPs, by their names.
+        or_else: what else can be done where it is missing.
+
+    Raises:
+        UserError: it is not beside the LoRA.
+    """
+    note, usual = lora.record["identifier_embedding"], embedding_path(lora.path)
+    if not usual.is_file():
+        _fetch_beside(lora.path, usual.name)
+    beside = [path for path in sorted(lora.path.parent.glob("*.safetensors")) if is_embedding(path)]
+    for path in sorted(beside, key=lambda path: path != usual):
+        identifier = read_identifier_embedding(path, widths)
+        if identifier.note == note:
+            return identifier
+    found = ", ".join(path.name for path in beside)
+    raise UserError(
+        f"{lora.path} was trained with an embedding of {note['word']!r}, which is not beside it as {usual.name}"
+        f"{f' ({found} is of another training)' if found else ''}: put it there{or_else}"
+    )
+
+
+def _fetch_beside(path: Path, name: str) -> None:
+    """Downloads a file that belongs to a LoRA of the hub into its folder, where the LoRA came from there."""
+    parts = path.parts  # of the hub's cache: models--OWNER--NAME/snapshots/COMMIT/FILE
+    if len(parts) < 4 or parts[-3] != "snapshots" or not parts[-4].startswith("models--"):
+        return
+    with contextlib.suppress(EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled):
+        repo = parts[-4].removeprefix("models--").replace("--", "/")
+        hf_hub_download(repo, name, revision=parts[-2], cache_dir=Path(*parts[:-4]))
 
 
 def _download_lora(name: str, flag: str) -> Path:

@@ -61,7 +61,8 @@ _FOREIGN = (
     ),
     (
         r"^bundle_emb|^emb_params$|^string_to_param|^(clip_[lg]|t5xxl)$",
-        "holds a textual inversion, which is not drawn here: draw with it in ComfyUI, or train a LoRA without it",
+        "holds a textual inversion, which is no LoRA: give it to --identifier_embedding where it was trained here; "
+        "draw with another in ComfyUI",
     ),
     (
         r"single_transformer_blocks|single_blocks|double_blocks",

@@ -1,9 +1,12 @@
-"""The two CLIPs with a LoRA that is trained: they encode the prompts inside the step, and T5's part stays cached.
+"""The two CLIPs with what is trained of them: they encode the prompts inside the step, and T5's part stays cached.
+
+That is a LoRA, or the identifier's embedding, or both.
 
 Every layer is recomputed in backward: with 77 tokens that takes little time, and the layers would keep more than the
 CLIPs' LoRA and its optimizer take.
 
-The tokens' frozen embeddings stay on the host, where 77 rows a prompt are looked up.
+The tokens' frozen embeddings stay on the host, where 77 rows a prompt are looked up. The identifier's vectors are on
+the device, and are put in place there.
 
 Shapes: R rows of the model's batch, C CLIP tokens, S text tokens, d width of a CLIP, D joint attention width, P pooled
 width of both CLIPs.
@@ -18,6 +21,7 @@ from typing import Any
 
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.gpu.simulation import stand_in_for_gpu
+from sd3_lora.transformer.identifier_vectors import IdentifierVectors
 from sd3_lora.transformer.lora import attach_lora
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.recompute import recomputed
@@ -30,25 +34,30 @@ CLIP_LAYERS = ("k_proj", "out_proj", "q_proj", "v_proj")
 
 
 @dataclass(frozen=True)
-class ClipLora:
-    """The LoRA of the CLIPs: a plain one, whose alpha is its rank.
+class ClipTraining:
+    """What is trained of the CLIPs: a plain LoRA, whose alpha is its rank; and vectors in the identifier's place.
 
     Attributes:
         configs: of each CLIP, by the names of `CLIPS`.
-        rank: of every layer.
+        rank: of the LoRA, in every layer; None where there is none.
         dropout: of its inputs.
         seed: of `lora_A`, which is drawn as diffusers draws it; each CLIP's is the one before plus 1.
+        vectors: of the identifier's embedding; 0 where it is not trained.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
-    rank: int
+    rank: int | None
     dropout: float = 0.0
     seed: int = 0
+    vectors: int = 0
 
     def attach(self, clips: Mapping[str, Any]) -> list[torch.nn.Parameter]:
-        """Freezes the CLIPs, adds the LoRA, and returns its parameters, in float32."""
+        """Freezes the CLIPs, adds the LoRA if there is one, and returns its parameters, in float32."""
         parameters = []
         for place, clip in enumerate(clips.values(), start=1):
+            if self.rank is None:
+                clip.requires_grad_(False)
+                continue
             targets = [
                 name
                 for name, module in clip.named_modules()
@@ -64,7 +73,7 @@ class ClipLora:
         return config["max_position_embeddings"], sum(each["hidden_size"] for each in self.configs.values())
 
     def hollow(self, dtype: torch.dtype) -> TrainedClips:
-        """The CLIPs with this LoRA on the meta device, which compute as on a GPU; weights in `dtype`."""
+        """The CLIPs so trained on the meta device, which compute as on a GPU; weights in `dtype`."""
         from transformers import CLIPTextConfig, CLIPTextModelWithProjection  # takes a second, and few need it
 
         with torch.device("meta"):
@@ -72,7 +81,9 @@ class ClipLora:
             for name, config in self.configs.items():
                 clips[name] = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(dict(config))).to(dtype)
             self.attach(clips)
-        trained = TrainedClips(clips)
+            starts = {name: torch.empty(self.vectors, clip.config.hidden_size) for name, clip in clips.items()}
+            identifier = IdentifierVectors(starts, dict.fromkeys(clips, 1.0)) if self.vectors else None
+        trained = TrainedClips(clips, identifier)
         for module in (trained, *(layer for clip in clips.values() for layer in clip.text_model.encoder.layers)):
             stand_in_for_gpu(module, dtype, attention_kernel="math")
         return trained.train()
@@ -83,10 +94,12 @@ class TrainedClips(torch.nn.Module):
 
     Args:
         clips: by the names of `CLIPS`, each with its LoRA attached. Their embeddings are taken from them.
+        identifier: the vectors that stand in place of the identifier, if they are trained.
     """
 
-    def __init__(self, clips: Mapping[str, Any]):
+    def __init__(self, clips: Mapping[str, Any], identifier: IdentifierVectors | None = None):
         super().__init__()
+        self.identifier = identifier
         self.clips = torch.nn.ModuleDict({name: clips[name] for name in CLIPS})
         self._embeddings = [clip.text_model.embeddings for clip in clips.values()]  # in a list they are not moved
         for clip in clips.values():
@@ -95,9 +108,13 @@ class TrainedClips(torch.nn.Module):
         # The generators' states are needed only where dropout draws, and cannot be read in a capture.
         self._draws = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.modules())
 
-    def by_name(self) -> dict[str, torch.nn.Module]:
-        """The CLIPs by the names of `CLIPS`."""
-        return dict(self.clips.items())
+    def with_lora(self) -> dict[str, torch.nn.Module]:
+        """The CLIPs by the names of `CLIPS`, where they have a LoRA; else none."""
+        return {name: clip for name, clip in self.clips.items() if hasattr(clip, "peft_config")}
+
+    def lora_parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """Those of the LoRA."""
+        return tuple(parameter for parameter in self.clips.parameters() if parameter.requires_grad)
 
     @property
     def frozen_bytes(self) -> int:
@@ -109,24 +126,36 @@ class TrainedClips(torch.nn.Module):
         """What `forward` begins with, on the host.
 
         Args:
-            tokens: `(R, 2, C)` int64, of each CLIP.
+            tokens: `(R, 2, C)` int64, of each CLIP; negative in the identifier's place.
 
         Returns:
-            `(R, C, d1 + d2)`, each CLIP's embeddings of tokens and places side by side; and `(R, 2)` int64, where the
-            text ends for each.
+            `(R, C, d1 + d2)`, each CLIP's embeddings of tokens and places side by side, of places alone where the
+            identifier stands; and `(R, 2)` int64, where the text ends for each.
         """
         states, places = [], []
         for place, (embeddings, clip) in enumerate(zip(self._embeddings, self.clips.values(), strict=True)):
-            ids = tokens[:, place]
-            states.append(embeddings(input_ids=ids))
+            stands = tokens[:, place] < 0  # the identifier
+            ids = tokens[:, place].clamp(min=0)
+            of_tokens = embeddings.token_embedding(ids).masked_fill(stands[..., None], 0)
+            states.append(embeddings(inputs_embeds=of_tokens))
             # Its id; or in configurations from before that was noted there, the largest id.
             text: Any = clip.text_model
             end = text.eos_token_id
             places.append((ids if end == 2 else (ids == end)).int().argmax(dim=-1))
         return torch.cat(states, dim=-1), torch.stack(places, dim=1)
 
+    @staticmethod
+    def places(tokens: torch.Tensor) -> torch.Tensor:
+        """Which of the identifier's vectors stands where, `(R, 2, C)` int64; -1 for none."""
+        return torch.where(tokens < 0, -1 - tokens, -1)
+
     def forward(
-        self, prompt_embeds: torch.Tensor, states: torch.Tensor, ends: torch.Tensor, kept: torch.Tensor
+        self,
+        prompt_embeds: torch.Tensor,
+        states: torch.Tensor,
+        ends: torch.Tensor,
+        kept: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The prompts' embeddings, as `StableDiffusion3Pipeline.encode_prompt` arranges them.
 
@@ -135,13 +164,16 @@ class TrainedClips(torch.nn.Module):
             states: `(R, C, d1 + d2)`, as `embed` gives them.
             ends: `(R, 2)` int64, likewise.
             kept: `(R, 2)`, 0 where a CLIP's part of a prompt is dropped, else 1.
+            places: `(R, 2, C)`, of the method of that name, where the identifier's embedding is trained.
 
         Returns:
             `(R, S, D)` and `(R, P)` in the dtype of `prompt_embeds`.
         """
         hidden, pooled = [], []
         parts = states.split(self._widths, dim=-1)
-        for place, (clip, part) in enumerate(zip(self.clips.values(), parts, strict=True)):
+        for place, ((name, clip), part) in enumerate(zip(self.clips.items(), parts, strict=True)):
+            if self.identifier is not None and places is not None:
+                part = part + self.identifier.at(name, places[:, place]).to(part.dtype)
             penultimate, projected = self._encode(clip, part, ends[:, place])
             share = kept[:, place].to(penultimate.dtype)
             hidden.append(penultimate * share[:, None, None])

@@ -22,7 +22,7 @@ class VelocityModel(torch.nn.Module):
         transformer: with its adapters.
         dtype: that it computes in: float16 or bfloat16 by autocast, under which adapters stay float32; or float32.
         ahead: the modulations that are computed ahead, if any are.
-        clips: that are trained too, if they are.
+        clips: of which something is trained too, if it is.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class VelocityModel(torch.nn.Module):
         if self.clips is None:
             return inputs.conditions
         with self.precision(inputs.prompt_embeds.device):
-            states = inputs.clip_states, inputs.clip_ends, inputs.clip_kept
+            states = inputs.clip_states, inputs.clip_ends, inputs.clip_kept, inputs.clip_places
             return inputs.timesteps, *self.clips(inputs.prompt_embeds, *states)
 
     @torch.no_grad()

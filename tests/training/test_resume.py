@@ -445,7 +445,7 @@ def test_more_processes_than_before(
     """A checkpoint of one process with a batch of 2 is one of two with 1 each; the second has no dropout state yet."""
     run = train(script, prepared, tmp_path, "--train_batch_size", 2)
     loaded: list[Any] = []
-    training = SimpleNamespace(load_state_dict=loaded.append, learning_rates=lambda _: [1e-4], clips_until=None)
+    training = SimpleNamespace(load_state_dict=loaded.append, learning_rates=lambda _: [1e-4], trained_steps={})
     folder = run.folder / "checkpoint-3"
     record = SimpleNamespace(identity=RunIdentity(read_state(folder)["signature"]))
     outputs = Outputs(tmp_path, record, None)

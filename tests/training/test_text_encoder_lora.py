@@ -17,7 +17,7 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, attach_lora, target_modules
 from sd3_lora.transformer.lora_keys import CLIPS
-from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
+from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
 
 import numpy as np
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_a_plain_loop(tiny_sd3: Path) -> None:
     gradients, losses = [], []
     for pipeline in (ours, stock):
         clips = {name: getattr(pipeline, name) for name in CLIPS}
-        parameters = ClipLora({}, 3).attach(clips)
+        parameters = ClipTraining({}, 3).attach(clips)
         count = len(parameters)
         transformer = pipeline.transformer
         parameters += attach_lora(transformer, target_modules(transformer, None, None), 4, 4.0, 0.0, 0)

@@ -14,7 +14,7 @@ from sd3_lora.gpu.simulation import AllocationCounter
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import LORA_FILE
 from sd3_lora.transformer.lora_keys import CLIPS
-from sd3_lora.transformer.trained_clips import ClipLora, TrainedClips
+from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 
 import pytest
 import torch
@@ -47,13 +47,13 @@ def configs(end: int = 2) -> dict[str, CLIPTextConfig]:
     }
 
 
-def full_size(rank: int = 4) -> ClipLora:
+def full_size(rank: int = 4) -> ClipTraining:
     found = {}
     for name, sizes in FULL_SIZE.items():
         width = sizes["hidden_size"]
         own = CLIPTextConfig(**sizes, intermediate_size=4 * int(width), projection_dim=width)
         found[name] = own.to_dict()
-    return ClipLora(found, rank)
+    return ClipTraining(found, rank)
 
 
 def make(
@@ -62,7 +62,7 @@ def make(
     """Always the same random weights, and a LoRA whose `lora_B` is random too."""
     torch.manual_seed(0)
     clips = {name: CLIPTextModelWithProjection(config).to(dtype) for name, config in configs(end).items()}
-    parameters = ClipLora({}, 4, dropout).attach(clips)
+    parameters = ClipTraining({}, 4, dropout).attach(clips)
     generator = torch.Generator().manual_seed(1)
     for parameter in parameters:
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
@@ -142,14 +142,14 @@ def test_recomputed_layers_give_the_same_gradients(dropout: float, monkeypatch: 
 def test_each_clip_has_a_start_of_its_own() -> None:
     """lora_B is zero, and lora_A drawn anew for each CLIP."""
     clips = {name: CLIPTextModelWithProjection(config) for name, config in configs().items()}
-    parameters = ClipLora({}, 2, seed=5).attach(clips)
+    parameters = ClipTraining({}, 2, seed=5).attach(clips)
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     first, second = (
         clip.text_model.encoder.layers[0].self_attn.q_proj.lora_A["default"].weight for clip in clips.values()
     )
     assert not torch.allclose(first[:, :16] / first.std(), second[:, :16] / second.std())
     again = {name: CLIPTextModelWithProjection(config) for name, config in configs().items()}
-    assert all(map(torch.equal, parameters, ClipLora({}, 2, seed=5).attach(again)))
+    assert all(map(torch.equal, parameters, ClipTraining({}, 2, seed=5).attach(again)))
 
 
 # Counted without a GPU
