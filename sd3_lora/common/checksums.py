@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 CHECKSUMS_KEY = "sd3_lora_checksums"  # of a safetensors file's metadata
+CHECKSUM_FIELD = "checksum"  # of a JSON object
 
 
 class DamagedError(ValueError):
@@ -32,17 +33,43 @@ def tensor_checksum(name: str, tensor: torch.Tensor) -> str:
     return f"{zlib.crc32(values, start):08x}"
 
 
-def with_checksums(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object as it will be read, with one field more: the checksum of the others.
+
+    Args:
+        values: by name; what JSON cannot hold becomes text.
+    """
+    plain = json.loads(json.dumps({k: v for k, v in values.items() if k != CHECKSUM_FIELD}, default=str))
+    return {**plain, CHECKSUM_FIELD: checksum(json.dumps(plain).encode())}
+
+
+def without_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `with_checksum` was given; an object of an earlier build, which has no checksum, as it is.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    plain = {name: value for name, value in values.items() if name != CHECKSUM_FIELD}
+    if values.get(CHECKSUM_FIELD, checked := checksum(json.dumps(plain).encode())) != checked:
+        raise DamagedError("it has another checksum than when it was written")
+    return plain
+
+
+def with_checksums(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], beside: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """The metadata of a safetensors file, with one entry more: the checksums of tensors and of the other entries.
 
     Args:
         tensors: by name, on the CPU, as they will be written.
         metadata: text by name.
+        beside: checksums of what lies beside the file, by name.
     """
     sums = {
         "metadata": {key: checksum(text.encode()) for key, text in sorted(metadata.items())},
         "names": checksum("\n".join(sorted(tensors)).encode()),
         "tensors": [tensor_checksum(name, tensors[name]) for name in sorted(tensors)],
+        **({"beside": dict(beside)} if beside else {}),
     }
     return {**metadata, CHECKSUMS_KEY: json.dumps(sums, separators=(",", ":"))}
 
@@ -55,6 +82,9 @@ class Checksums:
     Args:
         handle: of `safe_open`.
 
+    Attributes:
+        beside: of what lay beside the file when it was written, by name.
+
     Raises:
         DamagedError: its metadata, or the names of its tensors, are not those that were written.
     """
@@ -62,6 +92,7 @@ class Checksums:
     def __init__(self, handle: Any):
         metadata = handle.metadata() or {}
         self._tensors: dict[str, str] = {}
+        self.beside: dict[str, str] = {}
         if CHECKSUMS_KEY not in metadata:
             return
         try:
@@ -69,6 +100,7 @@ class Checksums:
             known = {key: checksum(metadata[key].encode()) for key in sums["metadata"]}
             names = sorted(handle.keys())
             same = known == sums["metadata"] and checksum("\n".join(names).encode()) == sums["names"]
+            self.beside = dict(sums.get("beside", {}))
             self._tensors = dict(zip(names, sums["tensors"], strict=True))
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError("its header has another checksum than when it was written") from error

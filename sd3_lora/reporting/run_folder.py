@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sd3_lora.common.checksums import without_checksum
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
 from sd3_lora.common.run_record import NotedPicture
@@ -143,7 +144,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _read_record(script: str, path: Path) -> ScriptRecord:
     try:
-        return ScriptRecord(script, path, _mapping(json.loads(path.read_text(encoding="utf-8"))))
+        return ScriptRecord(script, path, without_checksum(_mapping(json.loads(path.read_text(encoding="utf-8")))))
     except (OSError, ValueError):
         return ScriptRecord(script, path, {})
 
@@ -174,7 +175,7 @@ def _read_lines(path: Path, kind: type[_Line]) -> tuple[tuple[_Line, ...], int]:
     names, read, damaged = {each.name for each in fields(kind)}, dict[int, _Line](), 0
     for line in lines:
         try:
-            values = {name: value for name, value in json.loads(line).items() if name in names}
+            values = {name: value for name, value in without_checksum(json.loads(line)).items() if name in names}
             made = kind(**values)
             read[int(made.step)] = made
         except (ValueError, TypeError, AttributeError):

@@ -15,8 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.checksums import Checksums, DamagedError, checksum, with_checksums
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.checksums import (
+    Checksums,
+    DamagedError,
+    checksum,
+    with_checksum,
+    with_checksums,
+    without_checksum,
+)
+from sd3_lora.common.command_line import UserError, print_in_rank_0
 from sd3_lora.common.run_record import NotedPicture
 
 import torch
@@ -97,7 +104,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     packed = pack(state, tensors)
     (folder / _STATE).write_text(json.dumps(packed) + "\n", encoding="utf-8")
     beside = {_STATE: checksum((folder / _STATE).read_bytes())}
-    save_file(tensors, folder / _TENSORS, with_checksums(tensors, beside))
+    save_file(tensors, folder / _TENSORS, with_checksums(tensors, {}, beside))
     shutil.copymode(folder / _STATE, folder / _TENSORS)  # safetensors lets only the owner read
 
 
@@ -110,7 +117,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         text = (folder / _STATE).read_bytes()
         with safe_open(folder / _TENSORS, "pt") as handle:
-            noted, sums = (handle.metadata() or {}).get(_STATE), Checksums(handle)
+            sums = Checksums(handle)
         tensors = load((folder / _TENSORS).read_bytes())  # not mapped: Windows deletes no file that is
         packed = json.loads(text)
         state = unpack(packed, tensors)
@@ -118,7 +125,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise TypeError("not a state")
         for name, tensor in tensors.items():
             sums.require(name, tensor)
-        if noted not in (None, checksum(text)):
+        if sums.beside.get(_STATE, checked := checksum(text)) != checked:
             raise DamagedError(f"its {_STATE} has another checksum than when it was written")
     except DamagedError as error:
         raise UserError(f"{folder} is damaged, {error}: {_remedy(folder)}") from error
@@ -152,7 +159,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
     """Notes the pictures beside the state."""
-    content = [_without_defaults(picture) for picture in pictures]
+    content = [with_checksum(_without_defaults(picture)) for picture in pictures]
     (folder / _PICTURES).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -171,8 +178,11 @@ def read_pictures(folder: Path) -> list[NotedPicture] | None:
     """What `write_pictures` wrote; None where it is missing or damaged: earlier builds noted a hash alone."""
     try:
         content = json.loads((folder / _PICTURES).read_text(encoding="utf-8"))
-        return [_noted(picture) for picture in content]
-    except (OSError, TypeError, ValueError, KeyError):
+        return [_noted(without_checksum(picture)) for picture in content]
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
+        print_in_rank_0(f"note: {folder / _PICTURES} is damaged and not used; the next checkpoint has its own")
         return None
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sd3_lora.common.checksums import with_checksum, without_checksum
 from sd3_lora.common.command_line import UserError, write_text_atomically
 
 import torch
@@ -140,7 +141,7 @@ class LossLog:
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+                file.writelines(json.dumps(with_checksum(asdict(line))) + "\n" for line in lines)
         for line in lines:
             self._track(line)
         return lines
@@ -180,14 +181,13 @@ def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
         print(f"note: {path} is damaged in line {', '.join(damaged)}, which is left out")
     kept = [line for line, read in zip(lines[:-1], steps, strict=False) if read is not None and read <= step]
     write_text_atomically(path, "".join(line + "\n" for line in kept))
-    return [json.loads(line) for line in kept]
+    return [without_checksum(json.loads(line)) for line in kept]
 
 
 def _step_of(line: str) -> int | None:
     """The step of a line; None where it is damaged."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        step = without_checksum(json.loads(line)).get("step")
+    except (ValueError, AttributeError):
         return None
-    step = values.get("step") if isinstance(values, dict) else None
     return step if isinstance(step, int) else None

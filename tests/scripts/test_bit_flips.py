@@ -5,19 +5,25 @@ Each artefact is small, and every bit of it is flipped in turn under the marker 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, PromptEmbedding, Provenance
+from sd3_lora.common.run_record import NotedPicture, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.tensor_files import write_tensors
 from sd3_lora.drawing.class_pictures import WaitingLatents
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.latent_cache import LatentCache
-from sd3_lora.training.checkpoints import read_state, write_state
+from sd3_lora.training.checkpoints import read_pictures, read_state, write_pictures, write_state
+from sd3_lora.training.loss_log import LoggedStep, LossLog, PendingStep, keep_lines
 from sd3_lora.transformer.lora_shapes import require_finite
 
 import pytest
@@ -136,6 +142,55 @@ def read_lora(path: Path) -> Any:
     return metadata, {name: tensor.tolist() for name, tensor in load_file(path).items()}
 
 
+def make_losses(folder: Path) -> Path:
+    log = LossLog(folder / "losses.jsonl", lambda losses: losses, "fp32")
+    for number in (1, 2, 3):
+        log.add(PendingStep(number, torch.tensor(0.1 * number), torch.tensor(2.0), 1e-4, False, "a.png", [0.25]))
+    log.read()
+    return folder / "losses.jsonl"
+
+
+def read_losses(path: Path) -> Any:
+    """A damaged line is named and left out."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        lines = keep_lines(path, 3)
+    if str(path) in out.getvalue() or len(lines) < 3:
+        raise UserError(f"{path} has fewer lines")
+    return [{each.name: line[each.name] for each in fields(LoggedStep)} for line in lines]
+
+
+def make_pictures(folder: Path) -> Path:
+    write_pictures(folder, [NotedPicture("ab", "dog.png", "a dög", ("0,0,64,64",), repeats=2)])
+    return folder / "pictures.json"
+
+
+def read_noted(path: Path) -> Any:
+    """They are notes for people: damaged ones are named and not used."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        pictures = read_pictures(path.parent)
+    if pictures is None:
+        raise UserError(out.getvalue())
+    return pictures
+
+
+def make_record(folder: Path) -> Path:
+    facts = RunFacts("model", None, {"torch": "2"}, "fp32", seed=3)
+    RunRecord([ModelConfig(variant="fp16")], facts).save(folder / "run.json", RunResults("lora", []))
+    return folder / "run.json"
+
+
+def read_record(path: Path) -> Any:
+    """A damaged record is named and not used."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        flags = recorded_flags(path, ModelConfig)
+    if str(path) in out.getvalue():
+        raise UserError(out.getvalue())
+    return flags
+
+
 ARTEFACTS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "embeddings": (make_embeddings, read_embeddings),
     "part of embeddings": (make_parts, read_parts),
@@ -144,6 +199,9 @@ ARTEFACTS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "checkpoint": (make_checkpoint, read_checkpoint),
     "checkpoint's JSON": (make_checkpoint_json, read_checkpoint),
     "LoRA": (make_lora, read_lora),
+    "losses": (make_losses, read_losses),
+    "pictures": (make_pictures, read_noted),
+    "record": (make_record, read_record),
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.checksums import CHECKSUMS_KEY
 from sd3_lora.common.records import PromptEmbedding
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.image_files import hash_file
@@ -59,8 +60,8 @@ def test_a_broken_embedding_stops_the_run(script: Script, private: Prepared, tmp
 @pytest.mark.parametrize("part", ["mean", "std"])
 def test_a_broken_latent_stops_the_run(script: Script, private: Prepared, tmp_path: Path, part: str) -> None:
     path = private.latents / f"{hash_file(private.pictures / '01.png')}.safetensors"
-    with safe_open(path, "pt") as handle:
-        metadata = handle.metadata()
+    with safe_open(path, "pt") as handle:  # written by an earlier build: else the checksum has a word before the number
+        metadata = {name: text for name, text in handle.metadata().items() if name != CHECKSUMS_KEY}
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if name.endswith(part):
