@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 from sd3_lora.common.checksums import with_checksum, without_checksum
 from sd3_lora.common.command_line import UserError, write_text_atomically
+from sd3_lora.training.checkpoints import checkpoint_folders
 
 import torch
 
 READ_EVERY = 10  # steps; a number that is not finite stops the run at most so many steps later
 MAX_SKIPPED_IN_A_ROW = 20
+NOTED_SKIPPED_IN_A_ROW = 8  # a scaler that starts too high skips a few steps; so many are worth a word
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ class LossLog:
         skipped = bool(step.skipped)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == NOTED_SKIPPED_IN_A_ROW and self._path is not None:
+            print(
+                f"note: the scaler has skipped {NOTED_SKIPPED_IN_A_ROW} steps in a row up to step {step.step}, for "
+                f"infinite gradients in {self._dtype_name}: it halves its scale at each; after "
+                f"{MAX_SKIPPED_IN_A_ROW} the run stops"
+            )
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.read()
             raise UserError(
@@ -157,8 +165,15 @@ class LossLog:
         )
         raise UserError(
             f"the {fault} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
-            "no weights were written since the last checkpoint"
+            f"{self._kept()}"
         )
+
+    def _kept(self) -> str:
+        """The last checkpoint, whose steps have all been checked."""
+        folders = checkpoint_folders(self._path.parent) if self._path is not None else []
+        if not folders:
+            return "no weights were written"
+        return f"the last good checkpoint is {folders[-1]}, and no weights were written since"
 
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names.

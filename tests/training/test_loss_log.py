@@ -171,3 +171,16 @@ def test_ranks_that_do_not_write(tmp_path: Path) -> None:
     log.add(step(2, loss=NAN))
     with pytest.raises(UserError):
         log.read()  # every rank stops
+
+
+def test_a_scaler_that_skips_for_a_while_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = new_log(tmp_path / "losses.jsonl", "fp16")
+    for number in range(1, 20):
+        log.add(step(number, norm=INF, skipped=True))
+        said = capsys.readouterr().out
+        expected = "note: the scaler has skipped 8 steps in a row up to step 8, for infinite gradients in fp16: "
+        assert said.startswith(expected) if number == 8 else said == ""
+    log.add(step(20))
+    for number in range(21, 28):
+        log.add(step(number, norm=INF, skipped=True))
+    assert capsys.readouterr().out == ""  # seven

@@ -85,6 +85,7 @@ def test_a_broken_loss_stops_the_run_before_a_write(
     run = train(script, prepared, tmp_path, *words, code=2)
     assert f"the loss is {value} at step 4 in fp32" in run.error
     assert re.search(r"\(pictures 0\d\.png\)", run.error)
+    assert f"the last good checkpoint is {run.folder / 'checkpoint-2'}, and no weights were written since" in run.error
     assert_no_weights_but(run, "checkpoint-2")
     assert [line["step"] for line in run.losses] == [1, 2]
 
@@ -95,6 +96,7 @@ def test_a_broken_loss_in_the_last_step_stops_the_run(
     patch_loss(monkeypatch, lambda step, loss: loss * (math.nan if step == 3 else 1))
     run = train(script, prepared, tmp_path, code=2)
     assert "the loss is nan at step 3" in run.error
+    assert run.error.rstrip().endswith("; no weights were written")
     assert_no_weights_but(run)
 
 
