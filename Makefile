@@ -1,16 +1,20 @@
 # make demo   the four scripts on the bundled miniature: pictures and a table under outputs/
 # make test   the tests, offline
+# make test-faults  the long campaigns of faults, offline
 # make check  ruff, ruff format, mypy, and import-linter: which room may import which
 # make miniature  trains the bundled model anew; half an hour of a large GPU, in pieces: run it again to go on
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean miniature
+.PHONY: demo test test-faults check format clean miniature
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-faults: .venv/installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m faults
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

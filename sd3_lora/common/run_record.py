@@ -12,7 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import write_text_atomically
+from sd3_lora.common.checksums import DamagedError, with_checksum, without_checksum
+from sd3_lora.common.command_line import print_in_rank_0, write_text_atomically
 from sd3_lora.common.stage_report import StageReport
 
 MOST_PROMPTS = 20  # that are written down: a folder may hold 10,000 captions
@@ -38,8 +39,14 @@ def recorded_flags(path: Path, group: type) -> dict[str, Any]:
         group: whose flags are read, without those that say where to write and whether to replace it.
     """
     try:
-        flags = json.loads(path.read_text(encoding="utf-8"))["flags"].items()
+        flags = without_checksum(json.loads(path.read_text(encoding="utf-8")))["flags"].items()
+    except DamagedError as error:
+        print_in_rank_0(f"note: {path} is damaged, {error}: not used; the next run of its script writes it anew")
+        return {}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        print_in_rank_0(f"note: {path} is damaged or of another program, and not used")
         return {}
     defaults = flag_defaults([group])
     names = {name.removeprefix("--") for name in defaults} - {"output_path", "overwrite"}
@@ -199,5 +206,5 @@ class RunRecord:
 
     def save(self, path: Path, results: RunResults | None) -> None:
         """Writes `run.json`, atomically; without results that of a run that goes on."""
-        content = json.dumps(self.to_dict(results), indent=1, ensure_ascii=False, default=str)
+        content = json.dumps(with_checksum(self.to_dict(results)), indent=1, ensure_ascii=False)
         write_text_atomically(path, content + "\n")

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.checksums import with_checksums
 from sd3_lora.common.command_line import UserError
 
 import torch
@@ -92,14 +93,15 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Writes a safetensors file whose bytes depend on what is in it alone.
 
     safetensors writes the entries of the metadata in any order, another one in each process: two equal files would
-    have other hashes. Here they are sorted.
+    have other hashes. Here they are sorted. Checksums are added to them (`Checksums`).
 
     Args:
         path: to write; not atomic.
         tensors: by name, on the CPU.
         metadata: text by name.
     """
-    content = save(dict(tensors), dict(metadata))
+    metadata = with_checksums(tensors, metadata)
+    content = save(dict(tensors), metadata)
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(metadata.items()))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.checksums import Checksums, with_checksums
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.captions import class_images
 
@@ -55,18 +56,19 @@ class WaitingLatents:
     def add(self, picture: PicturePlan, latents: torch.Tensor) -> None:
         """Writes a picture's `(16, H/8, W/8)` latents, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        metadata = {_METADATA_KEY: json.dumps(picture.settings)}
+        tensors = {"latents": latents.contiguous()}
+        metadata = with_checksums(tensors, {_METADATA_KEY: json.dumps(picture.settings)})
         with replacing(self._path(picture)) as unfinished:
-            save_file({"latents": latents.contiguous()}, unfinished, metadata)
+            save_file(tensors, unfinished, metadata)
 
     def read(self, picture: PicturePlan) -> torch.Tensor | None:
-        """The latents of this very picture; None where there are none, or those of other settings."""
+        """The latents of this very picture; None where there are none, those of other settings, or damaged ones."""
         try:
             with safe_open(self._path(picture), "pt") as handle:
                 if json.loads(handle.metadata()[_METADATA_KEY]) != picture.settings:
                     return None
                 latents: torch.Tensor = handle.get_tensor("latents").clone()
-                return latents
+                return Checksums(handle).require("latents", latents)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
 

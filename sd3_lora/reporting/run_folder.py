@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sd3_lora.common.checksums import without_checksum
 from sd3_lora.common.command_line import UserError, quoted
 from sd3_lora.common.defaults import EMBEDDINGS_PATH, LATENTS_PATH
 from sd3_lora.common.run_record import NotedPicture
@@ -191,7 +192,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _read_record(path: Path, script: str = "") -> ScriptRecord:
     """A record, empty where it cannot be read; its script by its flags, unless one is named."""
     try:
-        values = _mapping(json.loads(path.read_text(encoding="utf-8")))
+        values = without_checksum(_mapping(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
         values = {}
     flags = _mapping(values.get("flags"))
@@ -224,7 +225,7 @@ def _read_lines(path: Path, kind: type[_Line]) -> tuple[tuple[_Line, ...], int]:
     names, read, damaged = {each.name for each in fields(kind)}, dict[int, _Line](), 0
     for line in lines:
         try:
-            values = {name: value for name, value in json.loads(line).items() if name in names}
+            values = {name: value for name, value in without_checksum(json.loads(line)).items() if name in names}
             made = kind(**values)
             if not all(_is_right(getattr(made, each.name), str(each.type)) for each in fields(kind)):
                 raise ValueError("a chart has no place for it")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.checksums import Checksums, with_checksums
 from sd3_lora.common.records import PromptEmbedding, Provenance
 
 import torch
@@ -35,7 +36,7 @@ class EmbeddingParts:
 
     Args:
         output_path: the embeddings file that the parts will become.
-        provenance: parts with another provenance are deleted.
+        provenance: parts with another provenance are deleted, and damaged ones.
     """
 
     def __init__(self, output_path: Path, provenance: Provenance):
@@ -43,7 +44,8 @@ class EmbeddingParts:
         self.provenance = provenance
         for path in self._paths():
             try:
-                with _open(path) as (_, metadata):
+                with _open(path) as (tensors, metadata):
+                    Checksums(tensors).require_all(tensors)
                     made_with = Provenance.from_dict(metadata["provenance"])
                 usable = made_with.difference(provenance, "max_sequence_length") is None
             except (SafetensorError, KeyError, TypeError, ValueError):
@@ -82,7 +84,7 @@ class EmbeddingParts:
         metadata = {"provenance": self.provenance.to_dict(), "prompts": list(prompts)}
         tensors = {"prompt_embeds": prompt_embeds.contiguous(), "pooled_prompt_embeds": pooled.contiguous()}
         with replacing(self._path(number)) as unfinished:
-            save_file(tensors, unfinished, {_METADATA_KEY: json.dumps(metadata)})
+            save_file(tensors, unfinished, with_checksums(tensors, {_METADATA_KEY: json.dumps(metadata)}))
 
     def read(self, numbers: Sequence[int], cancelled: threading.Event) -> Iterator[PromptEmbedding]:
         """Yields the rows of these parts, and waits for those that are still to be added.

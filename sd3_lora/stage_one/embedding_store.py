@@ -1,7 +1,8 @@
 """Prompt embeddings in parquet: one row, and one row group, for each distinct prompt.
 
 Columns: prompt (string), roles and image_ids (lists of strings), prompt_embeds (fixed-size list of S·D float16),
-pooled_prompt_embeds (fixed-size list of P float16). The shapes and the provenance are in the schema's metadata.
+pooled_prompt_embeds (fixed-size list of P float16), use_checksum and embeds_checksum (strings; files of earlier builds
+have none). The shapes and the provenance are in the schema's metadata, and their checksum.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.checksums import CHECKSUMS_KEY, DamagedError, checksum, tensor_checksum
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.records import PromptEmbedding, Provenance
 from sd3_lora.gpu.read_ahead import read_ahead
@@ -23,7 +26,8 @@ import pyarrow.parquet as pq
 import torch
 
 UNCAPTIONED = "uncaptioned"  # the role of the prompt of pictures without a caption; earlier builds did not write it
-_METADATA_KEY = b"sd3_lora"
+_METADATA_KEY, _CHECKSUM_KEY = b"sd3_lora", CHECKSUMS_KEY.encode()
+_USE, _EMBEDS = "use_checksum", "embeds_checksum"
 
 
 class EmbeddingStore:
@@ -33,7 +37,7 @@ class EmbeddingStore:
         path: the parquet file.
 
     Raises:
-        UserError: no such file, truncated, or not written by `write_embeddings`.
+        UserError: no such file, truncated, damaged, or not written by `write_embeddings`.
     """
 
     def __init__(self, path: Path):
@@ -44,19 +48,39 @@ class EmbeddingStore:
             raise UserError(f"{path} is not there: type `python compute_embeddings.py --output_path {path}` first")
         try:
             self._file = pq.ParquetFile(path)
-            metadata = json.loads((self._file.schema_arrow.metadata or {})[_METADATA_KEY])
+            metadata = self._read_metadata()
             self.provenance = Provenance.from_dict(metadata["provenance"])
             self._shape = tuple(metadata["prompt_embeds_shape"])  # (S, D)
-            index = self._file.read(columns=["prompt", "roles", "image_ids"]).to_pydict()
+            index = self._read_index()
             if self._file.metadata.num_row_groups != len(index["prompt"]):
                 raise KeyError("row groups")
         except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
             raise self._not_whole(error) from error
+        self._checksums = index.get(_EMBEDS)
         self._row = {prompt: row for row, prompt in enumerate(index["prompt"])}
         self._roles = dict(zip(index["prompt"], map(tuple, index["roles"]), strict=True))
         self._image_ids = dict(zip(index["prompt"], map(tuple, index["image_ids"]), strict=True))
 
+    def _read_metadata(self) -> dict[str, Any]:
+        metadata = self._file.schema_arrow.metadata or {}
+        text = metadata[_METADATA_KEY]
+        if metadata.get(_CHECKSUM_KEY, checksum(text).encode()) != checksum(text).encode():
+            raise DamagedError("its metadata have another checksum than when they were written")
+        return dict(json.loads(text))
+
+    def _read_index(self) -> dict[str, list[Any]]:
+        """All columns but the embeddings themselves; that of the checksums only where the file has it."""
+        known = self._file.schema_arrow.names
+        columns = ["prompt", "roles", "image_ids", *(name for name in (_USE, _EMBEDS) if name in known)]
+        index: dict[str, list[Any]] = self._file.read(columns=columns).to_pydict()
+        for row, noted in enumerate(index.get(_USE, ())):
+            if noted != _checksum_of_use(*(index[name][row] for name in ("prompt", "roles", "image_ids"))):
+                raise DamagedError(f"its row {row} has another checksum than when it was written")
+        return index
+
     def _not_whole(self, error: Exception) -> UserError:
+        if isinstance(error, DamagedError):
+            return UserError(f"{self.path} is damaged, {error}: delete it and run compute_embeddings.py again")
         return UserError(
             f"{self.path} is not a whole embeddings file of this project ({type(error).__name__}): delete it and run "
             "compute_embeddings.py again"
@@ -118,19 +142,17 @@ class EmbeddingStore:
 
         Raises:
             KeyError: the file has no such prompt.
-            UserError: the row does not decode, or its numbers are not finite.
+            UserError: the row does not decode, is not what was written, or its numbers are not finite.
         """
         row = self._row[prompt]
         try:
             table = self._file.read_row_group(row, columns=["prompt_embeds", "pooled_prompt_embeds"])
-        except (pa.ArrowException, OSError) as error:  # damaged, although the footer is intact
-            raise self._not_whole(error) from error
-
-        def tensor(column: str) -> torch.Tensor:
-            values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            return torch.from_numpy(np.array(values, dtype=np.float16))
-
-        prompt_embeds, pooled = tensor("prompt_embeds").reshape(self._shape), tensor("pooled_prompt_embeds")
+            prompt_embeds = _tensor(table, "prompt_embeds").reshape(self._shape)
+            pooled = _tensor(table, "pooled_prompt_embeds")
+            if self._checksums and self._checksums[row] != _checksum_of_embeds(prompt, prompt_embeds, pooled):
+                raise DamagedError(f"the embedding of {prompt!r} has another checksum than when it was written")
+        except (pa.ArrowException, AttributeError, KeyError, RuntimeError, TypeError, ValueError, OSError) as error:
+            raise self._not_whole(error) from error  # damaged, although the footer is intact
         # The largest is NaN where any number is; testing each number takes ten times as long.
         if not (torch.isfinite(prompt_embeds.abs().max()) and torch.isfinite(pooled.abs().max())):
             raise UserError(
@@ -141,6 +163,19 @@ class EmbeddingStore:
     def read_all(self, prompts: Iterable[str] | None = None) -> Iterator[PromptEmbedding]:
         """Yields rows; while one is used, a thread reads the next."""
         yield from read_ahead(self.read(prompt) for prompt in (self.prompts if prompts is None else prompts))
+
+
+def _tensor(table: pa.Table, column: str) -> torch.Tensor:
+    values = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(np.array(values, dtype=np.float16))
+
+
+def _checksum_of_use(prompt: str, roles: Sequence[str], image_ids: Sequence[str]) -> str:
+    return checksum(json.dumps([prompt, list(roles), list(image_ids)]).encode())
+
+
+def _checksum_of_embeds(prompt: str, prompt_embeds: torch.Tensor, pooled: torch.Tensor) -> str:
+    return tensor_checksum(prompt, prompt_embeds) + tensor_checksum(prompt, pooled)
 
 
 def find_embeddings(paths: Iterable[Path], image_ids: Iterable[str]) -> Path | None:
@@ -185,6 +220,7 @@ def _schema(shape: Sequence[int], pooled_shape: Sequence[int], provenance: Prove
         "prompt_embeds_shape": list(shape),
         "pooled_prompt_embeds_shape": list(pooled_shape),
     }
+    text = json.dumps(metadata).encode()
     return pa.schema(
         [
             ("prompt", pa.string()),
@@ -192,22 +228,28 @@ def _schema(shape: Sequence[int], pooled_shape: Sequence[int], provenance: Prove
             ("image_ids", pa.list_(pa.string())),
             ("prompt_embeds", pa.list_(pa.float16(), shape[0] * shape[1])),
             ("pooled_prompt_embeds", pa.list_(pa.float16(), pooled_shape[0])),
+            (_USE, pa.string()),
+            (_EMBEDS, pa.string()),
         ],
-        metadata={_METADATA_KEY: json.dumps(metadata)},
+        metadata={_METADATA_KEY: text, _CHECKSUM_KEY: checksum(text).encode()},
     )
 
 
 def _row_table(embedding: PromptEmbedding, schema: pa.Schema) -> pa.Table:
+    embeds, pooled = embedding.prompt_embeds.to(torch.float16), embedding.pooled_prompt_embeds.to(torch.float16)
+
     def fixed(tensor: torch.Tensor) -> pa.Array:
-        values = tensor.to(torch.float16).flatten().numpy()
+        values = tensor.flatten().numpy()
         return pa.FixedSizeListArray.from_arrays(pa.array(values, pa.float16()), len(values))
 
     columns = [
         pa.array([embedding.prompt]),
         pa.array([list(embedding.roles)], pa.list_(pa.string())),
         pa.array([list(embedding.image_ids)], pa.list_(pa.string())),
-        fixed(embedding.prompt_embeds),
-        fixed(embedding.pooled_prompt_embeds),
+        fixed(embeds),
+        fixed(pooled),
+        pa.array([_checksum_of_use(embedding.prompt, embedding.roles, embedding.image_ids)]),
+        pa.array([_checksum_of_embeds(embedding.prompt, embeds, pooled)]),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import UNFINISHED, replacing
+from sd3_lora.common.checksums import Checksums, DamagedError
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
 from sd3_lora.common.tensor_files import write_tensors
@@ -153,12 +154,15 @@ class LatentCache:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return None
 
-    def _open(self, image_id: str) -> Any:
+    def _open(self, image_id: str) -> tuple[Any, Checksums]:
         path = self.path(image_id)
         try:
             handle = safe_open(path, "pt")
             metadata = json.loads((handle.metadata() or {})[_METADATA_KEY])
             provenance, background = Provenance.from_dict(metadata["provenance"]), metadata["alpha_background"]
+            sums = Checksums(handle)
+        except DamagedError as error:
+            raise self._damaged(image_id, error) from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path} is not a whole latent file of this project ({type(error).__name__}): delete it and run "
@@ -173,7 +177,20 @@ class LatentCache:
                 difference = difference or f"{name} {recorded[name]:g}, not {value:g}"
         if difference:
             raise StaleLatents(path, difference)
-        return handle
+        return handle, sums
+
+    def _damaged(self, image_id: str, error: DamagedError) -> UserError:
+        return UserError(f"{self.path(image_id)} is damaged, {error}: delete it and run precompute_latents.py again")
+
+    def _tensor(self, image_id: str, name: str) -> torch.Tensor:
+        """A tensor of a picture's file, copied out of the mapped file: Windows cannot replace a mapped file."""
+        opened, sums = self._open(image_id)
+        with opened as handle:
+            tensor: torch.Tensor = handle.get_tensor(name).clone()
+        try:
+            return sums.require(name, tensor)
+        except DamagedError as error:
+            raise self._damaged(image_id, error) from error
 
     def look(self, image_id: str) -> CachedPicture | None:
         """What the cache holds of a picture; None if it has no file. A file is opened once, and again after `add`.
@@ -186,7 +203,8 @@ class LatentCache:
             return self._read[image_id]
         if not self.path(image_id).is_file():
             return None
-        with self._open(image_id) as handle:
+        opened, _ = self._open(image_id)
+        with opened as handle:
             names = [name.removesuffix(".mean") for name in handle.keys() if name.endswith(".mean")]  # noqa: SIM118
             metadata = json.loads(handle.metadata()[_METADATA_KEY])
         width, height = metadata["picture_size"]
@@ -228,12 +246,10 @@ class LatentCache:
         """One posterior.
 
         Raises:
-            UserError: a truncated or foreign file, or numbers that are not finite.
+            UserError: a truncated, damaged or foreign file, or numbers that are not finite.
             StaleLatents: a file made with other settings.
         """
-        with self._open(image_id) as handle:
-            # Copied out of the mapped file: Windows cannot replace a mapped file.
-            mean, std = (handle.get_tensor(f"{variant}.{part}").clone() for part in ("mean", "std"))
+        mean, std = (self._tensor(image_id, f"{variant}.{part}") for part in ("mean", "std"))
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise UserError(
                 f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
@@ -248,9 +264,7 @@ class LatentCache:
             UserError: a truncated or foreign file.
             StaleLatents: a file made with other settings.
         """
-        with self._open(image_id) as handle:
-            source = json.loads(handle.metadata()[_METADATA_KEY])["masks"][variant]
-            return LatentMask(variant, handle.get_tensor(f"{variant}.mask").clone(), source)
+        return LatentMask(variant, self._tensor(image_id, f"{variant}.mask"), self.masks(image_id)[variant])
 
     def add(
         self,

@@ -16,11 +16,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.checksums import (
+    Checksums,
+    DamagedError,
+    checksum,
+    with_checksum,
+    with_checksums,
+    without_checksum,
+)
+from sd3_lora.common.command_line import UserError, print_in_rank_0
 from sd3_lora.common.run_record import NotedPicture
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
 RECORD = "run.json"
@@ -101,8 +109,9 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Writes a nested state of tensors and plain values."""
     tensors: dict[str, torch.Tensor] = {}
     packed = pack(state, tensors)
-    save_file(tensors, folder / _TENSORS)
     (folder / _STATE).write_text(json.dumps(packed) + "\n", encoding="utf-8")
+    beside = {_STATE: checksum((folder / _STATE).read_bytes())}
+    save_file(tensors, folder / _TENSORS, with_checksums(tensors, {}, beside))
     shutil.copymode(folder / _STATE, folder / _TENSORS)  # safetensors lets only the owner read
 
 
@@ -110,14 +119,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Reads what `write_state` wrote.
 
     Raises:
-        UserError: the folder holds no whole checkpoint, or one with numbers that are not finite.
+        UserError: the folder holds no whole checkpoint, a damaged one, or one with numbers that are not finite.
     """
     try:
-        packed = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        text = (folder / _STATE).read_bytes()
+        with safe_open(folder / _TENSORS, "pt") as handle:
+            sums = Checksums(handle)
         tensors = load((folder / _TENSORS).read_bytes())  # not mapped: Windows deletes no file that is
+        packed = json.loads(text)
         state = unpack(packed, tensors)
         if not isinstance(state, dict):
             raise TypeError("not a state")
+        for name, tensor in tensors.items():
+            sums.require(name, tensor)
+        if sums.beside.get(_STATE, checked := checksum(text)) != checked:
+            raise DamagedError(f"its {_STATE} has another checksum than when it was written")
+    except DamagedError as error:
+        raise UserError(f"{folder} is damaged, {error}: {_remedy(folder)}") from error
     except (OSError, TypeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a whole checkpoint of this project ({type(error).__name__}): "
@@ -125,11 +143,16 @@ def read_state(folder: Path) -> dict[str, Any]:
         ) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UserError(
-                f"{folder} is damaged, with a NaN or infinity in {name.lstrip('/')}: "
-                "give an earlier one to --resume_from_checkpoint, or another --output_dir for a new run"
-            )
+            raise UserError(f"{folder} is damaged, with a NaN or infinity in {name.lstrip('/')}: {_remedy(folder)}")
     return state
+
+
+def _remedy(folder: Path) -> str:
+    """What to type in place of a damaged checkpoint: the last one before it, where there is one."""
+    number = _step_of(folder) if folder in _numbered_folders(folder.parent) else -1
+    earlier = [other for other in checkpoint_folders(folder.parent) if _step_of(other) < number]
+    go_on = f"type --resume_from_checkpoint {earlier[-1].name}" if earlier else "no earlier one is there: delete it"
+    return f"{go_on}, or give another --output_dir for a new run"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
     """Notes the pictures beside the state."""
-    content = [_without_defaults(picture) for picture in pictures]
+    content = [with_checksum(_without_defaults(picture)) for picture in pictures]
     (folder / _PICTURES).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -162,8 +185,11 @@ def read_pictures(folder: Path) -> list[NotedPicture] | None:
     """What `write_pictures` wrote; None where it is missing or damaged: earlier builds noted a hash alone."""
     try:
         content = json.loads((folder / _PICTURES).read_text(encoding="utf-8"))
-        return [_noted(picture) for picture in content]
-    except (OSError, TypeError, ValueError, KeyError):
+        return [_noted(without_checksum(picture)) for picture in content]
+    except FileNotFoundError:
+        return None
+    except (OSError, TypeError, ValueError, KeyError, AttributeError):
+        print_in_rank_0(f"note: {folder / _PICTURES} is damaged and not used; the next checkpoint has its own")
         return None
 
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.checksums import with_checksum
 from sd3_lora.common.command_line import counted
 from sd3_lora.stage_one.latent_cache import normalize_latents
 from sd3_lora.training.dataset import TrainingData
@@ -55,6 +56,9 @@ class Measurement:
     training_loss: float | None
     subject_loss: float
     class_loss: float | None
+
+
+_FIELDS = {each.name for each in fields(Measurement)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class EarlyWarning:
     def go_on_from(self, step: int) -> None:
         """Keeps what was measured and said up to this step, and drops what is to be measured again; at 0 all."""
         for values in keep_lines(self._path, step or -1):
-            self.take(Measurement(**values))
+            self.take(Measurement(**{name: value for name, value in values.items() if name in _FIELDS}))
 
     def has_measured(self, step: int) -> bool:
         """Whether that was done after this step."""
@@ -160,7 +164,7 @@ class EarlyWarning:
             raise ValueError(f"a loss is {subject if not math.isfinite(subject) else of_class}")
         now = Measurement(step, None if math.isnan(training_loss) else training_loss, subject, of_class)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(now)) + "\n")
+            file.write(json.dumps(with_checksum(asdict(now))) + "\n")
         return self.take(now)
 
     def take(self, now: Measurement) -> list[str]:

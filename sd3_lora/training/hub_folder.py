@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.checksums import CHECKSUM_FIELD, with_checksum
 from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
 from sd3_lora.training.checkpoints import RECORD, checkpoint_folders
 from sd3_lora.training.gallery import SAMPLES, find_pictures, find_sheet
@@ -113,7 +114,9 @@ def public_record(record: dict[str, Any]) -> dict[str, Any]:
         if name not in HUB_FLAGS
     }
     model = record.get("model") if is_hub_model else _last_name(record.get("model"))
-    return _without_paths({**record, "flags": flags, "model": model, "wrote": _last_name(record.get("wrote"))})
+    public = {**record, "flags": flags, "model": model, "wrote": _last_name(record.get("wrote"))}
+    is_checked = CHECKSUM_FIELD in record
+    return with_checksum(_without_paths(public)) if is_checked else dict(_without_paths(public))
 
 
 def _last_name(value: Any) -> Any:

@@ -13,12 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sd3_lora.common.checksums import with_checksum, without_checksum
 from sd3_lora.common.command_line import UserError, write_text_atomically
+from sd3_lora.training.checkpoints import checkpoint_folders
 
 import torch
 
 READ_EVERY = 10  # steps; a number that is not finite stops the run at most so many steps later
 MAX_SKIPPED_IN_A_ROW = 20
+NOTED_SKIPPED_IN_A_ROW = 8  # a scaler that starts too high skips a few steps; so many are worth a word
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,12 @@ class LossLog:
         skipped = bool(step.skipped)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == NOTED_SKIPPED_IN_A_ROW and self._path is not None:
+            print(
+                f"note: the scaler has skipped {NOTED_SKIPPED_IN_A_ROW} steps in a row up to step {step.step}, for "
+                f"infinite gradients in {self._dtype_name}: it halves its scale at each; after "
+                f"{MAX_SKIPPED_IN_A_ROW} the run stops"
+            )
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.read()
             raise UserError(
@@ -140,7 +149,7 @@ class LossLog:
         self.recent.extend(line.loss for line in lines)
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(line)) + "\n" for line in lines)
+                file.writelines(json.dumps(with_checksum(asdict(line))) + "\n" for line in lines)
         for line in lines:
             self._track(line)
         return lines
@@ -156,8 +165,15 @@ class LossLog:
         )
         raise UserError(
             f"the {fault} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
-            "no weights were written since the last checkpoint"
+            f"{self._kept()}"
         )
+
+    def _kept(self) -> str:
+        """The last checkpoint, whose steps have all been checked."""
+        folders = checkpoint_folders(self._path.parent) if self._path is not None else []
+        if not folders:
+            return "no weights were written"
+        return f"the last good checkpoint is {folders[-1]}, and no weights were written since"
 
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names.
@@ -180,14 +196,13 @@ def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
         print(f"note: {path} is damaged in line {', '.join(damaged)}, which is left out")
     kept = [line for line, read in zip(lines[:-1], steps, strict=False) if read is not None and read <= step]
     write_text_atomically(path, "".join(line + "\n" for line in kept))
-    return [json.loads(line) for line in kept]
+    return [without_checksum(json.loads(line)) for line in kept]
 
 
 def _step_of(line: str) -> int | None:
     """The step of a line; None where it is damaged."""
     try:
-        values = json.loads(line)
-    except ValueError:
+        step = without_checksum(json.loads(line)).get("step")
+    except (ValueError, AttributeError):
         return None
-    step = values.get("step") if isinstance(values, dict) else None
     return step if isinstance(step, int) else None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.checksums import Checksums, DamagedError
 from sd3_lora.common.command_line import UserError
 from sd3_lora.transformer.lora_keys import IN_COMFYUI
 from sd3_lora.transformer.lycoris import PARTS, ROW_PARTS, misfit
@@ -130,8 +131,17 @@ def require_finite(path: Path, handle: Any, keys: Iterable[str]) -> None:
     """Checks every tensor.
 
     Raises:
-        UserError: a NaN or an infinity, or a tensor of whole numbers.
+        UserError: a NaN or an infinity, a tensor of whole numbers, or one that is not what this project wrote.
     """
+    try:
+        sums = Checksums(handle)
+        for key in keys:
+            sums.require(key, handle.get_tensor(key))
+    except DamagedError as error:
+        raise UserError(
+            f"{path} is damaged, {error}: delete it and type its training's command again with "
+            "--resume_from_checkpoint latest, which writes it anew, or give a checkpoint's folder"
+        ) from error
     for key in keys:
         tensor = handle.get_tensor(key)
         if not tensor.is_floating_point() and not key.endswith("alpha"):

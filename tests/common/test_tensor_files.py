@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sd3_lora.common.checksums import with_checksums
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.tensor_files import TensorFiles, write_tensors
 
@@ -94,6 +95,6 @@ def test_equal_files_have_equal_bytes(tmp_path: Path, metadata: dict[str, str]) 
     contents = {(tmp_path / str(number)).read_bytes() for number in range(20)}
     assert len(contents) == 1
     with safe_open(tmp_path / "0", "pt") as handle:
-        assert (handle.metadata() or {}) == metadata
+        assert handle.metadata() == with_checksums(tensors, metadata)
         assert all(torch.equal(handle.get_tensor(name), tensor) for name, tensor in tensors.items())
     assert int.from_bytes(contents.pop()[:8], "little") % 8 == 0

@@ -95,7 +95,8 @@ def test_the_layout_is_one_row_group_a_prompt_of_fixed_size_lists_of_float16(pat
     assert file.schema_arrow.field("prompt_embeds").type == pa.list_(pa.float16(), S * D)
     assert file.schema_arrow.field("pooled_prompt_embeds").type == pa.list_(pa.float16(), P)
     frame = pd.read_parquet(path)
-    assert list(frame.columns) == ["prompt", "roles", "image_ids", "prompt_embeds", "pooled_prompt_embeds"]
+    columns = ["prompt", "roles", "image_ids", "prompt_embeds", "pooled_prompt_embeds"]
+    assert list(frame.columns) == [*columns, "use_checksum", "embeds_checksum"]
     assert frame["prompt_embeds"][2].dtype == np.float16
     assert np.array_equal(frame["prompt_embeds"][2].reshape(S, D), ROWS[2].prompt_embeds.numpy())
 
@@ -120,7 +121,7 @@ def test_only_the_row_groups_asked_for_are_read(path: Path, monkeypatch: pytest.
         store.read(ROWS[2].prompt)
         assert list(store.read_all([ROWS[3].prompt, ROWS[0].prompt]))
     assert groups == [2, 3, 0]
-    assert sorted(columns) == ["image_ids", "prompt", "roles"]
+    assert sorted(columns) == ["embeds_checksum", "image_ids", "prompt", "roles", "use_checksum"]
 
 
 def test_a_prompt_that_is_not_there(path: Path) -> None:

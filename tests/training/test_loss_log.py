@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.common.checksums import without_checksum
 from sd3_lora.common.command_line import UserError
 from sd3_lora.training.loss_log import MAX_SKIPPED_IN_A_ROW, READ_EVERY, LossLog, PendingStep
 
@@ -39,7 +40,7 @@ def test_one_line_a_step(tmp_path: Path) -> None:
         {"step": 2, "loss": 0.75, "gradient_norm": 4.0, "learning_rate": 0.001, **rest},
         {"step": 3, "loss": 0.5, "gradient_norm": 2.0, "learning_rate": 0.001, **rest},
     ]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == expected
+    assert [without_checksum(json.loads(line)) for line in path.read_text().splitlines()] == expected
     assert [(line.step, line.loss) for line in lines] == [(1, 0.25), (2, 0.75)]
     assert last.step == 3
     assert log.recent_mean == pytest.approx(0.5)
@@ -170,3 +171,16 @@ def test_ranks_that_do_not_write(tmp_path: Path) -> None:
     log.add(step(2, loss=NAN))
     with pytest.raises(UserError):
         log.read()  # every rank stops
+
+
+def test_a_scaler_that_skips_for_a_while_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = new_log(tmp_path / "losses.jsonl", "fp16")
+    for number in range(1, 20):
+        log.add(step(number, norm=INF, skipped=True))
+        said = capsys.readouterr().out
+        expected = "note: the scaler has skipped 8 steps in a row up to step 8, for infinite gradients in fp16: "
+        assert said.startswith(expected) if number == 8 else said == ""
+    log.add(step(20))
+    for number in range(21, 28):
+        log.add(step(number, norm=INF, skipped=True))
+    assert capsys.readouterr().out == ""  # seven
