@@ -1,16 +1,23 @@
 # make demo   the four scripts on the bundled miniature: pictures and a table under outputs/
 # make test   the tests, offline
+# make test-oldest, make test-newest  the tests with the oldest and the newest libraries of requirements.txt, in
+#             environments of their own; TESTS="tests/scripts" runs some of them (docs/systems.md)
 # make check  ruff, ruff format, mypy, and import-linter: which room may import which
 # make miniature  trains the bundled model anew; half an hour of a large GPU, in pieces: run it again to go on
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean miniature
+TESTS ?=
+
+.PHONY: demo test test-oldest test-newest check format clean miniature
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 test: .venv/installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-oldest test-newest: test-%: .venv-%/installed
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(TESTS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -56,5 +63,14 @@ format: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 
+# torch is that of constraints.txt in both: PyPI's other builds for Linux bring 3 GB of CUDA. Another: TORCH=torch==2.6.0
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: requirements.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	echo '$(TORCH)' > .venv-$*/constraints.txt
+	$(if $(filter oldest,$*),sed -nE '/^torch>/d; s/^([A-Za-z_0-9]+)>=([0-9.]+).*/\1==\2/p' requirements.txt >> .venv-$*/constraints.txt)
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c .venv-$*/constraints.txt
+	touch $@
+
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .venv-oldest .venv-newest outputs
