@@ -42,6 +42,19 @@ def frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def as_it_was_told() -> Iterator[None]:
+    """Takes back what `--deterministic` tells torch's libraries for the whole process (`make_deterministic`)."""
+    names, cudnn = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"), torch.backends.cudnn
+    told, flags = {name: os.environ.get(name) for name in names}, (cudnn.deterministic, cudnn.benchmark)
+    yield
+    cudnn.deterministic, cudnn.benchmark = flags
+    for name, value in told.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 @dataclass(frozen=True)
 class Result:
     """What a script's `main` returned and printed."""

@@ -33,7 +33,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch.nn.functional import linear, pad
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -593,7 +593,7 @@ def save_lora(
     path = folder / file_name
     with replacing(path) as unfinished:
         write_tensors(unfinished, tensors, metadata)
-        written = load_file(unfinished)
+        written = load(unfinished.read_bytes())  # not mapped: Windows renames no file that is
         if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
             raise OSError(f"{path}: the disk returned other bytes than were written")
     return path

@@ -70,31 +70,35 @@ def test_other_kinds(script: Script, prepared: Prepared, tmp_path: Path, words: 
     assert names(tmp_path / "out" / KOHYA) == {"x_block_attn_qkv.diff"}
 
 
-def test_the_command_as_it_is_typed(prepared: Prepared, tmp_path: Path) -> None:
-    """In a process of its own, from another folder, with the LoRA as the first argument."""
+def test_the_command_as_it_is_typed(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another folder, with the LoRA as the first argument; once in a process of its own."""
     transformer = load_file(next((prepared.model / "transformer").glob("*.safetensors")))
     width = len(transformer["transformer_blocks.0.attn.to_q.weight"])
     tensors = {f"transformer_blocks.0.attn.to_q.lora_{part}.weight": torch.ones(width, 2) for part in "BA"}
     tensors = {name: tensor.T.contiguous() if "_A" in name else tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "foreign.safetensors")
+    monkeypatch.chdir(tmp_path)
 
-    def typed(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", EXPORT, *words]
-        environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-        return subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    def error(*words: str) -> str:
+        result = script(EXPORT, *words)
+        assert result.code == 2
+        return result.err
 
-    unknown = typed("foreign.safetensors")
-    assert unknown.returncode == 2
-    assert unknown.stderr == (
+    assert error("foreign.safetensors") == (
         "error: foreign.safetensors does not say its base model: add --pretrained_model_name_or_path\n"
     )
-    result = typed("foreign.safetensors", "--format", "a1111", "--pretrained_model_name_or_path", str(prepared.model))
-    assert (result.returncode, result.stdout) == (0, "wrote foreign_a1111.safetensors\n"), result.stderr
-    assert len(load_file(tmp_path / "foreign_a1111.safetensors")) == 2
-    assert typed("--format", "a1111").stderr == "error: the following arguments are required: --lora\n"
-    assert typed("nothing.safetensors").stderr == (
+    assert error("nothing.safetensors") == (
         "error: --lora nothing.safetensors: there is no such file: check the path\n"
     )
+    command = [sys.executable, "-m", EXPORT, "foreign.safetensors", "--format", "a1111"]
+    command += ["--pretrained_model_name_or_path", str(prepared.model)]
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "wrote foreign_a1111.safetensors\n"), result.stderr
+    assert len(load_file(tmp_path / "foreign_a1111.safetensors")) == 2
+    assert error("--format", "a1111") == "error: the following arguments are required: --lora\n"
 
 
 @pytest.mark.parametrize("words", [["--format", "comfyui"], ["--export", "kohya"]])
