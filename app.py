@@ -57,28 +57,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.parse import quote
 
 from sd3_lora.common.command_line import counted, exit_code, require_writable_folder
 from sd3_lora.projects.job import Job
 from sd3_lora.projects.photos import MOST_MEGABYTES, MOST_PHOTOS, Upload
 from sd3_lora.projects.project import MOST_DRAWN, Picture, Project, typed
 from sd3_lora.projects.settings import MODELS, RESOLUTIONS, Settings
+from sd3_lora.stage_one.image_files import RASTER_EXTENSIONS
 
 INSTALL = "pip install -r requirements-app.txt"
 REFRESH_S = 2.0
+MOST_LINES = 14  # of a log that are shown
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
 CSS = """
-.gradio-container {max-width: 1080px !important; margin: 0 auto !important;}
+.gradio-container {width: 100% !important; max-width: 1080px !important; margin: 0 auto !important;}
 #title h1 {margin: 0.2em 0 0;}
 #title p {margin: 0; color: var(--body-text-color-subdued);}
 .log textarea, .command textarea {font-family: ui-monospace, monospace; font-size: 0.82rem;}
 .status {font-size: 1.05rem;}
-.pictures .grid-wrap {height: auto !important; min-height: 0 !important; padding-top: 2.2rem;}
+.pictures .grid-wrap {height: auto !important; max-height: none !important; min-height: 0 !important;
+  overflow: visible !important; padding-top: 2.2rem;}
 .pictures .grid-container {grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)) !important;}
-.pictures .caption-label {
-  max-width: 96%; white-space: normal; display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical;
-  overflow: hidden; font-size: 0.75rem; line-height: 1.25;}
+.pictures .thumbnail-lg {display: flex; flex-direction: column; height: auto; aspect-ratio: auto;}
+.pictures .thumbnail-lg > img {width: 100%; height: auto; aspect-ratio: 1; object-fit: cover;}
+.pictures .thumbnail-lg > .caption-label {
+  position: static; width: 100%; max-width: none; border: 0; border-radius: 0; padding: 0.35rem 0.5rem;
+  text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: 0.78rem; line-height: 1.3;}
+#files li {margin: 0.4rem 0;}
+#files a {color: var(--link-text-color); text-decoration: underline; overflow-wrap: anywhere;}
+#create {align-self: end; margin-bottom: 0.6rem;}
 footer {display: none !important;}
 """
 # The project's name in the address, so that the page opens it again.
@@ -122,13 +132,13 @@ class Page:
             self.seen = gr.State({})  # what the browser has already, so that pictures do not flicker
             self._header()
             with gr.Tabs():
-                with gr.Tab("1 · Photos"):
+                with gr.Tab("1 Photos"):
                     self._photos()
-                with gr.Tab("2 · Subject and plan"):
+                with gr.Tab("2 Subject"):
                     self._subject()
-                with gr.Tab("3 · Train"):
+                with gr.Tab("3 Train"):
                     self._train()
-                with gr.Tab("4 · Try and take away"):
+                with gr.Tab("4 Try"):
                     self._try()
             self._connect()
 
@@ -141,15 +151,17 @@ class Page:
         )
         with gr.Row():
             self.choice = gr.Dropdown([], label="Project", info="Everything is kept in its folder.")
-            self.new_name = gr.Textbox(
-                label="New project", info="A name of letters and digits.", max_length=40, submit_btn="Create"
-            )
+            self.new_name = gr.Textbox(label="New project", info="A name of letters and digits.", max_length=40)
+            self.create = gr.Button("Create", scale=0, min_width=110, size="md", elem_id="create")
 
     def _photos(self) -> None:
         gr = self.gr
         gr.Markdown("Five to ten photos of your subject, each from another side and before another background.")
         self.drop = gr.File(
-            file_count="multiple", file_types=["image"], label=f"Drop photos here (up to {MOST_PHOTOS})", height=150
+            file_count="multiple",
+            file_types=sorted(RASTER_EXTENSIONS),
+            label=f"Drop photos here (up to {MOST_PHOTOS})",
+            height=150,
         )
         self.crops = gr.Gallery(
             label="As training sees them", allow_preview=False, height="auto", elem_classes="pictures", buttons=[],
@@ -162,8 +174,8 @@ class Page:
             info="Everything that is not your subject, with the rare word for it: a photo of sks dog on a red sofa",
         )  # fmt: skip
         with gr.Row():
-            self.save_caption = gr.Button("Save caption", interactive=False)
-            self.remove = gr.Button("Remove this photo", variant="stop", interactive=False)
+            self.save_caption = gr.Button("Save caption", interactive=False, size="md")
+            self.remove = gr.Button("Remove this photo", variant="stop", interactive=False, size="md")
 
     def _subject(self) -> None:
         gr, default = self.gr, Settings()
@@ -179,11 +191,15 @@ class Page:
         )  # fmt: skip
         with gr.Row():
             budget = gr.Number(
-                default.vram_budget_gib, label="GPU memory to use, GiB", info="0: what is free.", minimum=0
+                default.vram_budget_gib,
+                label="GPU memory to use, GiB",
+                info="0: what is free.",
+                minimum=0,
+                min_width=220,
             )
             resolution = gr.Dropdown(
                 [("the model's own", 0), *((f"{side} px", side) for side in RESOLUTIONS if side)], value=0,
-                label="Resolution", info="Side of the crops.",
+                label="Resolution", info="Side of the crops.", min_width=220,
             )  # fmt: skip
         with gr.Row():
             steps = gr.Number(default.max_train_steps, label="Steps", precision=0, minimum=1)
@@ -193,20 +209,21 @@ class Page:
         drawn = gr.Textbox(label="Draw while training", info="Empty: the subject's prompt.", max_length=300)
         # In the order of the fields of Settings.
         self.settings = [identifier, subject, model, budget, resolution, steps, photos, rank, seed, drawn]
-        self.plan = gr.Button("Show plan and time", variant="primary")
-        self.plan_text = gr.Textbox(label="Plan", lines=6, elem_classes="log", interactive=False)
+        self.plan = gr.Button("Show plan and time", variant="primary", size="md")
+        self.plan_text = gr.Textbox(label="Plan", lines=6, max_lines=40, elem_classes="log", interactive=False)
+        gr.Markdown("Then train: **3 Train**, above.")
 
     def _train(self) -> None:
         gr = self.gr
         self.status = gr.Markdown(elem_classes="status")
         with gr.Row():
-            self.train = gr.Button("Train", variant="primary", interactive=False)
-            self.stop = gr.Button("Stop", interactive=False)
-            self.go_on = gr.Button("Go on", interactive=False)
+            self.train = gr.Button("Train", variant="primary", interactive=False, size="md")
+            self.stop = gr.Button("Stop", interactive=False, size="md")
+            self.go_on = gr.Button("Go on", interactive=False, size="md")
         self.validation = gr.Gallery(
             label="Drawn on the way, the last step first", height="auto", elem_classes="pictures", interactive=False
         )
-        self.log = gr.Textbox(label="Log", lines=12, max_lines=12, elem_classes="log", interactive=False)
+        self.log = gr.Textbox(label="The end of the log", lines=8, max_lines=30, elem_classes="log", interactive=False)
         self.commands = gr.Textbox(
             label="Commands", info="The same, typed in the folder of this program.", lines=3, max_lines=8,
             elem_classes="command", buttons=["copy"], interactive=False,
@@ -224,12 +241,12 @@ class Page:
             self.num_images = gr.Slider(1, MOST_DRAWN, 1, step=1, label="Pictures of each")
             self.draw_seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         with gr.Row():
-            self.draw = gr.Button("Draw", variant="primary")
-            self.stop_drawing = gr.Button("Stop", interactive=False)
+            self.draw = gr.Button("Draw", variant="primary", size="md")
+            self.stop_drawing = gr.Button("Stop", interactive=False, size="md")
         self.drawing_status = gr.Markdown(elem_classes="status")
         self.drawn = gr.Gallery(label="Drawn", height="auto", elem_classes="pictures", interactive=False)
         with gr.Accordion("Log and command", open=False):
-            self.drawing_log = gr.Textbox(label="Log", lines=8, max_lines=8, elem_classes="log", interactive=False)
+            self.drawing_log = gr.Textbox(label="Log", lines=4, max_lines=30, elem_classes="log", interactive=False)
             self.drawing_command = gr.Textbox(
                 label="Command", lines=2, elem_classes="command", buttons=["copy"], interactive=False
             )
@@ -237,8 +254,8 @@ class Page:
             "### Take away\nThe LoRA, for ComfyUI's *Load LoRA*, diffusers and this program; and a second form, in "
             "kohya's names, for Forge and sd-scripts."
         )
-        self.files = gr.File(label="Files", file_count="multiple", interactive=False)
-        self.export = gr.Button("Write the second form (kohya)")
+        self.files = gr.HTML(elem_id="files")
+        self.export = gr.Button("Write the second form (kohya)", size="md")
 
     # What they do. Each returns control → new value.
 
@@ -277,6 +294,7 @@ class Page:
         return {
             self.name: name,
             self.planned: None,
+            self.plan_text: "",
             **values,
             **prompt,
             **self._shown_photos(name),
@@ -360,7 +378,7 @@ class Page:
         if planned != asdict(settings):
             raise UserError("the settings have changed since the plan was shown: show it again")
         self.project(name).train(settings)
-        return {self.planned: None, **self._news(name, {})}
+        return {self.planned: None, self.train: self.gr.update(interactive=False), **self._news(name, {})}
 
     @spoken
     def resume(self, name: str) -> dict:
@@ -405,17 +423,17 @@ class Page:
         finished = [run.folder.name for run in runs if project.lora(run)]
         pictures = project.validation_pictures(run) if run else []
         drawn = project.drawn_pictures(drawing) if drawing else []
-        downloads = [str(path) for each in runs for path in project.downloads(each)]
+        downloads = [path for each in runs for path in project.downloads(each)]
         values: dict[Any, Any] = {
             self.status: project.progress(run).sentence if run else "Nothing was trained yet: show the plan first.",
-            self.log: run.log() if run else "",
+            self.log: _last_lines(run),
             self.commands: _typed(run),
             self.drawing_status: f"{drawing.state}: drawing {drawing.folder.name}" if drawing else "",
-            self.drawing_log: drawing.log() if drawing else "",
+            self.drawing_log: _last_lines(drawing),
             self.drawing_command: _typed(drawing),
             self.validation: _shown(pictures),
             self.drawn: _shown(drawn),
-            self.files: downloads,
+            self.files: _links(downloads),
             self.run: (finished, finished[-1] if finished else None),
             self.stop: busy is not None,
             self.stop_drawing: busy is not None,
@@ -447,6 +465,7 @@ class Page:
 
         visit.__annotations__["request"], select.__annotations__["event"] = self.gr.Request, self.gr.SelectData
         on(self.blocks.load, visit)
+        on(self.create.click, self.make, [self.new_name])
         on(self.new_name.submit, self.make, [self.new_name])
         on(self.choice.input, self.open, [self.choice])
         self.choice.change(None, [self.choice], None, js=REMEMBER, api_visibility="private")
@@ -481,8 +500,24 @@ def _settings(values: Sequence[Any]) -> Settings:
     return Settings(**{name: type(default[name])(value) for name, value in kept.items()})
 
 
+def _last_lines(job: Job | None) -> str:
+    """Of a job's log; of its commands, which are shown beside it, the beginnings."""
+    lines = job.log().splitlines()[-MOST_LINES:] if job else []
+    return "\n".join(shorten(line, 60, placeholder=" …") if line.startswith("$ ") else line for line in lines)
+
+
 def _typed(job: Job | None) -> str:
     return "\n".join(map(typed, job.commands)) if job else ""
+
+
+def _links(paths: Sequence[Path]) -> str:
+    """A list of files to be downloaded."""
+    lines = [
+        f'<li><a href="gradio_api/file={quote(path.as_posix())}" download="{html.escape(path.name)}">'
+        f"{html.escape(path.name)}</a> <small>{path.stat().st_size / 1e6:.1f} MB</small></li>"
+        for path in paths
+    ]
+    return f"<ul>{''.join(lines)}</ul>" if lines else "<p>Nothing yet: a run leaves its LoRA here when it ends.</p>"
 
 
 def _shown(pictures: Sequence[Picture]) -> list[tuple[str, str]]:

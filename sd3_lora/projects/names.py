@@ -6,6 +6,7 @@ import re
 import unicodedata
 
 MOST_LETTERS = 40
+_MOST_BYTES = 150  # of 255 that a file's name may have, endings not counted
 _RESERVED = re.compile(r"con|prn|aux|nul|com\d|lpt\d", re.IGNORECASE)  # that Windows keeps for devices
 
 
@@ -14,6 +15,13 @@ def safe_name(text: str) -> str:
 
     Neither separators nor dots are left, so it is a name within a folder on every system.
     """
-    folded = unicodedata.normalize("NFKC", text)
-    name = re.sub(r"[\W_]*-[\W_]*|[^\w]+", "-", folded)[:MOST_LETTERS].strip("-_")
+    letters = unicodedata.normalize("NFKC", text)
+    words = "".join(letter if _is_kept(letter) else " " for letter in letters).split()
+    name = "-".join(words)[:MOST_LETTERS]
+    name = name.encode()[:_MOST_BYTES].decode(errors="ignore").strip("-_")
     return f"{name}-" if _RESERVED.fullmatch(name) else name
+
+
+def _is_kept(letter: str) -> bool:
+    """Letters, digits, and the marks with which Hindi or Thai write their vowels."""
+    return letter.isalnum() or letter in "-_" or unicodedata.category(letter) in ("Mn", "Mc")

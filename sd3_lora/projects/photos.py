@@ -64,6 +64,8 @@ class Photos:
         for upload in uploads:
             try:
                 added.append(self._add(upload))
+            except FileNotFoundError:
+                refused.append(f"{upload.name} did not arrive whole: drop it again")
             except (UserError, BrokenImage) as error:
                 refused.append(str(error).replace(str(upload.path), upload.name))
         return added, refused
