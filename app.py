@@ -53,6 +53,7 @@ import html
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import wraps
@@ -175,7 +176,7 @@ class Page:
         )  # fmt: skip
         with gr.Row():
             self.save_caption = gr.Button("Save caption", interactive=False, size="md")
-            self.remove = gr.Button("Remove this photo", variant="stop", interactive=False, size="md")
+            self.remove = gr.Button("Remove photo", variant="stop", interactive=False, size="md")
 
     def _subject(self) -> None:
         gr, default = self.gr, Settings()
@@ -217,13 +218,13 @@ class Page:
         gr = self.gr
         self.status = gr.Markdown(elem_classes="status")
         with gr.Row():
-            self.train = gr.Button("Train", variant="primary", interactive=False, size="md")
-            self.stop = gr.Button("Stop", interactive=False, size="md")
-            self.go_on = gr.Button("Go on", interactive=False, size="md")
+            self.train = gr.Button("Train", variant="primary", interactive=False, size="md", min_width=80)
+            self.stop = gr.Button("Stop", interactive=False, size="md", min_width=80)
+            self.go_on = gr.Button("Go on", interactive=False, size="md", min_width=80)
         self.validation = gr.Gallery(
             label="Drawn on the way, the last step first", height="auto", elem_classes="pictures", interactive=False
         )
-        self.log = gr.Textbox(label="The end of the log", lines=8, max_lines=30, elem_classes="log", interactive=False)
+        self.log = gr.Textbox(label="The end of the log", lines=8, max_lines=80, elem_classes="log", interactive=False)
         self.commands = gr.Textbox(
             label="Commands", info="The same, typed in the folder of this program.", lines=3, max_lines=8,
             elem_classes="command", buttons=["copy"], interactive=False,
@@ -242,11 +243,11 @@ class Page:
             self.draw_seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", size="md")
-            self.stop_drawing = gr.Button("Stop", interactive=False, size="md")
+            self.stop_drawing = gr.Button("Stop", interactive=False, size="md", min_width=80)
         self.drawing_status = gr.Markdown(elem_classes="status")
         self.drawn = gr.Gallery(label="Drawn", height="auto", elem_classes="pictures", interactive=False)
         with gr.Accordion("Log and command", open=False):
-            self.drawing_log = gr.Textbox(label="Log", lines=4, max_lines=30, elem_classes="log", interactive=False)
+            self.drawing_log = gr.Textbox(label="Log", lines=4, max_lines=80, elem_classes="log", interactive=False)
             self.drawing_command = gr.Textbox(
                 label="Command", lines=2, elem_classes="command", buttons=["copy"], interactive=False
             )
@@ -555,9 +556,10 @@ def launch(page: Page, flags: PageFlags) -> None:
         raise UserError(f"port {flags.port} is taken ({error}): type --port {flags.port + 1}") from error
     print(f"open http://{flags.host}:{flags.port} in a browser; Ctrl-C ends this page, and no training", flush=True)
     try:
-        page.blocks.block_thread()
+        while True:  # a wait without an end would keep Ctrl-C out on Windows
+            time.sleep(1)
     finally:
-        page.blocks.close()
+        page.blocks.close(verbose=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ _FOR_MINIATURE = {
     "lora_layers": "ff_context.net.0.proj,ff_context.net.2",
     "lora_blocks": "0,1,2",
     "learning_rate": "2e-3",
+    "validation_num_steps": 20,  # as the demo draws
 }
 _LIMITS = {
     "max_train_steps": (1, 20_000),
