@@ -14,7 +14,7 @@ import pytest
 from conftest import PROJECT
 
 CONFIG = tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["importlinter"]
-ROOMS = ["common", "gpu", "stage_one", "transformer", "plan", "training", "drawing", "reporting"]
+ROOMS = ["common", "gpu", "stage_one", "transformer", "plan", "training", "drawing", "reporting", "projects"]
 MAY_IMPORT = {
     "common": [],
     "gpu": ["common"],
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "training": ["stage_one", "transformer", "common", "gpu"],
     "drawing": ["stage_one", "transformer", "common", "gpu"],
     "reporting": ["plan", "training", "drawing", "stage_one", "transformer", "common", "gpu"],
+    "projects": ["reporting", "plan", "training", "drawing", "stage_one", "transformer", "common", "gpu"],
 }
 COMMANDS = ["convert", "export", "losses", "merge", "report", "tricks"]  # python -m sd3_lora.NAME
 FORBIDDEN = [(room, other) for room in ROOMS for other in ROOMS if other != room and other not in MAY_IMPORT[room]]

@@ -187,4 +187,15 @@ SHORT_HELP: dict[str, tuple[HelpPart, ...]] = {
             },
         ),
     ),
+    "app.py": (
+        HelpPart(
+            "The page",
+            "--port 7861",
+            {
+                "output_dir": "folder of the projects; default outputs/app",
+                "port": "of the page; default 7860",
+                "host": "who may open it; default: this machine alone",
+            },
+        ),
+    ),
 }
