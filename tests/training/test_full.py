@@ -337,7 +337,7 @@ def test_a_damaged_checkpoint_is_refused(script: Script, prepared: Prepared, tmp
     assert "moments is not whole" in run.error
 
 
-def test_class_pictures_and_validation_go_with_it(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+def test_validation_goes_with_it(script: Script, prepared: Prepared, tmp_path: Path) -> None:
     run = train_full(
         script,
         prepared,

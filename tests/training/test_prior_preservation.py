@@ -77,6 +77,18 @@ def losses(run: Run) -> list[float]:
 # The loss
 
 
+def test_the_whole_transformer_begins_with_the_same_losses(
+    script: Script, with_class: tuple[Prepared, Path], tmp_path: Path
+) -> None:
+    """A new LoRA changes nothing, so that the first loss is the base's, class pictures included."""
+    prepared, robots = with_class
+    words = [*flags(robots), "--train_batch_size", 2, "--max_train_steps", 2, "--learning_rate", 1e-3]
+    lora = losses(train(script, prepared, tmp_path / "lora", *words))
+    whole = losses(train(script, prepared, tmp_path / "whole", *words, "--full"))
+    assert whole[0] == pytest.approx(lora[0], rel=1e-6)
+    assert whole[1] != pytest.approx(lora[1], rel=1e-6)
+
+
 def test_a_plain_loop_has_the_same_loss(script: Script, with_class: tuple[Prepared, Path], tmp_path: Path) -> None:
     """A window of two micro-batches of two and two: instance loss + 0.5 × class loss, each a mean over its own."""
     prepared, robots = with_class
