@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.checksums import Checksums
+from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.tensor_files import write_tensors
 
 import torch
@@ -166,10 +167,11 @@ def read_identifier_embedding(path: Path, widths: Mapping[str, int]) -> Identifi
     """
     try:
         with safe_open(path, "pt") as handle:
+            Checksums(handle).require_all(handle)
             record = dict(json.loads((handle.metadata() or {}).get(_METADATA_KEY, "{}")))
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a whole safetensors file: train again, or download it again") from error
+        raise UserError(f"{path} is damaged ({first_line(error)}): train again, or download it again") from error
     missing = [key for key in KEYS.values() if key not in tensors]
     if missing or not record.get("identifier"):
         lacks = f"has no {missing[0]}" if missing else "does not say which word it is of"

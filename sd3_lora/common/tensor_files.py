@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.checksums import with_checksums
+from sd3_lora.common.checksums import Checksums, with_checksums
 from sd3_lora.common.command_line import UserError
 
 import torch
@@ -156,6 +156,9 @@ def read_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     paths = sorted(folder.glob("*.safetensors"))
     try:
+        for path in paths:
+            with safe_open(path, "pt") as handle:
+                Checksums(handle).require_all(handle)
         with TensorFiles(paths) as files:
             for name, tensor in tensors.items():
                 value = files.tensor(name)

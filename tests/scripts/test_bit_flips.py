@@ -14,9 +14,10 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.identifier_embedding import IdentifierEmbedding, read_identifier_embedding
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunRecord, RunResults, recorded_flags
-from sd3_lora.common.tensor_files import write_tensors
+from sd3_lora.common.tensor_files import read_shards, write_shards, write_tensors
 from sd3_lora.drawing.class_pictures import WaitingLatents
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
@@ -142,6 +143,27 @@ def read_lora(path: Path) -> Any:
     return metadata, {name: tensor.tolist() for name, tensor in load_file(path).items()}
 
 
+def make_shard(folder: Path) -> Path:
+    (path,) = write_shards(folder, "moments{suffix}.safetensors", {"a": numbers(2, 3), "b": numbers(3)})
+    return path
+
+
+def read_shard(path: Path) -> Any:
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(3)}
+    read_shards(path.parent, tensors)
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+def make_identifier(folder: Path) -> Path:
+    vectors = {"text_encoder": numbers(1, 3), "text_encoder_2": numbers(1, 4, seed=1)}
+    return IdentifierEmbedding("sks", vectors).save(folder / "learned_embeds.safetensors", {})
+
+
+def read_identifier(path: Path) -> Any:
+    found = read_identifier_embedding(path, {"text_encoder": 3, "text_encoder_2": 4})
+    return found.word, {name: vectors.tolist() for name, vectors in found.vectors.items()}
+
+
 def make_losses(folder: Path) -> Path:
     log = LossLog(folder / "losses.jsonl", lambda losses: losses, "fp32")
     for number in (1, 2, 3):
@@ -199,6 +221,8 @@ ARTEFACTS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "checkpoint": (make_checkpoint, read_checkpoint),
     "checkpoint's JSON": (make_checkpoint_json, read_checkpoint),
     "LoRA": (make_lora, read_lora),
+    "shard of a whole transformer": (make_shard, read_shard),
+    "identifier's embedding": (make_identifier, read_identifier),
     "losses": (make_losses, read_losses),
     "pictures": (make_pictures, read_noted),
     "record": (make_record, read_record),
