@@ -81,7 +81,7 @@ WRITERS: dict[str, tuple[Any, str, Callable[[Path], object]]] = {
             [LatentPosterior("0", "64x64+0+0", torch.zeros(16, 8, 8), torch.zeros(16, 8, 8))],
         ),
     ),
-    "the LoRA": (lora, "load_file", lambda folder: lora.save_lora(folder, make_transformer(1), {})),
+    "the LoRA": (lora, "load", lambda folder: lora.save_lora(folder, make_transformer(1), {})),
 }
 
 

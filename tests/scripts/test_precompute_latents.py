@@ -26,8 +26,8 @@ import torch
 from conftest import Prepared, Result, save_pictures, save_tiny_sd3
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from PIL import Image, ImageOps
-from safetensors import safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
+from training_runs import write_again
 
 WIDE, SQUARE, TALL = "00.png", "01.png", "02.png"  # 96×64, 64×64, 64×90 pixels
 Cached = dict[str, dict[str, torch.Tensor]]  # by picture, by variant.mean and variant.std
@@ -630,9 +630,7 @@ def test_a_nan_in_a_file_stops_what_would_add_to_it(
 ) -> None:
     cache("--center_crop")
     path = latents / f"{hash_file(pictures / WIDE)}.safetensors"
-    with safe_open(path, "pt") as handle:
-        metadata = handle.metadata()
     tensors = load_file(path)
     tensors["64x64+16+0.std"][0, 0, 0] = float("nan")
-    save_file(tensors, path, metadata)
+    write_again(path, tensors)
     assert refused(cache("--random_flip"), f"{path} holds a NaN or infinity: delete it and run")

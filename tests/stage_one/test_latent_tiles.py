@@ -22,8 +22,7 @@ import pytest
 import torch
 from conftest import Prepared, Result, save_pictures
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from training_runs import Script, train
+from training_runs import Script, train, write_again
 
 Budget = Callable[[int | None], list[object]]
 
@@ -162,8 +161,7 @@ def test_a_file_of_before_tiles_were_noted_is_whole(private: Prepared) -> None:
     with safe_open(path, "pt") as handle:
         metadata = handle.metadata()
     assert '"tiles_px": {}' in metadata["sd3_lora"]
-    metadata["sd3_lora"] = metadata["sd3_lora"].replace(', "tiles_px": {}', "")
-    save_file(load_file(path), path, metadata)
+    write_again(path, sd3_lora=metadata["sd3_lora"].replace(', "tiles_px": {}', ""))
     files = ModelFiles(ModelConfig(str(private.model)))
     cache = LatentCache(private.latents, files.provenance(["vae"], "fp32", 64))
     assert cache.variants(path.stem)
