@@ -3,6 +3,7 @@
 # make test-faults  the long campaigns of faults, offline
 # make test-oldest, make test-newest  the tests with the oldest and the newest libraries of requirements.txt, in
 #             environments of their own; TESTS="tests/scripts" runs some of them (docs/systems.md)
+# make test-app  the tests of the page, in an environment with Gradio
 # make check  ruff, ruff format, mypy, and import-linter: which room may import which
 # make lock, make audit  the libraries' versions and hashes, anew; known vulnerabilities of what is locked
 # make miniature  trains the bundled model anew; half an hour of a large GPU, in pieces: run it again to go on
@@ -11,7 +12,7 @@ BIN := .venv/bin
 
 TESTS ?=
 
-.PHONY: demo test test-faults test-oldest test-newest check lock audit format clean miniature
+.PHONY: demo test test-faults test-app test-oldest test-newest check lock audit format clean miniature
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
@@ -23,6 +24,9 @@ test-faults: .venv/installed-dev
 
 test-oldest test-newest: test-%: .venv-%/installed
 	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(TESTS)
+
+test-app: .venv-app/installed
+	HF_HUB_OFFLINE=1 .venv-app/bin/python -m pytest tests/projects tests/scripts/test_app.py
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -106,5 +110,13 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c .venv-$*/constraints.txt
 	touch $@
 
+# Gradio wants an older Pillow than that of constraints.txt.
+.venv-app/installed: requirements-app.txt requirements-dev.txt constraints.txt
+	$(PYTHON) -m venv --clear .venv-app
+	grep -vi '^pillow==' constraints.txt > .venv-app/constraints.txt
+	.venv-app/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt -r requirements-dev.txt \
+		-c .venv-app/constraints.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-lock outputs
+	rm -rf .venv .venv-app .venv-oldest .venv-newest .venv-lock outputs

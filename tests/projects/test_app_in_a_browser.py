@@ -1,4 +1,4 @@
-"""The page in headless Chromium; skipped by name where Gradio,
+"""The page in headless Chromium, from photos to a downloaded LoRA of the miniature; skipped by name where Gradio,
 playwright or Chromium is missing.
 
 apt install chromium && pip install playwright -r requirements-app.txt
@@ -25,9 +25,11 @@ from typing import Any
 
 from sd3_lora.projects.photos import Upload
 from sd3_lora.projects.project import Project
+from sd3_lora.projects.settings import Settings
 
 import pytest
 from conftest import PROJECT, save_pictures
+from safetensors.torch import load_file
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(
@@ -175,6 +177,84 @@ def project(served: Served, request: pytest.FixtureRequest) -> Project:
     return project
 
 
+def test_from_photos_to_a_downloaded_lora(browser: Any, served: Served, tmp_path: Path) -> None:
+    with Tab(browser, served) as tab:
+        tab.make("robot")
+        tab.drop(ROBOT)
+        tab.page.get_by_text("5 photos, as training sees them (128x128)").wait_for()
+        tab.page.locator(".pictures .thumbnail-item").first.click()
+        tab.page.get_by_text("01.png").wait_for()
+        tab.fill(Caption="a photo of sks robot on yellow")
+        tab.press("Save caption")
+        tab.page.locator(".caption-label", has_text="on yellow").wait_for()
+        tab.show(3)
+        assert not tab.is_on("Train")  # before its plan was shown
+        tab.show(2)
+        tab.fill(Kind="robot", Steps="400", Photos_a_step="1")
+        assert "predicted peak" in tab.plan()
+        tab.show(3)
+        tab.press("Train")
+        tab.status("running")
+    project = Project(served.root / "robot")
+    (run,) = project.runs
+    # The browser is closed, and the page's program ends: the training goes on.
+    served.end(signal.SIGTERM)
+    deadline = time.monotonic() + WAIT_MS / 1000
+    while project.progress(run).step < 10:
+        assert run.state == "running", run.log()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    served.start()
+    with Tab(browser, served, "robot") as tab:
+        tab.show(3)
+        assert "running: step" in tab.status("running")
+        assert not tab.is_on("Train")
+        tab.page.locator(".pictures:visible .caption-label", has_text="step 0").wait_for()
+        tab.press("Stop")
+        assert "stopped: step" in tab.status("stopped")
+        stopped_at = project.progress(run).step
+        assert 10 <= stopped_at < 400
+        shorten_run(run.folder, stopped_at + 5)
+        tab.press("Go on")
+        tab.status("finished: step")
+        assert "resumed from" in run.log()
+        texts = [area.input_value() for area in tab.page.locator("textarea:visible").all()]
+        assert any("python train_dreambooth_sd3_lora_miniature.py" in text for text in texts), texts
+        assert any("pytorch_lora_weights.safetensors, read back" in text for text in texts)  # the end of the log
+        draw_and_take(tab, project, tmp_path)
+        assert [each for each in tab.complaints if each != "Method not implemented."] == []
+        assert TOKEN not in tab.page.content()
+    assert not any(TOKEN.encode() in path.read_bytes() for path in served.root.rglob("*") if path.is_file())
+
+
+def shorten_run(folder: Path, steps: int) -> None:
+    """A few steps more are enough for a test; --max_train_steps may be changed between two parts of a run."""
+    path = folder / "job.json"
+    path.write_text(path.read_text().replace('"400"', f'"{steps}"'))
+
+
+def draw_and_take(tab: Tab, project: Project, folder: Path) -> None:
+    tab.show(4)
+    assert tab.value("Prompt") == "a photo of sks robot"
+    tab.page.get_by_label("0.5", exact=True).uncheck()
+    tab.press("Draw")
+    tab.status("finished: drawing")
+    tab.page.locator(".pictures:visible .caption-label", has_text="strength 1").wait_for()
+    (drawing,) = project.drawings
+    assert [picture.caption for picture in project.drawn_pictures(drawing)] == [
+        "strength 0 · a photo of sks robot", "strength 1 · a photo of sks robot",
+    ]  # fmt: skip
+    tab.press("Write the second form")
+    for name in ("robot-01.safetensors", "robot-01-kohya.safetensors"):
+        with tab.page.expect_download() as download:
+            tab.page.get_by_role("link", name=name).click()
+        download.value.save_as(folder / name)
+        assert load_file(folder / name)
+    lora = project.lora(project.last_run())
+    assert lora
+    assert (folder / "robot-01.safetensors").read_bytes() == lora.read_bytes()
+
+
 def test_two_tabs_with_two_projects_do_not_mix(browser: Any, served: Served) -> None:
     with Tab(browser, served) as one, Tab(browser, served) as other:
         one.make("one")
@@ -209,6 +289,17 @@ def test_what_was_planned_is_what_is_trained(browser: Any, served: Served, proje
         tab.press("Show plan and time")
         tab.page.get_by_text("max_train_steps must be between 1 and 20000").wait_for()
     assert project.runs == []
+
+
+def test_a_scripts_sentence_is_shown_as_it_is(browser: Any, served: Served, project: Project) -> None:
+    folder = served.root.parent / "<b>no model"
+    folder.mkdir(exist_ok=True)
+    project.save(Settings(model=str(folder), max_train_steps=3))
+    with Tab(browser, served, project.name) as tab:
+        tab.show(2)
+        tab.until(lambda: tab.value("Steps") == "3")  # the project's own settings have come
+        tab.press("Show plan and time")
+        tab.page.get_by_text(f"{folder} has no model_index.json: give the folder of a diffusers SD3").wait_for()
 
 
 def test_what_is_no_picture_is_refused_by_name(browser: Any, served: Served, tmp_path: Path) -> None:
@@ -253,9 +344,36 @@ def test_another_site_gets_nothing_from_a_visitors_browser(served: Served) -> No
         assert answer.headers.get("Access-Control-Allow-Origin") is None
 
 
+def test_an_upload_that_is_too_large_is_refused(served: Served) -> None:
+    body = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        + b"0" * 60_000_000
+        + b"\r\n--x--\r\n"
+    )
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    with pytest.raises(urllib.error.URLError) as refused:
+        urllib.request.urlopen(urllib.request.Request(served.url + "/gradio_api/upload", body, headers))
+    assert getattr(refused.value, "code", 413) == 413  # or the connection is closed before all of it was sent
+    assert urllib.request.urlopen(served.url).status == 200
+
+
 def test_a_name_with_a_path_in_it_is_uploaded_into_its_folder(served: Served) -> None:
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../../x.png"\r\n\r\nno\r\n--x--\r\n'
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     answer = urllib.request.urlopen(urllib.request.Request(served.url + "/gradio_api/upload", body, headers))
     (path,) = json.loads(answer.read())
     assert Path(path).resolve().is_relative_to(served.root / ".uploads")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_fits_its_window_and_follows_the_systems_colours(
+    browser: Any, served: Served, project: Project, scheme: str, width: int
+) -> None:
+    with Tab(browser, served, project.name, viewport={"width": width, "height": 800}, color_scheme=scheme) as tab:
+        for number in (1, 2, 3, 4):
+            tab.show(number)
+            assert tab.page.evaluate("document.documentElement.scrollWidth") == width
+        paper = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, paper.removeprefix("rgb(").removesuffix(")").split(","))) < 200) == (scheme == "dark")
+        assert [each for each in tab.complaints if each != "Method not implemented."] == []
