@@ -89,7 +89,7 @@ def test_what_is_not_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not fit this model: its clip_g is \(2, 6\), and vectors are 8 finite"):
         read_identifier_embedding(path, WIDTHS | {"text_encoder_2": 8})
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="is damaged .*: train again"):
+    with pytest.raises(UserError, match=r"is damaged .*: train again"):
         read_identifier_embedding(path, WIDTHS)
     bad = vectors()
     bad["text_encoder"][0, 0] = float("nan")
