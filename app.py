@@ -496,9 +496,8 @@ class Page:
 
 def _settings(values: Sequence[Any]) -> Settings:
     """The settings of the controls' values; an emptied number is its default."""
-    default = asdict(Settings())
-    kept = {each.name: value for each, value in zip(fields(Settings), values, strict=True) if value is not None}
-    return Settings(**{name: type(default[name])(value) for name, value in kept.items()})
+    by_name = zip((each.name for each in fields(Settings)), values, strict=True)
+    return Settings.of({name: value for name, value in by_name if value is not None})
 
 
 def _last_lines(job: Job | None) -> str:

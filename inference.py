@@ -165,7 +165,7 @@ def find_loras(config: InferenceConfig, files: ModelFiles, is_miniature: bool) -
         names = [LORA_FOLDER]
     found = [read_lora_file(find_lora(name), files.read_config("transformer"), files.read_config) for name in names]
     for file in found:
-        if not file.has_effect and "identifier_embedding" not in file.record:
+        if not file.has_effect and file.identifier is None:
             print(f"note: {file.path} changes nothing: its last matrix or its alpha is zero, as before any training")
     return found
 

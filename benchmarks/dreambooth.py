@@ -218,7 +218,7 @@ class VectorTokenizer:
 def changed_clips(pipeline: StableDiffusion3Pipeline, lora: LoraFile) -> Iterator[None]:
     """Inside the block the CLIPs are as a LoRA changes them, and read the identifier's embedding beside it, if any."""
     identifier, widths = None, {name: getattr(pipeline, name).config.hidden_size for name in CLIPS}
-    if "identifier_embedding" in lora.record:
+    if lora.identifier is not None:
         identifier = identifier_beside(lora, widths)
     changed: dict[str, Any] = {}
     for name in CLIPS if lora.clips or identifier else ():

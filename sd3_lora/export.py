@@ -55,7 +55,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_writable_folder(output.parent)
     export_lora(lora, flags.format, output, files)
     print(f"wrote {output}")
-    note = embedding_note(lora.record, path)
+    note = embedding_note(lora.identifier, path)
     if note:
         print(note)
 

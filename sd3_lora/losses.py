@@ -225,11 +225,10 @@ def run(argv: Sequence[str] | None) -> None:
     asked = AskedPlacement.of(base, None, transformer["num_layers"])
     asked.check(transformer["num_layers"])
     lora = read_lora_file(find_lora(config.lora), transformer) if config.lora else None
-    if lora and "identifier_embedding" in lora.record:
-        word = lora.record["identifier_embedding"]["word"]
+    if lora and lora.identifier is not None:
         raise UserError(
-            f"{lora.path} was trained with an embedding of {word!r}, which this command does not read: give a LoRA "
-            "without one"
+            f"{lora.path} was trained with an embedding of {lora.identifier!r}, which this command does not read: give "
+            "a LoRA without one"
         )
     chosen = choose_training_dtype(
         config.mixed_precision, planned_device(device_config.device, device, budget_config.plan)

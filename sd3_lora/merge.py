@@ -89,7 +89,7 @@ def run(argv: Sequence[str] | None) -> None:
     require_new_folder(folder)
     write_model(lora, flags.lora_scale, files, folder, flags.copy)
     print(f"wrote {folder}")
-    note, embedding = embedding_note(lora.record, path), embedding_path(path)
+    note, embedding = embedding_note(lora.identifier, path), embedding_path(path)
     if note:
         print(note)
     # What drawing reads in a LoRA's file, and no longer finds.

@@ -92,16 +92,16 @@ class IdentifierTokenizer:
         return encoded
 
 
-def embedding_note(record: Mapping[str, Any], lora_path: Path) -> str | None:
+def embedding_note(word: str | None, lora_path: Path) -> str | None:
     """What becomes of the embedding when a LoRA is exported or merged, for the user; None where it has none.
 
     Args:
-        record: that training noted in the LoRA's file.
+        word: the identifier whose embedding the LoRA was trained with, if any.
         lora_path: of that.
     """
-    if "identifier_embedding" not in record:
+    if word is None:
         return None
-    word, path = record["identifier_embedding"]["word"], embedding_path(lora_path)
+    path = embedding_path(lora_path)
     return (
         f"note: the LoRA was trained with an embedding of {word!r}, which stays a file of its own: draw with "
         f"{path} too (in ComfyUI, as an embedding; with inference.py, as --identifier_embedding)"

@@ -24,26 +24,32 @@ class TensorFiles:
 
     Args:
         paths: the files; together they hold each tensor once.
+        checked: whether what is read is compared with the files' checksums, where they have some.
 
     Raises:
         UserError: two files hold a tensor of the same name.
+        DamagedError: a file that is checked has another header than was written.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self._stack = ExitStack()
+    def __init__(self, paths: Sequence[Path], checked: bool = False):
         self._handles: dict[str, Any] = {}
+        self._sums: dict[str, Checksums] = {}
         self._opened = {path: _state(path) for path in paths}
         holders: dict[str, Path] = {}
-        for path in paths:
-            handle = self._stack.enter_context(safe_open(path, "pt"))
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                if name in holders:
-                    self._stack.close()
-                    raise UserError(
-                        f"{path.parent} holds {name} twice, in {holders[name].name} and in {path.name}: "
-                        "delete the file that is not of this model, or check --variant"
-                    )
-                self._handles[name], holders[name] = handle, path
+        with ExitStack() as stack:
+            for path in paths:
+                handle = stack.enter_context(safe_open(path, "pt"))
+                names = list(handle.keys())
+                for name in names:
+                    if name in holders:
+                        raise UserError(
+                            f"{path.parent} holds {name} twice, in {holders[name].name} and in {path.name}: "
+                            "delete the file that is not of this model, or check --variant"
+                        )
+                    self._handles[name], holders[name] = handle, path
+                if checked:
+                    self._sums |= dict.fromkeys(names, Checksums(handle))
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -70,8 +76,13 @@ class TensorFiles:
                 raise UserError(f"{path} was removed or changed while it was read: put it back, and start again")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor, in the file's dtype; it may be a view of the mapped file, so copy what is to be kept."""
-        return self._handles[name].get_tensor(name)
+        """The whole tensor, in the file's dtype; it may be a view of the mapped file, so copy what is to be kept.
+
+        Raises:
+            DamagedError: it is checked, and not what was written.
+        """
+        tensor: torch.Tensor = self._handles[name].get_tensor(name)
+        return self._sums[name].require(name, tensor) if name in self._sums else tensor
 
     def rows(self, name: str, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a matrix, `(*indices.shape, width)`; only these are read."""
@@ -156,10 +167,7 @@ def read_shards(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     paths = sorted(folder.glob("*.safetensors"))
     try:
-        for path in paths:
-            with safe_open(path, "pt") as handle:
-                Checksums(handle).require_all(handle)
-        with TensorFiles(paths) as files:
+        with TensorFiles(paths, checked=True) as files:
             for name, tensor in tensors.items():
                 value = files.tensor(name)
                 if value.shape != tensor.shape or value.dtype != tensor.dtype:

@@ -70,7 +70,7 @@ def find_identifiers(names: Sequence[str], loras: Sequence[LoraFile], files: Mod
     Raises:
         UserError: one is missing, is not that of its LoRA, or does not fit the model; or two are of one word.
     """
-    if not names and not any("identifier_embedding" in lora.record for lora in loras):
+    if not names and all(lora.identifier is None for lora in loras):
         return Identifiers((), (None,) * len(loras))
     widths = {name: int(files.read_config(name)["hidden_size"]) for name in CLIPS}
     paths = (Path(name).expanduser() for name in names)
@@ -78,8 +78,7 @@ def find_identifiers(names: Sequence[str], loras: Sequence[LoraFile], files: Mod
     words = {identifier.word for identifier in asked}
     of_loras = []
     for lora in loras:
-        word = lora.record.get("identifier_embedding", {}).get("word")
-        is_beside = word is not None and word not in words
+        is_beside = lora.identifier is not None and lora.identifier not in words
         of_loras.append(identifier_beside(lora, widths, _OR_ELSE) if is_beside else None)
     found = Identifiers(asked, tuple(of_loras))
     counts_of(found.all)

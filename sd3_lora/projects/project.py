@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -366,8 +367,19 @@ class Project:
             job.start(EXPORT, [["-m", *words]])
         return job
 
-    def _alone(self) -> _Alone:
-        return _Alone(self)
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it no other page starts a job of the project, and none is at work.
+
+        Raises:
+            UserError: one is.
+        """
+        with FileLock(self.folder / ".lock"):
+            busy = self.busy
+            if busy is not None:
+                what = {TRAIN: "training", DRAW: "drawing", EXPORT: "writing a LoRA"}.get(busy.kind, "at work")
+                raise UserError(f"project {self.name} is {what} already: wait for it, or stop it first")
+            yield
 
     def _require_photos(self) -> None:
         if not self.photos.paths:
@@ -388,28 +400,6 @@ class Project:
     def _next(self, kind: str) -> Path:
         last = max((int(job.folder.name) for job in _numbered(self.folder / kind)), default=0)
         return self.folder / kind / f"{last + 1:02d}"
-
-
-class _Alone:
-    """Within it no other page starts a job of the project, and none is at work.
-
-    Raises:
-        UserError: one is.
-    """
-
-    def __init__(self, project: Project):
-        self._project, self._lock = project, FileLock(project.folder / ".lock")
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        busy = self._project.busy
-        if busy is not None:
-            self._lock.release()
-            what = {TRAIN: "training", DRAW: "drawing", EXPORT: "writing a LoRA"}.get(busy.kind, "at work")
-            raise UserError(f"project {self._project.name} is {what} already: wait for it, or stop it first")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def typed(words: Sequence[str]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +150,19 @@ class Settings:
         write_text_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Settings:
+        """Those of values by name, each in its field's type; the defaults for what is not among them.
+
+        Raises:
+            ValueError, TypeError: a value cannot be of its field's type.
+        """
+        default = asdict(cls())
+        return cls(**{name: type(default[name])(values[name]) for name in default if name in values})
+
+    @classmethod
     def read(cls, path: Path) -> Settings:
         """Those of a file; the defaults for what it lacks, or where it is not whole."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            default = cls()
-            kept = {
-                each.name: type(getattr(default, each.name))(values[each.name])
-                for each in fields(cls)
-                if each.name in values
-            }
-            return cls(**kept)
+            return cls.of(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return cls()

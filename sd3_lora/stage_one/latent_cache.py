@@ -182,13 +182,13 @@ class LatentCache:
     def _damaged(self, image_id: str, error: DamagedError) -> UserError:
         return UserError(f"{self.path(image_id)} is damaged, {error}: delete it and run precompute_latents.py again")
 
-    def _tensor(self, image_id: str, name: str) -> torch.Tensor:
-        """A tensor of a picture's file, copied out of the mapped file: Windows cannot replace a mapped file."""
+    def _tensors(self, image_id: str, *names: str) -> list[torch.Tensor]:
+        """Tensors of a picture's file, copied out of the mapped file: Windows cannot replace a mapped file."""
         opened, sums = self._open(image_id)
         with opened as handle:
-            tensor: torch.Tensor = handle.get_tensor(name).clone()
+            tensors = {name: handle.get_tensor(name).clone() for name in names}
         try:
-            return sums.require(name, tensor)
+            return [sums.require(name, tensor) for name, tensor in tensors.items()]
         except DamagedError as error:
             raise self._damaged(image_id, error) from error
 
@@ -249,7 +249,7 @@ class LatentCache:
             UserError: a truncated, damaged or foreign file, or numbers that are not finite.
             StaleLatents: a file made with other settings.
         """
-        mean, std = (self._tensor(image_id, f"{variant}.{part}") for part in ("mean", "std"))
+        mean, std = self._tensors(image_id, f"{variant}.mean", f"{variant}.std")
         if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
             raise UserError(
                 f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
@@ -264,7 +264,8 @@ class LatentCache:
             UserError: a truncated or foreign file.
             StaleLatents: a file made with other settings.
         """
-        return LatentMask(variant, self._tensor(image_id, f"{variant}.mask"), self.masks(image_id)[variant])
+        (mask,) = self._tensors(image_id, f"{variant}.mask")
+        return LatentMask(variant, mask, self.masks(image_id)[variant])
 
     def add(
         self,

@@ -10,6 +10,7 @@ Shapes: N numbers of the tensor, K blocks of 256.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -196,6 +197,12 @@ def _rounded(
     return round_stochastically(values, random_bits(places.view_as(values), key))
 
 
+def _replace(tensors: Iterable[torch.Tensor], results: Iterable[torch.Tensor], counts: torch.Tensor) -> None:
+    """Writes the results of an update that counts; of another, nothing changes."""
+    for tensor, result in zip(tensors, results, strict=True):
+        tensor.copy_(torch.where(counts, result, tensor))
+
+
 def update_small(
     weights: torch.Tensor, gradient: torch.Tensor, moments: Moments, update: Update, settings: Settings
 ) -> None:
@@ -209,10 +216,7 @@ def update_small(
         settings: of all steps.
     """
     new, first, second = _adamw(weights.float(), gradient.float(), moments, update, settings)
-    for old, result in zip(
-        (weights, *moments), (_rounded(new, weights.dtype, 0, update.key, settings), first, second), strict=True
-    ):
-        old.copy_(torch.where(update.counts, result, old))
+    _replace((weights, *moments), (_rounded(new, weights.dtype, 0, update.key, settings), first, second), update.counts)
 
 
 def update_blocks(
@@ -245,5 +249,4 @@ def update_blocks(
         *pack(first, tables.first),
         *pack(second, tables.second),
     )
-    for old, result in zip((weights, *moments), results, strict=True):
-        old.copy_(torch.where(update.counts, result, old))
+    _replace((weights, *moments), results, update.counts)

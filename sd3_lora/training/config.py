@@ -143,11 +143,7 @@ class TrainingFlags:
         if self.identifier.has_phases and optimizer.kind == PRODIGY:
             flags = "--stop_identifier_after and --start_lora_after do"
             yield f"{flags} not go with --optimizer prodigy, which updates all that it has: leave one out"
-        if optimizer.kind == PRODIGY and self.identifier.identifier_lr not in (None, optimizer.rate):
-            yield (
-                f"--optimizer {optimizer.kind.name} finds one learning rate for all: type --identifier_lr "
-                f"{optimizer.rate:g}, as --learning_rate, or leave it out"
-            )
+        yield from self._one_rate("--identifier_lr", self.identifier.identifier_lr)
         if self.identifier.is_alone and self.text.train_text_encoder:
             yield (
                 "--start_lora_after 1 trains the identifier's embedding alone, and --train_text_encoder a LoRA: leave "
@@ -165,10 +161,7 @@ class TrainingFlags:
         Args:
             pictures: of an optimizer step.
         """
-        rate = self.identifier.identifier_lr
-        if rate is None:
-            rate = self.optimizer.rate if self.optimizer.kind == PRODIGY else IDENTIFIER_RATE
-        return rate * (pictures if self.optimizer.scale_lr else 1)
+        return self._scaled(self.identifier.identifier_lr, IDENTIFIER_RATE, pictures)
 
     def _text_encoder_faults(self) -> Iterator[str]:
         """What does not go with a LoRA of the CLIPs."""
@@ -180,11 +173,22 @@ class TrainingFlags:
                 f"--stop_text_encoder_after does not go with --optimizer {optimizer.kind.name}, which updates all that "
                 "it has: leave one out"
             )
-        if optimizer.kind == PRODIGY and self.text.text_encoder_lr not in (None, optimizer.rate):
+        yield from self._one_rate("--text_encoder_lr", self.text.text_encoder_lr)
+
+    def _one_rate(self, flag: str, rate: float | None) -> Iterator[str]:
+        """A group's own rate where the optimizer finds one for all."""
+        optimizer = self.optimizer
+        if optimizer.kind == PRODIGY and rate not in (None, optimizer.rate):
             yield (
-                f"--optimizer {optimizer.kind.name} finds one learning rate for all: type --text_encoder_lr "
-                f"{optimizer.rate:g}, as --learning_rate, or leave it out"
+                f"--optimizer {optimizer.kind.name} finds one learning rate for all: type {flag} {optimizer.rate:g}, "
+                "as --learning_rate, or leave it out"
             )
+
+    def _scaled(self, rate: float | None, default: float, pictures: int) -> float:
+        """A group's own rate, or its default, scaled with --scale_lr."""
+        if rate is None:
+            rate = self.optimizer.rate if self.optimizer.kind == PRODIGY else default
+        return rate * (pictures if self.optimizer.scale_lr else 1)
 
     def text_encoder_rate(self, pictures: int) -> float:
         """The CLIPs' learning rate, scaled with --scale_lr.
@@ -192,10 +196,7 @@ class TrainingFlags:
         Args:
             pictures: of an optimizer step.
         """
-        rate = self.text.text_encoder_lr
-        if rate is None:
-            rate = self.optimizer.rate if self.optimizer.kind == PRODIGY else DEFAULT_RATE
-        return rate * (pictures if self.optimizer.scale_lr else 1)
+        return self._scaled(self.text.text_encoder_lr, DEFAULT_RATE, pictures)
 
     def in_force(self, resolution: int, steps: int, processes: int) -> str:
         """One line with the settings that most decide what is learned, defaults included.

@@ -86,7 +86,7 @@ class IdentifierStart:
 
 def _trained_with(lora: LoraFile, flags: IdentifierFlags, files: ModelFiles) -> IdentifierEmbedding | None:
     """The embedding that a LoRA was trained with, if any."""
-    word = lora.record.get("identifier_embedding", {}).get("word")
+    word = lora.identifier
     if word is None:
         return None
     if flags.word != word:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from sd3_lora.common.command_line import first_line
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.blockwise_adam import (
     BLOCK,
@@ -211,7 +212,7 @@ def _compiled_updates(device: torch.device, settings: Settings, tables: Tables) 
     try:
         _try_out(device, blocks, small)
     except Exception as error:  # of a compiler: the plain operations have the same numbers
-        print(f"note: the optimizer's update is not compiled ({(str(error) or type(error).__name__).splitlines()[0]})")
+        print(f"note: the optimizer's update is not compiled ({first_line(error)})")
         return plain
     return blocks, small
 

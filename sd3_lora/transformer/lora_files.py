@@ -128,6 +128,12 @@ class LoraFile:
         return ({TRANSFORMER: self} if self.layers else {}) | dict(self.clips)
 
     @property
+    def identifier(self) -> str | None:
+        """The word with whose embedding it was trained, if any; the embedding is a file of its own."""
+        word: str | None = self.record.get("identifier_embedding", {}).get("word")
+        return word
+
+    @property
     def is_dora(self) -> bool:
         """Whether it has magnitudes (DoRA, arXiv 2402.09353)."""
         return any(layer.magnitude for layer in self.layers.values())

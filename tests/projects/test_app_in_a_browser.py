@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -31,14 +30,7 @@ import pytest
 from conftest import PROJECT, save_pictures
 from safetensors.torch import load_file
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
-    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="Gradio is not installed")
 TOKEN = "hf_" + "x" * 34
 ROBOT = sorted(path for path in (PROJECT / "examples" / "robot").iterdir() if path.suffix in (".png", ".jpg"))
 WAIT_MS = 180_000  # of a machine that does much else
@@ -86,14 +78,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     for name in Project.names(served.root):  # none, unless a test has failed
         if (busy := Project.named(served.root, name).busy) is not None:
             busy.stop()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Tab:
