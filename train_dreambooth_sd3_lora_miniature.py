@@ -802,11 +802,11 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
     return replace(asked, modulations_ahead=False)
 
 
-def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> int | None:
+def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> int | None:
     """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
     if not flags.trains_all:
         return None
-    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps)
+    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps, device)
 
 
 def training_task(
@@ -850,7 +850,7 @@ def training_task(
         prior_rows=prior_rows,
         base_rows=base_rows,
         clips=clip_training(flags, files),
-        whole_bytes=optimizer_bytes(flags, files, dtype),
+        whole_bytes=optimizer_bytes(flags, files, dtype, device),
     )
     can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
@@ -1247,7 +1247,7 @@ def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch
     if folder.resolve() == files.folder.resolve():
         raise UserError(f"--output_dir {folder} is the model that is trained, which --full would replace: give another")
     weights = base_bytes(files, dtype)
-    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1)
+    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1, device=torch.device("cpu"))
     kept = flags.run.checkpoints_total_limit or 1
     needed, free = (kept + 1) * (weights + moments), free_disk_bytes(folder)
     if free < needed:
