@@ -45,11 +45,16 @@ def frozen_imports() -> None:
 
 @pytest.fixture(autouse=True)
 def as_it_was_told() -> Iterator[None]:
-    """Takes back what `--deterministic` tells torch's libraries for the whole process (`make_deterministic`)."""
+    """Takes back what `--deterministic` tells torch's libraries for the whole process (`make_deterministic`).
+
+    And accelerate's device, which a process has for good: a test on a GPU may come before one on the CPU.
+    """
     names, cudnn = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"), torch.backends.cudnn
     told, flags = {name: os.environ.get(name) for name in names}, (cudnn.deterministic, cudnn.benchmark)
     yield
     cudnn.deterministic, cudnn.benchmark = flags
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
     for name, value in told.items():
         os.environ.pop(name, None)
         if value is not None:
