@@ -9,6 +9,7 @@ micro-batches cannot be added up, unless all are kept: then the update follows t
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -83,7 +84,7 @@ class AdamInBackward(torch.optim.Optimizer):
         self._had_gradient: dict[int, None] = {}  # places of parameters, in the order of backward
         self._update_blocks, self._update_small = _compiled_updates(device, settings, self._tables)
         for place, parameter in enumerate(parameters.values()):
-            parameter.register_post_accumulate_grad_hook(partial(self._take, place))
+            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), place))
             if window > 1:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -118,7 +119,7 @@ class AdamInBackward(torch.optim.Optimizer):
             self._is_armed.fill_(True)
 
     @torch.no_grad()
-    def _take(self, place: int, parameter: torch.nn.Parameter) -> None:
+    def take(self, place: int, parameter: torch.Tensor) -> None:
         """Called by backward when a tensor's gradient is whole."""
         self._had_gradient[place] = None
         if self._window == 1:
@@ -133,7 +134,7 @@ class AdamInBackward(torch.optim.Optimizer):
                 self._apply(place, parameter)
                 parameter.grad.zero_()
 
-    def _apply(self, place: int, parameter: torch.nn.Parameter) -> None:
+    def _apply(self, place: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
         self.squares[place] += square
@@ -171,6 +172,17 @@ class AdamInBackward(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken; `tensors` are to be written beside it."""
         self._had_gradient = dict.fromkeys(state_dict["had_gradient"])
+
+
+def _hook(optimizer: weakref.ref[AdamInBackward], place: int) -> Callable[[torch.Tensor], None]:
+    """For a parameter. It must not keep its optimizer: Python's collector sees no hooks, and a circle would stay."""
+
+    def take(parameter: torch.Tensor) -> None:
+        owner = optimizer()
+        if owner is not None:
+            owner.take(place, parameter)
+
+    return take
 
 
 def update_bytes(device: torch.device) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.training.blockwise_adam import BLOCK, Moments, Settings, Table, _rounded, new_moments, state_bytes
+from sd3_lora.training.blockwise_adam import Moments, Settings, Table, new_moments, state_bytes
 from sd3_lora.training.in_backward import AdamInBackward, update_bytes, whole_bytes
 
 import pytest
@@ -285,13 +287,11 @@ def test_a_captured_step_is_the_plain_one() -> None:
     require_same(steps_of(GPU, captured), steps_of(GPU, lambda _, compute: compute))
 
 
-@needs_gpu
-def test_compiled_places_that_begin_anywhere_have_their_random_bits() -> None:
-    """torch 2.11 counts them in 64 bits, which makes another hash, or does not compile."""
-    pytest.importorskip("triton")
-    key = torch.tensor([11, -5], dtype=torch.int32, device=GPU)
-    values = torch.rand(64, BLOCK, device=GPU)
-    rounded = torch.compile(_rounded, dynamic=True)
-    for start in (0, 5 * BLOCK, 70_000 * BLOCK):
-        found = rounded(values, torch.bfloat16, start, key, NO_CLIPPING)
-        assert torch.equal(found, _rounded(values, torch.bfloat16, start, key, NO_CLIPPING))
+def test_nothing_stays_in_memory_of_a_model_that_is_gone() -> None:
+    weights = parameters(torch.bfloat16)
+    optimizer = optimizer_of(weights)
+    train(optimizer, weights, range(1, 3))
+    seen = [weakref.ref(weights["large"]), weakref.ref(optimizer.tensors()["large.first"]), weakref.ref(optimizer)]
+    del weights, optimizer
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None, None]
