@@ -47,12 +47,12 @@ from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
 from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, measured_peak, open_budget, sentence
-from sd3_lora.stage_one.captions import trigger_of
+from sd3_lora.stage_one.captions import class_images, trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
-from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.embedding_store import CLASS_CAPTION, UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 from sd3_lora.stage_one.text_encoder_plan import (
     CLIP_BATCH_SIZE,
@@ -74,6 +74,7 @@ def collect_prompts(
     asked += [(prompt, "instance") for image in subject.images for prompt in image.prompts]
     class_prompts = subject.class_prompts if config.class_prompt is None else (config.class_prompt,)
     asked += [(prompt, "class") for prompt in class_prompts]
+    asked += [(prompt, CLASS_CAPTION) for prompt in class_captions(config, subject)]
     validation = list(config.validation_prompt)
     validation += (prompt for file in config.prompts_file for prompt in read_prompts(Path(file)))
     if not validation and subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT:
@@ -88,6 +89,16 @@ def collect_prompts(
         for prompt in image.prompts:
             image_ids.setdefault(prompt, []).append(image.image_id)
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
+
+
+def class_captions(config: EmbeddingConfig, subject: Subject) -> list[str]:
+    """The prompts of class pictures beside the class prompt: their captions, and those to be drawn."""
+    folders = [concept.class_folder for concept in subject.concepts] if config.class_captions else []
+    if config.class_data_dir is not None:
+        folders = [Path(config.class_data_dir)]
+    images = (image for folder in dict.fromkeys(folders) if folder for image in class_images(folder, "", None, True))
+    prompts = [prompt for image in images for prompt in image.prompts if prompt]
+    return prompts + ([] if config.class_prompts_file is None else read_prompts(Path(config.class_prompts_file)))
 
 
 def print_words(files: ModelFiles, trigger: str, class_prompt: str | None, prompts: Iterable[str]) -> None:

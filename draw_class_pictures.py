@@ -52,7 +52,7 @@ from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures
+from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures, write_caption
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_budget
@@ -63,6 +63,7 @@ from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
 from sd3_lora.transformer.placement import arrange
@@ -73,23 +74,33 @@ from diffusers import AutoencoderKL
 VAE_PRECISION = "fp32"  # of the pictures to look at
 
 
+def prompts_of(config: ClassDrawingConfig) -> list[str]:
+    """What is drawn in turn: the prompts of the file, or the class prompt."""
+    if config.class_prompts_file is not None:
+        return read_prompts(Path(config.class_prompts_file))
+    return [config.class_prompt or ""]
+
+
 def read_embeddings(config: ClassDrawingConfig, files: ModelFiles) -> Embeddings:
-    """The `(S, D)` and `(P,)` embeddings of the class prompt and of the empty one.
+    """The `(S, D)` and `(P,)` embeddings of the prompts to draw and of the empty one.
 
     Raises:
         UserError: the file is not there, is of another model, or lacks one of them.
     """
-    path, prompts = Path(config.data_df_path), (config.class_prompt or "", "")
+    path, prompts = Path(config.data_df_path), (*prompts_of(config), "")
     recorded = recorded_flags(path.with_suffix(".json"), EmbeddingConfig)  # it keeps the subject's pictures
-    recorded |= {**files.config.flags(), "class_prompt": prompts[0], "output_path": path}
+    recorded |= {**files.config.flags(), "class_prompt": config.class_prompt, "output_path": path}
+    if config.class_prompts_file is not None:
+        recorded["class_prompts_file"] = config.class_prompts_file
     remedy = command("compute_embeddings.py", **recorded)
     with EmbeddingStore(path) as store:
         wanted = files.provenance(TEXT_COMPONENTS, store.provenance.precision, store.provenance.size)
         difference = store.provenance.difference(wanted, "max_sequence_length")
         if difference:
             raise UserError(f"{path} was made with {difference}: type `{remedy} --overwrite`")
-        if any(prompt not in store for prompt in prompts):
-            raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`")
+        lacking = [prompt for prompt in prompts if prompt not in store]
+        if lacking:
+            raise UserError(f"{path} lacks {(lacking[0] or prompts[0])!r}: type `{remedy}`")
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(prompts)}
 
 
@@ -199,13 +210,19 @@ def keep(picture: PicturePlan, latents: torch.Tensor, png: bytes, vae_config: An
 
 
 def decode_all(
-    vae: AutoencoderKL, pictures: Sequence[PicturePlan], waiting: WaitingLatents, cache: LatentCache
+    vae: AutoencoderKL,
+    pictures: Sequence[PicturePlan],
+    waiting: WaitingLatents,
+    cache: LatentCache,
+    has_captions: bool,
 ) -> None:
-    """Decodes one picture at a time and keeps it."""
+    """Decodes one picture at a time and keeps it, behind its caption where it has one: none is ever without."""
     for picture in Progress(pictures, desc="decoding", unit="picture"):
         latents = waiting.read(picture)
         if latents is None:
             raise UserError(f"{waiting.folder} was changed meanwhile: type the same command again")
+        if has_captions:
+            write_caption(picture)
         keep(picture, latents, picture.file_bytes(decode(vae, latents)), vae.config, cache)
         waiting.remove(picture)
 
@@ -255,7 +272,7 @@ def draw(
             del arranged, sampler
     with memory_stage(f"decode ({VAE_PRECISION})", device, reports):
         vae = load_vae(files, VAE_PRECISION, device, tile)
-        decode_all(vae, pictures, waiting, cache)
+        decode_all(vae, pictures, waiting, cache, sampling.config.class_prompts_file is not None)
         del vae
 
 
@@ -291,7 +308,7 @@ def run(argv: Sequence[str] | None) -> None:
         return
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
     settings = picture_settings(config, files, size, chosen.name)
-    pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
+    pictures = missing_class_pictures(folder, prompts_of(config), config.num_class_images, settings)
     count = config.num_class_images
     print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures:
@@ -310,7 +327,7 @@ def run(argv: Sequence[str] | None) -> None:
         precision=chosen.name,
         plan=plan.to_dict(),
         predicted_parts=dict(forecast.largest.parts) if budget else {},
-        prompts=(config.class_prompt,),
+        prompts=tuple(prompts_of(config)),
         resolution=resolution,
         seed=config.seed,
     )

@@ -32,6 +32,7 @@ MOST_SHOWN = 10  # names or faults in one message about a user's files
 PATH_FLAGS = {
     "cache_dir",
     "class_data_dir",
+    "class_prompts_file",
     "concepts_list",
     "data_df_path",
     "dataset_name",

@@ -52,7 +52,7 @@ class PromptEmbedding:
 
     Attributes:
         prompt: the text.
-        roles: what the prompt is for: instance, uncaptioned, class, validation, negative, empty.
+        roles: what the prompt is for: instance, uncaptioned, class, class_caption, validation, negative, empty.
         image_ids: the pictures that it describes.
         prompt_embeds: `(S, D)` float16.
         pooled_prompt_embeds: `(P,)` float16.
