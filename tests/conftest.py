@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: an error is compared without the bar before it
 
+import contextlib
 import gc
 import importlib
 import shutil
@@ -37,6 +38,18 @@ def imports() -> None:
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     from diffusers import StableDiffusion3Pipeline  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def left_frozen() -> Iterator[None]:
+    """A script that watches its own garbage (`only_new_garbage`) unfreezes what `frozen_objects` froze, for good.
+
+    test_memory.py calls the function itself.
+    """
+    script = importlib.import_module(TRAINING_SCRIPT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "only_new_garbage", contextlib.nullcontext)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
