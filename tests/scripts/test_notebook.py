@@ -416,39 +416,56 @@ def test_memory_is_shown_with_its_limits(cells: ModuleType, tmp_path: Path, monk
 # The whole of it, in a kernel, on the miniature.
 
 
-@pytest.mark.parametrize("on_drive", [False, True])
+VALUES = {
+    "MODEL": str(PROJECT / "miniature"),
+    "PHOTOS": str(PROJECT / "examples" / "robot"),
+    "IDENTIFIER": "sks",
+    "CLASS": "robot",
+    "VALIDATION_PROMPT": "a photo of {} in a bucket",
+    "RESOLUTION": 128,
+    "STEPS": 2,
+    "ACCUMULATION": 2,
+    "LEARNING_RATE": 2e-4,
+    "VALIDATION_STEPS": 1,
+    "DRAWING_STEPS": 2,
+    "SAVE_TO_DRIVE": False,
+    "FOLDER": "out put",  # a Drive's folders have spaces
+    "MINIATURE_STEPS": 2,
+}
+TAKEN_HOME = ("lora/pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "lora/report.html")
+
+
+def test_elsewhere_than_on_colab_results_stay_on_the_machine(tmp_path: Path):
+    """The cells that ask whether it is Colab; the others are the same there and here."""
+    notebook, output = only("project", "parameters", "folders", "upload", "download"), tmp_path / "out put"
+    cells = {cell.id: cell for cell in notebook.cells}
+    with_values(cells["parameters"], {**VALUES, "FOLDER": str(output)})
+    with_values(cells["upload"], {"UPLOAD": True})
+    (output / "lora").mkdir(parents=True)
+    for name in TAKEN_HOME:
+        (output / name).write_bytes(b"x")
+    execute(notebook, PROJECT / "colab")
+    assert printed(cells["folders"]) == f"results go to {output}\n"
+    assert printed(cells["upload"]) == f"put your photos into {VALUES['PHOTOS']}\n"
+    assert printed(cells["download"]) == "".join(f"{output / name}: 0.0 MB\n" for name in TAKEN_HOME)
+
+
 def test_the_notebook_runs_from_top_to_bottom_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result], on_drive: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result]
 ):
+    """On Colab with a Drive, or what looks like them."""
     notebook = load_notebook()
     cells = {cell.id: cell for cell in code_cells(notebook)}
     drive = tmp_path / "drive"
-    values = {
-        "MODEL": str(PROJECT / "miniature"),
-        "PHOTOS": str(PROJECT / "examples" / "robot"),
-        "IDENTIFIER": "sks",
-        "CLASS": "robot",
-        "VALIDATION_PROMPT": "a photo of {} in a bucket",
-        "RESOLUTION": 128,
-        "STEPS": 2,
-        "ACCUMULATION": 2,
-        "LEARNING_RATE": 2e-4,
-        "VALIDATION_STEPS": 1,
-        "DRAWING_STEPS": 2,
-        "SAVE_TO_DRIVE": on_drive,
-        "FOLDER": "out put" if on_drive else str(tmp_path / "out put"),  # a Drive's folders have spaces
-        "MINIATURE_STEPS": 2,
-        "DRIVE": str(drive),
-    }
+    values = {**VALUES, "SAVE_TO_DRIVE": True, "DRIVE": str(drive)}
     assert cells["parameters"].metadata["tags"] == ["parameters"]
     assert parameters_of(cells["parameters"]).keys() == values.keys()
     with_values(cells["parameters"], values)
     with_values(cells["project"], {"PROJECT": str(PROJECT)})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if on_drive:
-        fake_colab(tmp_path, monkeypatch)
-    elsewhere, output = tmp_path / "elsewhere", drive / "MyDrive" / "out put" if on_drive else tmp_path / "out put"
+    fake_colab(tmp_path, monkeypatch)
+    elsewhere, output = tmp_path / "elsewhere", drive / "MyDrive" / "out put"
     elsewhere.mkdir()
     execute(notebook, elsewhere)
 
@@ -467,9 +484,9 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
     sheets = [out.data["text/html"] for out in cells["train"].outputs if "data" in out]
     assert base64.b64encode((output / "lora/samples/sheet.webp").read_bytes()).decode() in sheets[-1]
     assert list(elsewhere.iterdir()) == []
-    for name in ("lora/pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "lora/report.html"):
+    for name in TAKEN_HOME:
         assert f"{output / name}: 0." in printed(cells["download"])
-        assert (f"the browser saves {Path(name).name}" in printed(cells["download"])) == on_drive
+        assert f"the browser saves {Path(name).name}" in printed(cells["download"])
     assert printed(cells["push-run"]) == "nothing is uploaded: HUB_REPO is empty\n"
     pictures = sorted(path.relative_to(output).as_posix() for path in output.glob("[ab]*/*/*.png"))
     assert pictures == [
@@ -477,8 +494,6 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
         for row in ("after", "before")
         for name in ("000_a-photo-of-sks-robot", "001_a-photo-of-sks-robot-in-a-bucket")
     ]
-    if on_drive:
-        return
 
     # Each script's cell again, in this process: five imports less.
     kept = [path for path in output.rglob("*") if path.suffix in (".png", ".safetensors")]
