@@ -16,11 +16,13 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from sd3_lora.common.atomic_files import replacing
@@ -56,6 +58,10 @@ PATH_FLAGS = {
     "validation_prompts_file",
 }
 SECRET_FLAGS = {"hub_token"}  # in no command that is printed, and in no record of the command line
+_SECRET_VARIABLES = re.compile(r"(_TOKEN|_API_KEY|_PASSWORD|_SECRET)$")
+_SECRET_TEXTS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|(?:(?<=://)|(?<=https:/))[^/\s@'\"]+(?=@)"
+)  # a hub's token; user:password in a URL
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
     "batch_size": ("train_batch_size", "vae_batch_size"),
@@ -219,7 +225,21 @@ def counted(count: int, noun: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def without_secrets(text: str) -> str:
+    """A text with `***` for tokens of the environment, tokens of the hub, and names and passwords in URLs."""
+    values = (value for name, value in os.environ.items() if _SECRET_VARIABLES.search(name.upper()))
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= 8:  # a shorter one may be any word
+            text = text.replace(value, "***")
+    return _SECRET_TEXTS.sub("***", text)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of Python's own, which prints whatever secret a library has put into an error."""
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def shown(names: Sequence[str]) -> str:
@@ -300,7 +320,7 @@ class CommandLine:
         try:
             self.parse(None, report=lambda _: None)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
 
     def parse(self, argv: Sequence[str] | None, report: Callable[[str], None] | None = None) -> tuple[Any, ...]:
@@ -516,12 +536,13 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         if hasattr(stream, "reconfigure"):
             # A Windows console of another code page must not turn a prompt into a crash. In a pipe both come in order.
             stream.reconfigure(errors="replace", line_buffering=True)
+    sys.excepthook = _print_traceback
     try:
         if signal.getsignal(signal.SIGINT) in (_end_on_interrupt, signal.SIG_DFL):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         script(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"

@@ -232,7 +232,7 @@ class Provenance:
     @property
     def other_identities(self) -> frozenset[str]:
         """What the same weights are called where other hashes are known, and in earlier builds."""
-        hashes = [h[:12] for h in (self.tensors_hash, self.files_hash) if h]
+        hashes = [h[:12] for h in (self.tensors_hash, self.files_hash, self.revision, self.weights_hash) if h]
         hashes += [h[:8] for h in (self.revision, self.weights_hash, *self.same_revisions) if h]
         return frozenset(self._identity_by(h) for h in hashes)
 

@@ -52,13 +52,17 @@ class CachedPicture:
         tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
         masks: for each variant that has a mask, its source (see `LatentMask`).
         ranges: what its augmented variants differ by (`Augmentation.ranges`); None where there are none.
+        made_with: the VAE's provenance.
+        alpha_background: what transparent pixels were drawn over.
     """
 
     variants: tuple[str, ...]
     size: tuple[int, int]
     tiles: dict[str, int]
     masks: dict[str, str]
-    ranges: dict[str, float] | None = None
+    ranges: dict[str, float] | None
+    made_with: Provenance
+    alpha_background: str
 
     def has_smaller_tiles(self, tile_px: int | None) -> bool:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
@@ -109,6 +113,7 @@ class LatentCache:
         self.alpha_background = alpha_background
         self.ranges = dict(ranges or {})
         self._read: dict[str, CachedPicture] = {}  # opening 10,000 files takes seconds
+        self._provenances: dict[str, Provenance] = {}  # by its text: 10,000 files have one and the same
 
     @property
     def resolution(self) -> int:
@@ -211,9 +216,14 @@ class LatentCache:
         # A file from before tiles were recorded counts as encoded whole.
         tiles, masks = metadata.get("tiles_px", {}), metadata.get("masks", {})
         ranges = metadata.get("augmentation")
-        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges)
+        made_with, background = self._shared_provenance(metadata["provenance"]), metadata["alpha_background"]
+        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges, made_with, background)
         self._read[image_id] = picture
         return picture
+
+    def _shared_provenance(self, values: dict[str, Any]) -> Provenance:
+        """One object for all files that have the same."""
+        return self._provenances.setdefault(json.dumps(values), Provenance.from_dict(values))
 
     def variants(self, image_id: str) -> tuple[str, ...]:
         """The variants that the cache holds of a picture; none if it has no file.
