@@ -32,21 +32,23 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.atomic_files import remove_unfinished
+from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.common.run_locks import writing
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, measured_peak, open_budget, sentence
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, DeviceBudget, measured_peak, open_budget, sentence
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
@@ -62,6 +64,8 @@ from sd3_lora.stage_one.text_encoder_plan import (
     describe_t5,
 )
 from sd3_lora.stage_one.text_encoders import encode_prompts
+
+import torch
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
 
@@ -245,7 +249,6 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
     configs = (config, model, device_config, budget_config)
     concepts = concepts_of(config)
-    output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
@@ -255,9 +258,22 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     files = ModelFiles(model, budget_config.plan)
 
     subject = processes.from_rank_0(lambda: read_subject(concepts, config))
-    images = subject.images
-    if not budget_config.plan:
-        require_writable_folder(output_path.absolute().parent)
+    lock = nullcontext() if budget_config.plan else writing(Path(config.output_path).absolute())
+    with processes.holding(lock):
+        embed(configs, files, subject, device, budget, processes)
+
+
+def embed(
+    configs: tuple[Any, ...],
+    files: ModelFiles,
+    subject: Subject,
+    device: torch.device,
+    budget: DeviceBudget | None,
+    processes: Processes,
+) -> None:
+    """Encodes the prompts that the output lacks, and writes it with all of them; or plans that alone."""
+    config, _, device_config, budget_config = configs
+    images, output_path = subject.images, Path(config.output_path)
     print(*subject.sentences(about_prompts=True), sep="\n")
     roles, image_ids = collect_prompts(config, subject)
     trigger = trigger_of((prompt for image in images for prompt in image.prompts), subject.instance_prompts)
@@ -292,6 +308,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not processes.is_rank_0:
         return
     parts.remove()
+    remove_unfinished(output_path.parent, output_path.with_suffix(".json").name)
     measured = measured_peak(budget, reports, sum(predicted.values()) if missing else 0)
     facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.atomic_files import replacing, unfinished_path
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -624,7 +624,7 @@ def require_writable_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = unfinished_path(folder / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:

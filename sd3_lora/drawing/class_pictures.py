@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.checksums import Checksums, with_checksums
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.captions import class_images
 
@@ -75,5 +76,21 @@ class WaitingLatents:
     def remove(self, picture: PicturePlan) -> None:
         """Deletes a picture's file; the folder too where it was the last."""
         self._path(picture).unlink()
-        if not any(self.folder.iterdir()):
+        self._remove_if_empty()
+
+    def remove_drawn(self, folder: Path) -> None:
+        """Deletes the files of pictures that are in their folder: a run was killed that had just written them."""
+        for path in self.folder.glob("*.safetensors"):
+            drawn = read_settings(folder / f"{path.stem}.png")
+            try:
+                with safe_open(path, "pt") as handle:
+                    is_drawn = drawn is not None and json.loads(handle.metadata()[_METADATA_KEY]) == drawn
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+                continue
+            if is_drawn:
+                path.unlink()
+        self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
