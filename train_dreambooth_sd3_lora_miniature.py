@@ -49,6 +49,7 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     counted,
+    disk_fault,
     exit_code,
     first_line,
     forget_secrets,
@@ -176,6 +177,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import SD3Transformer2DModel
+from safetensors import SafetensorError
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -481,11 +483,28 @@ def train(
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
                 marks.append((training.step, time.perf_counter() - aside_s))
-            save_what_is_due(training, batches, flags, outputs, saves, accelerator)
+            with named_disk_faults(outputs):
+                save_what_is_due(training, batches, flags, outputs, saves, accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     return mean_step_ms(marks)
+
+
+@contextmanager
+def named_disk_faults(outputs: Outputs) -> Iterator[None]:
+    """Has the sentence about a disk that takes no more say what is kept, and how to go on.
+
+    Raises:
+        UserError: the block could not write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        raise UserError(f"{fault}; {outputs.kept()}") from error
 
 
 def save_what_is_due(
@@ -1163,6 +1182,8 @@ def write_model(outputs: Outputs, training: Training) -> None:
         outputs.write_whole_model()
         print(f"wrote {outputs.folder}, a whole model: what is beside its transformer is the base's")
     except (UserError, OSError) as error:
+        if disk_fault(error):
+            raise
         print(f"note: {outputs.trained_path} is written, and not what a whole model has beside it ({error})")
 
 

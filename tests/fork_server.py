@@ -7,12 +7,15 @@ The orders are those of `killed_runs.ForkServer`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,10 @@ def count_operations(act: Callable[[int], None]) -> None:
 
 
 def arm(kill: dict[str, Any], count_path: str | None) -> None:
-    """In the forked process: dies before the file operation `operation`, or as soon as a file has `write` bytes."""
+    """In the forked process: dies before the file operation `operation`, or as soon as a file has `write` bytes.
+
+    With `limit` it lives, and no file takes more bytes.
+    """
 
     def act(number: int) -> None:
         if number == kill.get("operation"):
@@ -72,66 +78,72 @@ def arm(kill: dict[str, Any], count_path: str | None) -> None:
     if "operation" in kill or count_path:
         count_operations(act)
     if "write" in kill:
-        import resource
-
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (kill["write"], resource.RLIM_INFINITY))
+    if "limit" in kill:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kill["limit"], resource.RLIM_INFINITY))
 
 
-def run(order: dict[str, Any]) -> int:
-    """The forked process: one script, with what it prints in a file."""
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def run(order: dict[str, Any], output: int) -> int:
+    """The forked process: one script; what it prints goes to a pipe, which no limit on files concerns."""
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(output, stream)
     os.chdir(order["folder"])
-    os.environ.update(order.get("environment", {}))
-    for name, value in order.get("settings", {}).items():
+    for name, value in order["settings"].items():
         module, _, attribute = name.rpartition(".")
         setattr(importlib.import_module(module), attribute, value)
-    arm(order.get("kill", {}), order.get("count_path"))
+    arm(order["kill"], order.get("count_path"))
     code = importlib.import_module(order["module"]).main(order["words"])
     sys.stdout.flush()
     sys.stderr.flush()
     return int(code)
 
 
-def wait_for(child: int, kill_after_s: float | None) -> tuple[int | None, float]:
-    """The exit code of a child (negative for a signal), and its seconds; None where it was killed for taking too long.
+class Child:
+    """A forked process.
 
     Args:
-        child: its process id.
-        kill_after_s: when it is killed, if it is to be.
+        order: what it runs, and how it is killed.
     """
-    start = time.monotonic()
-    while True:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        elapsed_s = time.monotonic() - start
+
+    def __init__(self, order: dict[str, Any]):
+        self.kill_after_s: float | None = order["kill"].get("after_s")
+        self.output, written = os.pipe()
+        self.start_s, self.log = time.monotonic(), b""
+        self.ended: list[Any] | None = None
+        self.number = os.fork()
+        if self.number == 0:
+            code = 70
+            try:
+                code = run(order, written)
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            os._exit(code)
+        os.close(written)
+        os.set_blocking(self.output, False)
+
+    def look(self) -> None:
+        """Reads what it printed, kills it if it is time to, and notes its end.
+
+        Its exit code is negative for a signal, and None where it took too long and was killed for that.
+        """
+        elapsed_s = time.monotonic() - self.start_s
+        ended, status = os.waitpid(self.number, os.WNOHANG)
+        code: int | None = os.waitstatus_to_exitcode(status) if ended else 0
+        if not ended and elapsed_s > (TIMEOUT_S if self.kill_after_s is None else self.kill_after_s):
+            os.kill(self.number, signal.SIGKILL)
+            os.waitpid(self.number, 0)
+            ended, code = self.number, None if self.kill_after_s is None else -signal.SIGKILL
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.output, 65536):
+                self.log += part
         if ended:
-            return os.waitstatus_to_exitcode(status), elapsed_s
-        if elapsed_s > (TIMEOUT_S if kill_after_s is None else kill_after_s):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None if kill_after_s is None else -signal.SIGKILL, elapsed_s
-        time.sleep(0.002)
-
-
-def start(order: dict[str, Any]) -> int:
-    """Forks; returns the child's process id."""
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            code = run(order)
-        except SystemExit as error:
-            code = error.code if isinstance(error.code, int) else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            sys.stderr.flush()
-        os._exit(code)
-    return child
+            os.close(self.output)
+            self.ended = [code, elapsed_s, self.log.decode(errors="replace")]
 
 
 def main() -> None:
@@ -148,12 +160,12 @@ def main() -> None:
 
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
-        orders = json.loads(line)
-        children = [start(order) for order in orders]
-        ended = [
-            wait_for(child, order.get("kill", {}).get("after_s")) for child, order in zip(children, orders, strict=True)
-        ]
-        print(json.dumps(ended), file=answers, flush=True)
+        children = [Child(order) for order in json.loads(line)]
+        while waiting := [child for child in children if child.ended is None]:
+            for child in waiting:
+                child.look()
+            time.sleep(0.002)
+        print(json.dumps([child.ended for child in children]), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -76,32 +76,36 @@ class ForkServer:
     """Starts scripts in processes forked from one that has imported them (`fork_server.py`), in tenths of a second."""
 
     def __init__(self, scratch: Path):
-        self.scratch = scratch
         words = [sys.executable, str(PROJECT / "tests" / "fork_server.py")]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=scratch)
 
     def run(self, job: Job, folder: Path, kill: Mapping[str, Any] | None = None, **more: Any) -> Ended:
-        """Runs a job in a folder; `kill` is {"after_s": …}, {"operation": …} or {"write": bytes of a file}."""
+        """Runs a job in a folder.
+
+        Args:
+            job: to run.
+            folder: where.
+            kill: {"after_s": …}, {"operation": …} or {"write": bytes of a file} to kill it; {"limit": bytes of a file}
+                for a disk that takes no larger one.
+            more: of the order.
+        """
         return self.run_at_once([(job, folder)], kill, **more)[0]
 
     def run_at_once(
         self, jobs: Sequence[tuple[Job, Path]], kill: Mapping[str, Any] | None = None, **more: Any
     ) -> list[Ended]:
         """Runs several at the same time."""
-        logs = [self.scratch / f"log-{number}.txt" for number in range(len(jobs))]
         orders = []
-        for (job, folder), log in zip(jobs, logs, strict=True):
-            log.unlink(missing_ok=True)
+        for job, folder in jobs:
             order = {"module": job.module, "words": list(job.words), "settings": dict(job.settings)}
-            orders.append({**order, "folder": str(folder), "log": str(log), "kill": dict(kill or {}), **more})
+            orders.append({**order, "folder": str(folder), "kill": dict(kill or {}), **more})
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps(orders) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         assert answer, "the server ended"
-        ended = json.loads(answer)
-        return [Ended(*each, log.read_text(errors="replace")) for each, log in zip(ended, logs, strict=True)]
+        return [Ended(*each) for each in json.loads(answer)]
 
     def close(self) -> None:
         """Ends the server."""
@@ -213,6 +217,30 @@ class Campaign:
         for name in after.keys() - known.same:
             if name.endswith(".json"):
                 json.loads(after[name])
+
+    def fill(self, folder: Path, limit: Mapping[str, Any] | None = None) -> Ended:
+        """Runs it where the disk is full: one sentence, and what has a final name is whole."""
+        ended = self.server.run(self.job, folder, limit)
+        story = f"{self.job.name}, {limit}: {ended.code}\n{ended.log[-3000:]}"
+        assert "Traceback" not in ended.log, story
+        last = ended.log.splitlines()[-1]
+        if ended.code == 0:  # what the result does not need costs a note
+            assert "note: " in ended.log, story
+        else:
+            assert ended.code == 2, story
+            assert last.startswith("error: "), story
+            assert ended.log.count("error: ") == 1, story
+        self._require_no_partial(folder, story)
+        left = [name for name in tree(folder) if name.endswith(".unfinished")]
+        assert not left, f"{left} left: {story}"
+        return ended
+
+    def after_full_disk(self, limit: int) -> Ended:
+        """Fills the disk, makes room, types the command again, and compares."""
+        folder = self._fresh("full")
+        ended = self.fill(folder, {"limit": limit})
+        self.finish(folder, [f"a limit of {limit}: {ended.log[-500:]}"])
+        return ended
 
     def after_kills(self, chance: random.Random, kills: int) -> int:
         """Kills it some times in a row, types the command again, and compares; returns how often it was killed."""

@@ -159,6 +159,15 @@ class Secret:
         return hash(self.value)
 
 
+_DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    getattr(errno, "EDQUOT", errno.ENOSPC): "your share of the disk is full: free some space",
+    errno.EFBIG: "the disk, or a limit of yours (ulimit -f), does not take so large a file: lift it",
+    errno.EROFS: "the disk can only be read: have it mounted for writing",
+    errno.EIO: "the disk has failed (input/output error): put another in its place",
+}
+
+
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
 
@@ -527,9 +536,10 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print(f"error: {reason}: try {smaller}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (OSError, SafetensorError) as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
+        print(f"error: {fault} and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         in_order = _interruption_in_order(error)
@@ -541,6 +551,19 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk, and what to do; None where the error is no disk's.
+
+    Args:
+        error: an OSError, or a library's error with the words of one.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    for each, fault in _DISK_FAULTS.items():
+        if number == each or (number is None and os.strerror(each) in str(error)):
+            return fault
+    return None
 
 
 def _interruption_in_order(error: BaseException | None) -> Interrupted | None:
