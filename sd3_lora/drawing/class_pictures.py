@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
-from sd3_lora.common.checksums import Checksums, with_checksums
+from sd3_lora.common.checksums import Checksums
+from sd3_lora.common.tensor_files import write_tensors
 from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.captions import class_images
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 _METADATA_KEY = "sd3_lora"
 
@@ -57,10 +57,8 @@ class WaitingLatents:
     def add(self, picture: PicturePlan, latents: torch.Tensor) -> None:
         """Writes a picture's `(16, H/8, W/8)` latents, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"latents": latents.contiguous()}
-        metadata = with_checksums(tensors, {_METADATA_KEY: json.dumps(picture.settings)})
-        with replacing(self._path(picture)) as unfinished:
-            save_file(tensors, unfinished, metadata)
+        with replacing(self._path(picture)) as unfinished:  # safetensors' own writer leaves a file where it is killed
+            write_tensors(unfinished, {"latents": latents.contiguous()}, {_METADATA_KEY: json.dumps(picture.settings)})
 
     def read(self, picture: PicturePlan) -> torch.Tensor | None:
         """The latents of this very picture; None where there are none, those of other settings, or damaged ones."""
