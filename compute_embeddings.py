@@ -41,6 +41,7 @@ from sd3_lora.common.atomic_files import remove_unfinished
 from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
@@ -220,6 +221,20 @@ def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
             raise
 
 
+def bytes_to_write(files: ModelFiles, tokens: int, missing: int, output_path: Path) -> int:
+    """The bytes of the missing prompts' parts and rows, and of the rows that are there, which are written anew.
+
+    Args:
+        files: of the model.
+        tokens: of T5.
+        missing: how many prompts.
+        output_path: of all rows.
+    """
+    width = files.read_config("text_encoder_3")["d_model"]
+    kept = output_path.stat().st_size if output_path.is_file() else 0
+    return kept + 2 * missing * 2 * (files.clip_tokens() + tokens) * width  # float16, twice
+
+
 def facts_of(
     files: ModelFiles,
     plan: TextEncoderPlan,
@@ -299,6 +314,9 @@ def embed(
     print(
         f"{counted(len(roles), 'prompt')}, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}"
     )
+
+    size = bytes_to_write(files, plan.max_sequence_length, len(missing), output_path)
+    require_room(output_path.absolute().parent, size, "the embeddings take")
 
     def write(cancelled: threading.Event) -> int:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)

@@ -46,6 +46,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
@@ -290,6 +291,9 @@ def draw_missing(
         resolution=resolution,
         seed=config.seed,
     )
+    channels, height, width = files.latent_channels_and_scale()[0], *sampling.latent_size
+    of_each = 3 * settings["height"] * settings["width"] + 12 * channels * height * width  # its pixels, and its latents
+    require_room(folder, len(pictures) * of_each, "the class pictures take")
     record = RunRecord(configs, facts)
     record.save(record_path, None)
     WaitingLatents(cache.folder / "undecoded").remove_drawn(folder)

@@ -42,6 +42,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError, counted, exit_code
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.identifier_embedding import IdentifierEmbedding, stands_in
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
@@ -755,6 +756,7 @@ def draw_what_is_missing(
     if is_plan:
         return
     measured, drawn = 0, Drawn({}, {})
+    require_room(outdir, 3 * count * drawing.size.width * drawing.size.height, "the pictures take")
     if count:
         drawn = draw(flags, files, drawing, tile, loras, plans, context)
         last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]

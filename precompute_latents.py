@@ -47,7 +47,8 @@ from sd3_lora.common.defaults import (
     REFERENCE_PROMPT,
     say_miniature,
 )
-from sd3_lora.common.devices import make_deterministic, one_thread
+from sd3_lora.common.devices import DTYPES, make_deterministic, one_thread
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes, print_next
@@ -582,6 +583,8 @@ def encode_subject(
         predicted = predict(tile, work, asked, budget)
     if budget_config.plan:
         return
+    size = bytes_to_write(files, config, cache, buckets, len(state.missing))
+    require_room(cache.folder, size, "the latents take")
     discard(state, cache, processes)  # not before the tile that replaces them is known to fit
     count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
@@ -602,6 +605,14 @@ def encode_subject(
     cache.note_broken(broken)
     print_sizes(pictures, cache, buckets, config)
     print_next(next_line(configs, images))
+
+
+def bytes_to_write(files: ModelFiles, config: LatentConfig, cache: LatentCache, buckets: Buckets, pictures: int) -> int:
+    """The bytes of so many pictures' posteriors, at the most."""
+    channels, _ = files.latent_channels_and_scale()
+    height, width = buckets.largest.latent(files.latent_channels_and_scale()[1])
+    crops = config.crops * (2 if config.random_flip else 1) * (1 + (config.num_augmented or 0))
+    return pictures * crops * 2 * channels * height * width * DTYPES[cache.wanted.precision].itemsize
 
 
 def asked_tile(config: LatentConfig, buckets: Buckets, files: ModelFiles) -> AskedTile:

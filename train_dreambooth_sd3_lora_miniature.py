@@ -63,6 +63,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.memory import GIB, drop_workspaces, free_disk_bytes, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
@@ -1302,6 +1303,27 @@ def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch
         )
 
 
+def require_room_for_checkpoints(flags: TrainingFlags, training: Training, planned: PlannedTraining) -> None:
+    """Checks that there is room for what the run will write of its LoRA. Of a whole model that is known before.
+
+    Raises:
+        UserError: there is not.
+    """
+    if training.in_backward:
+        return
+    run, average = flags.run, 2 if training.average else 1
+    left = planned.steps - training.step
+    checkpoints = -(-left // run.steps_to_checkpoint(planned.steps))
+    if run.checkpoints_total_limit is not None:
+        checkpoints = min(checkpoints, run.checkpoints_total_limit + 1)  # one more for a moment
+    loras = checkpoints + 1 + (left // flags.watch.save_every_n_steps if flags.watch.save_every_n_steps else 0)
+    state = sum(tensor.nbytes for tensor in training.trainables.parameters) * average
+    state += 2 * sum(tensor.nbytes for tensor in training.trainables.parameters)  # the optimizer's, at the most
+    lora = 4 * training.trainables.numel * average
+    folder = Path(run.output_dir)
+    require_room(folder, checkpoints * state + loras * lora, f"{counted(checkpoints, 'checkpoint')} and the LoRA take")
+
+
 def require_possible(
     flags: TrainingFlags, files: ModelFiles, plan: Plan, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -1464,6 +1486,8 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
+    if accelerator.is_main_process:
+        require_room_for_checkpoints(flags, training, planned)
     if training.step < planned.steps or not outputs.is_finished(training.step):
         trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
         log = open_log(outputs, training.step, trackers, accelerator)

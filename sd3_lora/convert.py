@@ -49,6 +49,7 @@ from pathlib import Path
 from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.command_line import UserError, counted, exit_code, link_or_copy
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
 from sd3_lora.common.run_locks import writing
 from sd3_lora.common.single_file import ENCODERS, SOURCE_FILE, TRANSFORMER, VAE, SingleFile, converted_folder, source_of
@@ -87,6 +88,7 @@ def convert(path: Path, parts: ModelFiles) -> Path:
     file, folder = SingleFile(path), converted_folder(path)
     if folder.exists():
         raise UserError(f"{folder} is there already: delete it to convert {path} again")
+    require_room(folder.parent, path.stat().st_size, "its parts take")
     temporary = unfinished_path(folder)
     try:
         for component in (TRANSFORMER, VAE, *ENCODERS):

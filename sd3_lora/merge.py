@@ -46,6 +46,7 @@ from pathlib import Path
 
 from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.identifier_embedding import embedding_note, embedding_path
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.model_folder import files_beside, take
@@ -67,6 +68,9 @@ def require_new_folder(folder: Path) -> None:
 
 def write_model(lora: LoraFile, scale: float, files: ModelFiles, folder: Path, copies: bool) -> None:
     """Writes the whole model under another name, and renames it; nothing is left of an attempt that failed."""
+    written = [path for model in lora.parts for path in files.weight_files(model)]
+    kept = [files.folder / name for name in files_beside(files, lora.parts)] if copies else []
+    require_room(folder.parent, sum(path.stat().st_size for path in (*written, *kept)), "the merged model takes")
     unfinished = unfinished_path(folder.resolve())
     try:
         for name in files_beside(files, lora.parts):

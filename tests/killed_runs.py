@@ -360,6 +360,7 @@ class Jobs:
         if name == "subject":
             self._make_subject(folder)
         elif name == "single":
+            sys.path.append(str(PROJECT / "tests" / "common"))
             from test_single_file import single_tensors
 
             folder.mkdir()
