@@ -89,7 +89,7 @@ def run(order: dict[str, Any], output: int) -> int:
     """The forked process: one script; what it prints goes to a pipe, which no limit on files concerns."""
     for stream in (1, 2):
         os.dup2(output, stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(order["folder"])
     for name, value in order["settings"].items():
         module, _, attribute = name.rpartition(".")

@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 
 CLASS_PROMPT = "a photo of a robot"
 GROWING = (".jsonl", "sheet.webp")
+TIMED = ("report.html", "README.md", "run.json")  # they tell the time, to the minute some of them
 _WITHOUT_DEVICE = ("sd3_lora.report", "sd3_lora.export", "sd3_lora.merge", "sd3_lora.convert")
 _SETTINGS = {
     "compute_embeddings": {"compute_embeddings.PROMPTS_PER_CHUNK": 3},
@@ -144,6 +146,35 @@ class Undisturbed:
     largest: int
 
 
+def mount(*words: object) -> None:
+    """`mount` with these words.
+
+    Raises:
+        CalledProcessError: it is not allowed here.
+    """
+    subprocess.run(["mount", *map(str, words)], check=True, capture_output=True)
+
+
+@contextmanager
+def mounted(folder: Path, size: int) -> Iterator[None]:
+    """A disk in memory of so many bytes at a folder."""
+    folder.mkdir(exist_ok=True)
+    mount("-t", "tmpfs", "-o", f"size={size}", "none", folder)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def can_mount(folder: Path) -> bool:
+    """Whether this process may mount disks."""
+    try:
+        with mounted(folder, 4096):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 class Campaign:
     """Kills of one job, and what must be there after the same command was typed again.
 
@@ -174,7 +205,7 @@ class Campaign:
         one, two = ends
         assert one.keys() == two.keys()
         start = tree(self.job.start)
-        same = frozenset(name for name in one if one[name] == two[name])
+        same = frozenset(name for name in one if one[name] == two[name] and not name.endswith(TIMED))
         largest = max(len(content) for name, content in one.items() if content != start.get(name))
         return Undisturbed(start, one, same, seconds, int(count_path.read_text()), largest)
 
@@ -235,6 +266,36 @@ class Campaign:
         assert not left, f"{left} left: {story}"
         return ended
 
+    def on_small_disk(self, folder: Path, room: float) -> None:
+        """Runs it on a disk of its own with room for a part of what it writes, then with room for all, and compares.
+
+        Args:
+            folder: to mount the disk on.
+            room: the part.
+        """
+        known = self.undisturbed
+        before, after = (
+            sum(-(-len(content) // 4096) + 1 for content in each.values()) for each in (known.start, known.end)
+        )
+        with mounted(folder, 4096 * (before + int(room * (after - before)))):
+            shutil.copytree(self.job.start, folder, dirs_exist_ok=True)
+            self.fill(folder)
+            mount("-o", "remount,size=1G", folder)
+            self.finish(folder, [f"a disk with room for {room:.2f} of it"])
+
+    def on_read_only_disk(self, folder: Path) -> None:
+        """Runs it on a disk that can only be read: one sentence, and nothing has changed; then it can be written."""
+        with mounted(folder, 1 << 30):
+            shutil.copytree(self.job.start, folder, dirs_exist_ok=True)
+            mount("-o", "remount,ro", folder)
+            ended = self.server.run(self.job, folder)
+            assert ended.code == 2, ended.log
+            assert "Traceback" not in ended.log
+            assert ended.log.splitlines()[-1].startswith("error: "), ended.log
+            assert tree(folder) == self.undisturbed.start
+            mount("-o", "remount,rw", folder)
+            self.finish(folder, ["a disk that could only be read"])
+
     def after_full_disk(self, limit: int) -> Ended:
         """Fills the disk, makes room, types the command again, and compares."""
         folder = self._fresh("full")
@@ -257,7 +318,15 @@ class Jobs:
         server: that makes it.
         model: the tiny model's folder.
         folder: for what they begin with.
+
+    Attributes:
+        NAMES: of the jobs that are killed; others make what these begin with.
     """
+
+    NAMES = (
+        *("embeddings", "more embeddings", "latents", "latents again", "class pictures"),
+        *("training", "training of all kinds", "full", "drawing", "losses", "report", "export", "merge", "convert"),
+    )
 
     def __init__(self, server: ForkServer, model: Path, folder: Path):
         self.server, self.model, self.folder = server, model, folder
@@ -338,11 +407,6 @@ class Jobs:
             "with class pictures": ("ready", ("wide class pictures", "tall class pictures", "class latents")),
             "trained": ("ready", ("training",)),
         }
-
-    def names(self) -> list[str]:
-        """Of the jobs that are killed; the others make what these begin with."""
-        makers = ("wide class pictures", "tall class pictures", "class latents")
-        return [name for name in self._known if name not in makers]
 
     def job(self, name: str) -> Job:
         """A job, with the folder that it begins with."""

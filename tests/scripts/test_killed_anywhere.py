@@ -1,6 +1,6 @@
-"""Scripts that are killed anywhere and started again, and two of them at once in one place.
+"""Scripts that are killed anywhere and started again, two of them at once in one place, and disks that take no more.
 
-Under the marker `faults` there are 300 kills over all jobs; else a dozen over some.
+Under the marker `faults` there are 300 kills, and full disks, over all jobs; else a dozen over some.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from sd3_lora.common.command_line import UserError
@@ -19,7 +20,7 @@ from sd3_lora.common.run_locks import reading_in, require_unread, writing, writi
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 
 import pytest
-from killed_runs import Campaign, ForkServer, Job, Jobs, tree
+from killed_runs import Campaign, ForkServer, Job, Jobs, can_mount, tree
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and has limits on files")
 
@@ -39,29 +40,29 @@ def jobs(server: ForkServer, tiny_sd3: Path, tmp_path_factory: pytest.TempPathFa
     return Jobs(server, tiny_sd3, tmp_path_factory.mktemp("jobs"))
 
 
-def kill_often(server: ForkServer, job: Job, folder: Path, kills: int) -> int:
+@pytest.fixture(scope="module")
+def campaign(server: ForkServer, jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Campaign]:
+    """`campaign("training")` is that job, once it has run undisturbed."""
+    return lru_cache(None)(lambda name: Campaign(server, jobs.job(name), tmp_path_factory.mktemp("campaign")))
+
+
+def kill_often(campaign: Campaign, kills: int) -> int:
     """Kills a job so many times, up to three times in a row, with the same command to its end after each row."""
-    campaign, chance, killed = Campaign(server, job, folder), random.Random(job.name), 0
+    chance, killed = random.Random(campaign.job.name), 0
     while killed < kills:
         killed += campaign.after_kills(chance, min(chance.choice((1, 1, 2, 3)), kills - killed))
     return killed
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_the_same_command_again_ends_as_if_nothing_had_been(
-    server: ForkServer, jobs: Jobs, tmp_path: Path, name: str
-) -> None:
-    kill_often(server, jobs.job(name), tmp_path, 3)
+def test_the_same_command_again_ends_as_if_nothing_had_been(campaign: Callable[[str], Campaign], name: str) -> None:
+    campaign(name).after_kills(random.Random(name), 3)
 
 
 @pytest.mark.faults
-def test_300_kills(server: ForkServer, jobs: Jobs, tmp_path: Path) -> None:
-    names, killed = jobs.names(), dict[str, int]()
-    for name in names:
-        folder = tmp_path / name.replace(" ", "-")
-        folder.mkdir()
-        killed[name] = kill_often(server, jobs.job(name), folder, -(-KILLS // len(names)))
-    assert sum(killed.values()) >= KILLS, killed
+@pytest.mark.parametrize("name", Jobs.NAMES)
+def test_300_kills(campaign: Callable[[str], Campaign], name: str) -> None:
+    kill_often(campaign(name), -(-KILLS // len(Jobs.NAMES)))
 
 
 # Two at once
@@ -84,11 +85,13 @@ def test_two_embed_other_prompts_into_one_file(server: ForkServer, jobs: Jobs, t
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["latents", "class pictures"])
-def test_two_fill_one_folder(server: ForkServer, jobs: Jobs, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["latents", pytest.param("class pictures", marks=pytest.mark.faults)])
+def test_two_fill_one_folder(
+    server: ForkServer, campaign: Callable[[str], Campaign], tmp_path: Path, name: str
+) -> None:
     """The second finds what the first has made."""
-    job = jobs.job(name)
-    alone, folder = Campaign(server, job, tmp_path).undisturbed, fresh(job, tmp_path)
+    job, alone = campaign(name).job, campaign(name).undisturbed
+    folder = fresh(job, tmp_path)
     ended = server.run_at_once([(job, folder), (job, folder)])
     assert [each.code for each in ended] == [0, 0], ended
     after = tree(folder)
@@ -135,6 +138,49 @@ def test_what_training_reads_is_not_deleted_meanwhile(server: ForkServer, jobs: 
     assert "error: a run that goes on reads latents, where --overwrite would delete latents: wait" in ended.log
     assert tree(folder) == before
     assert server.run(job, folder).code == 0
+
+
+# The disk
+
+
+def test_a_disk_that_takes_no_more(campaign: Callable[[str], Campaign]) -> None:
+    """One sentence; nothing is there in part; with room the same command goes on."""
+    known = campaign("export")
+    ended = known.after_full_disk(known.undisturbed.largest // 4)
+    assert "does not take so large a file: lift it" in ended.log.splitlines()[-1]
+
+
+def test_training_says_what_a_full_disk_has_left(campaign: Callable[[str], Campaign], tmp_path: Path) -> None:
+    training = campaign("training")
+    folder = fresh(training.job, tmp_path)
+    state = len(training.undisturbed.end["out/checkpoint-2/state.safetensors"])
+    ended = training.fill(folder, {"limit": state - 1})
+    assert "; no step was kept; to start again, type `python train_dreambooth" in ended.log
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", Jobs.NAMES)
+def test_a_disk_that_takes_no_more_of_any_file(campaign: Callable[[str], Campaign], name: str) -> None:
+    known = campaign(name)
+    written = [
+        content for path, content in known.undisturbed.end.items() if known.undisturbed.start.get(path) != content
+    ]
+    sizes = sorted({len(content) for content in written if content})
+    for limit in {0, sizes[0] // 2, *(size - 1 for size in sizes[:: max(1, len(sizes) // 4)])}:
+        known.after_full_disk(limit)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", Jobs.NAMES)
+def test_a_small_disk_and_one_that_can_only_be_read(
+    campaign: Callable[[str], Campaign], tmp_path: Path, name: str
+) -> None:
+    if not can_mount(tmp_path / "disk"):
+        pytest.skip("no disk may be mounted here")
+    known = campaign(name)
+    known.on_read_only_disk(tmp_path / "disk")
+    for room in (0.05, 0.4, 0.8):
+        known.on_small_disk(tmp_path / "disk", room)
 
 
 # The locks
