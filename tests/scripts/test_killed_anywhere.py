@@ -59,6 +59,28 @@ def test_the_same_command_again_ends_as_if_nothing_had_been(campaign: Callable[[
     campaign(name).after_kills(random.Random(name), 3)
 
 
+LEFT_OUT = {
+    "training": ["out/README.md", "out/run.json", "out/report.html", "out/samples/step_000004/00_a-robot_00.png"],
+    "drawing": ["images/001_a-robot-in-a-forest/img_01.png", "images/run.json"],
+}
+
+
+@pytest.mark.parametrize("name", ["training", pytest.param("drawing", marks=pytest.mark.faults)])
+def test_what_a_kill_at_the_end_leaves_out_is_made(
+    server: ForkServer, campaign: Callable[[str], Campaign], tmp_path: Path, name: str
+) -> None:
+    """After its last checkpoint a training still draws, and writes its card, its record and its report.
+
+    One picture of a batch is drawn again with the others, for the same bits.
+    """
+    known = campaign(name)
+    folder = fresh(known.job, tmp_path)
+    assert server.run(known.job, folder).code == 0
+    for path in LEFT_OUT[name]:
+        (folder / path).unlink()
+    known.finish(folder, LEFT_OUT[name])
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("name", Jobs.NAMES)
 def test_300_kills(campaign: Callable[[str], Campaign], name: str) -> None:
