@@ -206,7 +206,7 @@ class Campaign:
         assert one.keys() == two.keys()
         start = tree(self.job.start)
         same = frozenset(name for name in one if one[name] == two[name] and not name.endswith(TIMED))
-        largest = max(len(content) for name, content in one.items() if content != start.get(name))
+        largest = max((len(content) for name, content in one.items() if content != start.get(name)), default=1)
         return Undisturbed(start, one, same, seconds, int(count_path.read_text()), largest)
 
     def kill(self, chance: random.Random, folder: Path) -> tuple[str, bool]:
@@ -255,8 +255,8 @@ class Campaign:
         story = f"{self.job.name}, {limit}: {ended.code}\n{ended.log[-3000:]}"
         assert "Traceback" not in ended.log, story
         last = ended.log.splitlines()[-1]
-        if ended.code == 0:  # what the result does not need costs a note
-            assert "note: " in ended.log, story
+        if ended.code == 0:  # what the result does not need costs a note; on a small disk there was room
+            assert "note: " in ended.log or limit is None, story
         else:
             assert ended.code == 2, story
             assert last.startswith("error: "), story
@@ -275,9 +275,9 @@ class Campaign:
         """
         known = self.undisturbed
         before, after = (
-            sum(-(-len(content) // 4096) + 1 for content in each.values()) for each in (known.start, known.end)
+            sum(-(-len(content) // 4096) for content in each.values()) for each in (known.start, known.end)
         )
-        with mounted(folder, 4096 * (before + int(room * (after - before)))):
+        with mounted(folder, 4096 * (before + int(room * max(0, after - before)))):
             shutil.copytree(self.job.start, folder, dirs_exist_ok=True)
             self.fill(folder)
             mount("-o", "remount,size=1G", folder)
