@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
@@ -46,17 +46,19 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
+from sd3_lora.common.run_locks import writing_in
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags, recorded_results
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures, write_caption
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_budget
-from sd3_lora.gpu.forecast import Phase
+from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
@@ -187,9 +189,10 @@ def denoise_all(
     waiting: WaitingLatents,
 ) -> None:
     """Denoises what does not wait to be decoded yet; each batch is on disk before the next begins."""
-    missing = [picture for picture in pictures if waiting.read(picture) is None]
-    for start in Progress(range(0, len(missing), together), desc="denoising", unit="batch"):
-        batch = missing[start : start + together]
+    batches = [pictures[start : start + together] for start in range(0, len(pictures), together)]
+    # A batch is denoised as a whole: in another company a picture may differ in its last bit.
+    missing = [batch for batch in batches if any(waiting.read(picture) is None for picture in batch)]
+    for batch in Progress(missing, desc="denoising", unit="batch"):
         noise = torch.stack([picture.noise(shape) for picture in batch])
         latents = sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, settings)
         for picture, latent in zip(batch, latents, strict=True):
@@ -276,6 +279,50 @@ def draw(
         del vae
 
 
+def draw_missing(
+    configs: Sequence[Any],
+    files: ModelFiles,
+    sampling: Sampling,
+    tile: VaeTile,
+    embeddings: Embeddings,
+    budget: DeviceBudget | None,
+    forecast: Forecast,
+) -> None:
+    """Draws the pictures that the folder lacks, and writes the record of the run."""
+    config, resolution, reports = sampling.config, files.resolution(sampling.config.resolution), list[StageReport]()
+    folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
+    settings = picture_settings(config, files, size_of(config, files, resolution), sampling.chosen.name)
+    pictures = missing_class_pictures(folder, prompts_of(config), config.num_class_images, settings)
+    count, record_path = config.num_class_images, folder / "run.json"
+    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
+    if not pictures and recorded_results(record_path) != {}:
+        return  # else a run was killed that had drawn them all
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=sampling.chosen.name,
+        plan=sampling.plan.to_dict(),
+        predicted_parts=dict(forecast.largest.parts) if budget else {},
+        prompts=tuple(prompts_of(config)),
+        resolution=resolution,
+        seed=config.seed,
+    )
+    channels, height, width = files.latent_channels_and_scale()[0], *sampling.latent_size
+    of_each = 3 * settings["height"] * settings["width"] + 12 * channels * height * width  # its pixels, and its latents
+    require_room(folder, len(pictures) * of_each, "the class pictures take")
+    record = RunRecord(configs, facts)
+    record.save(record_path, None)
+    WaitingLatents(cache.folder / "undecoded").remove_drawn(folder)
+    if pictures:
+        draw(files, sampling, tile, pictures, embeddings, cache, reports)
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget:
+        print(compared(forecast.peak_bytes, measured))
+    record.save(record_path, RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured))
+    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
+
+
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     configs = COMMAND_LINE.parse(argv)
@@ -285,7 +332,7 @@ def run(argv: Sequence[str] | None) -> None:
     device = choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
-    budget, reports = open_budget(budget_config, device), list[StageReport]()
+    budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model, budget_config.plan)
@@ -306,34 +353,9 @@ def run(argv: Sequence[str] | None) -> None:
         forecast = replace(forecast, phases=(*forecast.phases, decoding))
     if budget_config.plan:
         return
-    folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
-    settings = picture_settings(config, files, size, chosen.name)
-    pictures = missing_class_pictures(folder, prompts_of(config), config.num_class_images, settings)
-    count = config.num_class_images
-    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
-    if not pictures:
-        return
-    require_writable_folder(folder)
-    require_writable_folder(cache.folder)
     sampling = Sampling(config, plan, together, latent_size, chosen, device)
-    draw(files, sampling, tile, pictures, embeddings, cache, reports)
-    measured = budget.used_bytes(reports) if budget else 0
-    if budget:
-        print(compared(forecast.peak_bytes, measured))
-    facts = RunFacts(
-        model=files.name,
-        revision=files.revision,
-        versions=library_versions(),
-        precision=chosen.name,
-        plan=plan.to_dict(),
-        predicted_parts=dict(forecast.largest.parts) if budget else {},
-        prompts=tuple(prompts_of(config)),
-        resolution=resolution,
-        seed=config.seed,
-    )
-    results = RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured)
-    RunRecord(configs, facts).save(folder / "run.json", results)
-    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
+    with writing_in(Path(config.class_data_dir)), writing_in(Path(config.latents_path)):
+        draw_missing(configs, files, sampling, tile, embeddings, budget, forecast)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

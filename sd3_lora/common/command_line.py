@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.atomic_files import replacing, unfinished_path
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -164,6 +164,15 @@ class Secret:
 
     def __hash__(self) -> int:
         return hash(self.value)
+
+
+_DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    getattr(errno, "EDQUOT", errno.ENOSPC): "your share of the disk is full: free some space",
+    errno.EFBIG: "the disk, or a limit of yours (ulimit -f), does not take so large a file: lift it",
+    errno.EROFS: "the disk can only be read: have it mounted for writing",
+    errno.EIO: "the disk has failed (input/output error): put another in its place",
+}
 
 
 class UserError(Exception):
@@ -549,9 +558,10 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print(f"error: {reason}: try {smaller}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (OSError, SafetensorError) as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
+        print(f"error: {fault} and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         in_order = _interruption_in_order(error)
@@ -563,6 +573,19 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk, and what to do; None where the error is no disk's.
+
+    Args:
+        error: an OSError, or a library's error with the words of one.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    for each, fault in _DISK_FAULTS.items():
+        if number == each or (number is None and os.strerror(each) in str(error)):
+            return fault
+    return None
 
 
 def _interruption_in_order(error: BaseException | None) -> Interrupted | None:
@@ -646,7 +669,7 @@ def require_writable_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = unfinished_path(folder / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:

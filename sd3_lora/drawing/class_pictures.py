@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.atomic_files import replacing
-from sd3_lora.common.checksums import Checksums, with_checksums
+from sd3_lora.common.checksums import Checksums
 from sd3_lora.common.command_line import UserError, read_text_lines, write_atomically
+from sd3_lora.common.tensor_files import write_tensors
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.stage_one.captions import class_images
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 _METADATA_KEY = "sd3_lora"
 
@@ -80,10 +81,8 @@ class WaitingLatents:
     def add(self, picture: PicturePlan, latents: torch.Tensor) -> None:
         """Writes a picture's `(16, H/8, W/8)` latents, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"latents": latents.contiguous()}
-        metadata = with_checksums(tensors, {_METADATA_KEY: json.dumps(picture.settings)})
-        with replacing(self._path(picture)) as unfinished:
-            save_file(tensors, unfinished, metadata)
+        with replacing(self._path(picture)) as unfinished:  # safetensors' own writer leaves a file where it is killed
+            write_tensors(unfinished, {"latents": latents.contiguous()}, {_METADATA_KEY: json.dumps(picture.settings)})
 
     def read(self, picture: PicturePlan) -> torch.Tensor | None:
         """The latents of this very picture; None where there are none, those of other settings, or damaged ones."""
@@ -99,5 +98,21 @@ class WaitingLatents:
     def remove(self, picture: PicturePlan) -> None:
         """Deletes a picture's file; the folder too where it was the last."""
         self._path(picture).unlink()
-        if not any(self.folder.iterdir()):
+        self._remove_if_empty()
+
+    def remove_drawn(self, folder: Path) -> None:
+        """Deletes the files of pictures that are in their folder: a run was killed that had just written them."""
+        for path in self.folder.glob("*.safetensors"):
+            drawn = read_settings(folder / f"{path.stem}.png")
+            try:
+                with safe_open(path, "pt") as handle:
+                    is_drawn = drawn is not None and json.loads(handle.metadata()[_METADATA_KEY]) == drawn
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+                continue
+            if is_drawn:
+                path.unlink()
+        self._remove_if_empty()
+
+    def _remove_if_empty(self) -> None:
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.atomic_files import UNFINISHED, replacing
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.checksums import Checksums, DamagedError
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
@@ -128,11 +128,6 @@ class LatentCache:
         """Deletes a picture's file."""
         self._read.pop(image_id, None)
         self.path(image_id).unlink()
-
-    def remove_unfinished(self) -> None:
-        """Deletes temporary files that an interrupted run left."""
-        for path in self.folder.glob(f".*{UNFINISHED}"):
-            path.unlink()
 
     def broken(self) -> dict[str, BrokenPicture]:
         """The pictures that were left out because they do not decode, by image id."""
