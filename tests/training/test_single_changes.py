@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -263,9 +264,8 @@ def refusal(words: list[str], checkpoint: Path) -> str:
         request = script.stage_one_request(flags, files, files.resolution(flags.data.resolution))
         identifier = IdentifierStart.of(flags.identifier, files, None)
         prompts = script.validation_prompts(flags.watch)
-        data = script.open_data(
-            request, prompts, checkpoint.parent, Accelerator(cpu=True), flags.trains_clips, identifier
-        )
+        with ExitStack() as locks:
+            data = script.open_data(request, prompts, Accelerator(cpu=True), flags.trains_clips, identifier, locks)
         precision = {"bf16": "bf16"}.get(flags.run.mixed_precision or "no", "fp32")
         plan = {"precision": "nf4" if flags.base.base_precision == "nf4" else None}
         seed = flags.run.seed or 0
