@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +140,8 @@ class Job:
         if os.name == "nt":
             os.kill(alive[0]["pid"], signal.CTRL_BREAK_EVENT)  # type: ignore[attr-defined,unused-ignore]
         else:  # the job's first process leads the group, which outlives it
-            os.killpg(_read(self.folder / "runner.json")["pid"], signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(_read(self.folder / "runner.json")["pid"], signal.SIGINT)
 
     def wait(self, timeout_s: float) -> State:
         """Its state once it has ended, or after that time."""
