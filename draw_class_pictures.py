@@ -292,7 +292,8 @@ def draw_missing(
     config, resolution, reports = sampling.config, files.resolution(sampling.config.resolution), list[StageReport]()
     folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
     settings = picture_settings(config, files, size_of(config, files, resolution), sampling.chosen.name)
-    pictures = missing_class_pictures(folder, prompts_of(config), config.num_class_images, settings)
+    prompts = prompts_of(config)
+    pictures = missing_class_pictures(folder, prompts, config.num_class_images, settings)
     count, record_path = config.num_class_images, folder / "run.json"
     print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures and recorded_results(record_path) != {}:
@@ -304,7 +305,7 @@ def draw_missing(
         precision=sampling.chosen.name,
         plan=sampling.plan.to_dict(),
         predicted_parts=dict(forecast.largest.parts) if budget else {},
-        prompts=tuple(prompts_of(config)),
+        prompts=tuple(prompts),
         resolution=resolution,
         seed=config.seed,
     )

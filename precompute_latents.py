@@ -609,8 +609,8 @@ def encode_subject(
 
 def bytes_to_write(files: ModelFiles, config: LatentConfig, cache: LatentCache, buckets: Buckets, pictures: int) -> int:
     """The bytes of so many pictures' posteriors, at the most."""
-    channels, _ = files.latent_channels_and_scale()
-    height, width = buckets.largest.latent(files.latent_channels_and_scale()[1])
+    channels, scale = files.latent_channels_and_scale()
+    height, width = buckets.largest.latent(scale)
     crops = config.crops * (2 if config.random_flip else 1) * (1 + (config.num_augmented or 0))
     return pictures * crops * 2 * channels * height * width * DTYPES[cache.wanted.precision].itemsize
 

@@ -1317,8 +1317,8 @@ def require_room_for_checkpoints(flags: TrainingFlags, training: Training, plann
     if run.checkpoints_total_limit is not None:
         checkpoints = min(checkpoints, run.checkpoints_total_limit + 1)  # one more for a moment
     loras = checkpoints + 1 + (left // flags.watch.save_every_n_steps if flags.watch.save_every_n_steps else 0)
-    state = sum(tensor.nbytes for tensor in training.trainables.parameters) * average
-    state += 2 * sum(tensor.nbytes for tensor in training.trainables.parameters)  # the optimizer's, at the most
+    trained = sum(tensor.nbytes for tensor in training.trainables.parameters)
+    state = trained * average + 2 * trained  # the optimizer's, at the most
     lora = 4 * training.trainables.numel * average
     folder = Path(run.output_dir)
     require_room(folder, checkpoints * state + loras * lora, f"{counted(checkpoints, 'checkpoint')} and the LoRA take")

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from evaluate import VERSIONS, circumstances
-from memory import model_folder
+from memory import is_asked, model_folder
 from PIL import Image
 from pipeline import run_process
 from safetensors.torch import save_file
@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     free_memory(device)
     output = flags.models / "drawn"
     work = Work(model, lora_of(model), embeddings_of(model), output, flags.steps, flags.pictures, device)
-    wanted = [case for case in cases(flags.sizes) if not flags.only or any(only in case.name for only in flags.only)]
+    wanted = [case for case in cases(flags.sizes) if is_asked(flags.only, case.name)]
     rows: list[dict[str, Any]] = []
     extra: dict[str, Any] = {}
 

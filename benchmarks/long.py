@@ -27,47 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "miniature"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sd3_lora.common.command_line import write_text_atomically
-from sd3_lora.common.defaults import MINIATURE, PROJECT_FOLDER
+from sd3_lora.common.defaults import PROJECT_FOLDER
 from sd3_lora.common.devices import choose_device
 
 import numpy as np
 import psutil
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from evaluate import VERSIONS, circumstances
 from PIL import Image
 from pipeline import in_use
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from random_sd3 import save_tiny_sd3
 
 MIB = 1024**2
 SIDE, PROMPT = 64, "a photo of sks robot"
 BROKEN_EVERY = 100  # 1 %
 WARM_UP = 0.2  # of a run, before its memory is compared with that of its end
 TRAIN, LATENTS, EMBEDDINGS = "train_dreambooth_sd3_lora_miniature.py", "precompute_latents.py", "compute_embeddings.py"
-
-
-def save_tiny_sd3(folder: Path) -> None:
-    """A random SD3 of few weights, for pictures of 64 px."""
-    torch.manual_seed(0)
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(MINIATURE / name, folder / name)
-    shutil.copy(MINIATURE / "model_index.json", folder / "model_index.json")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    transformer = {"sample_size": SIDE // 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
-    transformer |= {"caption_projection_dim": 32, "joint_attention_dim": 32, "pooled_projection_dim": 24}
-    config = {**SD3Transformer2DModel.load_config(MINIATURE / "transformer"), **transformer, "pos_embed_max_size": 16}
-    SD3Transformer2DModel.from_config(config).save_pretrained(folder / "transformer")
-    vae = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": SIDE}
-    AutoencoderKL.from_config({**AutoencoderKL.load_config(MINIATURE / "vae"), **vae}).save_pretrained(folder / "vae")
-    for name, width in (("text_encoder", 8), ("text_encoder_2", 16)):
-        sizes = {"hidden_size": width, "projection_dim": width, "intermediate_size": 2 * width}
-        sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-        clip = CLIPTextConfig.from_pretrained(MINIATURE / name, **sizes)
-        CLIPTextModelWithProjection(clip).save_pretrained(folder / name)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 2}
-    T5EncoderModel(T5Config.from_pretrained(MINIATURE / "text_encoder_3", **sizes)).save_pretrained(
-        folder / "text_encoder_3"
-    )
 
 
 def save_pictures(folder: Path, count: int) -> None:

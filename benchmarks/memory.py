@@ -100,6 +100,11 @@ def with_encoders(models: Path, name: str, encoders: str) -> Path:
     return folder
 
 
+def is_asked(only: Sequence[str] | None, *words: str) -> bool:
+    """Whether a row is wanted whose name and flags these are: one of `only` is in them, or there is none."""
+    return not only or any(part in " ".join(words) for part in only)
+
+
 def fabricate_stage_one(model: Path, resolution: int, *sizes: PictureSize, masked: bool = False) -> tuple[Path, Path]:
     """An embeddings file and a latent cache of random tensors in the sizes of the real ones.
 
@@ -365,12 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     driver_before = driver_bytes(0) or 0
     open_budget(BudgetConfig(), choose_device(arguments.device))  # CUDA's own memory, measured while it is alone
     cases = [(name, case) for name in arguments.sets for case in SETS[name]()]
-    if arguments.only:
-        cases = [
-            (name, case)
-            for name, case in cases
-            if any(only in " ".join((case.name, *case.flags)) for only in arguments.only)
-        ]
+    cases = [(name, case) for name, case in cases if is_asked(arguments.only, case.name, *case.flags)]
     for name, case in cases[first::count]:
         if time.perf_counter() - start > arguments.stop_after:
             print(f"stopped before {case.name} of {case.model}", flush=True)

@@ -1,4 +1,4 @@
-"""Saves a full-size SD3 with random weights, so that memory and speed can be measured without the gated ones.
+"""Saves an SD3 with random weights: of full size, so that memory and speed can be measured without the gated ones.
 
 Both depend on shapes and dtypes, not on values. The shapes are those of the published model configurations; the
 tokenizers are the miniature's, whose ids are valid in the larger vocabularies.
@@ -94,6 +94,48 @@ def save(size: str, folder: Path, components: Sequence[str] = COMPONENTS) -> Non
         if not (folder / name).is_dir():
             shutil.copytree(MINIATURE / name, folder / name)
     shutil.copy(MINIATURE / "model_index.json", folder)
+
+
+# Tiny: for the tests and for long jobs
+
+
+def smaller_transformer(**sizes: object) -> SD3Transformer2DModel:
+    """Random weights in the miniature's transformer, but narrower, for 8 × 8 latents, and with these sizes."""
+    config = SD3Transformer2DModel.load_config(MINIATURE / "transformer")
+    config |= {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32}
+    return SD3Transformer2DModel.from_config(config | sizes)
+
+
+def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
+    """A random SD3 of real classes and few weights for pictures of 64 px, with the miniature's tokenizers.
+
+    Args:
+        folder: to write.
+        seed: of its weights.
+        width: of the joint attention. 48 is no multiple of the CLIPs' widths (8 + 16), so that a hard-coded 4096, 2048
+            or 77 cannot hide.
+
+    Returns:
+        The folder.
+    """
+    torch.manual_seed(seed)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(MINIATURE / name, folder / name)
+    sizes: dict[str, Any] = {"num_layers": 2, "joint_attention_dim": width, "pooled_projection_dim": 24}
+    smaller_transformer(**sizes, pos_embed_max_size=16).save_pretrained(folder / "transformer")
+    # Likewise the miniature's VAE and text encoders, but smaller still.
+    vae = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 64}
+    AutoencoderKL.from_config({**AutoencoderKL.load_config(MINIATURE / "vae"), **vae}).save_pretrained(folder / "vae")
+    for name, size in (("text_encoder", 8), ("text_encoder_2", 16)):
+        sizes = {"hidden_size": size, "projection_dim": size, "intermediate_size": 2 * size, "num_hidden_layers": 2}
+        config = CLIPTextConfig.from_pretrained(MINIATURE / name, **sizes, num_attention_heads=2)
+        CLIPTextModelWithProjection(config).save_pretrained(folder / name)
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 64, "num_heads": 2}
+    t5 = T5Config.from_pretrained(MINIATURE / "text_encoder_3", **sizes)
+    T5EncoderModel(t5).save_pretrained(folder / "text_encoder_3")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    shutil.copy(MINIATURE / "model_index.json", folder / "model_index.json")
+    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,7 +42,7 @@ import pandas as pd
 import random_sd3
 import torch
 from evaluate import VERSIONS, circumstances
-from memory import PROMPT, fabricate_stage_one, model_folder, with_encoders
+from memory import PROMPT, fabricate_stage_one, is_asked, model_folder, with_encoders
 from PIL import Image
 from placements import placement_of
 from timed_peer import Clock
@@ -543,8 +543,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if time.perf_counter() - start > flags.stop_after:
                     print(f"stopped before {name}: {case.name}", flush=True)
                     break
-                said = f"{case.name} {' '.join(case.flags)}"
-                if flags.only and not any(part in said for part in flags.only):
+                if not is_asked(flags.only, case.name, *case.flags):
                     continue
                 if case.script in (None, PLAIN_WHOLE) or flags.peer:
                     keep({"set": name, **run_case(case, flags, WARM.get(name, flags.warm))})

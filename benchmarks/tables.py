@@ -59,32 +59,38 @@ def dreambooth_table(result: dict[str, Any]) -> str:
 
 def dreambooth_methods_table(result: dict[str, Any]) -> str:
     """The methods' scores beside the targets, and a line that says of what and with which settings."""
-    settings, versions, seeds = result["settings"], result["versions"], len(result["seeds"])
+    settings = result["settings"]
     said = (
-        f"{result['machine']}, {result['date']}, torch {versions['torch']}, diffusers {versions['diffusers']}; "
-        f"{len(result['subjects'])} subjects, {seeds} seed{'s' if seeds > 1 else ''}, {settings['prompts']} prompts "
-        f"each, {settings['steps']} steps of {settings['train_batch_size']}, rank {settings['rank']}; unless told "
-        f"otherwise learning rate {settings['learning_rate']:g} and layers {settings['lora_layers']} of blocks "
-        f"{settings['lora_blocks']}. ±: the standard error over subjects."
+        f"{_of_the_miniature(result)}, {settings['steps']} steps of {settings['train_batch_size']}, rank "
+        f"{settings['rank']}; unless told otherwise learning rate {settings['learning_rate']:g} and layers "
+        f"{settings['lora_layers']} of blocks {settings['lora_blocks']}. ±: the standard error over subjects."
     )
     return f"{methods_table(result)}\n\n{said}"
 
 
+def _of_the_miniature(result: dict[str, Any]) -> str:
+    """Where and on what a sweep's scores were measured."""
+    versions, seeds = result["versions"], len(result["seeds"])
+    return (
+        f"{result['machine']}, {result['date']}, torch {versions['torch']}, diffusers {versions['diffusers']}; "
+        f"{len(result['subjects'])} subjects, {seeds} seed{'s' if seeds > 1 else ''}, {result['settings']['prompts']} "
+        "prompts each"
+    )
+
+
 def map_table(result: dict[str, Any]) -> str:
     """Subject, prompt and drift over learning rate and steps."""
-    points = result["settings"]["points"]
+    settings = result["settings"]
+    points = settings["points"]
     lines = ["| | rate | " + " | ".join(f"{steps} steps" for steps in points) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(points))
     for line in result["lines"]:
         cells = [" / ".join(f"{value:.0f}" for value in point["means"].values()) for point in line["points"]]
         lines.append(f"| {line['variant']} | {line['learning_rate']:g} | {' | '.join(cells)} |")
-    settings, versions, seeds = result["settings"], result["versions"], len(result["seeds"])
     said = (
-        f"Subject / prompt / drift, %. {result['machine']}, {result['date']}, torch {versions['torch']}, diffusers "
-        f"{versions['diffusers']}; {len(result['subjects'])} subjects, {seeds} seed{'s' if seeds > 1 else ''}, "
-        f"{settings['prompts']} prompts each, steps of {settings['train_batch_size']}, rank {settings['rank']}, layers "
-        f"{settings['lora_layers']} of blocks {settings['lora_blocks']}; {settings['class_images']} class pictures; "
-        f"decay of the average {settings['ema_decay']:g}."
+        f"Subject / prompt / drift, %. {_of_the_miniature(result)}, steps of {settings['train_batch_size']}, rank "
+        f"{settings['rank']}, layers {settings['lora_layers']} of blocks {settings['lora_blocks']}; "
+        f"{settings['class_images']} class pictures; decay of the average {settings['ema_decay']:g}."
     )
     return "\n".join(lines) + f"\n\n{said}"
 

@@ -205,8 +205,7 @@ def write(losses: Sequence[PictureLoss], path: Path, config: LossesConfig, files
     """Writes the file."""
     made_with = {"model": files.name, "revision": files.revision, **asdict(config)}
     lines = json.dumps({**made_with, "pictures": [each.to_dict() for each in losses]}, indent=2, ensure_ascii=False)
-    for name in (path.name, "writable"):
-        remove_unfinished(path.parent, name)
+    remove_unfinished(path.parent, path.name)
     write_text_atomically(path, lines + "\n")
 
 

@@ -26,6 +26,10 @@ from PIL import Image
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
+sys.path.append(str(PROJECT / "benchmarks"))
+
+from random_sd3 import save_tiny_sd3
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 TRAINING_SCRIPT = "train_dreambooth_sd3_lora_miniature"
@@ -133,38 +137,6 @@ def without_allowances(monkeypatch: pytest.MonkeyPatch) -> None:
     from miniature_plans import plan_without_allowances
 
     plan_without_allowances(monkeypatch)
-
-
-def save_tiny_sd3(folder: Path, seed: int = 0, width: int = 32) -> Path:
-    """A random SD3 of real classes, joint width `width`, with the miniature's tokenizers; returns `folder`.
-
-    48 is no multiple of the CLIPs' widths (8 + 16), so that a hard-coded 4096, 2048 or 77 cannot hide.
-    """
-    import shutil
-
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-    from small_transformer import smaller_transformer
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
-
-    torch.manual_seed(seed)
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(PROJECT / "miniature" / name, folder / name)
-    sizes = {"num_layers": 2, "joint_attention_dim": width, "pooled_projection_dim": 24, "pos_embed_max_size": 16}
-    smaller_transformer(**sizes).save_pretrained(folder / "transformer")
-    # Likewise the miniature's VAE and text encoders, but smaller still.
-    vae = AutoencoderKL.load_config(PROJECT / "miniature" / "vae")
-    vae |= {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "sample_size": 64}
-    AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
-    for name, size in (("text_encoder", 8), ("text_encoder_2", 16)):
-        sizes = {"hidden_size": size, "projection_dim": size, "intermediate_size": 2 * size, "num_hidden_layers": 2}
-        config = CLIPTextConfig.from_pretrained(PROJECT / "miniature" / name, **sizes, num_attention_heads=2)
-        CLIPTextModelWithProjection(config).save_pretrained(folder / name)
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 64, "num_heads": 2}
-    t5 = T5Config.from_pretrained(PROJECT / "miniature" / "text_encoder_3", **sizes)
-    T5EncoderModel(t5).save_pretrained(folder / "text_encoder_3")
-    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
-    shutil.copy(PROJECT / "miniature" / "model_index.json", folder / "model_index.json")
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -6,24 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.gpu.copy_stream import Copy, CopyStream
 from sd3_lora.transformer.lora import attach_lora, target_modules
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from random_sd3 import smaller_transformer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDTH = 32  # of the transformer and of the text
-
-
-def smaller_transformer(**sizes: object) -> SD3Transformer2DModel:
-    """Random weights in the miniature's transformer, but narrower, for 8 × 8 latents, and with these sizes."""
-    config = SD3Transformer2DModel.load_config(MINIATURE / "transformer")
-    config |= {"sample_size": 8, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": WIDTH}
-    return SD3Transformer2DModel.from_config(config | sizes)
 
 
 def make_transformer(

@@ -48,10 +48,10 @@ def remove_unfinished(folder: Path, name: str | None = None) -> None:
         number = path.name.removesuffix(UNFINISHED).rpartition(".")[2]
         is_running = number.isdecimal() and int(number) != os.getpid() and psutil.pid_exists(int(number))
         if not is_running:
-            remove(path)
+            _remove(path)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Deletes a file or a folder, as far as that goes."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

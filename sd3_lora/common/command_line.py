@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from sd3_lora.common.atomic_files import replacing, unfinished_path
+from sd3_lora.common.atomic_files import remove_unfinished, replacing, unfinished_path
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -669,9 +669,10 @@ def require_writable_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder, "writable")
         probe = unfinished_path(folder / "writable")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): give another folder") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ class ChosenDtype:
     def name(self) -> str:
         """fp32, fp16 or bf16."""
         return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which compiles for a GPU: not on Windows."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def choose_device(asked: str, model: ModelConfig | None = None) -> torch.device:

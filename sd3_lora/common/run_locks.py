@@ -55,8 +55,7 @@ def writing(path: Path, refusal: str | None = None) -> Iterator[None]:
     """Inside the block this run alone writes a file, or a folder that is to come; else as `writing_in`."""
     require_writable_folder(path.parent)
     with _held(_lock_of(path), path, refusal):
-        for name in (path.name, "writable"):
-            remove_unfinished(path.parent, name)
+        remove_unfinished(path.parent, path.name)
         yield
 
 

@@ -7,12 +7,12 @@ the order in which thread blocks happen to end. The forward pass stays torch's o
 from __future__ import annotations
 
 import enum
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sd3_lora.common.devices import has_triton
 from sd3_lora.common.placement_flags import AttentionKernel
 
 import torch
@@ -64,7 +64,7 @@ def choose_backward(
 
 def _triton_runs(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Whether its kernels can be compiled and started here: without a C compiler, for one, they cannot."""
-    if importlib.util.find_spec("triton") is None:  # not on Windows
+    if not has_triton():
         return False
     few = torch.zeros(1, 1, 16, head_width, dtype=dtype, device=device)
     try:

@@ -4,11 +4,11 @@ graph and replayed (`cuda_graph.py`); with plain blocks or compiled ones (`compi
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
+from sd3_lora.common.devices import has_triton
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import AttentionBackward
 from sd3_lora.plan.memory_plan import Plan
@@ -55,7 +55,7 @@ class AskedExecution:
             return self.compile
         if kernels_before is not None:
             return kernels_before == COMPILED
-        is_repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and _has_triton()
+        is_repaid = micro_steps >= COMPILE_FROM_MICRO_STEPS and device.type == "cuda" and has_triton()
         return is_repaid and not self.deterministic and not self.base_pass
 
 
@@ -173,7 +173,7 @@ def choose_drawing_execution(
     Raises:
         UserError: this run cannot have what was asked for.
     """
-    is_repaid = tokens >= COMPILE_FROM_TOKENS and device.type == "cuda" and _has_triton()
+    is_repaid = tokens >= COMPILE_FROM_TOKENS and device.type == "cuda" and has_triton()
     compiles = is_repaid and not asked.deterministic if asked.compile is None else asked.compile
     of_loras = "blocks beside which LoRAs change their strength are not compiled" if several_strengths else ""
     if asked.capture is None and (plan.placement.streamed or calls < CAPTURE_FROM_CALLS):
@@ -224,7 +224,3 @@ def _why_no_graph(plan: Plan, device: torch.device, dropout: float, must_fit: bo
     if must_fit and not plan.forecast.has_room_for_graph:
         return "its graph may not fit into the budget"
     return "dropout is drawn by the host" if dropout else ""
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None  # not on Windows

@@ -55,10 +55,11 @@ class ClassImages:
                     f"--class_data_dir {of.folder} {relation} the folder of the subject's pictures: give class "
                     "pictures a folder of their own"
                 )
-        require_apart(store.prompts_of_images().keys(), self._present())
+        present = self._present()
+        require_apart(store.prompts_of_images().keys(), present)
         remedy = self.request.command("compute_embeddings.py", **self.request.text_flags(store))
         drawn = self.request.prior.class_prompts_file
-        captions = [prompt for image in self._present() for prompt in image.prompts]
+        captions = [prompt for image in present for prompt in image.prompts]
         captions += read_prompts(Path(drawn)) if drawn is not None and classes else []
         require_prompts(store, [*(of.prompt for of in classes), *captions], remedy)
         for of in classes:

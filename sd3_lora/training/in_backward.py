@@ -8,7 +8,6 @@ micro-batches cannot be added up, unless all are kept: then the update follows t
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from sd3_lora.common.command_line import first_line
+from sd3_lora.common.devices import has_triton
 from sd3_lora.gpu.copy_stream import DeviceFlag
 from sd3_lora.training.blockwise_adam import (
     BLOCK,
@@ -192,11 +192,7 @@ def update_bytes(device: torch.device) -> int:
 
 def _blocks_at_a_time(device: torch.device) -> int:
     """For plain operations; a compiled update has no use for them, and may turn out not to be compiled."""
-    return BLOCKS_AT_A_TIME_ON_GPU if device.type == "cuda" and not _has_triton() else BLOCKS_AT_A_TIME
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return BLOCKS_AT_A_TIME_ON_GPU if device.type == "cuda" and not has_triton() else BLOCKS_AT_A_TIME
 
 
 def whole_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype, window: int, device: torch.device) -> int:
@@ -233,7 +229,7 @@ def _compiled_updates(device: torch.device, settings: Settings, tables: Tables) 
     Where nothing can be compiled, as without Triton, they are plain.
     """
     plain = partial(_in_chunks, settings=settings, tables=tables), partial(update_small, settings=settings)
-    if device.type != "cuda" or not _has_triton():
+    if device.type != "cuda" or not has_triton():
         return plain
     blocks = partial(torch.compile(update_blocks), settings=settings, tables=tables)
     small = partial(torch.compile(update_small), settings=settings)

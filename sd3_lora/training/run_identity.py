@@ -57,14 +57,14 @@ def _short_hash(values: Sequence[object]) -> str:
 def _latents_identity(data: TrainingData) -> tuple[dict[str, Any], dict[str, frozenset[str]]]:
     """What made the subject's latents, and other names of the same VAE."""
     cached = data.cached("instance")
-    first = max(cached, key=lambda picture: picture.made_with.tensors_hash or "")
+    one = max(cached, key=lambda picture: picture.made_with.tensors_hash or "")
     others = frozenset[str]().union(*(picture.made_with.other_identities for picture in cached))
     is_augmented = any(number_of_variant(name) for names in data.variants.values() for name in names)
     ranges = next((picture.ranges for picture in cached if picture.ranges and is_augmented), {})
     values = {
-        VAE: first.made_with.identity,
-        "--vae_precision": first.made_with.precision,
-        "--alpha_background": first.alpha_background,
+        VAE: one.made_with.identity,
+        "--vae_precision": one.made_with.precision,
+        "--alpha_background": one.alpha_background,
         ROTATION: ranges.get("rotation_degrees"),
         BRIGHTNESS: ranges.get("brightness_range"),
     }

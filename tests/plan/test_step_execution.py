@@ -51,7 +51,7 @@ MANY, FEW = COMPILE_FROM_MICRO_STEPS, COMPILE_FROM_MICRO_STEPS - 1
 
 @pytest.fixture(autouse=True)
 def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sd3_lora.plan.step_execution._has_triton", lambda: True)
+    monkeypatch.setattr("sd3_lora.plan.step_execution.has_triton", lambda: True)
 
 
 def chosen(
@@ -96,7 +96,7 @@ def test_auto_compiles_where_the_steps_repay_it(monkeypatch: pytest.MonkeyPatch)
         assert not chosen(plan=plan, micro_steps=MANY)[0]
     assert chosen(micro_steps=MANY, device=CPU) == (False, False)
     assert execute(micro_steps=MANY).compiled is Compiled.WHERE_POSSIBLE
-    monkeypatch.setattr("sd3_lora.plan.step_execution._has_triton", lambda: False)
+    monkeypatch.setattr("sd3_lora.plan.step_execution.has_triton", lambda: False)
     assert chosen(micro_steps=MANY) == (False, True)
 
 
