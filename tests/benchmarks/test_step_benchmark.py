@@ -61,6 +61,8 @@ def test_our_row_says_how_the_step_was_carried_out(tmp_path: Path, monkeypatch: 
     }
     assert (found["placement"]["recomputed"], found["placement"]["blocks"]) == (2, 2)
     assert "--capture on: it needs a GPU" in failed["failed"][0]
+    (asked,) = rows_of(tmp_path, "batch", "--only", "capture on")
+    assert asked["flags"] == failed["flags"]
 
 
 def test_a_step_with_the_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
