@@ -11,6 +11,7 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import groups_of
 from sd3_lora.common.devices import DTYPES
+from sd3_lora.common.model_files import TEXT_COMPONENTS
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, flag_defaults
 from sd3_lora.stage_one.crop_boxes import number_of_variant
 from sd3_lora.training.config import TrainingFlags
@@ -54,7 +55,7 @@ def _short_hash(values: Sequence[object]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
-def _latents_identity(data: TrainingData) -> tuple[dict[str, Any], dict[str, frozenset[str]]]:
+def _latents_identity(data: TrainingData) -> tuple[dict[str, Any], frozenset[str]]:
     """What made the subject's latents, and other names of the same VAE."""
     cached = data.cached("instance")
     one = max(cached, key=lambda picture: picture.made_with.tensors_hash or "")
@@ -68,7 +69,7 @@ def _latents_identity(data: TrainingData) -> tuple[dict[str, Any], dict[str, fro
         ROTATION: ranges.get("rotation_degrees"),
         BRIGHTNESS: ranges.get("brightness_range"),
     }
-    return values, {VAE: others}
+    return values, others
 
 
 def _lora_hash(name: str | None) -> str | None:
@@ -100,7 +101,12 @@ def run_identity(
     }
     transformer = request.files.provenance(["transformer"], "", 0)
     noise_table = load_noise_table(request.files.read_scheduler_config(), flags.flow.timestep_shift)
-    latents, other_latents = _latents_identity(data)
+    latents, other_vaes = _latents_identity(data)
+    # An artefact does not know which other commits have its weights. The model does, and open_data has compared them.
+    of_model = {
+        name: request.files.provenance(components, "", 0).other_identities
+        for name, components in ((TEXT_ENCODERS, TEXT_COMPONENTS), (VAE, ["vae"]))
+    }
     later = {
         TEXT_ENCODERS: data.text.identity,
         **latents,
@@ -141,8 +147,8 @@ def run_identity(
     defaults |= later  # of an earlier build's checkpoint it is not known
     synonyms = {
         TRANSFORMER: transformer.other_identities,
-        TEXT_ENCODERS: data.text.other_identities,
-        **other_latents,
+        TEXT_ENCODERS: data.text.other_identities | of_model[TEXT_ENCODERS],
+        VAE: other_vaes | of_model[VAE],
         "--optimizer": flags.optimizer.earlier_spellings(),
     }
     return RunIdentity(values, defaults, synonyms, pictures)
