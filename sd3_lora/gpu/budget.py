@@ -6,7 +6,7 @@ import ctypes
 import math
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import BudgetConfig
@@ -47,6 +47,16 @@ class DeviceBudget:
             index = _index(self.device)
             whole = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
+
+    def now(self) -> DeviceBudget:
+        """The budget while other programs may have taken some of it: no more than is free now, or already this one's.
+
+        Nothing but CUDA's own memory may be on the device.
+        """
+        if self.device.type != "cuda":
+            return self
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) + self.context_bytes
+        return replace(self, total_bytes=min(self.total_bytes, free))
 
     def used_bytes(self, stages: Iterable[StageReport] = ()) -> int:
         """The peak bytes of this process: CUDA's own and the most that the allocator held; 0 on a CPU.

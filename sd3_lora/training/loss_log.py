@@ -82,6 +82,12 @@ class LossLog:
         mean_over_ranks: averages a tensor over the processes.
         dtype_name: of the run, for a diagnosis.
         track: is given each line, to send it elsewhere.
+
+    Attributes:
+        queued: the step before this one, of which the host has not asked yet whether the scaler skipped it.
+        skipped_in_a_row: steps that the scaler skipped, up to the last one.
+        skipped: all of them.
+        recent: the losses of the last steps that were read.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class LossLog:
         self._dtype_name = dtype_name
         self._track = track
         self._pending: list[PendingStep] = []
+        self.queued: PendingStep | None = None
         self.skipped_in_a_row = 0
         self.skipped = 0
         self.recent = deque[float](maxlen=50)
@@ -111,8 +118,8 @@ class LossLog:
         Raises:
             UserError: the scaler has skipped too many steps in a row.
         """
-        self._pending.append(step)
         skipped = bool(step.skipped)
+        self._pending.append(step)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == NOTED_SKIPPED_IN_A_ROW and self._path is not None:
@@ -178,11 +185,15 @@ class LossLog:
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names.
 
-        The others count in `recent_mean`, as they do in a run that was not interrupted.
+        The others count in `recent_mean` and as skipped, as they do in a run that was not interrupted.
         """
         if self._path is not None:
-            losses = (line.get("loss") for line in keep_lines(self._path, step))
+            lines = keep_lines(self._path, step)
+            losses = (line.get("loss") for line in lines)
             self.recent.extend(loss for loss in losses if isinstance(loss, float))
+            skipped = [line.get("skipped") is True for line in lines]
+            self.skipped += sum(skipped)
+            self.skipped_in_a_row = next((k for k, other in enumerate(reversed(skipped)) if not other), len(skipped))
 
 
 def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:
