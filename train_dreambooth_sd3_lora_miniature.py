@@ -139,9 +139,10 @@ from sd3_lora.training.identifier_start import IdentifierStart
 from sd3_lora.training.in_backward import adam_notes, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
-from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
+from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
+from sd3_lora.training.not_finite import find_cause, held_norms
 from sd3_lora.training.optimizer import (
     bytes_per_parameter,
     make_optimizer,
@@ -452,6 +453,8 @@ def train(
             if not is_out_of_memory(error):
                 raise
             reason, at = first_line(error), training.step
+        except NotFinite as error:
+            raise explained(error, training, batches, watch) from error
         # Not in the `except` block, which keeps what the step has allocated.
         watch.release()
         drop_workspaces(accelerator.device)
@@ -465,6 +468,21 @@ def train(
         if watch.signals.received is not None:
             raise Interrupted(outputs.kept(), watch.signals.received)
         raise OutOfDeviceMemory(reason, at, checkpoint)
+
+
+def explained(error: NotFinite, training: Training, batches: MicroBatches, watch: Watch) -> UserError:
+    """The sentence about a step that is not finite, with its cause, which is looked for in its first micro-batch."""
+    if not error.by_computing or training.in_backward or error.step.drawn is None:
+        return error
+    try:
+        watch.release()
+        batches.go_back(error.step.drawn)
+        batches.draw_ahead(1)
+        with uncompiled(watch.compiled):
+            cause = find_cause(training.model, batches.take()[0].inputs, error.step.learning_rate)
+    except Exception as failure:  # whatever it is: the first error is worth more
+        return UserError(f"{error} (why could not be found out: {first_line(failure)})")
+    return UserError(f"{error.fault}; {cause.culprit}: {cause.remedy}; {error.kept}")
 
 
 def keep_whole_step(
@@ -617,14 +635,15 @@ def update(
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
         training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
     training.enter_step()  # the schedule has given new rates
-    learning_rate = rate_in_force(training.optimizer)
+    learning_rate, held = rate_in_force(training.optimizer), held_norms(training)
+    drawn = training.started.drawn if training.started else None
     training.started, training.updating = None, True
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
     training.hold_identifier(norm)
     if training.average:
         training.average.update(norm)
     training.updating = False
-    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas, held, drawn)
 
 
 def finish_step(training: Training, log: LossLog) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 
 READ_EVERY = 10  # steps; a number that is not finite stops the run at most so many steps later
 MAX_SKIPPED_IN_A_ROW = 20
+HELD = ("LoRA's weights are", "optimizer's state is", "moving average is")  # each before "not finite"
 NOTED_SKIPPED_IN_A_ROW = 8  # a scaler that starts too high skips a few steps; so many are worth a word
 
 
@@ -45,6 +46,21 @@ class LoggedStep:
     sigmas: Sequence[float] = ()
 
 
+class NotFinite(UserError):
+    """A step's numbers are not finite. Says what can be known of it without the model.
+
+    Attributes:
+        step: the one that failed.
+        fault: what is not finite, as "the loss is nan at step 4 in fp32 (pictures a.png)".
+        kept: what was written before.
+        by_computing: whether its own micro-steps made it, and not something that was there before.
+    """
+
+    def __init__(self, step: PendingStep, fault: str, remedy: str, kept: str, by_computing: bool):
+        super().__init__(f"{fault}: {remedy}; {kept}")
+        self.step, self.fault, self.kept, self.by_computing = step, fault, kept, by_computing
+
+
 class SupportsBool(Protocol):
     """A boolean, or what waits for one when it is read."""
 
@@ -63,6 +79,8 @@ class PendingStep:
         skipped: whether the scaler skipped it; not read before `LossLog.add`, since reading may wait for the device.
         pictures: file names that the step saw, for a diagnosis.
         sigmas: their noise levels, from 0 to 1, on the host.
+        held: `(3,)`, the norms of what the run holds before the step's update (`held_norms`), still on the device.
+        drawn: where the draws and the order stood before the step.
     """
 
     step: int
@@ -72,6 +90,8 @@ class PendingStep:
     skipped: SupportsBool
     pictures: str
     sigmas: Sequence[float] = ()
+    held: torch.Tensor | None = None
+    drawn: Mapping[str, Any] | None = None
 
 
 class LossLog:
@@ -139,15 +159,17 @@ class LossLog:
         """Copies the pending steps to the host, checks them and appends them to the file.
 
         Raises:
-            UserError: a loss or gradient that is not finite, with its step and what it saw.
+            NotFinite: a loss or gradient, or what the run holds, is not, with the step and what it saw.
         """
         if not self._pending:
             return []
         losses = self._mean_over_ranks(torch.stack([p.loss.detach().float() for p in self._pending])).tolist()
         norms = torch.stack([p.gradient_norm.detach().float() for p in self._pending]).tolist()
+        held = [pending.held for pending in self._pending if pending.held is not None]
+        holds = torch.stack(held).tolist() if held else [[]] * len(self._pending)
         lines = []
-        for pending, loss, norm in zip(self._pending, losses, norms, strict=True):
-            self._require_finite(pending, loss, norm)
+        for pending, loss, norm, norms_held in zip(self._pending, losses, norms, holds, strict=True):
+            self._require_finite(pending, loss, norm, norms_held)
             skipped = bool(pending.skipped)
             gradient_norm = None if skipped else norm
             sigmas = [round(sigma, 4) for sigma in pending.sigmas]
@@ -161,7 +183,12 @@ class LossLog:
             self._track(line)
         return lines
 
-    def _require_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
+    def _require_finite(self, pending: PendingStep, loss: float, norm: float, held: Sequence[float]) -> None:
+        where = f"at step {pending.step} in {self._dtype_name} (pictures {pending.pictures})"
+        for name, its_norm in zip(HELD, held, strict=False):
+            if not math.isfinite(its_norm):
+                remedy = "type --resume_from_checkpoint latest to go on; if it comes again, lower --learning_rate"
+                raise NotFinite(pending, f"the {name} not finite {where}", remedy, self._kept(), False)
         if math.isfinite(loss) and (math.isfinite(norm) or pending.skipped):
             return
         fault = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
@@ -170,10 +197,7 @@ class LossLog:
             if self._dtype_name == "fp32"
             else "type --mixed_precision no, or lower --learning_rate"
         )
-        raise UserError(
-            f"the {fault} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
-            f"{self._kept()}"
-        )
+        raise NotFinite(pending, f"the {fault} {where}", cure, self._kept(), True)
 
     def _kept(self) -> str:
         """The last checkpoint, whose steps have all been checked."""
