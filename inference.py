@@ -52,6 +52,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
 from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
 from sd3_lora.drawing.identifiers import Identifiers, find_identifiers
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import FileStyle, PicturePlan, PictureWriter, plan_pictures
 from sd3_lora.drawing.sampling import (
     Decoder,
@@ -62,7 +63,7 @@ from sd3_lora.drawing.sampling import (
     TransformerCall,
 )
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
-from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, within_memory
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_beside, plan_denoising, plan_drawing
 from sd3_lora.plan.step_execution import AskedExecution, StepExecution, choose_drawing_execution
@@ -670,6 +671,16 @@ def plan_variants(
     return plans
 
 
+def still_to_draw(plans: Sequence[PicturePlan]) -> list[PicturePlan]:
+    """Those that an attempt has not drawn that ended early."""
+    return [plan for plan in plans if not plan.path.is_file() or read_settings(plan.path) != plan.settings]
+
+
+def with_precision(flags: DrawingFlags, plan: Plan) -> DrawingFlags:
+    """The flags with the base's precision as it was planned, so that all pictures of a run have the same."""
+    return replace(flags, base=replace(flags.base, base_precision=plan.placement.precision or "16bit"))
+
+
 def decoding_beside(plan: Plan, tile: VaeTile, budget: DeviceBudget | None) -> Phase | None:
     """The phase in which pictures are decoded beside the transformer; None where there is no room for both."""
     return plan_beside(plan, tile.predicted_parts(budget), budget) if budget else None
@@ -759,7 +770,17 @@ def run(argv: Sequence[str] | None) -> None:
         return
     measured, drawn = 0, Drawn({}, {})
     if count:
-        drawn = draw(flags, files, drawing, tile, loras, to_draw, context)
+        fixed = with_precision(flags, drawing.plan)
+
+        def attempt(within: DeviceBudget | None) -> Drawn:
+            if within is budget:
+                return draw(flags, files, drawing, tile, loras, to_draw, context)
+            less = decide(fixed, files, loras, variants, most, chosen.dtype, within)
+            smaller = choose_tile(files, VaeWork("decode", config.vae_precision, less.size), within, less.asked_tile)
+            left = {variant: still_to_draw(each) for variant, each in to_draw.items()}
+            return draw(fixed, files, less, smaller, loras, left, replace(context, budget=within))
+
+        drawn = within_memory(attempt, budget, context.reports)
         last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]
         measured = measured_peak(budget, last, forecast.peak_bytes)  # that of encoding is printed before
     facts = RunFacts(
