@@ -649,9 +649,10 @@ def update(
 def finish_step(training: Training, log: LossLog) -> None:
     """Logs the step that was queued last. Waits until the device knows whether the scaler skipped it."""
     if log.queued is not None:
-        if not log.queued.skipped:
+        queued = replace(log.queued, skipped=bool(log.queued.skipped))  # all that can fail, before anything changes
+        log.queued = None
+        if not queued.skipped:
             training.lr_scheduler.step()
-        queued, log.queued = log.queued, None
         log.add(queued)
 
 

@@ -195,7 +195,23 @@ def test_an_overflow_of_the_base_is_told_apart_from_a_rate_that_is_too_high(
     if is_half:
         use_float16(monkeypatch)
     break_at(monkeypatch, 3, spoil)
+    module, computed, asked = training_script(), list[torch.Tensor](), list[torch.Tensor]()
+    micro_step, find_cause = module.micro_step, module.find_cause
+
+    def noted(model: Any, inputs: Any, *words: Any) -> torch.Tensor:
+        computed.append(inputs.noise)
+        loss: torch.Tensor = micro_step(model, inputs, *words)
+        return loss
+
+    def asked_for(model: Any, inputs: Any, *words: Any) -> Any:
+        asked.append(inputs.noise)
+        return find_cause(model, inputs, *words)
+
+    monkeypatch.setattr(module, "micro_step", noted)
+    monkeypatch.setattr(module, "find_cause", asked_for)
     run = train(script, prepared, tmp_path, "--max_train_steps", 6, "--checkpointing_steps", 2, code=2)
+    assert len(asked) == 1
+    assert torch.equal(asked[0], computed[2])  # the cause is looked for in the step that failed
     assert re.match(r"the loss is (nan|inf) at step 3 in fp", run.error)
     assert "; the base alone, " in run.error
     assert sentence in run.error

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.records import TrainingBatch
+from sd3_lora.training.dataset import TrainingData
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
 
 import pytest
 import torch
 from conftest import Prepared
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from training_runs import Run, Script, same_lora, train, training_script
 
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -47,7 +49,13 @@ class Operations(TorchDispatchMode):
 @pytest.fixture
 def let_fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operations]:
     """`let_fail(70, 5000)`: the memory runs out in these of the operations of all loops of a run together."""
-    take_steps = training_script().take_steps
+    take_steps, batch = training_script().take_steps, TrainingData.batch
+
+    def on_host(*words: Any) -> TrainingBatch:
+        with _disable_current_modes():  # files are read on the host
+            return batch(*words)
+
+    monkeypatch.setattr(TrainingData, "batch", on_host)
 
     def let_fail(*places: int) -> Operations:
         operations = Operations(set(places))
@@ -148,3 +156,27 @@ def test_where_nothing_fits_the_steps_are_kept_and_the_command_is_said(
     go_on = train(script, prepared, run.folder, *words, "--resume_from_checkpoint", "latest")
     assert go_on.losses == whole.losses
     assert same_lora(go_on.folder / LORA_FILE, whole.folder / LORA_FILE)
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_a_whole_transformer_goes_back_to_its_checkpoint(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights change inside the backward pass, so a step that was cut off has no state to go on from."""
+    words = ["--full", "--max_train_steps", 4, "--seed", 3, "--checkpointing_steps", 2, "--vram_budget_gib", 4]
+    whole = train(script, prepared, tmp_path / "whole", *words)
+    module, taken = training_script(), 0
+    accumulate = module.accumulate
+
+    def failing(*given: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        done = accumulate(*given)
+        if taken == 4:
+            raise torch.OutOfMemoryError(REASON)
+        return done
+
+    monkeypatch.setattr(module, "accumulate", failing)
+    run = train(script, prepared, tmp_path / "run", *words)
+    assert f"{NOTE}at step 4 ({REASON}): going on from {run.folder / 'checkpoint-2'}, with a plan" in run.out
+    assert run.losses == whole.losses
