@@ -49,7 +49,7 @@ from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
 from sd3_lora.common.run_locks import writing
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, DeviceBudget, measured_peak, open_budget, sentence
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, DeviceBudget, measured_peak, open_budget, sentence, within_memory
 from sd3_lora.stage_one.captions import class_images, trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
@@ -191,17 +191,17 @@ def encode_and_write(
     parts: EmbeddingParts,
     write: Callable[[threading.Event], int],
     processes: Processes,
-) -> tuple[int, list[StageReport]]:
-    """Encodes the chunks, while rank 0 writes the rows of each beside the next.
+    reports: list[StageReport],
+) -> int:
+    """Encodes the chunks, while rank 0 writes the rows of each beside the next; adds the reports.
 
     Returns:
-        What `write` did in rank 0, 0 in others; and the reports.
+        What `write` did in rank 0, 0 in others.
     """
-    reports: list[StageReport] = []
     with in_thread(write if processes.is_rank_0 else lambda _: 0) as written:
         encode_chunks(files, plan, chunks, parts, reports, processes)
         processes.gather(None)  # all parts are there
-    return written.result(), reports
+    return written.result()
 
 
 def rows_of(
@@ -328,12 +328,23 @@ def embed(
 
     size = bytes_to_write(files, plan.max_sequence_length, len(missing), output_path)
     require_room(output_path.absolute().parent, size, "the embeddings take")
+    reports: list[StageReport] = []
 
     def write(cancelled: threading.Event) -> int:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
         return write_embeddings(output_path, provenance, with_uses(rows, roles, image_ids))
 
-    count, reports = encode_and_write(files, plan, chunks, parts, write, processes)
+    def encode(within: DeviceBudget | None) -> int:
+        nonlocal plan, chunks, numbers
+        if within is not budget:  # the parts that are there have T5's precision
+            fixed = replace(work, t5_precision=plan.t5_precision)
+            plan = choose_text_encoder_plan(files, fixed, device, within)
+            missing, numbers = find_missing(roles, output_path, existing, parts)
+            chunks = in_chunks(missing, numbers, 1)
+        return encode_and_write(files, plan, chunks, parts, write, processes, reports)
+
+    # One of several processes cannot go on alone: the others wait for its chunks.
+    count = within_memory(encode, budget, reports) if processes.count == 1 else encode(budget)
     if not processes.is_rank_0:
         return
     parts.remove()

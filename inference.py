@@ -55,6 +55,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
 from sd3_lora.drawing.contact_sheet import SheetPicture, draw_sheet, rows_of_run, save_sheet, thumbnail_of
 from sd3_lora.drawing.identifiers import Identifiers, find_identifiers
+from sd3_lora.drawing.picture_metadata import read_settings
 from sd3_lora.drawing.pictures import FileStyle, PicturePlan, PictureWriter, plan_pictures
 from sd3_lora.drawing.sampling import (
     Decoder,
@@ -65,7 +66,7 @@ from sd3_lora.drawing.sampling import (
     TransformerCall,
 )
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
-from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, within_memory
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_beside, plan_denoising, plan_drawing
 from sd3_lora.plan.step_execution import AskedExecution, StepExecution, choose_drawing_execution
@@ -684,6 +685,16 @@ def plan_variants(
     return plans
 
 
+def as_they_stand(plans: Sequence[PicturePlan]) -> list[PicturePlan]:
+    """The same, with what an attempt has drawn that ended early."""
+    return [replace(plan, is_drawn=plan.path.is_file() and read_settings(plan.path) == plan.settings) for plan in plans]
+
+
+def with_precision(flags: DrawingFlags, plan: Plan) -> DrawingFlags:
+    """The flags with the base's precision as it was planned, so that all pictures of a run have the same."""
+    return replace(flags, base=replace(flags.base, base_precision=plan.placement.precision or "16bit"))
+
+
 def decoding_beside(plan: Plan, tile: VaeTile, budget: DeviceBudget | None) -> Phase | None:
     """The phase in which pictures are decoded beside the transformer; None where there is no room for both."""
     return plan_beside(plan, tile.predicted_parts(budget), budget) if budget else None
@@ -733,6 +744,35 @@ def write_sheet(
     print(f"wrote {save_sheet(sheet, Path(config.outdir), config.format)}")
 
 
+def draw_within_memory(
+    flags: DrawingFlags,
+    files: ModelFiles,
+    drawing: Drawing,
+    tile: VaeTile,
+    loras: Sequence[LoraFile],
+    plans: Mapping[Variant, Sequence[PicturePlan]],
+    context: DeviceContext,
+) -> Drawn:
+    """Draws the pictures that are not there; where the device's memory runs out, the rest with a plan that takes less.
+
+    Raises:
+        UserError: no plan fits.
+    """
+    fixed, most = with_precision(flags, drawing.plan), max(map(len, plans.values()))
+    dtype = choose_training_dtype(flags.drawing.mixed_precision, context.device).dtype
+
+    def attempt(within: DeviceBudget | None) -> Drawn:
+        if within is context.budget:
+            return draw(flags, files, drawing, tile, loras, plans, context)
+        less = decide(fixed, files, loras, list(plans), most, dtype, within)
+        work = VaeWork("decode", flags.drawing.vae_precision, less.size)
+        smaller = choose_tile(files, work, within, less.asked_tile)
+        left = {variant: as_they_stand(each) for variant, each in plans.items()}
+        return draw(fixed, files, less, smaller, loras, left, replace(context, budget=within))
+
+    return within_memory(attempt, context.budget, context.reports)
+
+
 def draw_what_is_missing(
     flags: DrawingFlags,
     files: ModelFiles,
@@ -758,7 +798,7 @@ def draw_what_is_missing(
     measured, drawn = 0, Drawn({}, {})
     require_room(outdir, 3 * count * drawing.size.width * drawing.size.height, "the pictures take")
     if count:
-        drawn = draw(flags, files, drawing, tile, loras, plans, context)
+        drawn = draw_within_memory(flags, files, drawing, tile, loras, plans, context)
         last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]
         measured = measured_peak(budget, last, forecast.peak_bytes)  # that of encoding is printed before
     facts = RunFacts(

@@ -57,7 +57,7 @@ from sd3_lora.common.records import InstanceImage, LatentPosterior
 from sd3_lora.common.run_locks import require_unread, writing_in
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, sentence
+from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, sentence, within_memory
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.augmentation import Augmentation
 from sd3_lora.stage_one.buckets import Buckets
@@ -258,6 +258,23 @@ def store(cache: LatentCache, crop: Crop, posteriors: Sequence[LatentPosterior],
             remedy = "remove it" if dtype == torch.float32 else "type --vae_precision fp32 --overwrite"
             raise UserError(f"the VAE gives a NaN or infinity for {crop.image.path} in {dtype}: {remedy}")
     cache.add(crop.image, crop.picture_size, posteriors, tile_px)
+
+
+def encode_rest(
+    files: ModelFiles,
+    images: Sequence[InstanceImage],
+    config: LatentConfig,
+    cache: LatentCache,
+    device: torch.device,
+    tile: VaeTile,
+    threads: int,
+) -> tuple[int, list[BrokenPicture]]:
+    """As `encode_missing`, of pictures of which an attempt that ended early has encoded some, which are counted."""
+    rest = incomplete(images, config, Buckets.of(config, files), cache, set())
+    left = {image.image_id for image in rest}
+    done = sum(len(cache.variants(image.image_id)) for image in images if image.image_id not in left)
+    count, broken = encode_missing(files, rest, config, cache, device, tile, threads)
+    return done + count, broken
 
 
 def encode_missing(
@@ -588,9 +605,14 @@ def encode_subject(
     discard(state, cache, processes)  # not before the tile that replaces them is known to fit
     count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
-        share = processes.share(state.missing)
-        with memory_stage("encode pictures", device, reports), one_thread(device):
-            count, broken = encode_missing(files, share, config, cache, device, tile, threads)
+        share, first = processes.share(state.missing), tile
+
+        def encode_share(within: DeviceBudget | None) -> tuple[int, list[BrokenPicture], VaeTile]:
+            tile = first if within is budget else choose_tile(files, work, within, asked)
+            with memory_stage("encode pictures", device, reports), one_thread(device):
+                return *encode_rest(files, share, config, cache, device, tile, threads), tile
+
+        count, broken, tile = within_memory(encode_share, budget, reports)
     count, broken = gather_results(count, broken, config, processes)
     if not processes.is_rank_0:
         return

@@ -38,7 +38,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,14 @@ from sd3_lora.common.devices import (
     planned_device,
 )
 from sd3_lora.common.disk_room import require_room
-from sd3_lora.common.memory import GIB, drop_workspaces, free_disk_bytes, free_memory, only_new_garbage
+from sd3_lora.common.memory import (
+    GIB,
+    drop_workspaces,
+    free_disk_bytes,
+    free_memory,
+    is_out_of_memory,
+    only_new_garbage,
+)
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
@@ -80,7 +87,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
 from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
-from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget
+from sd3_lora.gpu.budget import DeviceBudget, at_most_gib, measured_peak, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
 from sd3_lora.gpu.forecast import Forecast
@@ -90,11 +97,18 @@ from sd3_lora.plan.memory_plan import (
     TrainingTask,
     drawn_together,
     plain_placement,
+    plan_cheaper,
     plan_training,
     recompute_note,
     room_to_draw,
 )
-from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
+from sd3_lora.plan.step_execution import (
+    COMPILED,
+    AskedExecution,
+    PlannedTraining,
+    StepExecution,
+    choose_execution,
+)
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.crop_boxes import size_of_variant
@@ -128,9 +142,10 @@ from sd3_lora.training.identifier_start import IdentifierStart
 from sd3_lora.training.in_backward import adam_notes, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
-from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
+from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
+from sd3_lora.training.not_finite import find_cause, held_norms
 from sd3_lora.training.optimizer import (
     bytes_per_parameter,
     make_optimizer,
@@ -146,7 +161,7 @@ from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_flags import RunConfig
 from sd3_lora.training.run_identity import run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
-from sd3_lora.training.state import Outputs, Training
+from sd3_lora.training.state import OutOfDeviceMemory, Outputs, StepStart, Training, random_state
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
@@ -323,6 +338,8 @@ class Watch:
         steps_of_epoch: optimizer steps of a pass over the pictures.
         compiled: how the blocks are.
         release: frees what the captured step keeps, until the next one.
+        signals: that ask the run to stop.
+        marks: steps, and the seconds when the device was through with them.
     """
 
     log: LossLog
@@ -332,16 +349,11 @@ class Watch:
     steps_of_epoch: float
     compiled: Compiled
     release: Callable[[], None]
+    signals: StopSignals
+    marks: list[tuple[int, float]] = field(default_factory=list)
 
 
-def look(
-    training: Training,
-    watch: Watch,
-    draws: bool,
-    measures: bool,
-    accelerator: Accelerator,
-    stop: Callable[[], bool] = lambda: False,
-) -> float:
+def look(training: Training, watch: Watch, draws: bool, measures: bool, accelerator: Accelerator) -> float:
     """Draws validation pictures and measures the early warning's losses on rank 0, while the others wait.
 
     A failure costs a sentence. The next step has the numbers that it would have had without.
@@ -352,14 +364,13 @@ def look(
         draws: whether pictures are due.
         measures: whether the losses are.
         accelerator: of the processes.
-        stop: whether a signal has come, which leaves out the pictures to come.
 
     Returns:
         The seconds that it took.
     """
     start = time.perf_counter()
     if (draws or measures) and accelerator.is_main_process:
-        works = (measures, measure, "the early warning"), (draws, partial(validate, stop=stop), "the pictures")
+        works = (measures, measure, "the early warning"), (draws, validate, "the pictures")
         with only_new_garbage():
             watch.release()
             for is_due, work, what in works:
@@ -397,8 +408,8 @@ def finished_pictures(validation: Validation | None) -> Iterator[None]:
         finish_pictures(validation)
 
 
-def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
-    """Draws the validation pictures, with the average where there is one."""
+def validate(training: Training, watch: Watch, device: torch.device) -> None:
+    """Draws the validation pictures, with the average where there is one. A signal leaves out those to come."""
     start, validation = time.perf_counter(), watch.validation
     if validation is None:
         return
@@ -407,7 +418,7 @@ def validate(training: Training, watch: Watch, device: torch.device, stop: Calla
         return
     finish_pictures(validation)
     with training.ready_to_draw():
-        drawn = validation.draw(training.model, device, training.step, stop)
+        drawn = validation.draw(training.model, device, training.step, lambda: watch.signals.received is not None)
     watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
     elapsed_s = time.perf_counter() - start
     Progress.write(
@@ -436,6 +447,105 @@ def train(
     outputs: Outputs,
     accelerator: Accelerator,
 ) -> float | None:
+    """Takes all steps. Returns the milliseconds of one.
+
+    Raises:
+        OutOfDeviceMemory: what can be kept is on disk. Several processes cannot go on: the others wait for this one.
+        Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
+    """
+    with finished_pictures(watch.validation), watch.signals:
+        try:
+            return take_steps(training, batches, step, flags, watch, outputs, accelerator)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason, at = first_line(error), training.step
+        except NotFinite as error:
+            raise explained(error, training, batches, watch) from error
+        # Not in the `except` block, which keeps what the step has allocated.
+        watch.release()
+        drop_workspaces(accelerator.device)
+        free_memory(accelerator.device)
+        if accelerator.num_processes > 1:
+            raise UserError(f"the GPU's memory ran out at step {at} ({reason}): {outputs.kept()}")
+        if training.step == training.steps and not (training.started or training.updating):
+            Progress.write(f"note: the GPU's memory ran out after step {at} ({reason}): what is due is done once more")
+            return end_last_step(training, batches, flags, watch, outputs, accelerator)
+        checkpoint = keep_whole_step(training, batches, watch.log, outputs, accelerator)
+        if watch.signals.received is not None:
+            raise Interrupted(outputs.kept(), watch.signals.received)
+        raise OutOfDeviceMemory(reason, at, checkpoint)
+
+
+def explained(error: NotFinite, training: Training, batches: MicroBatches, watch: Watch) -> UserError:
+    """The sentence about a step that is not finite, with its cause, which is looked for in its first micro-batch."""
+    if not error.by_computing or training.in_backward or error.step.drawn is None:
+        return error
+    try:
+        watch.release()
+        batches.go_back(error.step.drawn)
+        batches.draw_ahead(1)
+        with uncompiled(watch.compiled):
+            cause = find_cause(training.model, batches.take()[0].inputs, error.step.learning_rate)
+    except Exception as failure:  # whatever it is: the first error is worth more
+        return UserError(f"{error} (why could not be found out: {first_line(failure)})")
+    return UserError(f"{error.fault}; {cause.culprit}: {cause.remedy}; {error.kept}")
+
+
+def keep_whole_step(
+    training: Training, batches: MicroBatches, log: LossLog, outputs: Outputs, accelerator: Accelerator
+) -> Path | None:
+    """Writes a checkpoint of the last whole step, after the device's memory ran out in the next one.
+
+    Returns:
+        From which to go on: the checkpoint, or an earlier one if an update was cut off; None to begin again.
+
+    Raises:
+        UserError: a loss or gradient is not finite.
+    """
+    drawn, random_then = batches.state_dict(), None
+    if training.started:  # all that the step has changed is what it has drawn
+        drawn, random_then = training.started.drawn, training.started.random
+    if training.started or training.updating:
+        training.step -= 1
+    if training.updating or training.step == 0:
+        return outputs.last_checkpoint(training.step)
+    finish_step(training, log)
+    log.read()
+    with named_disk_faults(outputs):
+        outputs.save_checkpoint(training, drawn, accelerator, random_then)
+    return outputs.last_checkpoint(training.step)
+
+
+def end_last_step(
+    training: Training,
+    batches: MicroBatches,
+    flags: TrainingFlags,
+    watch: Watch,
+    outputs: Outputs,
+    accelerator: Accelerator,
+) -> float | None:
+    """What follows the last update, after the device's memory ran out in it. Returns the milliseconds of a step."""
+    finish_step(training, watch.log)
+    watch.log.read()
+    with named_disk_faults(outputs):
+        save_what_is_due(training, batches, flags, outputs, True, accelerator)
+    if watch.marks[-1][0] != training.step:
+        watch.marks.append((training.step, time.perf_counter()))
+    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, True, True)
+    look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
+    return mean_step_ms(watch.marks)
+
+
+def take_steps(
+    training: Training,
+    batches: MicroBatches,
+    step: Callable[..., torch.Tensor],
+    flags: TrainingFlags,
+    watch: Watch,
+    outputs: Outputs,
+    accelerator: Accelerator,
+) -> float | None:
     """The loop: whole windows of micro-batches, one optimizer step each, never more than `training.steps`.
 
     Returns the milliseconds of a step; None where all had been taken before.
@@ -446,9 +556,8 @@ def train(
         Interrupted: by Ctrl-C, SIGTERM or SIGHUP, after a checkpoint.
     """
     training.model.train()
-    log, window, queued = watch.log, flags.run.gradient_accumulation_steps, None
+    log, window, signals = watch.log, flags.run.gradient_accumulation_steps, watch.signals
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
-    over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     # Before the first step; and of a run that is resumed, what its interruption left out.
     at_end = training.step >= training.steps
     if at_end and accelerator.is_main_process:
@@ -456,14 +565,14 @@ def train(
     saves = at_end or training.step % steps_to_checkpoint == 0
     draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves, at_end)
     aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
-    marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
+    watch.marks.append((training.step, time.perf_counter() - aside_s))
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
     bar_of_steps = Progress(
         initial=training.step, total=training.steps, desc="steps", disable=not accelerator.is_local_main_process
     )
-    signals = StopSignals(outputs.kept, accelerator.device, over_ranks)
-    with finished_pictures(watch.validation), signals, bar_of_steps as bar:
+    with bar_of_steps as bar:
         while training.step < training.steps:
+            training.started = StepStart(batches.state_dict(), random_state(accelerator.device))
             training.step += 1
             if training.enter_step():
                 watch.release()  # the step is captured anew, with gradients for others
@@ -471,25 +580,24 @@ def train(
             at_end = training.step == training.steps
             drawable = window * (training.steps - training.step + 1)
             loss, pictures, sigmas = accumulate(training, batches, step, window, drawable)
-            finish_step(training, log, queued)
-            queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, sigmas, accelerator)
+            finish_step(training, log)
+            log.queued = update(training, flags.optimizer.max_grad_norm, loss, pictures, sigmas, accelerator)
             bar.update()
             interrupted = signals.agreed() and not at_end
             saves = at_end or interrupted or training.step % steps_to_checkpoint == 0
             draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves, at_end) and not interrupted
             measures = flags.watch.measures_at(training.step) and not interrupted
             if saves or draws or measures or training.step % READ_EVERY == 0:
-                finish_step(training, log, queued)
-                queued = None
+                finish_step(training, log)
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
-                marks.append((training.step, time.perf_counter() - aside_s))
+                watch.marks.append((training.step, time.perf_counter() - aside_s))
             with named_disk_faults(outputs):
                 save_what_is_due(training, batches, flags, outputs, saves, accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
-            aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
-    return mean_step_ms(marks)
+            aside_s += look(training, watch, draws, measures, accelerator)
+    return mean_step_ms(watch.marks)
 
 
 @contextmanager
@@ -560,17 +668,22 @@ def update(
     if accelerator.num_processes > 1:  # a LoRA's gradients are a few megabytes, once a window
         training.trainables.reduce(lambda gradient: accelerator.reduce(gradient, "mean"))
     training.enter_step()  # the schedule has given new rates
-    learning_rate = rate_in_force(training.optimizer)
+    learning_rate, held = rate_in_force(training.optimizer), held_norms(training)
+    drawn = training.started.drawn if training.started else None
+    training.started, training.updating = None, True
     norm, skipped = optimizer_step(training.trainables, training.optimizer, training.scaler, max_grad_norm)
     training.hold_identifier(norm)
     if training.average:
         training.average.update(norm)
-    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas)
+    training.updating = False
+    return PendingStep(training.step, loss, norm, learning_rate, skipped, pictures, sigmas, held, drawn)
 
 
-def finish_step(training: Training, log: LossLog, queued: PendingStep | None) -> None:
+def finish_step(training: Training, log: LossLog) -> None:
     """Logs the step that was queued last. Waits until the device knows whether the scaler skipped it."""
-    if queued is not None:
+    if log.queued is not None:
+        queued = replace(log.queued, skipped=bool(log.queued.skipped))  # all that can fail, before anything changes
+        log.queued = None
         if not queued.skipped:
             training.lr_scheduler.step()
         log.add(queued)
@@ -756,21 +869,14 @@ def load_whole(
     return arranged, None, trainables
 
 
-def load_training(
-    request: StageOneRequest,
-    flags: TrainingFlags,
-    planned: PlannedTraining,
-    seed: int,
-    data: TrainingData,
-    accelerator: Accelerator,
-    starts: Starts,
-) -> Training:
+def load_training(job: Job, planned: PlannedTraining) -> Training:
     """The transformer with what is trained, and all that trains it."""
+    flags, request, data, accelerator, seed = job.flags, job.request, job.data, job.accelerator, job.facts.seed
     run, device, processes, dtype = flags.run, accelerator.device, accelerator.num_processes, planned.dtype
     arranged, clips, trainables = (
         load_whole(request, flags, planned, accelerator)
         if flags.trains_all
-        else load_lora(request, flags, planned, seed, accelerator, starts)
+        else load_lora(request, flags, planned, seed, accelerator, job.starts)
     )
     if flags.trains_all:
         window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
@@ -1359,35 +1465,176 @@ def stage_one_request(flags: TrainingFlags, files: ModelFiles, resolution: int) 
     )
 
 
-def plan_run(
-    request: StageOneRequest,
-    flags: TrainingFlags,
-    task: TrainingTask,
-    plan: Plan,
-    data: TrainingData,
-    accelerator: Accelerator,
-    kernels_before: str | None,
-) -> PlannedTraining:
+@dataclass(frozen=True)
+class Job:
+    """All that is known of a run before the transformer is loaded, but for where it is kept.
+
+    Attributes:
+        flags: of the run.
+        request: of stage one.
+        task: to be planned.
+        data: the pictures.
+        accelerator: of the processes.
+        starts: with what training begins.
+        facts: of the record, with the first plan.
+        argv: the arguments, to be printed.
+    """
+
+    flags: TrainingFlags
+    request: StageOneRequest
+    task: TrainingTask
+    data: TrainingData
+    accelerator: Accelerator
+    starts: Starts
+    facts: RunFacts
+    argv: Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How a run is begun, or goes on, with a plan that ought to fit.
+
+    Attributes:
+        plan: what is kept where.
+        budget: that it fits.
+        checkpoint: from which the run goes on, if it does.
+        state: of that checkpoint; its signature is empty where there is none.
+    """
+
+    plan: Plan
+    budget: DeviceBudget | None
+    checkpoint: Path | None
+    state: dict[str, Any]
+
+
+def plan_run(job: Job, plan: Plan, kernels_before: str | None) -> PlannedTraining:
     """All that is decided before the transformer is loaded, now that the pictures are known; prints what is in force.
 
     Args:
-        request: of stage one.
-        flags: of the run.
-        task: that was planned.
+        job: the run.
         plan: of it.
-        data: the pictures.
-        accelerator: of the processes.
         kernels_before: of the checkpoint that the run goes on from.
     """
-    processes = accelerator.num_processes
+    flags, data, processes = job.flags, job.data, job.accelerator.num_processes
     steps = flags.run.steps(pictures_of_pass(flags, data, processes), processes)
-    accelerator.print(f"in force: {flags.in_force(request.resolution, steps, processes)}")
-    execution = plan_execution(flags, plan, accelerator.device, steps, kernels_before)
-    execution = replace(execution, attention_backward=task.shape.attention_backward)
-    longest_side = max(size.longer_side for size in data.sizes) // task.files.latent_channels_and_scale()[1]
-    if task.drawing:
-        longest_side = max(longest_side, *task.drawing.shape.latent_size)
-    return PlannedTraining(plan, execution, task.shape.dtype, (longest_side, longest_side), steps)
+    job.accelerator.print(f"in force: {flags.in_force(job.request.resolution, steps, processes)}")
+    execution = plan_execution(flags, plan, job.accelerator.device, steps, kernels_before)
+    execution = replace(execution, attention_backward=job.task.shape.attention_backward)
+    longest_side = max(size.longer_side for size in data.sizes) // job.task.files.latent_channels_and_scale()[1]
+    if job.task.drawing:
+        longest_side = max(longest_side, *job.task.drawing.shape.latent_size)
+    return PlannedTraining(plan, execution, job.task.shape.dtype, (longest_side, longest_side), steps)
+
+
+def train_within(job: Job, attempt: Attempt) -> int:
+    """Trains within the device's memory; where that runs out, with a cheaper plan from there on. Returns the steps.
+
+    Raises:
+        UserError: no plan fits.
+    """
+    while True:
+        try:
+            return train_as_planned(job, attempt)
+        except OutOfDeviceMemory as error:
+            ended, kept = f"at step {error.step} ({error.reason})", error.checkpoint or attempt.checkpoint
+        except RuntimeError as error:  # while the transformer is loaded
+            if not is_out_of_memory(error) or job.accelerator.num_processes > 1:
+                raise
+            ended, kept = f"before the first step ({first_line(error)})", attempt.checkpoint
+        free_memory(job.accelerator.device)
+        attempt = cheaper_attempt(job, attempt, ended, kept)
+
+
+def cheaper_attempt(job: Job, attempt: Attempt, ended: str, checkpoint: Path | None) -> Attempt:
+    """How a run goes on whose device had too little memory, once that is freed; prints it.
+
+    Args:
+        job: the run.
+        attempt: that has ended.
+        ended: where and why, for the user.
+        checkpoint: from which the run goes on, if it does.
+
+    Raises:
+        UserError: no cheaper plan fits.
+    """
+    budget = attempt.budget and attempt.budget.now()
+    state = read_state(checkpoint) if checkpoint else {"signature": attempt.state["signature"]}
+    compiled = state["signature"].get("--compile") == COMPILED
+    plan = plan_cheaper(job.task, budget, attempt.plan, compiled) if budget else None
+    if plan is None:
+        left = f"; {at_most_gib(budget.total_bytes)} GiB are free, in which no cheaper plan fits" if budget else ""
+        again = command_again(SCRIPT, job.argv, **({"resume_from_checkpoint": "latest"} if checkpoint else {}))
+        kept = f"{checkpoint} is kept; to go on" if checkpoint else "no step was kept; to start again"
+        raise UserError(f"the GPU's memory ran out {ended}{left}: {kept}, close other programs and type `{again}`")
+    where = f"going on from {checkpoint}" if checkpoint else "beginning again"
+    say = job.accelerator.print
+    say(f"note: the GPU's memory ran out {ended}: {where}, with a plan that takes less")
+    say("\n".join(plan_lines(job.task, plan, budget, False)))
+    return Attempt(plan, budget, checkpoint, state)
+
+
+def train_as_planned(job: Job, attempt: Attempt) -> int:
+    """The transformer is loaded, trained and written, with one plan. Returns the steps that it has then.
+
+    Raises:
+        OutOfDeviceMemory: what can be kept is on disk.
+    """
+    flags, data, accelerator, files = job.flags, job.data, job.accelerator, job.task.files
+    plan, budget, checkpoint, state = attempt.plan, attempt.budget, attempt.checkpoint, attempt.state
+    device, say, reports = accelerator.device, accelerator.print, list[StageReport]()
+    if budget:
+        budget.cap()
+    facts = replace(job.facts, plan=plan.to_dict(), predicted_parts=dict(plan.forecast.largest.parts))
+    planned = plan_run(job, plan, state["signature"].get("--compile"))
+    start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
+    with memory_stage("load transformer", device, reports, say):
+        training = load_training(job, planned)
+    say(f"each micro-step: {planned.execution.sentence()}")
+    outputs = open_outputs(flags, facts, job.request, data, planned.execution, job.argv)
+    if checkpoint:
+        outputs.load_checkpoint(checkpoint, state, training, accelerator)
+        say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
+    if accelerator.is_main_process:
+        require_room_for_checkpoints(flags, training, planned)
+    if training.step >= planned.steps and outputs.is_finished(training.step):
+        say_nothing_to_do(outputs, training, accelerator)
+        if accelerator.is_main_process and not outputs.report_path.exists():
+            report(outputs)
+        return training.step
+    trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": facts.seed})
+    validation = make_validation(flags, job.task, plan, budget, data, outputs.record, training.step)
+    batches = make_batches(training, data, files, flags, device)
+    step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
+    watch = make_watch(job, planned, outputs, training.step, trackers, validation, step)
+    with trackers, memory_stage("train", device, reports, say), attention_of(planned):
+        ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
+    if accelerator.is_main_process:
+        results = report_results(outputs, watch.log, step, planned, budget, reports, ms_a_step)
+        write_model(outputs, training)
+        finish(outputs, flags, replace(results, steps=training.step))
+    return training.step
+
+
+def make_watch(
+    job: Job,
+    planned: PlannedTraining,
+    outputs: Outputs,
+    at: int,
+    trackers: Trackers,
+    validation: Validation | None,
+    step: Callable[..., torch.Tensor],
+) -> Watch:
+    """What looks at a run from a step on."""
+    accelerator, flags, data, processes = job.accelerator, job.flags, job.data, job.accelerator.num_processes
+    log = open_log(outputs, at, trackers, accelerator)
+    warning = None
+    if accelerator.is_main_process:
+        warning = make_early_warning(flags, data, job.task.files, at, accelerator.print)
+    steps_of_epoch = pictures_of_pass(flags, data, processes) / flags.run.pictures_per_step(processes)
+    release = step.release if isinstance(step, CapturedCall) else lambda: None
+    over_ranks = partial(accelerator.reduce, reduction="sum") if processes > 1 else None
+    signals = StopSignals(outputs.kept, accelerator.device, over_ranks)
+    return Watch(log, trackers, validation, warning, steps_of_epoch, planned.execution.compiled, release, signals)
 
 
 def pictures_of_pass(flags: TrainingFlags, data: TrainingData, processes: int) -> int:
@@ -1448,7 +1695,7 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     """The stage from top to bottom."""
     flags = TrainingFlags(*COMMAND_LINE.parse(argv)).settled()
     forget_secrets()
-    output_dir, reports = Path(flags.run.output_dir), list[StageReport]()
+    output_dir = Path(flags.run.output_dir)
     accelerator = start_accelerator(choose_device(flags.device.device, flags.model), flags.run, output_dir)
     device, say, processes = accelerator.device, accelerator.print, accelerator.num_processes
     chosen = set_up_device(flags, accelerator)
@@ -1474,44 +1721,13 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
-    if budget:
-        budget.cap()
-    planned = plan_run(request, flags, task, plan, data, accelerator, state["signature"].get("--compile"))
-    start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
-    with memory_stage("load transformer", device, reports, say):
-        training = load_training(request, flags, planned, seed, data, accelerator, Starts(start, identifier))
-    say(f"each micro-step: {planned.execution.sentence()}")
     facts = run_facts(request, data, plan, chosen.name, seed, processes)
-    outputs = open_outputs(flags, facts, request, data, planned.execution, argv)
-    if checkpoint:
-        outputs.load_checkpoint(checkpoint, state, training, accelerator)
-        say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
-    if accelerator.is_main_process:
-        require_room_for_checkpoints(flags, training, planned)
-    if training.step < planned.steps or not outputs.is_finished(training.step):
-        trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
-        log = open_log(outputs, training.step, trackers, accelerator)
-        validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
-        batches = make_batches(training, data, files, flags, device)
-        step = make_step(training, flags, planned.execution, say, len(set(data.sizes)))
-        warning = make_early_warning(flags, data, files, training.step, say) if accelerator.is_main_process else None
-        steps_of_epoch = pictures_of_pass(flags, data, processes) / flags.run.pictures_per_step(processes)
-        release = step.release if isinstance(step, CapturedCall) else lambda: None
-        watch = Watch(log, trackers, validation, warning, steps_of_epoch, planned.execution.compiled, release)
-        with trackers, memory_stage("train", device, reports, say), attention_of(planned):
-            ms_a_step = train(training, batches, step, flags, watch, outputs, accelerator)
-        if accelerator.is_main_process:
-            results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
-            write_model(outputs, training)
-            finish(outputs, flags, replace(results, steps=training.step))
-    else:
-        say_nothing_to_do(outputs, training, accelerator)
-        if accelerator.is_main_process and not outputs.report_path.exists():
-            report(outputs)
+    job = Job(flags, request, task, data, accelerator, Starts(start, identifier), facts, argv)
+    steps = train_within(job, Attempt(plan, budget, checkpoint, state))
     if accelerator.is_main_process:
         write_exports(output_dir, flags, files)
     accelerator.end_training()
-    upload(hub, flags, training.step)
+    upload(hub, flags, steps)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

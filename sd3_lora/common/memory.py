@@ -12,6 +12,8 @@ import torch
 
 GIB = 1024**3
 _ALIGNMENT_BYTES = 512  # CUDA's allocator rounds every tensor up to it
+# What CUDA and its libraries say where not torch's allocator, but they themselves lack memory.
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "_STATUS_ALLOC_FAILED")
 
 
 def round_up(size: int) -> int:
@@ -31,6 +33,13 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         _free_pinned_memory()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory ran out: torch's allocator had none left, or a library of CUDA's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.config import BudgetConfig
-from sd3_lora.common.memory import GIB, drop_workspaces
+from sd3_lora.common.memory import GIB, drop_workspaces, free_memory, is_out_of_memory
+from sd3_lora.common.progress import Progress
 from sd3_lora.common.stage_report import StageReport
 
 import torch
@@ -20,6 +22,9 @@ ASSUMED_CONTEXT_BYTES = int(0.75 * GIB)
 # Kernels are loaded when they are first used, after the context was measured; the text encoders use few.
 LATER_KERNELS_BYTES = int(0.16 * GIB)
 FEW_KERNELS_BYTES = int(0.02 * GIB)
+LESS_SHARE = 0.9  # of what an attempt had whose memory ran out, for the next one
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,26 @@ class DeviceBudget:
             index = _index(self.device)
             whole = torch.cuda.get_device_properties(index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.tensor_bytes / whole), index)
+
+    def now(self) -> DeviceBudget:
+        """The budget while other programs may have taken some of it: no more than is free now, or already this one's.
+
+        Nothing but CUDA's own memory may be on the device.
+        """
+        if self.device.type != "cuda":
+            return self
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device) + self.context_bytes
+        return replace(self, total_bytes=min(self.total_bytes, free))
+
+    def less(self, stages: Iterable[StageReport]) -> DeviceBudget:
+        """The budget of another attempt, after memory ran out: what is free now, and less than was had then.
+
+        Args:
+            stages: of the attempt that failed.
+        """
+        now = self.now()
+        had = self.used_bytes(stages) or now.total_bytes
+        return replace(now, total_bytes=min(now.total_bytes, int(LESS_SHARE * had)))
 
     def used_bytes(self, stages: Iterable[StageReport] = ()) -> int:
         """The peak bytes of this process: CUDA's own and the most that the allocator held; 0 on a CPU.
@@ -93,6 +118,35 @@ def open_budget(
             "ask for more"
         )
     return budget
+
+
+def within_memory(
+    attempt: Callable[[DeviceBudget | None], T], budget: DeviceBudget | None, stages: list[StageReport]
+) -> T:
+    """Does some work within a budget; where the device's memory runs out, once more within a smaller one.
+
+    Args:
+        attempt: the work. It plans within the budget that it is given, and goes on with what an earlier one has left.
+        budget: of the first attempt; without one there is no other.
+        stages: the reports to which the work adds.
+
+    Raises:
+        UserError: nothing fits what is left.
+    """
+    while True:
+        before = len(stages)
+        try:
+            return attempt(budget)
+        except RuntimeError as error:
+            if budget is None or not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        free_memory(budget.device)
+        budget = budget.less(stages[before:])
+        Progress.write(
+            f"note: the GPU's memory ran out ({reason}): going on within {at_most_gib(budget.total_bytes)} GiB"
+        )
+        budget.cap()
 
 
 def sentence(parts: Mapping[str, int]) -> str:

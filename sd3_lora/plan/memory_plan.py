@@ -196,6 +196,23 @@ def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
     )
 
 
+def plan_cheaper(task: TrainingTask, budget: DeviceBudget, plan: Plan, same_kernels: bool = False) -> Plan | None:
+    """The fastest plan that fits and takes less than another, for a run whose numbers are to stay; None if none does.
+
+    Args:
+        task: of the run.
+        budget: that is left.
+        plan: of the run so far. The base's precision stays.
+        same_kernels: whether its blocks are compiled, which streamed ones cannot be.
+    """
+    precision: AskedPrecision = "nf4" if plan.placement.precision == "nf4" else "16bit"
+    task = replace(
+        task, asked=replace(task.asked, precision=precision), can_stream=task.can_stream and not same_kernels
+    )
+    cheaper = (each for each in each_plan(task, budget) if each.forecast.peak_bytes < plan.forecast.peak_bytes)
+    return _first_that_fits(cheaper, budget)[0]
+
+
 def _first_that_fits(plans: Iterable[Plan], budget: DeviceBudget) -> tuple[Plan | None, int]:
     """The first plan within the budget, or None; and the smallest peak that was seen, in bytes."""
     smallest = 0

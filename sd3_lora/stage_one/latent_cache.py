@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 BROKEN_NAME = "broken.json"  # beside the latents: the pictures that --skip_broken left out
+MOST_LATENT = 1000.0  # of a posterior's numbers; those of a picture are about 1, the largest some tens
 _METADATA_KEY = "sd3_lora"
 
 
@@ -260,16 +261,27 @@ class LatentCache:
                 f"{self.path(image_id)} holds a NaN or infinity: delete it and run "
                 "precompute_latents.py --vae_precision fp32 --overwrite"
             )
+        largest = float(torch.maximum(mean.abs().max(), std.max()))
+        if largest > MOST_LATENT:
+            raise UserError(
+                f"{self.path(image_id)} holds {largest:.3g}, where the latents of a picture are about 1: delete it and "
+                "run precompute_latents.py again"
+            )
         return LatentPosterior(image_id, variant, mean, std)
 
     def read_mask(self, image_id: str, variant: str) -> LatentMask:
         """The mask of one variant that has one (`CachedPicture.masks`).
 
         Raises:
-            UserError: a truncated or foreign file.
+            UserError: a truncated or foreign file, or numbers that are not finite.
             StaleLatents: a file made with other settings.
         """
         (mask,) = self._tensors(image_id, f"{variant}.mask")
+        if mask.is_floating_point() and not torch.isfinite(mask).all():
+            raise UserError(
+                f"{self.path(image_id)} holds a NaN or infinity in its mask: delete it and run "
+                "precompute_latents.py again"
+            )
         return LatentMask(variant, mask, self.masks(image_id)[variant])
 
     def add(

@@ -73,7 +73,7 @@ def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest step first."""
-    return sorted(filter(is_checkpoint, _numbered_folders(output_dir)), key=_step_of)
+    return sorted(filter(is_checkpoint, _numbered_folders(output_dir)), key=step_of)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -150,8 +150,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _remedy(folder: Path) -> str:
     """What to type in place of a damaged checkpoint: the last one before it, where there is one."""
-    number = _step_of(folder) if folder in _numbered_folders(folder.parent) else -1
-    earlier = [other for other in checkpoint_folders(folder.parent) if _step_of(other) < number]
+    number = step_of(folder) if folder in _numbered_folders(folder.parent) else -1
+    earlier = [other for other in checkpoint_folders(folder.parent) if step_of(other) < number]
     go_on = f"type --resume_from_checkpoint {earlier[-1].name}" if earlier else "no earlier one is there: delete it"
     return f"{go_on}, or give another --output_dir for a new run"
 
@@ -223,9 +223,9 @@ def require_own_checkpoints(output_dir: Path) -> None:
     Raises:
         UserError: one is.
     """
-    latest = max(map(_step_of, checkpoint_folders(output_dir)), default=-1)
+    latest = max(map(step_of, checkpoint_folders(output_dir)), default=-1)
     for folder in _numbered_folders(output_dir):
-        if _step_of(folder) > latest and any(folder.iterdir()):
+        if step_of(folder) > latest and any(folder.iterdir()):
             raise UserError(
                 f"{folder} is not a checkpoint of this project, which cannot go on from it: give another --output_dir, "
                 "or move it away"
@@ -260,5 +260,6 @@ def _numbered_folders(output_dir: Path) -> Iterator[Path]:
     )
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The optimizer steps after which a checkpoint was taken, by its name."""
     return int(folder.name.removeprefix("checkpoint-"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 
 READ_EVERY = 10  # steps; a number that is not finite stops the run at most so many steps later
 MAX_SKIPPED_IN_A_ROW = 20
+HELD = ("LoRA's weights are", "optimizer's state is", "moving average is")  # each before "not finite"
 NOTED_SKIPPED_IN_A_ROW = 8  # a scaler that starts too high skips a few steps; so many are worth a word
 
 
@@ -45,6 +46,21 @@ class LoggedStep:
     sigmas: Sequence[float] = ()
 
 
+class NotFinite(UserError):
+    """A step's numbers are not finite. Says what can be known of it without the model.
+
+    Attributes:
+        step: the one that failed.
+        fault: what is not finite, as "the loss is nan at step 4 in fp32 (pictures a.png)".
+        kept: what was written before.
+        by_computing: whether its own micro-steps made it, and not something that was there before.
+    """
+
+    def __init__(self, step: PendingStep, fault: str, remedy: str, kept: str, by_computing: bool):
+        super().__init__(f"{fault}: {remedy}; {kept}")
+        self.step, self.fault, self.kept, self.by_computing = step, fault, kept, by_computing
+
+
 class SupportsBool(Protocol):
     """A boolean, or what waits for one when it is read."""
 
@@ -63,6 +79,8 @@ class PendingStep:
         skipped: whether the scaler skipped it; not read before `LossLog.add`, since reading may wait for the device.
         pictures: file names that the step saw, for a diagnosis.
         sigmas: their noise levels, from 0 to 1, on the host.
+        held: `(3,)`, the norms of what the run holds before the step's update (`held_norms`), still on the device.
+        drawn: where the draws and the order stood before the step.
     """
 
     step: int
@@ -72,6 +90,8 @@ class PendingStep:
     skipped: SupportsBool
     pictures: str
     sigmas: Sequence[float] = ()
+    held: torch.Tensor | None = None
+    drawn: Mapping[str, Any] | None = None
 
 
 class LossLog:
@@ -82,6 +102,12 @@ class LossLog:
         mean_over_ranks: averages a tensor over the processes.
         dtype_name: of the run, for a diagnosis.
         track: is given each line, to send it elsewhere.
+
+    Attributes:
+        queued: the step before this one, of which the host has not asked yet whether the scaler skipped it.
+        skipped_in_a_row: steps that the scaler skipped, up to the last one.
+        skipped: all of them.
+        recent: the losses of the last steps that were read.
     """
 
     def __init__(
@@ -96,6 +122,7 @@ class LossLog:
         self._dtype_name = dtype_name
         self._track = track
         self._pending: list[PendingStep] = []
+        self.queued: PendingStep | None = None
         self.skipped_in_a_row = 0
         self.skipped = 0
         self.recent = deque[float](maxlen=50)
@@ -111,8 +138,8 @@ class LossLog:
         Raises:
             UserError: the scaler has skipped too many steps in a row.
         """
-        self._pending.append(step)
         skipped = bool(step.skipped)
+        self._pending.append(step)
         self.skipped += skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == NOTED_SKIPPED_IN_A_ROW and self._path is not None:
@@ -132,15 +159,17 @@ class LossLog:
         """Copies the pending steps to the host, checks them and appends them to the file.
 
         Raises:
-            UserError: a loss or gradient that is not finite, with its step and what it saw.
+            NotFinite: a loss or gradient, or what the run holds, is not, with the step and what it saw.
         """
         if not self._pending:
             return []
         losses = self._mean_over_ranks(torch.stack([p.loss.detach().float() for p in self._pending])).tolist()
         norms = torch.stack([p.gradient_norm.detach().float() for p in self._pending]).tolist()
+        held = [pending.held for pending in self._pending if pending.held is not None]
+        holds = torch.stack(held).tolist() if held else [[]] * len(self._pending)
         lines = []
-        for pending, loss, norm in zip(self._pending, losses, norms, strict=True):
-            self._require_finite(pending, loss, norm)
+        for pending, loss, norm, norms_held in zip(self._pending, losses, norms, holds, strict=True):
+            self._require_finite(pending, loss, norm, norms_held)
             skipped = bool(pending.skipped)
             gradient_norm = None if skipped else norm
             sigmas = [round(sigma, 4) for sigma in pending.sigmas]
@@ -154,7 +183,12 @@ class LossLog:
             self._track(line)
         return lines
 
-    def _require_finite(self, pending: PendingStep, loss: float, norm: float) -> None:
+    def _require_finite(self, pending: PendingStep, loss: float, norm: float, held: Sequence[float]) -> None:
+        where = f"at step {pending.step} in {self._dtype_name} (pictures {pending.pictures})"
+        for name, its_norm in zip(HELD, held, strict=False):
+            if not math.isfinite(its_norm):
+                remedy = "type --resume_from_checkpoint latest to go on; if it comes again, lower --learning_rate"
+                raise NotFinite(pending, f"the {name} not finite {where}", remedy, self._kept(), False)
         if math.isfinite(loss) and (math.isfinite(norm) or pending.skipped):
             return
         fault = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
@@ -163,10 +197,7 @@ class LossLog:
             if self._dtype_name == "fp32"
             else "type --mixed_precision no, or lower --learning_rate"
         )
-        raise UserError(
-            f"the {fault} at step {pending.step} in {self._dtype_name} (pictures {pending.pictures}): {cure}; "
-            f"{self._kept()}"
-        )
+        raise NotFinite(pending, f"the {fault} {where}", cure, self._kept(), True)
 
     def _kept(self) -> str:
         """The last checkpoint, whose steps have all been checked."""
@@ -178,11 +209,15 @@ class LossLog:
     def cut_back(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again, and damaged ones, which it names.
 
-        The others count in `recent_mean`, as they do in a run that was not interrupted.
+        The others count in `recent_mean` and as skipped, as they do in a run that was not interrupted.
         """
         if self._path is not None:
-            losses = (line.get("loss") for line in keep_lines(self._path, step))
+            lines = keep_lines(self._path, step)
+            losses = (line.get("loss") for line in lines)
             self.recent.extend(loss for loss in losses if isinstance(loss, float))
+            skipped = [line.get("skipped") is True for line in lines]
+            self.skipped += sum(skipped)
+            self.skipped_in_a_row = next((k for k, other in enumerate(reversed(skipped)) if not other), len(skipped))
 
 
 def keep_lines(path: Path, step: int) -> list[dict[str, Any]]:

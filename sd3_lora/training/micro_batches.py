@@ -174,6 +174,12 @@ class MicroBatches:
         """The next micro-batch; and the inputs of the one after it, if drawn."""
         return self._drawn.popleft(), self._drawn[0].inputs if self._drawn else None
 
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Has what was drawn after `state_dict` was taken be drawn again."""
+        self._drawn.clear()
+        self._sampler.draws.generator.set_state(state["draws"])
+        self._order.load_state_dict(state["order"])
+
     def state_dict(self) -> dict[str, Any]:
         """Where the draws and the order stand, for a checkpoint; what was drawn and not taken is drawn again then."""
         return self._drawn[0].before if self._drawn else self._state()

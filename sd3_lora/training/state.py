@@ -25,6 +25,7 @@ from sd3_lora.training.checkpoints import (
     UnfinishedCheckpoint,
     checkpoint_folders,
     remove_old_checkpoints,
+    step_of,
     write_pictures,
     write_state,
 )
@@ -47,6 +48,33 @@ from diffusers import SD3Transformer2DModel
 _MOMENTS = "moments"  # the folder of a checkpoint with the optimizer's state of a whole transformer
 
 
+class OutOfDeviceMemory(Exception):
+    """Ends an attempt to train: the device's memory has run out, and what can be kept is on disk.
+
+    Attributes:
+        reason: in the words of torch.
+        step: at which.
+        checkpoint: from which the run goes on; None where it begins again.
+    """
+
+    def __init__(self, reason: str, step: int, checkpoint: Path | None):
+        super().__init__(reason)
+        self.reason, self.step, self.checkpoint = reason, step, checkpoint
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """Where a step begins: all that its micro-steps change of what a checkpoint has.
+
+    Attributes:
+        drawn: where the draws and the order stand, `MicroBatches.state_dict`.
+        random: `random_state`.
+    """
+
+    drawn: Mapping[str, Any]
+    random: dict[str, Any]
+
+
 @dataclass
 class Training:
     """All that changes from step to step. All of it is in a checkpoint but `ahead`, which follows from it.
@@ -64,6 +92,8 @@ class Training:
         step: optimizer steps taken.
         average: the moving average of what is trained, if one is kept.
         word: the identifier whose embedding is trained.
+        started: where the step in hand began, until its update; None between two steps.
+        updating: whether the weights are those of no step, since an update has begun and not ended.
     """
 
     model: VelocityModel
@@ -78,6 +108,8 @@ class Training:
     step: int = 0
     average: MovingAverage | None = None
     word: str | None = None
+    started: StepStart | None = None
+    updating: bool = False
 
     @property
     def clips(self) -> dict[str, torch.nn.Module]:
@@ -92,6 +124,7 @@ class Training:
     def begin_step(self) -> None:
         """To be called before the micro-steps of a step, once `step` is its number."""
         if self.in_backward:
+            self.updating = True
             self.in_backward.begin(self.step, self.learning_rates(self.step - 1)[0])
 
     @property
@@ -361,6 +394,11 @@ class Outputs:
         name = f"{self.folder.resolve().name}-step{training.step:08d}"
         return self.save_lora(training, self.folder, f"{name}.safetensors", f"{name}_ema.safetensors")
 
+    def last_checkpoint(self, step: int) -> Path | None:
+        """The run's newest checkpoint of a step up to this one, if there is one."""
+        folders = [folder for folder in checkpoint_folders(self.folder) if step_of(folder) <= step]
+        return folders[-1] if folders else None
+
     def kept(self) -> str:
         """What an interruption leaves, and the command that goes on."""
         folders = checkpoint_folders(self.folder)
@@ -368,15 +406,22 @@ class Outputs:
             return f"no step was kept; to start again, type `{self.command}`"
         return f"{folders[-1]} is kept; to go on, type `{self.command}`"
 
-    def save_checkpoint(self, training: Training, drawn: Mapping[str, Any], accelerator: Accelerator) -> None:
+    def save_checkpoint(
+        self,
+        training: Training,
+        drawn: Mapping[str, Any],
+        accelerator: Accelerator,
+        random: dict[str, Any] | None = None,
+    ) -> None:
         """Writes a checkpoint on rank 0, with the random states of all ranks.
 
         Args:
             training: whose state is kept.
             drawn: where the draws and the order stand, `MicroBatches.state_dict`.
             accelerator: of the processes.
+            random: this process's random state then; None for that of now.
         """
-        random_states = gather_object([random_state(accelerator.device)])
+        random_states = gather_object([random or random_state(accelerator.device)])
         if accelerator.is_main_process:
             with UnfinishedCheckpoint(self.folder, training.step) as folder:
                 if self.files is not None:

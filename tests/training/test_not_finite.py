@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from sd3_lora.common.records import PromptEmbedding
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.image_files import hash_file
 from sd3_lora.training.checkpoints import read_state
+from sd3_lora.training.state import Training
 from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
 import torch
 from conftest import PROMPT, Prepared
+from PIL import Image
 from safetensors.torch import load_file
-from training_runs import Run, Script, patch_loss, train, use_float16, write_again
+from training_runs import Run, Script, patch_loss, train, training_script, use_float16, write_again
 
 
 class Exploding(torch.autograd.Function):
@@ -66,6 +69,153 @@ def test_a_broken_latent_stops_the_run(script: Script, private: Prepared, tmp_pa
     run = train(script, private, tmp_path / "out", "--max_train_steps", 6, code=2)  # one pass and one more
     assert f"{path} holds a NaN or infinity: " in run.error
     assert run.wrote_no_weights()
+
+
+@pytest.mark.parametrize("part", ["mean", "std"])
+def test_a_latent_that_is_no_pictures_stops_the_run(
+    script: Script, private: Prepared, tmp_path: Path, part: str
+) -> None:
+    path = private.latents / f"{hash_file(private.pictures / '01.png')}.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(part):
+            tensor[3, 2, 1] = 1e8
+    write_again(path, tensors)
+    run = train(script, private, tmp_path / "out", "--max_train_steps", 6, code=2)
+    assert f"{path} holds 1e+08, where the latents of a picture are about 1: delete it and run " in run.error
+    assert run.wrote_no_weights()
+
+
+def test_a_broken_mask_stops_the_run(script: Script, private: Prepared, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for picture in private.pictures.iterdir():
+        with Image.open(picture) as opened:
+            Image.new("L", opened.size, 255).save(masks / picture.name)
+    shared = [*private.flags[:4], "--output_path", private.latents]
+    assert script("precompute_latents", *shared, "--mask_data_dir", masks).code == 0
+    path = private.latents / f"{hash_file(private.pictures / '01.png')}.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("mask"):
+            tensor[0, 2, 1] = math.nan
+    write_again(path, tensors)
+    run = train(script, private, tmp_path / "out", "--masked_loss", "--mask_data_dir", masks, code=2)
+    assert f"{path} holds a NaN or infinity in its mask: delete it and run " in run.error
+    assert run.wrote_no_weights()
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[Training], None]) -> list[int]:
+    """Spoils a run before a step; returns a list of the steps that it began."""
+    module, steps = training_script(), list[int]()
+    accumulate = module.accumulate
+
+    def spoiled(training: Training, *words: Any) -> Any:
+        steps.append(training.step)
+        if training.step == step:
+            spoil(training)
+        return accumulate(training, *words)
+
+    monkeypatch.setattr(module, "accumulate", spoiled)
+    return steps
+
+
+def spoil_weights(training: Training, value: float) -> None:
+    training.trainables.parameters[0].data[3] = value
+
+
+def spoil_optimizer(training: Training, value: float) -> None:
+    next(iter(training.optimizer.state.values()))["exp_avg"][3] = value
+
+
+def spoil_average(training: Training, value: float) -> None:
+    assert training.average is not None
+    training.average.tensors[0][3] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30], ids=["NaN", "infinity", "overflow"])
+@pytest.mark.parametrize(
+    ("spoil", "culprit"),
+    [
+        (spoil_weights, "the LoRA's weights are not finite at step 4 in fp32 (pictures "),
+        (spoil_optimizer, "the optimizer's state is not finite at step 4 in fp32 (pictures "),
+        (spoil_average, "the moving average is not finite at step 4 in fp32 (pictures "),
+    ],
+    ids=["LoRA weight", "optimizer", "EMA"],
+)
+def test_what_the_run_holds_is_named_before_it_is_written(
+    script: Script,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Training, float], None],
+    culprit: str,
+    value: float,
+) -> None:
+    steps = break_at(monkeypatch, 4, lambda training: spoil(training, value))
+    words = ["--max_train_steps", 40, "--checkpointing_steps", 2, "--use_ema"]
+    run = train(script, prepared, tmp_path, *words, code=2)
+    assert run.error.startswith(culprit)
+    assert "type --resume_from_checkpoint latest to go on" in run.error
+    assert f"the last good checkpoint is {run.folder / 'checkpoint-2'}, and no weights were written since" in run.error
+    assert_no_weights_but(run, "checkpoint-2")
+    assert steps[-1] == 4
+
+
+def overflow(training: Training) -> None:
+    training.transformer.proj_out.weight.data.fill_(6e4)
+
+
+def grow(training: Training) -> None:
+    training.trainables.parameters[0].data.mul_(1e15).add_(1e15)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_half", "sentence"),
+    [
+        (
+            overflow,
+            True,
+            "without its LoRA, overflows there in fp16, at any learning rate: type --mixed_precision bf16",
+        ),
+        (grow, True, "gives finite numbers there, so the LoRA has grown too large: lower --learning_rate 0.0001; "),
+        (grow, False, "gives finite numbers there, so the LoRA has grown too large: lower --learning_rate 0.0001; "),
+    ],
+    ids=["the base in fp16", "the rate in fp16", "the rate in fp32"],
+)
+def test_an_overflow_of_the_base_is_told_apart_from_a_rate_that_is_too_high(
+    script: Script,
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Training], None],
+    is_half: bool,
+    sentence: str,
+) -> None:
+    if is_half:
+        use_float16(monkeypatch)
+    break_at(monkeypatch, 3, spoil)
+    module, computed, asked = training_script(), list[torch.Tensor](), list[torch.Tensor]()
+    micro_step, find_cause = module.micro_step, module.find_cause
+
+    def noted(model: Any, inputs: Any, *words: Any) -> torch.Tensor:
+        computed.append(inputs.noise)
+        loss: torch.Tensor = micro_step(model, inputs, *words)
+        return loss
+
+    def asked_for(model: Any, inputs: Any, *words: Any) -> Any:
+        asked.append(inputs.noise)
+        return find_cause(model, inputs, *words)
+
+    monkeypatch.setattr(module, "micro_step", noted)
+    monkeypatch.setattr(module, "find_cause", asked_for)
+    run = train(script, prepared, tmp_path, "--max_train_steps", 6, "--checkpointing_steps", 2, code=2)
+    assert len(asked) == 1
+    assert torch.equal(asked[0], computed[2])  # the cause is looked for in the step that failed
+    assert re.match(r"the loss is (nan|inf) at step 3 in fp", run.error)
+    assert "; the base alone, " in run.error
+    assert sentence in run.error
+    assert_no_weights_but(run, "checkpoint-2")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

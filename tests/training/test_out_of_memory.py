@@ -1,0 +1,182 @@
+"""The device's memory runs out while a LoRA is trained: the run goes on with a cheaper plan and the same numbers."""
+
+from __future__ import annotations
+
+import random
+import re
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sd3_lora.common.records import TrainingBatch
+from sd3_lora.training.dataset import TrainingData
+from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
+
+import pytest
+import torch
+from conftest import Prepared
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from training_runs import Run, Script, same_lora, train, training_script
+
+REASON = "CUDA out of memory. Tried to allocate 2.00 GiB"
+WORDS: list[object] = ["--max_train_steps", 4, "--vram_budget_gib", 4, "--seed", 3, "--gradient_accumulation_steps", 2]
+WORDS += ["--checkpointing_steps", 2, "--lora_dropout", 0.1, "--use_ema", "--train_batch_size", 2]
+NOTE = "note: the GPU's memory ran out "  # or, of the last step, "after"
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations: of the draws, forward, backward and of the update. In some the memory runs out.
+
+    Attributes:
+        failing: their numbers, from 1.
+        count: of the operations so far.
+        failed: the names of those that failed.
+    """
+
+    def __init__(self, failing: set[int]):
+        super().__init__()
+        self.failing, self.count, self.failed = failing, 0, list[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count in self.failing:
+            self.failed.append(str(function))
+            raise torch.OutOfMemoryError(REASON + ". GPU 0 has")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def let_fail(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Operations]:
+    """`let_fail(70, 5000)`: the memory runs out in these of the operations of all loops of a run together."""
+    take_steps, batch = training_script().take_steps, TrainingData.batch
+
+    def on_host(*words: Any) -> TrainingBatch:
+        with _disable_current_modes():  # files are read on the host
+            return batch(*words)
+
+    monkeypatch.setattr(TrainingData, "batch", on_host)
+
+    def let_fail(*places: int) -> Operations:
+        operations = Operations(set(places))
+
+        def counted(*words: Any) -> float:
+            with operations:
+                steps: float = take_steps(*words)
+            return steps
+
+        monkeypatch.setattr(training_script(), "take_steps", counted)
+        return operations
+
+    return let_fail
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    assert run.losses == whole.losses
+    for name in (LORA_FILE, EMA_FILE):
+        assert same_lora(run.folder / name, whole.folder / name)
+
+
+@pytest.mark.usefixtures("without_allowances")
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.faults) for seed in range(1, 8))])
+def test_the_numbers_stay_wherever_the_memory_runs_out(
+    script: Script, prepared: Prepared, tmp_path: Path, let_fail: Callable[..., Operations], seed: int
+) -> None:
+    operations = let_fail()
+    whole = train(script, prepared, tmp_path / "whole", *WORDS)
+    assert NOTE not in whole.out
+    draws, count = random.Random(seed), operations.count
+    for number in range(4):
+        operations = let_fail(*(draws.randrange(1, count) for _ in range(1 + number % 2)))
+        run = train(script, prepared, tmp_path / str(number), *WORDS)
+        assert operations.failed
+        assert run.out.count(NOTE) == len(operations.failed)
+        assert_same(run, whole)
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_each_failure_makes_the_plan_cheaper_and_frees_what_was_held(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, models, peaks = training_script(), list[weakref.ref[Any]](), list[int]()
+    load, accumulate, taken = module.load_training, module.accumulate, 0
+
+    def loaded(job: Any, planned: Any) -> Any:
+        assert not [model for model in models if model() is not None]  # the one before is freed first
+        peaks.append(planned.plan.forecast.peak_bytes)
+        training = load(job, planned)
+        models.append(weakref.ref(training.transformer))
+        return training
+
+    def failing(*words: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        done = accumulate(*words)
+        if taken in (1, 4):
+            raise torch.OutOfMemoryError(REASON)
+        return done
+
+    monkeypatch.setattr(module, "load_training", loaded)
+    whole = train(script, prepared, tmp_path / "whole", *WORDS)
+    models.clear()
+    peaks.clear()
+    monkeypatch.setattr(module, "accumulate", failing)
+    run = train(script, prepared, tmp_path / "run", *WORDS)
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert len(peaks) == 3
+    assert f"{NOTE}at step 1 ({REASON}): beginning again, with a plan that takes less\nplan: " in run.out
+    checkpoint = run.folder / "checkpoint-2"
+    assert f"{NOTE}at step 3 ({REASON}): going on from {checkpoint}, with a plan that takes less\nplan: " in run.out
+    assert_same(run, whole)
+
+
+def test_where_nothing_fits_the_steps_are_kept_and_the_command_is_said(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--max_train_steps", 4, "--seed", 3]  # without a budget there is no plan on a CPU
+    whole = train(script, prepared, tmp_path / "whole", *words)
+    module = training_script()
+    accumulate, taken = module.accumulate, 0
+
+    def failing(*given: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 4:
+            raise torch.OutOfMemoryError(REASON)
+        return accumulate(*given)
+
+    monkeypatch.setattr(module, "accumulate", failing)
+    run = train(script, prepared, tmp_path / "run", *words, code=2)
+    said = rf"the GPU's memory ran out at step 4 \({REASON}\): (.*) is kept; to go on, close other programs and type "
+    said += "`(.*)`"
+    kept, again = re.fullmatch(said, run.error).groups()  # type: ignore[union-attr]
+    assert kept == str(run.folder / "checkpoint-3")
+    assert again.endswith("--resume_from_checkpoint latest")
+    assert not (run.folder / LORA_FILE).exists()
+    go_on = train(script, prepared, run.folder, *words, "--resume_from_checkpoint", "latest")
+    assert go_on.losses == whole.losses
+    assert same_lora(go_on.folder / LORA_FILE, whole.folder / LORA_FILE)
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_a_whole_transformer_goes_back_to_its_checkpoint(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights change inside the backward pass, so a step that was cut off has no state to go on from."""
+    words = ["--full", "--max_train_steps", 4, "--seed", 3, "--checkpointing_steps", 2, "--vram_budget_gib", 4]
+    whole = train(script, prepared, tmp_path / "whole", *words)
+    module, taken = training_script(), 0
+    accumulate = module.accumulate
+
+    def failing(*given: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        done = accumulate(*given)
+        if taken == 4:
+            raise torch.OutOfMemoryError(REASON)
+        return done
+
+    monkeypatch.setattr(module, "accumulate", failing)
+    run = train(script, prepared, tmp_path / "run", *words)
+    assert f"{NOTE}at step 4 ({REASON}): going on from {run.folder / 'checkpoint-2'}, with a plan" in run.out
+    assert run.losses == whole.losses
