@@ -744,7 +744,7 @@ def load_training(
     if flags.trains_all:
         window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
         optimizer, lr_scheduler = make_optimizer_in_backward(
-            flags.optimizer, trainables, planned.steps, seed, window, by_chance
+            flags.optimizer, trainables, planned.steps, seed, window, by_chance, arranged.streamed
         )
     else:
         optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
@@ -782,7 +782,7 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
             raise UserError(
                 f"--full updates weights inside the backward pass of one process, not of {processes}: use one"
             )
-        return replace(asked, whole=True)
+        return replace(asked, whole=True, modulations_ahead=False)
     if flags.trains_clips:
         if asked.modulations_ahead:
             trains = "--train_text_encoder" if flags.text.train_text_encoder else "--train_identifier_embedding"
@@ -852,7 +852,9 @@ def training_task(
         clips=clip_training(flags, files),
         whole_bytes=optimizer_bytes(flags, files, dtype, device),
     )
-    can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
+    can_stream = processes == 1 and not kind.needs_whole_weights
+    if flags.trains_all and flags.run.gradient_accumulation_steps > 1:  # whose kept gradients are as large as weights
+        can_stream = False
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
     drawing = drawing_between(flags, files, dtype)
     can_be_4bit = not kind.starts_from_weights and not flags.trains_all
