@@ -90,6 +90,7 @@ from sd3_lora.plan.memory_plan import (
     plain_placement,
     plan_training,
     recompute_note,
+    require_host_room,
     room_to_draw,
 )
 from sd3_lora.plan.step_execution import AskedExecution, PlannedTraining, StepExecution, choose_execution
@@ -122,7 +123,7 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
 from sd3_lora.training.identifier_start import IdentifierStart
-from sd3_lora.training.in_backward import adam_notes, whole_bytes
+from sd3_lora.training.in_backward import adam_notes, hollow_moments, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, PendingStep
@@ -851,6 +852,7 @@ def training_task(
         base_rows=base_rows,
         clips=clip_training(flags, files),
         whole_bytes=optimizer_bytes(flags, files, dtype, device),
+        state_of=hollow_moments if flags.trains_all else None,
     )
     can_stream = processes == 1 and not kind.needs_whole_weights
     if flags.trains_all and flags.run.gradient_accumulation_steps > 1:  # whose kept gradients are as large as weights
@@ -969,10 +971,15 @@ def make_validation(
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
-    """The fastest plan that fits the budget; all on the device where there is none."""
+    """The fastest plan that fits the budget; all on the device where there is none.
+
+    Raises:
+        UserError: nothing fits; or the host has no room for what is streamed of a trained transformer.
+    """
     # Rank 0's GPU decides: all are to compute with the same numbers.
     plan = [plan_training(task, budget) if budget else Plan(plain_placement(task.files, task.asked), Forecast())]
     broadcast_object_list(plan)
+    require_host_room(task, plan[0])
     return plan[0]
 
 

@@ -25,6 +25,27 @@ def host_sizes(items: Sequence[Item]) -> list[int]:
     return [round_up(tensor.nbytes) for item in items for tensor in item]
 
 
+@dataclass(frozen=True)
+class RoundTripBytes:
+    """What items take.
+
+    Attributes:
+        whole: bytes of all of them, as they would stay on the device.
+        slots: bytes of the slots there.
+        pinned: bytes of host memory.
+    """
+
+    whole: int = 0
+    slots: int = 0
+    pinned: int = 0
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> RoundTripBytes:
+        """Those of `RoundTrips` with these items."""
+        whole = sum(tensor.nbytes for item in items for tensor in item)
+        return cls(whole, slot_bytes(items), pinned_bytes(host_sizes(items)))
+
+
 def slot_bytes(items: Sequence[Item]) -> int:
     """The bytes that the slots for these items take on the device."""
     return min(SLOTS, len(items)) * sum(map(round_up, _largest(items)))

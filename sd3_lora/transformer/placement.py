@@ -88,7 +88,8 @@ class Placement:
     def step_sentence(self) -> str:
         """For the user: what is recomputed and offloaded."""
         offloaded = ", their inputs offloaded" if self.offload_inputs else ""
-        plain = ", modulations not ahead" if self.streamed and self.recomputed and not self.modulations_ahead else ""
+        may_be_ahead = self.streamed and self.recomputed and not self.whole
+        plain = ", modulations not ahead" if may_be_ahead and not self.modulations_ahead else ""
         return f"{len(self.recomputed)} of {self.blocks} blocks recomputed{offloaded}{plain}"
 
     def kernel_sentence(self) -> str:

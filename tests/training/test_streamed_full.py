@@ -10,12 +10,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.gpu.round_trips import RoundTrips
+from sd3_lora.plan.memory_plan import _Places
 from sd3_lora.training.blockwise_adam import Settings
-from sd3_lora.training.in_backward import AdamInBackward
+from sd3_lora.training.in_backward import AdamInBackward, hollow_moments
+from sd3_lora.transformer.placement import AskedPlacement, arrange
 from sd3_lora.transformer.recompute import recompute_blocks
-from sd3_lora.transformer.trained_pieces import TrainedBlocks, _forward_trained, stream_trained
+from sd3_lora.transformer.streaming import Piece
+from sd3_lora.transformer.trained_pieces import TrainedBlocks, TrainedPieces, _forward_trained, stream_trained
 from sd3_lora.transformer.whole_weights import train_whole
 
 import pytest
@@ -310,9 +314,6 @@ def test_large_matrices_that_copy_slower_than_they_compute() -> None:
         layers = torch.nn.ModuleList(torch.nn.Linear(2048, 2048) for _ in range(10)).bfloat16()
         streamed = None
         if is_streamed:
-            from sd3_lora.transformer.streaming import Piece
-            from sd3_lora.transformer.trained_pieces import TrainedPieces
-
             pieces = [Piece((f"{index}.weight",), (layer,)) for index, layer in enumerate(layers)]
             streamed = TrainedBlocks(pieces, GPU, TrainedPieces(pieces, GPU), 3)
             for layer in layers:
@@ -335,6 +336,29 @@ def test_large_matrices_that_copy_slower_than_they_compute() -> None:
 
     resident, streamed = run(False), run(True)
     assert all(torch.equal(streamed[name], resident[name]) for name in resident)
+
+
+def test_the_plan_counts_what_is_there(miniature_files: ModelFiles) -> None:
+    """To the byte: slots of weights and moments on the device, and pinned memory."""
+    files = miniature_files
+    asked = AskedPlacement(modulations_ahead=False, whole=True, streamed=4, buffers=3)
+    places = _Places(files, torch.bfloat16, None, (8, 8), asked, hollow_moments)
+    base, whole = places.streamed(2, 6), places.on_device()
+    arranged = arrange(files, base.placement, CPU, torch.bfloat16, (8, 8), train_whole)
+    streamed = arranged.streamed
+    assert isinstance(streamed, TrainedBlocks)
+    parameters = dict(arranged.transformer.named_parameters())
+    optimizer = AdamInBackward(parameters, 1e-2, 0.1, SETTINGS, 3, 1, streamed)
+    trips = optimizer._trips
+    assert trips is not None
+    assert base.host_bytes == streamed.host_bytes + trips.host_bytes
+    resident = sum(each.nbytes for name, each in parameters.items() if name not in streamed.names)
+    positions = arranged.transformer.pos_embed.pos_embed.nbytes
+    assert base.device_bytes == resident + positions + streamed.device_bytes
+    of_streamed = sum(parameters[name].nbytes for name in streamed.names)
+    assert whole.device_bytes == resident + positions + of_streamed
+    moments = sum(t.nbytes for name, t in optimizer.tensors().items() if name.rpartition(".")[0] in streamed.names)
+    assert base.state_saved == moments - trips.device_bytes
 
 
 def same_tensors(left: Path, right: Path) -> bool:
