@@ -100,6 +100,7 @@ from sd3_lora.plan.memory_plan import (
     plan_cheaper,
     plan_training,
     recompute_note,
+    require_host_room,
     room_to_draw,
 )
 from sd3_lora.plan.step_execution import (
@@ -139,7 +140,7 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import HubRepo, open_repo
 from sd3_lora.training.hub_folder import make_hub_folder
 from sd3_lora.training.identifier_start import IdentifierStart
-from sd3_lora.training.in_backward import adam_notes, whole_bytes
+from sd3_lora.training.in_backward import adam_notes, hollow_moments, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, NotFinite, PendingStep
@@ -881,7 +882,7 @@ def load_training(job: Job, planned: PlannedTraining) -> Training:
     if flags.trains_all:
         window, by_chance = run.gradient_accumulation_steps, flags.full.weight_rounding == "stochastic"
         optimizer, lr_scheduler = make_optimizer_in_backward(
-            flags.optimizer, trainables, planned.steps, seed, window, by_chance
+            flags.optimizer, trainables, planned.steps, seed, window, by_chance, arranged.streamed
         )
     else:
         optimizer, lr_scheduler = make_optimizer(flags.optimizer, trainables, planned.steps)
@@ -919,7 +920,7 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
             raise UserError(
                 f"--full updates weights inside the backward pass of one process, not of {processes}: use one"
             )
-        return replace(asked, whole=True)
+        return replace(asked, whole=True, modulations_ahead=False)
     if flags.trains_clips:
         if asked.modulations_ahead:
             trains = "--train_text_encoder" if flags.text.train_text_encoder else "--train_identifier_embedding"
@@ -988,8 +989,11 @@ def training_task(
         base_rows=base_rows,
         clips=clip_training(flags, files),
         whole_bytes=optimizer_bytes(flags, files, dtype, device),
+        state_of=hollow_moments if flags.trains_all else None,
     )
-    can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
+    can_stream = processes == 1 and not kind.needs_whole_weights
+    if flags.trains_all and flags.run.gradient_accumulation_steps > 1:  # whose kept gradients are as large as weights
+        can_stream = False
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
     drawing = drawing_between(flags, files, dtype)
     can_be_4bit = not kind.starts_from_weights and not flags.trains_all
@@ -1104,10 +1108,15 @@ def make_validation(
 
 
 def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
-    """The fastest plan that fits the budget; all on the device where there is none."""
+    """The fastest plan that fits the budget; all on the device where there is none.
+
+    Raises:
+        UserError: nothing fits; or the host has no room for what is streamed of a trained transformer.
+    """
     # Rank 0's GPU decides: all are to compute with the same numbers.
     plan = [plan_training(task, budget) if budget else Plan(plain_placement(task.files, task.asked), Forecast())]
     broadcast_object_list(plan)
+    require_host_room(task, plan[0])
     return plan[0]
 
 

@@ -296,7 +296,7 @@ def clip_cases() -> Iterator[Case]:
 
 
 def full_cases() -> Iterator[Case]:
-    """The whole transformer, resident: under the smallest budgets, recomputed or not, and with gradients kept."""
+    """The whole transformer under the smallest budgets, recomputed or not, and with gradients kept; and streamed."""
     whole = ("--full", "--mixed_precision", "bf16")
     yield Case("warm-up", "sd3-medium", 512, flags=whole)
     for model, gib in (("sd3-medium", 9.0), ("sd3.5-medium", 10.5)):
@@ -306,6 +306,8 @@ def full_cases() -> Iterator[Case]:
     window = ("--gradient_accumulation_steps", "4")
     yield Case("whole, gradients kept", "sd3-medium", flags=(*whole, *ALL_BLOCKS, *window), steps=6)
     yield Case("whole, as little as fits", "sd3.5-large", flags=(*whole, *budget(36)), smallest=True)
+    for model, gib in (("sd3-medium", 4.0), ("sd3.5-medium", 4.0), ("sd3.5-large", 10.0)):
+        yield Case("whole, streamed", model, flags=(*whole, *budget(gib)), steps=12, smallest=True)
 
 
 SETS: dict[str, Callable[[], Iterator[Case]]] = {

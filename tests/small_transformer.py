@@ -119,7 +119,7 @@ def late_copies() -> Iterator[list[Callable[[], object]]]:
     What a GPU does lies between. Yields the copies that are outstanding.
     """
     outstanding: list[Callable[[], object]] = []
-    start, wait = CopyStream.start, CopyStream.wait
+    start, wait, join = CopyStream.start, CopyStream.wait, CopyStream.join
 
     def start_later(self: CopyStream, copy: Callable[[], object]) -> Copy:
         outstanding.append(copy)
@@ -131,8 +131,13 @@ def late_copies() -> Iterator[list[Callable[[], object]]]:
                 with torch.no_grad():
                     outstanding.pop(0)()
 
-    CopyStream.start, CopyStream.wait = start_later, wait_now
+    def join_now(self: CopyStream) -> None:
+        while outstanding:
+            with torch.no_grad():
+                outstanding.pop(0)()
+
+    CopyStream.start, CopyStream.wait, CopyStream.join = start_later, wait_now, join_now
     try:
         yield outstanding
     finally:
-        CopyStream.start, CopyStream.wait = start, wait
+        CopyStream.start, CopyStream.wait, CopyStream.join = start, wait, join

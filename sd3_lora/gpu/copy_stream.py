@@ -58,6 +58,11 @@ class CopyStream:
         if copy.done is not None:
             torch.cuda.current_stream(self._device).wait_event(copy.done)
 
+    def join(self) -> None:
+        """Has everything that is queued on the device from now on wait for all copies that were started."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def join_capture(self) -> None:
         """Has the capture of a CUDA graph, if one is going on, wait for the copies that it has captured."""
         if self._stream is None:

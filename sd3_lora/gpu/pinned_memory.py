@@ -32,7 +32,9 @@ def pinned_bytes(sizes: Sequence[int]) -> int:
     return sum(_power_of_two(sum(slab)) for slab in _slabs(sizes))
 
 
-def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch.Tensor]:
+def pinned_buffers(
+    sizes: Sequence[int], device: torch.device, remedy: str = "type --stream_from files"
+) -> Iterator[torch.Tensor]:
     """Yields a uint8 buffer of each size on the host; pinned where the device is a GPU.
 
     They come from torch's allocator, because a CUDA graph may only copy from its memory. It rounds up to a power of
@@ -41,6 +43,7 @@ def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch
     Args:
         sizes: in bytes, multiples of 512.
         device: the copies' destination.
+        remedy: what a user may do beside closing other programs.
 
     Raises:
         UserError: the driver does not pin so much.
@@ -51,6 +54,6 @@ def pinned_buffers(sizes: Sequence[int], device: torch.device) -> Iterator[torch
         except RuntimeError as error:
             raise UserError(
                 f"the driver did not pin {pinned_bytes(sizes) / GIB:.1f} GiB of host memory for the streamed "
-                f"transformer ({first_line(error)}): close other programs, or type --stream_from files"
+                f"transformer ({first_line(error)}): close other programs, or {remedy}"
             ) from error
         yield from slab_buffer[: sum(slab)].split(slab)

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.placement_flags import AskedPrecision
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, at_most_gib, enough_gib
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.gpu.pinned_memory import pinned_bytes
+from sd3_lora.gpu.round_trips import Item, RoundTripBytes
 from sd3_lora.plan.step_memory import (
     DenoisingShape,
     Step,
@@ -135,7 +137,7 @@ class TrainingTask:
         shape: of the step.
         step: the step that will train, to be simulated.
         asked: what flags fix.
-        can_stream: not with several processes.
+        can_stream: not with several processes, nor where gradients of all weights are kept.
         can_be_4bit: not with a LoRA that starts from the exact weights.
         drawing: what is drawn between the steps, if anything.
     """
@@ -170,6 +172,18 @@ def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
         asked.attention_kernel,
         whole=asked.whole,
     )
+
+
+def require_host_room(task: TrainingTask, plan: Plan) -> None:
+    """Checks that the host has room for what of a trained transformer is streamed.
+
+    Raises:
+        UserError: it has not.
+    """
+    place, shape = plan.placement, task.shape
+    if place.whole and place.streamed:
+        places = _Places(task.files, shape.dtype, None, shape.enclosing_size, task.asked, shape.state_of)
+        places.with_host_room([places.streamed(place.blocks - len(place.streamed), place.buffers)])
 
 
 def plan_training(task: TrainingTask, budget: DeviceBudget) -> Plan:
@@ -275,11 +289,19 @@ def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
 
 @dataclass(frozen=True)
 class _Base:
-    """Where the base's weights are, in a placement with nothing else decided yet; and their bytes in each place."""
+    """Where the base's weights are, in a placement with nothing else decided yet; and their bytes in each place.
+
+    Attributes:
+        placement: without what is recomputed.
+        device_bytes: of weights on the device.
+        host_bytes: of pinned memory.
+        state_saved: bytes of the optimizer's state that are not on the device, since they are streamed too.
+    """
 
     placement: Placement
     device_bytes: int
     host_bytes: int
+    state_saved: int = 0
 
 
 class _Places:
@@ -291,6 +313,7 @@ class _Places:
         precision: nf4, or None.
         latent_size: height and width in which all pictures lie, in latent pixels.
         asked: what flags fix.
+        state_of: the optimizer's state of a matrix with so many numbers, where that is streamed too.
     """
 
     def __init__(
@@ -300,7 +323,9 @@ class _Places:
         precision: BasePrecision | None,
         latent_size: tuple[int, int],
         asked: AskedPlacement,
+        state_of: Callable[[int], Item] | None = None,
     ):
+        self._state_of = state_of
         self._config, self._dtype, self._precision = files.read_config("transformer"), dtype, precision
         self.blocks: int = self._config["num_layers"]
         self._asked = asked
@@ -309,7 +334,7 @@ class _Places:
             self.blocks, precision, modulations_ahead=ahead, attention_kernel=asked.attention_kernel, whole=asked.whole
         )
         self._whole = base_bytes(files, dtype, precision, latent_size)
-        self._host_bytes = available_host_bytes() - HOST_ROOM_BYTES
+        self.host_room = available_host_bytes() - HOST_ROOM_BYTES
 
     @cached_property
     def costs(self) -> list[PieceCost]:
@@ -328,16 +353,44 @@ class _Places:
     def streamed(self, resident: int, buffers: int) -> _Base:
         """`resident` blocks on the device, and room for `buffers` pieces of the others, or for all if there are fewer.
 
-        The source is host memory or, if that is too small, the files. No file holds 4-bit weights.
+        The source is host memory or, if that is too small, the files. No file holds 4-bit weights, nor trained ones.
         """
         blocks = spread_streamed_blocks(self.blocks, resident)
-        pieces = [piece.size for piece in self.costs if piece.block in blocks]
-        is_too_much = self._plain.precision is None and pinned_bytes(pieces) > self._host_bytes
+        costs = [piece for piece in self.costs if piece.block in blocks]
+        pieces, state = [piece.size for piece in costs], RoundTripBytes()
+        if self._state_of:
+            state = RoundTripBytes.of([self._state_of(count) for piece in costs for count in piece.counts])
+        may_be_files = self._plain.precision is None and not self._plain.whole
+        is_too_much = may_be_files and pinned_bytes(pieces) > self.host_room
         source = self._asked.stream_from or ("files" if is_too_much else "host")
         pinned = pinned_bytes(ring_sizes(pieces) if source == "files" else pieces)
         count = min(self._asked.buffers or buffers, len(pieces))
         placement = replace(self._plain, streamed=blocks, stream_from=source, buffers=count)
-        return _Base(placement, self._whole - sum(pieces) + count * max(pieces), pinned)
+        on_device = self._whole - sum(pieces) + count * max(pieces)
+        return _Base(placement, on_device, pinned + state.pinned, state.whole - state.slots)
+
+    def with_host_room(self, bases: Sequence[_Base]) -> list[_Base]:
+        """Those that the host has room for. Only of a trained transformer may there be none: others have the files.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self._plain.whole:
+            return list(bases)
+        fitting = [base for base in bases if base.host_bytes <= self.host_room]
+        if not fitting:
+            raise self.lacks_host(bases)
+        return fitting
+
+    def lacks_host(self, bases: Sequence[_Base]) -> UserError:
+        """That the host has no room for what these keep there, the most of them."""
+        most = max(base.host_bytes for base in bases)
+        return UserError(
+            f"--full with streamed blocks keeps their weights and the optimizer's state in {most / GIB:.1f} GiB of "
+            f"host memory, of which {max(0, self.host_room) / GIB:.1f} GiB are free beside "
+            f"{HOST_ROOM_BYTES / GIB:.0f} for the rest: close other programs, or leave more blocks on the GPU with a "
+            "larger --vram_budget_gib or a smaller --stream_blocks"
+        )
 
     def most_streamed(self, resident: Sequence[int]) -> list[_Base]:
         """The most blocks streamed, with ever fewer buffers."""
@@ -498,6 +551,9 @@ def each_plan(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     """All plans that may be taken, the fastest first; each has a smaller peak than those before it.
 
     A generator: where an early plan fits, the later ones are not computed, and the GPU is not timed for them.
+
+    Raises:
+        UserError: at the end, where a trained transformer is streamed and the host has no room for more blocks of it.
     """
     return _only_smaller(_all_plans(task, budget))
 
@@ -508,7 +564,7 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     counts = _recomputed_counts(asked, count)
     planners: list[tuple[_Places, _Planner]] = []
     for precision in _PRECISIONS[asked.precision]:
-        places = _Places(task.files, shape.dtype, precision, shape.enclosing_size, asked)
+        places = _Places(task.files, shape.dtype, precision, shape.enclosing_size, asked, shape.state_of)
         memory = simulate_step(config, shape, precision, task.step, asked.attention_kernel)
         drawing = task.drawing
         working = drawing and simulate_denoising(config, drawing.shape, precision, asked.attention_kernel)
@@ -525,7 +581,8 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     size, rate = StepSize.of(config, shape), measure_flops_a_byte(budget.device, shape.dtype)
     for places, planner in planners:
         resident = _resident_counts(asked, count)
-        bases = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in resident]
+        every = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in resident]
+        bases = places.with_host_room(every)
         computed = {k: computed_flops(places.costs, size, range(k)) for k in counts}
         ways: list[tuple[tuple[float, float], _Base, int]] = []
         for base, k in itertools.product(bases, counts):
@@ -534,9 +591,11 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
         if not asked.offload_inputs:
             yield from (planner.plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
         offload = asked.offload_inputs is not False and max(counts) > 0
-        smallest = places.most_streamed(resident)
+        smallest = places.most_streamed([base.placement.blocks - len(base.placement.streamed) for base in bases])
         yield from (planner.plan(base, max(counts), offload) for base in smallest)
         yield planner.plan(smallest[-1], max(counts), offload, room_for_graph=False)
+        if len(bases) < len(every):  # more blocks would be streamed, were there room for them
+            raise places.lacks_host(every)
 
 
 def _recomputed_counts(asked: AskedPlacement, blocks: int) -> Sequence[int]:
@@ -588,7 +647,7 @@ class _Planner:
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
             **self._clips,
-            **self._updated,
+            **self._updated(base),
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
         }
@@ -600,11 +659,10 @@ class _Planner:
         phases = Phase("step", parts), *self._between(base)
         return Plan(placement, Forecast(phases, base.host_bytes, room_for_graph))
 
-    @property
-    def _updated(self) -> dict[str, int]:
+    def _updated(self, base: _Base) -> dict[str, int]:
         """The LoRA with its optimizer's state, or that of the whole transformer's."""
         if self.shape.whole_bytes is not None:
-            return {"optimizer": self.shape.whole_bytes}
+            return {"optimizer": self.shape.whole_bytes - base.state_saved}
         return {"LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter)}
 
     @property
@@ -616,7 +674,7 @@ class _Planner:
         waits on the host.
         """
         if self.shape.whole:  # to be saved, tensors leave the device one at a time
-            kept = {"CUDA": self.budget.context_bytes, "weights": base.device_bytes, **self._updated}
+            kept = {"CUDA": self.budget.context_bytes, "weights": base.device_bytes, **self._updated(base)}
             yield Phase("save", {**kept, "unused between them": _unused(kept, False)})
         if not self.denoising:
             return
@@ -626,7 +684,7 @@ class _Planner:
             "weights": base.device_bytes,
             **self._clips,
             "LoRA": int(self.memory.lora / 4 * per_parameter),
-            **(self._updated if self.shape.whole else {}),
+            **(self._updated(base) if self.shape.whole else {}),
         }
         streamed = bool(base.placement.streamed)
         yield Phase("denoise a validation picture", _denoising_parts(kept, self.denoising, streamed))

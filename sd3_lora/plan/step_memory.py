@@ -13,6 +13,7 @@ from sd3_lora.common.memory import round_up
 from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.exact_attention import AttentionBackward
+from sd3_lora.gpu.round_trips import Item
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision
 from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require_blocks, target_modules
@@ -57,6 +58,7 @@ class StepShape:
         clips: what is trained of the CLIPs, if anything is.
         whole_bytes: of the optimizer's state and of gradients that are kept, where the whole transformer is trained and
             no LoRA; None where there is a LoRA.
+        state_of: the optimizer's state of a matrix with so many numbers, without memory: it is streamed with that.
     """
 
     batch_size: int
@@ -77,6 +79,7 @@ class StepShape:
     base_rows: int = 0
     clips: ClipTraining | None = None
     whole_bytes: int | None = None
+    state_of: Callable[[int], Item] | None = None
 
     @property
     def whole(self) -> bool:

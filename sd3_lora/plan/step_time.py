@@ -63,12 +63,14 @@ class PieceCost:
         part: of that block, such as attn.
         size: in bytes, as `layout` has them.
         share: of the part's weights.
+        counts: of the numbers in each of its matrices.
     """
 
     block: int
     part: str
     size: int
     share: float
+    counts: tuple[int, ...] = ()
 
     @property
     def is_modulation(self) -> bool:
@@ -98,9 +100,9 @@ def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePr
         dtype: of a base that is not in 4 bits.
         precision: nf4, or None.
     """
-    pieces = pieces_of(make_hollow(dict(config), dtype).transformer_blocks)
-    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in pieces]
-    counts = [[weight.numel() for weight in piece.weights] for piece in pieces]
+    hollow = pieces_of(make_hollow(dict(config), dtype).transformer_blocks)
+    parts = [tuple(piece.names[0].split(".")[1:3]) for piece in hollow]
+    counts = [tuple(weight.numel() for weight in piece.weights) for piece in hollow]
     sizes = [
         sum(round_up(values_in_4_bits(n) if precision == "nf4" else n * dtype.itemsize) for n in piece)
         for piece in counts
@@ -108,7 +110,10 @@ def model_costs(config: Mapping[str, Any], dtype: torch.dtype, precision: BasePr
     whole: Counter[tuple[str, ...]] = Counter()
     for part, size in zip(parts, sizes, strict=True):
         whole[part] += size
-    return [PieceCost(int(part[0]), part[1], size, size / whole[part]) for part, size in zip(parts, sizes, strict=True)]
+    return [
+        PieceCost(int(part[0]), part[1], size, size / whole[part], numbers)
+        for part, size, numbers in zip(parts, sizes, counts, strict=True)
+    ]
 
 
 class Passes(NamedTuple):
@@ -174,6 +179,9 @@ def copied_flops(
     computed ahead is copied once a step: in backward, for the next one. Another is copied in forward, and where its
     block is recomputed in backward too: its gradient needs no matrix.
 
+    Trained, all are copied in both passes: in backward with the optimizer's state, about as large, and back again
+    meanwhile, as the link has two directions.
+
     Args:
         sizes: of all blocks.
         placement: which of them are streamed, and from where.
@@ -184,6 +192,9 @@ def copied_flops(
     both = sum(sizes[block].others for block in placement.streamed)
     forward = sum(sizes[block].modulations for block in placement.streamed if block not in ahead)
     backward = sum(sizes[block].modulations for block in placement.streamed if block in placement.recomputed)
+    if placement.whole:
+        forward = sum(sizes[block].modulations for block in placement.streamed)
+        backward = both + 2 * forward
     if base_pass:
         forward += sum(sum(sizes[block]) for block in placement.streamed)
     slower = flops_a_byte * (FILES_SLOWDOWN if placement.stream_from == "files" else 1)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from sd3_lora.common.command_line import HarmlessFlag, UserError, counted, require_right
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
-from sd3_lora.common.placement_flags import BaseFlags, StepFlags
+from sd3_lora.common.placement_flags import BaseFlags, StepFlags, is_on
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.full_flags import FULL_RATE, FullFlags
@@ -115,10 +115,18 @@ class TrainingFlags:
             yield f"--lr_pattern {self.optimizer.lr_pattern} is of a LoRA's layers: leave it or --full out"
         if self.base.base_precision != "16bit":
             yield f"--base_precision {self.base.base_precision} freezes the weights that --full trains: leave one out"
-        if self.base.streamed:
+        if self.base.streamed and self.run.gradient_accumulation_steps > 1:
             yield (
-                f"--stream_blocks {self.base.stream_blocks} takes frozen weights from the host, and --full changes "
-                "them: leave one of them out"
+                f"--gradient_accumulation_steps {self.run.gradient_accumulation_steps} keeps a gradient for each "
+                f"weight on the device, which --stream_blocks {self.base.stream_blocks} is to keep free: leave one of "
+                "them out, or type a larger --train_batch_size"
+            )
+        if self.base.stream_from == "files":
+            yield "--stream_from files is of weights that do not change, and --full changes them: leave one of them out"
+        if is_on(self.step.modulations_ahead):
+            yield (
+                "--modulations_ahead on computes with weights of the step before, and --full changes them: leave one "
+                "of them out"
             )
         if self.step.must_compile:
             yield ("--compile on has all gradients of a block in memory at once, and --full only one: leave one out")

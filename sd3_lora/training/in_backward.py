@@ -4,6 +4,9 @@ So one gradient is in memory at a time, and not one for each weight (as in torch
 fusing the optimizer step into the backward pass", and in LOMO, arXiv 2306.09782). What that rules out: a norm of all
 gradients is known too late to clip by it, and each tensor's is clipped by itself; and gradients of several
 micro-batches cannot be added up, unless all are kept: then the update follows the last of them, tensor by tensor.
+
+Where matrices are streamed (`trained_pieces.py`), their moments are on the host too, and visit the
+device for an update.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 from sd3_lora.common.command_line import first_line
 from sd3_lora.common.devices import has_triton
 from sd3_lora.gpu.copy_stream import DeviceFlag
+from sd3_lora.gpu.round_trips import Item, RoundTrips
 from sd3_lora.training.blockwise_adam import (
     BLOCK,
     Moments,
@@ -31,6 +35,7 @@ from sd3_lora.training.blockwise_adam import (
     update_small,
 )
 from sd3_lora.training.stochastic_rounding import step_keys
+from sd3_lora.transformer.trained_pieces import TrainedBlocks
 
 import torch
 
@@ -56,6 +61,7 @@ class AdamInBackward(torch.optim.Optimizer):
         settings: what does not change.
         seed: of the run, for the rounding.
         window: micro-batches of a step. With several the gradients are kept, as the parameters' `grad`.
+        streamed: what streams matrices that are on the host, if any are; not with a window.
 
     Attributes:
         squares: of each tensor's gradient in this step the squared norm, `(tensors,)` float32 on the device.
@@ -69,24 +75,63 @@ class AdamInBackward(torch.optim.Optimizer):
         settings: Settings,
         seed: int,
         window: int = 1,
+        streamed: TrainedBlocks | None = None,
     ):
         # The polynomial schedule reads the rate of the defaults, others the group's.
         super().__init__(list(parameters.values()), {"lr": rate, "weight_decay": weight_decay})
         self._parameters, self._settings, self._seed, self._window = dict(parameters), settings, seed, window
-        device = next(iter(parameters.values())).device
+        on_host = [name for name in parameters if streamed and name in streamed.names]
+        device = next(each.device for name, each in parameters.items() if name not in on_host)
         self._tables = Tables.on(device)
         self.squares = torch.zeros(len(parameters), device=device)
         self._numbers = torch.zeros(4, device=device)
         self._keys = torch.zeros(len(parameters), 2, dtype=torch.int32, device=device)
         self._is_armed = torch.ones((), dtype=torch.bool, device=device)
-        self._moments = {name: new_moments(each.numel(), device) for name, each in parameters.items()}
+        self._trips = self._stream(streamed, on_host, device) if streamed else None
+        self._moments = self._new_moments(on_host, device)
         self._moments_of = list(self._moments.values())
         self._had_gradient: dict[int, None] = {}  # places of parameters, in the order of backward
         self._update_blocks, self._update_small = _compiled_updates(device, settings, self._tables)
-        for place, parameter in enumerate(parameters.values()):
+        for place, (name, parameter) in enumerate(parameters.items()):
+            if name in on_host:
+                continue
             parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), place))
             if window > 1:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _stream(self, streamed: TrainedBlocks, names: list[str], device: torch.device) -> RoundTrips:
+        """Has these matrices updated while they are on the device, with moments that visit it."""
+        trips = RoundTrips([hollow_moments(self._parameters[name].numel()) for name in names], device)
+        places, indices = (
+            {name: i for i, name in enumerate(self._parameters)},
+            {name: i for i, name in enumerate(names)},
+        )
+        owner = weakref.ref(self)  # the transformer holds what holds this
+
+        @torch.no_grad()
+        def update(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+            optimizer = owner()
+            if optimizer is not None:
+                item = trips.visit(indices[name])
+                optimizer.take_streamed(places[name], weight, gradient, item)
+                trips.leave(indices[name])
+
+        streamed.train(update, trips.begin, trips.join)
+        return trips
+
+    def _new_moments(self, on_host: list[str], device: torch.device) -> dict[str, PackedMoments | Moments]:
+        """Those before the first step, in the order of the parameters; of streamed matrices the host's."""
+        items = dict(zip(on_host, self._trips.host, strict=True)) if self._trips else {}
+        moments: dict[str, PackedMoments | Moments] = {}
+        for name, parameter in self._parameters.items():
+            item = items.get(name)
+            if item is None:
+                moments[name] = new_moments(parameter.numel(), device)
+                continue
+            for tensor, new in zip(item, new_moments(parameter.numel(), torch.device("cpu")), strict=True):
+                tensor.copy_(new)
+            moments[name] = _as_moments(item)
+        return moments
 
     @property
     def gradients(self) -> list[torch.Tensor]:
@@ -126,6 +171,18 @@ class AdamInBackward(torch.optim.Optimizer):
             self._apply(place, parameter)
             parameter.grad = None
 
+    def take_streamed(self, place: int, weight: torch.Tensor, gradient: torch.Tensor, item: Item) -> None:
+        """Updates a matrix that is on the device for now, as its moments are.
+
+        Args:
+            place: of the parameter.
+            weight: of it, on the device.
+            gradient: likewise.
+            item: its moments there.
+        """
+        self._had_gradient[place] = None
+        self._update(place, weight, gradient, _as_moments(item))
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Ends a step: where gradients were kept, they are applied now, and cleared."""
@@ -136,11 +193,13 @@ class AdamInBackward(torch.optim.Optimizer):
 
     def _apply(self, place: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+        self._update(place, parameter.detach(), parameter.grad.detach(), self._moments_of[place])
+
+    def _update(self, place: int, weight: torch.Tensor, grad: torch.Tensor, moments: PackedMoments | Moments) -> None:
+        square = torch.linalg.vector_norm(grad, dtype=torch.float32).square()
         self.squares[place] += square
         update = Update(self._is_armed & square.isfinite(), square, self._numbers, self._keys[place])
-        moments = self._moments_of[place]
-        weights, gradient = parameter.detach().view(-1), parameter.grad.detach().reshape(-1)
+        weights, gradient = weight.view(-1), grad.reshape(-1)
         if isinstance(moments, Moments):
             self._update_small(weights, gradient, moments, update)
             return
@@ -159,11 +218,17 @@ class AdamInBackward(torch.optim.Optimizer):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All moments by name, such as `proj_out.weight.first_scale`: the memory itself, no copies."""
+        self.settle()
         return {
             f"{name}.{part}": tensor
             for name, moments in self._moments.items()
             for part, tensor in moments._asdict().items()
         }
+
+    def settle(self) -> None:
+        """Waits until what is streamed is back on the host: to be called before that is read."""
+        if self._trips and self.squares.is_cuda:
+            torch.cuda.synchronize(self.squares.device)
 
     def state_dict(self) -> dict[str, Any]:
         """All but `tensors`: which parameters have had a gradient."""
@@ -172,6 +237,15 @@ class AdamInBackward(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from where `state_dict` was taken; `tensors` are to be written beside it."""
         self._had_gradient = dict.fromkeys(state_dict["had_gradient"])
+
+
+def hollow_moments(count: int) -> Item:
+    """The moments of a tensor of so many numbers, without memory."""
+    return tuple(new_moments(count, torch.device("meta")))
+
+
+def _as_moments(item: Item) -> PackedMoments | Moments:
+    return PackedMoments(*item) if len(item) == len(PackedMoments._fields) else Moments(*item)
 
 
 def _hook(optimizer: weakref.ref[AdamInBackward], place: int) -> Callable[[torch.Tensor], None]:

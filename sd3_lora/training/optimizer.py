@@ -23,6 +23,8 @@ from sd3_lora.training.optimizer_kinds import (
     SCHEDULE_FREE_ADAMW,
 )
 from sd3_lora.training.trainables import Trainables
+from sd3_lora.transformer.streaming import StreamedBlocks
+from sd3_lora.transformer.trained_pieces import TrainedBlocks
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -96,7 +98,13 @@ def _make_schedule(config: OptimizerConfig, optimizer: torch.optim.Optimizer, st
 
 
 def make_optimizer_in_backward(
-    config: OptimizerConfig, weights: Trainables, steps: int, seed: int, window: int, by_chance: bool
+    config: OptimizerConfig,
+    weights: Trainables,
+    steps: int,
+    seed: int,
+    window: int,
+    by_chance: bool,
+    streamed: StreamedBlocks | None = None,
 ) -> tuple[AdamInBackward, Any]:
     """The optimizer of the whole transformer, and its schedule over so many steps.
 
@@ -107,14 +115,16 @@ def make_optimizer_in_backward(
         seed: of the run.
         window: micro-batches of a step.
         by_chance: whether bfloat16 weights are rounded so.
+        streamed: what streams blocks of them, if any are.
 
     Raises:
-        UserError: as `make_optimizer`.
+        UserError: as `make_optimizer`; or the driver does not pin so much host memory.
     """
     settings = Settings(config.betas or (0.9, 0.999), config.epsilon or 0.0, config.max_grad_norm, by_chance)
     by_name = {group.name: group.flat for group in weights.groups}
     rate = weights.groups[0].learning_rate
-    optimizer = AdamInBackward(by_name, rate, config.adam_weight_decay, settings, seed, window)
+    trained = streamed if isinstance(streamed, TrainedBlocks) else None
+    optimizer = AdamInBackward(by_name, rate, config.adam_weight_decay, settings, seed, window, trained)
     return optimizer, _make_schedule(config, optimizer, steps)
 
 

@@ -332,6 +332,8 @@ class Outputs:
     def _save_transformer(self, training: Training, folder: Path) -> Path:
         """Writes the transformer's folder under another name, and renames it. An earlier one is replaced."""
         assert self.files is not None
+        assert training.in_backward is not None
+        training.in_backward.settle()
         path = folder / "transformer"
         unfinished, old = unfinished_path(path), unfinished_path(path.with_name(f"{path.name}.old"))
         try:

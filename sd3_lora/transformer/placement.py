@@ -25,6 +25,7 @@ from sd3_lora.transformer.mapped_pieces import MappedPieces
 from sd3_lora.transformer.modulations_ahead import ModulationsAhead
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import PinnedPieces, StreamedBlocks, pieces_of, stream_transformer
+from sd3_lora.transformer.trained_pieces import stream_trained
 
 import torch
 from diffusers import SD3Transformer2DModel
@@ -74,19 +75,21 @@ class Placement:
 
     def base_sentence(self) -> str:
         """For the user: where the weights are."""
+        base = "base in 4 bits (nf4)" if self.precision else "base unchanged"
         if self.whole:
-            return "the whole transformer trained, on the device"
-        base = "in 4 bits (nf4)" if self.precision else "unchanged"
+            base = "the whole transformer trained"
         if not self.streamed:
-            return f"base {base}, on the device"
+            return f"{base}, on the device"
         source = "the weight files" if self.stream_from == "files" else "host memory"
         which = f"{len(self.streamed)} of its {self.blocks} blocks " if len(self.streamed) < self.blocks else ""
-        return f"base {base}, {which}streamed from {source}, {self.buffers} pieces on the device"
+        moments = " with the optimizer's state" if self.whole else ""
+        return f"{base}, {which}streamed{moments} from {source}, {self.buffers} pieces on the device"
 
     def step_sentence(self) -> str:
         """For the user: what is recomputed and offloaded."""
         offloaded = ", their inputs offloaded" if self.offload_inputs else ""
-        plain = ", modulations not ahead" if self.streamed and self.recomputed and not self.modulations_ahead else ""
+        may_be_ahead = self.streamed and self.recomputed and not self.whole
+        plain = ", modulations not ahead" if may_be_ahead and not self.modulations_ahead else ""
         return f"{len(self.recomputed)} of {self.blocks} blocks recomputed{offloaded}{plain}"
 
     def kernel_sentence(self) -> str:
@@ -281,8 +284,12 @@ def arrange(
     """
     transformer = load_transformer(files, device, dtype, placement.precision, latent_size, placement.streamed)
     trained = add_adapters(transformer)
-    streamed, ahead = None, None
-    if placement.streamed:
+    streamed: StreamedBlocks | None = None
+    ahead: ModulationsAhead | None = None
+    if placement.streamed and placement.whole:
+        paths = files.weight_files("transformer")
+        streamed = stream_trained(transformer, device, placement.buffers, placement.streamed, paths)
+    elif placement.streamed:
         pieces = pieces_of(transformer.transformer_blocks, placement.streamed)
         paths = files.weight_files("transformer") if placement.precision is None else []  # 4-bit weights were read
         source_class = MappedPieces if placement.stream_from == "files" else PinnedPieces

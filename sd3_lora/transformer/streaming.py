@@ -1,4 +1,4 @@
-"""A frozen base whose matrices stay on the host and are streamed to the device, a piece of a block at a time.
+"""A base whose matrices stay on the host and are streamed to the device, a piece of a block at a time.
 
 A piece is the matrices of one part of a block, or half of them: an attention's inputs, a modulation. The device holds
 two buffers or more, each as large as the largest piece. While a piece computes in one, the next pieces are prefetched
@@ -36,7 +36,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Frozen linear layers of one part of a block.
+    """Linear layers of one part of a block: frozen ones, or trained ones.
 
     Attributes:
         names: of their weights, as the transformer's files have them.
@@ -52,7 +52,9 @@ class Piece:
         return [layer.weight.detach() for layer in self.layers]
 
 
-def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int] | None = None) -> list[Piece]:
+def pieces_of(
+    blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int] | None = None, trained: bool = False
+) -> list[Piece]:
     """The pieces of blocks, in the order in which forward needs them.
 
     None has more weights than the largest matrix of all, for which there must be room.
@@ -60,15 +62,16 @@ def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int
     Args:
         blocks: of the transformer, with or without a LoRA.
         streamed_blocks: the indices of those whose pieces are returned; None for all.
+        trained: whether they are the pieces of trained matrices, and not of frozen ones.
     """
     groups: list[dict[str, torch.nn.Linear]] = []
-    largest = max((_size(layer) for block in blocks for _, layer in _frozen_layers(block)), default=0)
+    largest = max((_size(layer) for block in blocks for _, layer in _linear_layers(block, trained)), default=0)
     for index, block in enumerate(blocks):
         if streamed_blocks is not None and index not in streamed_blocks:
             continue
         for part, module in block.named_children():
             room = 0
-            for name, layer in _frozen_layers(module):
+            for name, layer in _linear_layers(module, trained):
                 # peft moves a layer that gets a LoRA into that as its base layer, and a LoRA into one of another kind.
                 path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer", "")
                 if _size(layer) > room:
@@ -79,11 +82,11 @@ def pieces_of(blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int
     return [Piece(tuple(group), tuple(group.values())) for group in groups]
 
 
-def _frozen_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+def _linear_layers(module: torch.nn.Module, trained: bool) -> list[tuple[str, torch.nn.Linear]]:
     return [
         (name, layer)
         for name, layer in module.named_modules()
-        if isinstance(layer, torch.nn.Linear) and not layer.weight.requires_grad
+        if isinstance(layer, torch.nn.Linear) and layer.weight.requires_grad == trained
     ]
 
 
@@ -116,7 +119,7 @@ def stream_transformer(
     buffers: int = 2,
     streamed_blocks: Collection[int] | None = None,
 ) -> StreamedBlocks:
-    """Moves all to the device but the matrices of the streamed blocks.
+    """Moves all to the device but the frozen matrices of the streamed blocks.
 
     Args:
         transformer: these matrices on the host, its LoRA attached. It must not be moved afterwards, nor get other
@@ -131,14 +134,21 @@ def stream_transformer(
     """
     pieces = pieces_of(transformer.transformer_blocks, streamed_blocks)
     streamed = StreamedBlocks(pieces, device, source, buffers)
-    streamed_blocks = {id(layer.weight) for piece in pieces for layer in piece.layers}
+    move_the_rest(transformer, pieces, device, streamed)
+    return streamed
+
+
+def move_the_rest(
+    transformer: SD3Transformer2DModel, pieces: Sequence[Piece], device: torch.device, streamed: StreamedBlocks
+) -> None:
+    """Moves all to the device but the pieces' matrices, and has `streamed` told of each pass."""
+    streamed_matrices = {id(layer.weight) for piece in pieces for layer in piece.layers}
     for tensor in (*transformer.parameters(), *transformer.buffers()):
-        if id(tensor) not in streamed_blocks:
+        if id(tensor) not in streamed_matrices:
             tensor.data = tensor.data.to(device)
     transformer.register_forward_pre_hook(
         lambda _, __, kwargs: streamed.begin_pass(skipped_blocks=kwargs.get("skip_layers") or ()), with_kwargs=True
     )
-    return streamed
 
 
 class PinnedPieces:
@@ -253,10 +263,15 @@ class StreamedBlocks:
                 # Nothing here holds the layer, which would hold itself.
                 ask = partial(self._weight, index, position)
                 if quant_state is None:
-                    forward = partial(_forward, ask, layer.bias)
+                    packed.forward = self._forward_of(index, position, layer.bias)
                 else:
-                    forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
-                layer.forward = forward  # type: ignore[method-assign]
+                    packed.forward = partial(_forward_packed, ask, layer.bias, quant_state, packed.compute_dtype)
+
+    def _forward_of(
+        self, index: int, position: int, bias: torch.Tensor | None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """How the layer at `position` of piece `index` multiplies; not of one in 4 bits."""
+        return partial(_forward, partial(self._weight, index, position), bias)
 
     def begin_pass(self, prefetch: bool = True, skipped_blocks: Sequence[int] = ()) -> None:
         """To be called before each pass.

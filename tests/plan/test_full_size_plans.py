@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import train_dreambooth_sd3_lora_miniature as script
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import BudgetTooSmall, open_budget
+from sd3_lora.plan import memory_plan
 from sd3_lora.plan.memory_plan import Plan, drawn_together
 from sd3_lora.plan.step_memory import simulate_denoising
 from sd3_lora.stage_one.buckets import Buckets
@@ -65,6 +68,40 @@ def test_no_phase_of_drawing_is_above_the_step(
     assert decoding <= step.peak_bytes
 
 
+def plan_whole(folder: Path, *more: object) -> Plan:
+    """Of `--full` at 1024 px in bfloat16."""
+    words = ["--pretrained_model_name_or_path", folder, "--resolution", 1024, "--plan", "--full", *more]
+    flags = TrainingFlags(*script.COMMAND_LINE.parse([str(word) for word in words])).settled()
+    files, budget = ModelFiles(flags.model), open_budget(flags.budget, CPU)
+    assert budget is not None
+    task = script.training_task(flags, files, Buckets.square(1024), torch.bfloat16, CPU, 1)
+    assert task.can_stream == (flags.run.gradient_accumulation_steps == 1)
+    plan: Plan = script.make_plan(task, budget)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "host_gib"), [("sd3-medium", 4.0, 8.2), ("sd3.5-medium", 4.0, 9.5), ("sd3.5-large", 10.0, 33)]
+)
+def test_the_whole_transformer_is_streamed_where_it_does_not_fit(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, model: str, gib: float, host_gib: float
+) -> None:
+    """Within the budgets that were asked for, and the host's need as docs/full.md has it."""
+    monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 64 * GIB)
+    folder = memory.hollow_model(tmp_path_factory.getbasetemp(), model)
+    least = plan_whole(folder, "--vram_budget_gib", gib, "--stream_blocks", {"sd3.5-large": 38}.get(model, 24))
+    found = plan_whole(folder, "--vram_budget_gib", gib)
+    for plan in (least, found):
+        assert plan.placement.streamed
+        assert plan.placement.stream_from == "host"
+        assert not plan.placement.ahead_blocks
+        assert plan.forecast.peak_bytes <= gib * GIB
+    assert least.forecast.host_bytes <= host_gib * GIB
+    monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 4 * GIB)
+    with pytest.raises(UserError, match=r"--full with streamed blocks keeps .* of host memory, of which 2.0 GiB are"):
+        plan_whole(folder, "--vram_budget_gib", gib)
+
+
 @pytest.mark.parametrize(("model", "least_gib"), [("sd3-medium", 9.1), ("sd3.5-medium", 10.2), ("sd3.5-large", 32.4)])
 def test_the_whole_transformer_has_weights_state_and_one_gradient(
     tmp_path_factory: pytest.TempPathFactory, model: str, least_gib: float
@@ -73,13 +110,7 @@ def test_the_whole_transformer_has_weights_state_and_one_gradient(
     folder = memory.hollow_model(tmp_path_factory.getbasetemp(), model)
 
     def plan(*more: object) -> Plan:
-        words = ["--pretrained_model_name_or_path", folder, "--resolution", 1024, "--plan", "--full", *more]
-        flags = TrainingFlags(*script.COMMAND_LINE.parse([str(word) for word in words])).settled()
-        files, budget = ModelFiles(flags.model), open_budget(flags.budget, CPU)
-        assert budget is not None
-        task = script.training_task(flags, files, Buckets.square(1024), torch.bfloat16, CPU, 1)
-        assert not task.can_stream
-        return script.make_plan(task, budget)
+        return plan_whole(folder, "--stream_blocks", 0, *more)
 
     found = plan("--vram_budget_gib", least_gib)
     place, (step, save) = found.placement, found.forecast.phases
@@ -91,7 +122,9 @@ def test_the_whole_transformer_has_weights_state_and_one_gradient(
     # 8 bits for each of two moments, and a scale of 32 bits for 256 of them.
     assert step.parts["optimizer"] == pytest.approx(step.parts["weights"] * (1 + 4 / 256), rel=0.02)
     assert step.parts["working memory"] < 0.3 * GIB  # not a gradient of every weight
-    kept = plan("--gradient_accumulation_steps", 4, "--vram_budget_gib", 80).forecast.largest.parts["optimizer"]
+    kept = plan_whole(folder, "--gradient_accumulation_steps", 4, "--vram_budget_gib", 80).forecast.largest.parts[
+        "optimizer"
+    ]
     assert kept - step.parts["optimizer"] == pytest.approx(step.parts["weights"], rel=0.02)
     with pytest.raises(BudgetTooSmall, match="too little") as refused:
         plan("--vram_budget_gib", 4)

@@ -232,7 +232,12 @@ REFUSED: list[tuple[list[Any], str]] = [
     (["--optimizer", "prodigy"], "--optimizer prodigy updates all weights at once, and --full each one inside the"),
     (["--lr_pattern", "attn=1e-5"], "--lr_pattern attn=1e-5 is of a LoRA's layers: leave it or --full out"),
     (["--base_precision", "nf4"], "--base_precision nf4 freezes the weights that --full trains: leave one out"),
-    (["--stream_blocks", 1], "--stream_blocks 1 takes frozen weights from the host, and --full changes them: leave"),
+    (["--stream_blocks", 1, "--gradient_accumulation_steps", 2], "--gradient_accumulation_steps 2 keeps a gradient"),
+    (
+        ["--stream_from", "files"],
+        "--stream_from files is of weights that do not change, and --full changes them: leave",
+    ),
+    (["--modulations_ahead", "on"], "--modulations_ahead on computes with weights of the step before, and --full"),
     (["--compile", "on"], "--compile on has all gradients of a block in memory at once, and --full only one: leave"),
     (["--export", "kohya"], "--export kohya is a form of a LoRA, and --full writes a whole model: leave it out"),
     (["--save_every_n_steps", 5], "--save_every_n_steps with --full would write the whole model each time: type --che"),
