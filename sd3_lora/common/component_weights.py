@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.common.weight_hashes import spans
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -188,14 +189,9 @@ def tensors_hash(paths: Sequence[Path]) -> str | None:
 
 def _tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
     with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > path.stat().st_size:
-            raise ValueError("no safetensors file")
-        header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}\n".encode())
+        start, tensors = spans(file)
+        for name, (dtype, shape, begin, end) in tensors.items():
+            digest = hashlib.sha256(f"{dtype} {shape}\n".encode())
             last = max(begin, end - _BYTES_PER_SAMPLE)
             for i in range(_SAMPLES_PER_TENSOR):
                 place = begin + i * (last - begin) // (_SAMPLES_PER_TENSOR - 1)
