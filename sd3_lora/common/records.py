@@ -17,6 +17,7 @@ import torch
 # setting at its default is not written, so that earlier builds read the artefact too.
 LATER_SETTINGS: dict[str, Any] = {}
 # Hashes of a provenance that came after format version 1; earlier builds ignore them.
+_MAYBE_TEXTS = ("revision", "weights_hash", "tensors_hash", "files_hash", "whole_hash")
 _LATER_HASHES = ("tensors_hash", "files_hash", "whole_hash")
 
 
@@ -219,9 +220,15 @@ class Provenance:
 
         Raises:
             KeyError: a field of format version 1 is missing (a foreign file).
+            TypeError, ValueError: it is no provenance.
         """
+        if not isinstance(values, dict):
+            raise TypeError("a provenance is an object")
         required = [f.name for f in fields(cls) if f.default_factory is MISSING and f.default is MISSING]
         later: dict[str, Any] = {name: values.get(name) for name in _LATER_HASHES}
+        texts = ["model", "config_hash", "precision", *(n for n in _MAYBE_TEXTS if values.get(n) is not None)]
+        if not all(isinstance(values[name], str) for name in texts) or not isinstance(values["size"], int):
+            raise TypeError("a value of the provenance is of another kind")
         return cls(**{name: values[name] for name in required}, settings=dict(values.get("settings", {})), **later)
 
     @property

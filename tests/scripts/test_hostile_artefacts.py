@@ -1,0 +1,168 @@
+"""Files that lie, hold code, or name other places: one sentence each, nothing executed, nothing written elsewhere.
+
+hypothesis draws the lies: a few in `make test`, always the same; under the marker `faults` HOSTILE_EXAMPLES of each
+artefact (400 unless it says otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from sd3_lora.common.command_line import UserError
+from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.model_files import ModelFiles
+from sd3_lora.common.single_file import SingleFile
+from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.training.loss_log import LoggedStep, keep_lines
+from sd3_lora.transformer.lora_files import read_lora_file
+
+import pytest
+import torch
+from conftest import PROJECT
+from hostile_files import make_lie
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from original_sd3 import random_original
+from safetensors.torch import save_file
+from test_bit_flips import ARTEFACTS, PROVENANCE, latent_cache
+
+MINIATURE = PROJECT / "miniature"
+TRANSFORMER = json.loads((MINIATURE / "transformer" / "config.json").read_text())
+
+
+def make_foreign_lora(folder: Path) -> Path:
+    """In kohya's way, with alphas."""
+    tensors, width = {}, TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
+    for name in ("attn.to_q", "attn.to_k"):
+        layer = f"transformer.transformer_blocks.0.{name}"
+        tensors |= {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, folder / "lora.safetensors", {"sd3_lora": json.dumps({"rank": 2, "trigger": "a dog"})})
+    return folder / "lora.safetensors"
+
+
+def make_adapter_config(folder: Path) -> Path:
+    """PEFT's, beside its file."""
+    make_foreign_lora(folder).rename(folder / "adapter_model.safetensors")
+    values = {"r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {"to_q": 8}, "peft_type": "LORA"}
+    values |= {"use_dora": False, "use_rslora": False, "target_modules": ["to_q", "to_k"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder / "adapter_config.json"
+
+
+def read_loras(path: Path) -> Any:
+    lora = read_lora_file(path, TRANSFORMER)
+    return lora.layers, lora.device_bytes, lora.identity()
+
+
+def read_adapter(path: Path) -> Any:
+    return read_loras(path.with_name("adapter_model.safetensors"))
+
+
+def make_single(folder: Path) -> Path:
+    save_file(random_original(small(TRANSFORMER)), folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+def small(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {"num_layers": 1, "num_attention_heads": 1, "pos_embed_max_size": 4}
+
+
+def read_single(path: Path) -> Any:
+    file = SingleFile(path)
+    return file.tensors("transformer", file.transformer_config(TRANSFORMER))
+
+
+def make_config(component: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / component).mkdir()
+        shutil.copy(MINIATURE / "model_index.json", folder)
+        for path in (MINIATURE / component).iterdir():
+            target = folder / component / path.name
+            shutil.copy(path, target) if path.suffix == ".json" else os.link(path, target)
+        return folder / component / "config.json"
+
+    return make
+
+
+def read_component(path: Path) -> Any:
+    return ModelFiles(ModelConfig(str(path.parent.parent))).component(path.parent.name)
+
+
+def read_rows(path: Path) -> Any:
+    """With all that is asked of an open file."""
+    read = ARTEFACTS["embeddings"][1](path)
+    with EmbeddingStore(path) as store:
+        asked = (store.uncaptioned_prompts, store.prompts_of_images(), store.joint_width, store.pooled_width)
+        made_with = store.provenance
+    return read, asked, made_with.difference(PROVENANCE, "size"), made_with.identity, made_with.other_identities
+
+
+def read_crops(path: Path) -> Any:
+    cache, image_id = latent_cache(path.parent), path.stem
+    look = cache.look(image_id)
+    assert look is not None
+    return [cache.read(image_id, name) for name in look.variants], cache.source(image_id), cache.tiles(image_id)
+
+
+def read_lines(path: Path) -> Any:
+    """Lines of earlier builds may lack a field."""
+    return [[line.get(each.name) for each in fields(LoggedStep)] for line in keep_lines(path, 3)]
+
+
+KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
+    **{name: pair for name, pair in ARTEFACTS.items() if name != "LoRA"},
+    "embeddings": (ARTEFACTS["embeddings"][0], read_rows),
+    "latents": (ARTEFACTS["latents"][0], read_crops),
+    "losses": (ARTEFACTS["losses"][0], read_lines),
+    "LoRA": (make_foreign_lora, read_loras),
+    "PEFT's configuration": (make_adapter_config, read_adapter),
+    "a base in one file": (make_single, read_single),
+    **{f"config.json of {name}": (make_config(name), read_component) for name in ("text_encoder", "vae")},
+}
+
+
+def require_a_sentence(kind: str, draw: Random) -> None:
+    make, read = KINDS[kind]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "w"
+        folder.mkdir()
+        path = make(folder)
+        make_lie(path, draw)
+        try:
+            read(path)
+        except UserError as error:
+            text = str(error)
+            assert kind in ("record", "pictures") or "\n" not in text, text
+        assert [each.name for each in Path(name).iterdir()] == ["w"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_lies_is_one_sentence(kind: str) -> None:
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
+    @given(st.randoms(use_true_random=False))
+    def lie(draw: Random) -> None:
+        require_a_sentence(kind, draw)
+
+    lie()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_files_that_lie_are_one_sentence_each(kind: str) -> None:
+    examples = int(os.environ.get("HOSTILE_EXAMPLES", "400"))
+
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @given(st.randoms(use_true_random=True))
+    def lie(draw: Random) -> None:
+        require_a_sentence(kind, draw)
+
+    lie()
