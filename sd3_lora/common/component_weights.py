@@ -57,9 +57,10 @@ def require_whole(folder: Path, config: Mapping[str, Any], paths: Sequence[Path]
             f"{folder} is quantized already, which cannot be used here: give the model's original weights as "
             "--pretrained_model_name_or_path"
         )
-    expected = _expected_tensors(folder, config)
     with TensorFiles(paths) as weights:
         shapes = weights.shapes()
+    _require_plausible_depth(folder, config, len(shapes))
+    expected = _expected_tensors(folder, config)
     unexpected = _require_same_shapes(folder, expected, shapes)
     if unexpected:
         print(f"note: {folder} holds {_first_of(unexpected)}, which is no part of the encoder: left out")
@@ -98,6 +99,16 @@ def _require_shards(folder: Path, paths: Sequence[Path], variant: str | None) ->
             f"{folder} has neither {whole} nor an index that lists {_first_of(unlisted)}: download it again, or check "
             "--variant"
         )
+
+
+def _require_plausible_depth(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Each layer has a tensor: a model of more layers than that would be made for hours before one is found missing."""
+    for key, value in config.items():
+        if "layers" in key and isinstance(value, int) and value > tensors:
+            raise UserError(
+                f"{folder / 'config.json'} asks for {key} {value}, where the files hold {tensors} tensors: give the "
+                "weights the config.json that they were saved with"
+            )
 
 
 def _expected_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:

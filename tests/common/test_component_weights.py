@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.common import component_weights
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.component_weights import missing_shards, tensors_hash
 from sd3_lora.common.config import ModelConfig
@@ -173,6 +174,26 @@ def test_a_configuration_of_which_no_model_can_be_made(model: Path, component: s
     said = refusal(model, component)
     assert said.startswith(f"no model can be made of MODEL/{component}/config.json (")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [
+        ("text_encoder", "num_hidden_layers"),
+        ("text_encoder_3", "num_layers"),
+        ("vae", "layers_per_block"),
+        ("transformer", "num_layers"),
+    ],
+)
+def test_a_configuration_of_more_layers_than_there_are_tensors(
+    model: Path, monkeypatch: pytest.MonkeyPatch, component: str, key: str
+) -> None:
+    """To make the model first would take hours, and all memory."""
+    path = model / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 2**31}))
+    monkeypatch.setattr(component_weights, "_make_model", lambda *_: pytest.fail("it was made"))
+    said = refusal(model, component)
+    assert said.startswith(f"MODEL/{component}/config.json asks for {key} 2147483648, where the files hold ")
 
 
 # By what weights are known

@@ -126,7 +126,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "LoRA": (make_foreign_lora, read_loras),
     "PEFT's configuration": (make_adapter_config, read_adapter),
     "a base in one file": (make_single, read_single),
-    **{f"config.json of {name}": (make_config(name), read_component) for name in ("text_encoder", "vae")},
+    **{
+        f"config.json of {name}": (make_config(name), read_component) for name in ("text_encoder", "vae", "transformer")
+    },
 }
 
 
