@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from sd3_lora.transformer.lora_files import read_lora_file
 
 import pytest
 import torch
-from conftest import PROJECT
+from conftest import PROJECT, PROMPT, TRAINING_SCRIPT, Prepared, Result, save_pictures
 from hostile_files import make_lie
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -168,3 +169,112 @@ def test_many_files_that_lie_are_one_sentence_each(kind: str) -> None:
         require_a_sentence(kind, draw)
 
     lie()
+
+
+# Code where weights are expected
+
+
+class Bomb:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def without_weights(prepared: Prepared, folder: Path) -> Path:
+    return Path(shutil.copytree(prepared.model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("flag", ["--lora", "--init_lora", "--identifier_embedding", "base", "component"])
+def test_a_pickle_is_not_read(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path, flag: str, suffix: str
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    base = ["--pretrained_model_name_or_path", prepared.model]
+    drawing = ["--prompt", PROMPT, "--outdir", tmp_path / "out", "--data_df_path", prepared.embeddings]
+    if flag == "base":
+        base[1] = path
+    if flag == "component":
+        base[1] = without_weights(prepared, tmp_path / "model")
+        path = base[1] / "transformer" / f"diffusion_pytorch_model{suffix}"
+        shutil.move(tmp_path / f"weights{suffix}", path)
+    if flag == "--init_lora":
+        training = [*prepared.flags, "--output_dir", tmp_path / "out", "--max_train_steps", 1]
+        result = script(TRAINING_SCRIPT, *training, flag, path, "--device", "cpu")
+    else:
+        words = [flag, path] if flag.startswith("--") else []
+        result = script("inference", *base, *drawing, *words, "--device", "cpu")
+    assert result.code == 2
+    assert len([line for line in result.err.splitlines() if line.startswith("error: ")]) == 1, result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_model_s_folder_is_not_run(script: Callable[..., Result], prepared: Prepared, tmp_path: Path) -> None:
+    """Named in every configuration that it has, and lying where diffusers and transformers look for it."""
+    model = Path(shutil.copytree(prepared.model, tmp_path / "model"))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Any_: pass\n"
+    named = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer", "AutoProcessor"), "code.Any_")
+    for path in [*model.rglob("config.json"), *model.rglob("tokenizer_config.json")]:
+        (path.parent / "code.py").write_text(code)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": named}))
+    (model / "pipeline.py").write_text(code)
+    flags = ["--pretrained_model_name_or_path", model, "--prompt", PROMPT, "--num_steps", 1, "--device", "cpu"]
+    result = script("inference", *flags, "--outdir", tmp_path / "out", "--data_df_path", tmp_path / "none.parquet")
+    assert result.code == 0, result.err
+    assert not (tmp_path / "ran").exists()
+
+
+# Names that leave a folder
+
+ESCAPES = ["../../x", "/tmp/../x/y", "..", "a/../../b", "..\\..\\x", "CON", "x" * 400, "\u202e../x", "~/x", "$HOME/x"]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_prompt_is_no_path(script: Callable[..., Result], prepared: Prepared, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "one" / "two" / "out"
+    flags = ["--pretrained_model_name_or_path", prepared.model, "--num_steps", 1, "--device", "cpu"]
+    flags += ["--data_df_path", tmp_path / "one" / "two" / "none.parquet", "--height", 64, "--width", 64]
+    result = script("inference", *flags, "--prompt", name, "--outdir", folder)
+    assert result.code == 0, result.err
+    drawn = list(tmp_path.rglob("*.png"))
+    assert drawn
+    assert all(path.resolve().is_relative_to(folder) for path in drawn)
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("name", ["../../outside.png", "/etc/hostname", "..", "a/../../outside.png"])
+def test_a_file_name_of_the_metadata_stays_in_its_folder(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "pictures" / "inner"
+    save_pictures(folder, [(64, 64)])
+    save_pictures(tmp_path, [(64, 64)])
+    (tmp_path / "00.png").rename(tmp_path / "outside.png")
+    rows = [{"file_name": each, "text": f"caption of {each}"} for each in ("00.png", name)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--pretrained_model_name_or_path", prepared.model, "--instance_data_dir", folder, "--device", "cpu"]
+    result = script("compute_embeddings", *flags, "--output_path", tmp_path / "e.parquet", "--max_sequence_length", 20)
+    if result.code == 0:
+        with EmbeddingStore(tmp_path / "e.parquet") as store:
+            assert f"caption of {name}" not in store.prompts_with_role("instance")
+    else:
+        assert result.code == 2
+        assert len([line for line in result.err.splitlines() if line.startswith("error: ")]) == 1, result.err
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a/../../../x"])
+def test_the_log_s_folder_stays_in_the_output(
+    script: Callable[..., Result], prepared: Prepared, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "one" / "out"
+    words = [*prepared.flags, "--output_dir", folder, "--max_train_steps", 1, "--logging_dir", name]
+    result = script(TRAINING_SCRIPT, *words)
+    assert result.code == 2
+    assert "leaves the output folder" in result.err
+    assert not (tmp_path / "one").exists()
