@@ -25,13 +25,16 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.training.loss_log import LoggedStep, keep_lines
 from sd3_lora.transformer.lora_files import read_lora_file
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROJECT, PROMPT, TRAINING_SCRIPT, Prepared, Result, save_pictures
-from hostile_files import make_lie
+from hostile_files import make_lie, without_checksums
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from original_sd3 import random_original
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_bit_flips import ARTEFACTS, PROVENANCE, latent_cache
 
@@ -169,6 +172,79 @@ def test_many_files_that_lie_are_one_sentence_each(kind: str) -> None:
         require_a_sentence(kind, draw)
 
     lie()
+
+
+# What was found
+
+
+def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Of a safetensors file; what it takes away stays in the file, behind nothing."""
+    without_checksums(path)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = json.loads(header["__metadata__"]["sd3_lora"])
+    edit(metadata)
+    header["__metadata__"]["sd3_lora"] = json.dumps(metadata)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda metadata: metadata.pop("picture_size"),
+        lambda metadata: metadata.update(picture_size=[1]),
+        lambda metadata: metadata.update(picture_size=["x", None]),
+        lambda metadata: metadata.update(tiles_px=[1]),
+        lambda metadata: metadata["provenance"].update(config_hash=7),
+        lambda metadata: metadata["provenance"].update(revision=[7]),
+        lambda metadata: metadata["provenance"].update(size="x"),
+        lambda metadata: metadata.update(provenance=[7]),
+    ],
+)
+def test_latents_with_other_metadata(tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    path = KINDS["latents"][0](tmp_path)
+    edit_header(path, edit)
+    with pytest.raises(UserError, match="is not a whole latent file of this project") as caught:
+        read_crops(path)
+    assert str(path) in str(caught.value)
+
+
+def test_latents_without_their_deviations(tmp_path: Path) -> None:
+    path = KINDS["latents"][0](tmp_path)
+    with safe_open(path, "pt") as handle:
+        metadata = {name: text for name, text in handle.metadata().items() if name == "sd3_lora"}
+        tensors = {name: handle.get_tensor(name) for name in handle.keys() if "std" not in name}  # noqa: SIM118
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"lacks 0,0,64,64\.std: delete it and run precompute_latents\.py again"):
+        read_crops(path)
+
+
+@pytest.mark.parametrize("change", ["null prompt", "numbers for roles", "other list", "negative shape", "no roles"])
+def test_embeddings_with_other_columns(tmp_path: Path, change: str) -> None:
+    path = KINDS["embeddings"][0](tmp_path)
+    without_checksums(path)
+    table = pq.read_table(path)
+    names, rows = table.column_names, len(table)
+    if change == "negative shape":
+        text = table.schema.metadata[b"sd3_lora"].replace(
+            b'"prompt_embeds_shape": [6, 8]', b'"prompt_embeds_shape": [-6, -8]'
+        )
+        table = table.replace_schema_metadata({b"sd3_lora": text})
+    elif change == "no roles":
+        table = table.drop_columns(["roles"])
+    else:
+        name, column = {
+            "null prompt": ("prompt", pa.array([None] * rows, pa.string())),
+            "numbers for roles": ("roles", pa.array([7] * rows)),
+            "other list": ("pooled_prompt_embeds", pa.array([[1.0]] * rows, pa.list_(pa.float16()))),
+        }[change]
+        table = table.set_column(names.index(name), name, column)
+    pq.write_table(table, path, row_group_size=1)
+    with pytest.raises(UserError, match="is not a whole embeddings file of this project") as caught:
+        EmbeddingStore(path)
+    assert str(path) in str(caught.value)
 
 
 # Code where weights are expected
