@@ -32,27 +32,30 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.atomic_files import remove_unfinished
+from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import EXAMPLE_PROMPTS_FILE, EXAMPLE_SUBJECT, LATENTS_PATH, say_miniature
 from sd3_lora.common.devices import make_deterministic, planned_device
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, library_versions
 from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, PromptEmbedding, Provenance
+from sd3_lora.common.run_locks import writing
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport
-from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, measured_peak, open_budget, sentence
-from sd3_lora.stage_one.captions import trigger_of
+from sd3_lora.gpu.budget import FEW_KERNELS_BYTES, DeviceBudget, measured_peak, open_budget, sentence
+from sd3_lora.stage_one.captions import class_images, trigger_of
 from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
-from sd3_lora.stage_one.embedding_store import UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.embedding_store import CLASS_CAPTION, UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 from sd3_lora.stage_one.text_encoder_plan import (
     CLIP_BATCH_SIZE,
@@ -62,6 +65,8 @@ from sd3_lora.stage_one.text_encoder_plan import (
     describe_t5,
 )
 from sd3_lora.stage_one.text_encoders import encode_prompts
+
+import torch
 
 PROMPTS_PER_CHUNK = 512  # each chunk is a finished part, so that an interrupted run loses at most one
 
@@ -74,6 +79,7 @@ def collect_prompts(
     asked += [(prompt, "instance") for image in subject.images for prompt in image.prompts]
     class_prompts = subject.class_prompts if config.class_prompt is None else (config.class_prompt,)
     asked += [(prompt, "class") for prompt in class_prompts]
+    asked += [(prompt, CLASS_CAPTION) for prompt in class_captions(config, subject)]
     validation = list(config.validation_prompt)
     validation += (prompt for file in config.prompts_file for prompt in read_prompts(Path(file)))
     if not validation and subject.concepts[0].folder.resolve() == EXAMPLE_SUBJECT:
@@ -88,6 +94,16 @@ def collect_prompts(
         for prompt in image.prompts:
             image_ids.setdefault(prompt, []).append(image.image_id)
     return roles, {prompt: tuple(ids) for prompt, ids in image_ids.items()}
+
+
+def class_captions(config: EmbeddingConfig, subject: Subject) -> list[str]:
+    """The prompts of class pictures beside the class prompt: their captions, and those to be drawn."""
+    folders = [concept.class_folder for concept in subject.concepts] if config.class_captions else []
+    if config.class_data_dir is not None:
+        folders = [Path(config.class_data_dir)]
+    images = (image for folder in dict.fromkeys(folders) if folder for image in class_images(folder, "", None, True))
+    prompts = [prompt for image in images for prompt in image.prompts if prompt]
+    return prompts + ([] if config.class_prompts_file is None else read_prompts(Path(config.class_prompts_file)))
 
 
 def print_words(files: ModelFiles, trigger: str, class_prompt: str | None, prompts: Iterable[str]) -> None:
@@ -216,6 +232,20 @@ def in_thread(work: Callable[[threading.Event], int]) -> Iterator[Future[int]]:
             raise
 
 
+def bytes_to_write(files: ModelFiles, tokens: int, missing: int, output_path: Path) -> int:
+    """The bytes of the missing prompts' parts and rows, and of the rows that are there, which are written anew.
+
+    Args:
+        files: of the model.
+        tokens: of T5.
+        missing: how many prompts.
+        output_path: of all rows.
+    """
+    width = files.read_config("text_encoder_3")["d_model"]
+    kept = output_path.stat().st_size if output_path.is_file() else 0
+    return kept + 2 * missing * 2 * (files.clip_tokens() + tokens) * width  # float16, twice
+
+
 def facts_of(
     files: ModelFiles,
     plan: TextEncoderPlan,
@@ -245,7 +275,6 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     config = processes.from_rank_0(lambda: with_folder(config, model.cache_dir))
     configs = (config, model, device_config, budget_config)
     concepts = concepts_of(config)
-    output_path = Path(config.output_path)
     device = processes.choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
@@ -255,9 +284,22 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     files = ModelFiles(model, budget_config.plan)
 
     subject = processes.from_rank_0(lambda: read_subject(concepts, config))
-    images = subject.images
-    if not budget_config.plan:
-        require_writable_folder(output_path.absolute().parent)
+    lock = nullcontext() if budget_config.plan else writing(Path(config.output_path).absolute())
+    with processes.holding(lock):
+        embed(configs, files, subject, device, budget, processes)
+
+
+def embed(
+    configs: tuple[Any, ...],
+    files: ModelFiles,
+    subject: Subject,
+    device: torch.device,
+    budget: DeviceBudget | None,
+    processes: Processes,
+) -> None:
+    """Encodes the prompts that the output lacks, and writes it with all of them; or plans that alone."""
+    config, _, device_config, budget_config = configs
+    images, output_path = subject.images, Path(config.output_path)
     print(*subject.sentences(about_prompts=True), sep="\n")
     roles, image_ids = collect_prompts(config, subject)
     trigger = trigger_of((prompt for image in images for prompt in image.prompts), subject.instance_prompts)
@@ -284,6 +326,9 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         f"{counted(len(roles), 'prompt')}, {len(roles) - len(missing)} of them done before; T5 in {describe_t5(plan)}"
     )
 
+    size = bytes_to_write(files, plan.max_sequence_length, len(missing), output_path)
+    require_room(output_path.absolute().parent, size, "the embeddings take")
+
     def write(cancelled: threading.Event) -> int:
         rows = rows_of(parts, [*numbers, *chunks], output_path if existing else None, cancelled)
         return write_embeddings(output_path, provenance, with_uses(rows, roles, image_ids))
@@ -292,6 +337,7 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if not processes.is_rank_0:
         return
     parts.remove()
+    remove_unfinished(output_path.parent, output_path.with_suffix(".json").name)
     measured = measured_peak(budget, reports, sum(predicted.values()) if missing else 0)
     facts = replace(facts_of(files, plan, predicted, images, processes), trigger=trigger)
     results = RunResults(str(output_path), reports, measured)

@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, say_miniature
 from sd3_lora.common.devices import (
     DTYPES,
@@ -46,23 +46,26 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
-from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
+from sd3_lora.common.run_locks import writing_in
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags, recorded_results
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures
+from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures, write_caption
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
 from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_budget
-from sd3_lora.gpu.forecast import Phase
+from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
 from sd3_lora.stage_one.config import EmbeddingConfig, LatentConfig
 from sd3_lora.stage_one.crop_boxes import crop_boxes
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import LatentCache, denormalize_latents, recorded_precision
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile
 from sd3_lora.transformer.placement import arrange
@@ -73,23 +76,33 @@ from diffusers import AutoencoderKL
 VAE_PRECISION = "fp32"  # of the pictures to look at
 
 
+def prompts_of(config: ClassDrawingConfig) -> list[str]:
+    """What is drawn in turn: the prompts of the file, or the class prompt."""
+    if config.class_prompts_file is not None:
+        return read_prompts(Path(config.class_prompts_file))
+    return [config.class_prompt or ""]
+
+
 def read_embeddings(config: ClassDrawingConfig, files: ModelFiles) -> Embeddings:
-    """The `(S, D)` and `(P,)` embeddings of the class prompt and of the empty one.
+    """The `(S, D)` and `(P,)` embeddings of the prompts to draw and of the empty one.
 
     Raises:
         UserError: the file is not there, is of another model, or lacks one of them.
     """
-    path, prompts = Path(config.data_df_path), (config.class_prompt or "", "")
+    path, prompts = Path(config.data_df_path), (*prompts_of(config), "")
     recorded = recorded_flags(path.with_suffix(".json"), EmbeddingConfig)  # it keeps the subject's pictures
-    recorded |= {**files.config.flags(), "class_prompt": prompts[0], "output_path": path}
+    recorded |= {**files.config.flags(), "class_prompt": config.class_prompt, "output_path": path}
+    if config.class_prompts_file is not None:
+        recorded["class_prompts_file"] = config.class_prompts_file
     remedy = command("compute_embeddings.py", **recorded)
     with EmbeddingStore(path) as store:
         wanted = files.provenance(TEXT_COMPONENTS, store.provenance.precision, store.provenance.size)
         difference = store.provenance.difference(wanted, "max_sequence_length")
         if difference:
             raise UserError(f"{path} was made with {difference}: type `{remedy} --overwrite`")
-        if any(prompt not in store for prompt in prompts):
-            raise UserError(f"{path} lacks {prompts[0]!r}: type `{remedy}`")
+        lacking = [prompt for prompt in prompts if prompt not in store]
+        if lacking:
+            raise UserError(f"{path} lacks {(lacking[0] or prompts[0])!r}: type `{remedy}`")
         return {row.prompt: (row.prompt_embeds, row.pooled_prompt_embeds) for row in store.read_all(prompts)}
 
 
@@ -176,9 +189,10 @@ def denoise_all(
     waiting: WaitingLatents,
 ) -> None:
     """Denoises what does not wait to be decoded yet; each batch is on disk before the next begins."""
-    missing = [picture for picture in pictures if waiting.read(picture) is None]
-    for start in Progress(range(0, len(missing), together), desc="denoising", unit="batch"):
-        batch = missing[start : start + together]
+    batches = [pictures[start : start + together] for start in range(0, len(pictures), together)]
+    # A batch is denoised as a whole: in another company a picture may differ in its last bit.
+    missing = [batch for batch in batches if any(waiting.read(picture) is None for picture in batch)]
+    for batch in Progress(missing, desc="denoising", unit="batch"):
         noise = torch.stack([picture.noise(shape) for picture in batch])
         latents = sampler.denoise(noise, [picture.prompt for picture in batch], embeddings, settings)
         for picture, latent in zip(batch, latents, strict=True):
@@ -199,13 +213,19 @@ def keep(picture: PicturePlan, latents: torch.Tensor, png: bytes, vae_config: An
 
 
 def decode_all(
-    vae: AutoencoderKL, pictures: Sequence[PicturePlan], waiting: WaitingLatents, cache: LatentCache
+    vae: AutoencoderKL,
+    pictures: Sequence[PicturePlan],
+    waiting: WaitingLatents,
+    cache: LatentCache,
+    has_captions: bool,
 ) -> None:
-    """Decodes one picture at a time and keeps it."""
+    """Decodes one picture at a time and keeps it, behind its caption where it has one: none is ever without."""
     for picture in Progress(pictures, desc="decoding", unit="picture"):
         latents = waiting.read(picture)
         if latents is None:
             raise UserError(f"{waiting.folder} was changed meanwhile: type the same command again")
+        if has_captions:
+            write_caption(picture)
         keep(picture, latents, picture.file_bytes(decode(vae, latents)), vae.config, cache)
         waiting.remove(picture)
 
@@ -241,8 +261,6 @@ def draw(
     reports: list[StageReport],
 ) -> None:
     """Denoise, free, decode."""
-    for component in ("scheduler", "transformer", "vae"):  # here and whole before anything is drawn
-        files.component(component)
     waiting, device, dtype = WaitingLatents(cache.folder / "undecoded"), sampling.device, sampling.chosen.dtype
     if any(waiting.read(picture) is None for picture in pictures):
         with memory_stage(f"denoise ({sampling.chosen.name}), {sampling.together} at a time", device, reports):
@@ -255,8 +273,54 @@ def draw(
             del arranged, sampler
     with memory_stage(f"decode ({VAE_PRECISION})", device, reports):
         vae = load_vae(files, VAE_PRECISION, device, tile)
-        decode_all(vae, pictures, waiting, cache)
+        decode_all(vae, pictures, waiting, cache, sampling.config.class_prompts_file is not None)
         del vae
+
+
+def draw_missing(
+    configs: Sequence[Any],
+    files: ModelFiles,
+    sampling: Sampling,
+    tile: VaeTile,
+    embeddings: Embeddings,
+    budget: DeviceBudget | None,
+    forecast: Forecast,
+) -> None:
+    """Draws the pictures that the folder lacks, and writes the record of the run."""
+    config, resolution, reports = sampling.config, files.resolution(sampling.config.resolution), list[StageReport]()
+    folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
+    settings = picture_settings(config, files, size_of(config, files, resolution), sampling.chosen.name)
+    pictures = missing_class_pictures(folder, prompts_of(config), config.num_class_images, settings)
+    count, record_path = config.num_class_images, folder / "run.json"
+    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
+    if not pictures and recorded_results(record_path) != {}:
+        return  # else a run was killed that had drawn them all
+    for component in ("scheduler", "transformer", "vae") if pictures else ():  # whole before anything is written
+        files.component(component)
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=sampling.chosen.name,
+        plan=sampling.plan.to_dict(),
+        predicted_parts=dict(forecast.largest.parts) if budget else {},
+        prompts=tuple(prompts_of(config)),
+        resolution=resolution,
+        seed=config.seed,
+    )
+    channels, height, width = files.latent_channels_and_scale()[0], *sampling.latent_size
+    of_each = 3 * settings["height"] * settings["width"] + 12 * channels * height * width  # its pixels, and its latents
+    require_room(folder, len(pictures) * of_each, "the class pictures take")
+    record = RunRecord(configs, facts)
+    record.save(record_path, None)
+    WaitingLatents(cache.folder / "undecoded").remove_drawn(folder)
+    if pictures:
+        draw(files, sampling, tile, pictures, embeddings, cache, reports)
+    measured = budget.used_bytes(reports) if budget else 0
+    if budget:
+        print(compared(forecast.peak_bytes, measured))
+    record.save(record_path, RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured))
+    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -268,7 +332,7 @@ def run(argv: Sequence[str] | None) -> None:
     device = choose_device(device_config.device, model)
     if device_config.must_be_deterministic:
         make_deterministic()
-    budget, reports = open_budget(budget_config, device), list[StageReport]()
+    budget = open_budget(budget_config, device)
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model, budget_config.plan)
@@ -289,34 +353,9 @@ def run(argv: Sequence[str] | None) -> None:
         forecast = replace(forecast, phases=(*forecast.phases, decoding))
     if budget_config.plan:
         return
-    folder, cache = Path(config.class_data_dir), open_cache(files, config, resolution)
-    settings = picture_settings(config, files, size, chosen.name)
-    pictures = missing_class_pictures(folder, config.class_prompt, config.num_class_images, settings)
-    count = config.num_class_images
-    print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
-    if not pictures:
-        return
-    require_writable_folder(folder)
-    require_writable_folder(cache.folder)
     sampling = Sampling(config, plan, together, latent_size, chosen, device)
-    draw(files, sampling, tile, pictures, embeddings, cache, reports)
-    measured = budget.used_bytes(reports) if budget else 0
-    if budget:
-        print(compared(forecast.peak_bytes, measured))
-    facts = RunFacts(
-        model=files.name,
-        revision=files.revision,
-        versions=library_versions(),
-        precision=chosen.name,
-        plan=plan.to_dict(),
-        predicted_parts=dict(forecast.largest.parts) if budget else {},
-        prompts=(config.class_prompt,),
-        resolution=resolution,
-        seed=config.seed,
-    )
-    results = RunResults(f"{counted(len(pictures), 'class picture')} in {folder}", reports, measured)
-    RunRecord(configs, facts).save(folder / "run.json", results)
-    print(f"wrote {counted(len(pictures), 'class picture')} to {folder}, and their latents to {cache.folder}")
+    with writing_in(Path(config.class_data_dir)), writing_in(Path(config.latents_path)):
+        draw_missing(configs, files, sampling, tile, embeddings, budget, forecast)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,20 +33,23 @@ if __name__ == "__main__":
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, counted, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, counted, exit_code
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EXAMPLE_PROMPTS_FILE, LORA_FOLDER, say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.identifier_embedding import IdentifierEmbedding, stands_in
 from sd3_lora.common.joined_embeddings import join_embeddings
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles, check_size, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.placement_flags import is_on
 from sd3_lora.common.progress import Progress
+from sd3_lora.common.run_locks import writing_in
 from sd3_lora.common.run_record import MOST_PROMPTS, RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.config import SCHEDULERS, SKIP_LAYER_DEFAULTS, InferenceConfig
@@ -453,14 +456,23 @@ class Batch:
     variant: Variant
     pictures: Sequence[PicturePlan]
 
+    @property
+    def to_draw(self) -> list[PicturePlan]:
+        """Those that are not there yet."""
+        return [picture for picture in self.pictures if not picture.is_drawn]
+
 
 def batches_of(by_variant: Mapping[Variant, Sequence[PicturePlan]], together: int, asked: int | None) -> list[Batch]:
-    """All batches; as many as `asked` in each, or of much the same size where that is left to us."""
+    """The batches in which a picture is missing; as many as `asked` in each, or of much the same size without.
+
+    One is denoised as a whole, whatever of it is there: in another company a picture may differ in its last bits, and a
+    run that was interrupted is to draw what it would have drawn.
+    """
     batches: list[Batch] = []
     for variant, pictures in by_variant.items():
         size = asked or -(-len(pictures) // max(1, -(-len(pictures) // together)))
         batches += [Batch(variant, pictures[start : start + size]) for start in range(0, len(pictures), size or 1)]
-    return batches
+    return [batch for batch in batches if batch.to_draw]
 
 
 def choose_execution(
@@ -543,7 +555,7 @@ def denoise_all(
     embeddings: Mapping[Variant, Embeddings],
     drawing: Drawing,
     sampling: SamplingSettings,
-    finish: Callable[[Sequence[PicturePlan], torch.Tensor], None],
+    finish: Callable[[Sequence[PicturePlan], Sequence[torch.Tensor]], None],
 ) -> tuple[int, BaseException | None]:
     """Denoises batch after batch; returns how many pictures were, and the interruption or NaN that ended it.
 
@@ -554,7 +566,7 @@ def denoise_all(
         embeddings: of their prompts, for each variant.
         drawing: what is drawn.
         sampling: how.
-        finish: is given each batch with its normalized latents `(B, 16, H/8, W/8)` on the CPU.
+        finish: is given what is new of each batch, with its normalized latents `(16, H/8, W/8)` on the CPU.
     """
     count, used = 0, None
     try:
@@ -565,8 +577,9 @@ def denoise_all(
             noise = torch.stack([picture.noise(drawing.latent_shape) for picture in batch.pictures])
             prompts = [picture.prompt for picture in batch.pictures]
             latents = sampler.denoise(noise, prompts, embeddings[batch.variant], sampling)
-            finish(batch.pictures, latents)
-            count += len(batch.pictures)
+            kept = [latent for picture, latent in zip(batch.pictures, latents, strict=True) if not picture.is_drawn]
+            finish(batch.to_draw, kept)
+            count += len(kept)
     except (KeyboardInterrupt, UserError) as error:
         if not count:
             raise
@@ -601,12 +614,13 @@ def draw(
     Where the VAE has room beside the transformer, each batch is decoded when it is denoised.
     """
     config, device, reports = flags.drawing, context.device, context.reports
-    to_draw = [picture for pictures in by_variant.values() for picture in pictures]
     batches = batches_of(by_variant, drawing.together, config.batch_size)
+    to_draw = [picture for batch in batches for picture in batch.to_draw]
     execution = choose_execution(flags, files, drawing, batches, device)
     for component in ("scheduler", "transformer", "vae"):  # here and whole before a text encoder computes
         files.component(component)
-    wanted = list(dict.fromkeys([*(picture.prompt for picture in to_draw), config.negative_prompt]))
+    prompts = [picture.prompt for batch in batches for picture in batch.pictures]
+    wanted = list(dict.fromkeys([*prompts, config.negative_prompt]))
     embeddings = embed_variants(list(by_variant), loras, wanted, files, config, drawing.length, context)
 
     waiting: list[torch.Tensor] = []
@@ -720,6 +734,53 @@ def write_sheet(
     print(f"wrote {save_sheet(sheet, Path(config.outdir), config.format)}")
 
 
+def draw_what_is_missing(
+    flags: DrawingFlags,
+    files: ModelFiles,
+    drawing: Drawing,
+    loras: Sequence[LoraFile],
+    variants: Sequence[Variant],
+    prompts: Sequence[str],
+    context: DeviceContext,
+) -> None:
+    """Draws the pictures that the output folder lacks, and writes the record and the contact sheet; or plans alone."""
+    config, is_plan, outdir = flags.drawing, flags.budget.plan, Path(flags.drawing.outdir)
+    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
+    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, context.precision)
+    count = sum(not plan.is_drawn for each in plans.values() for plan in each)
+    if not known:
+        print_plans([plan for each in plans.values() for plan in each], drawing.size)
+    forecast, budget = drawing.plan.forecast, context.budget
+    if count or is_plan:
+        tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
+        forecast = print_memory(drawing, tile, context.precision, config.vae_precision, budget)
+    if is_plan:
+        return
+    measured, drawn = 0, Drawn({}, {})
+    require_room(outdir, 3 * count * drawing.size.width * drawing.size.height, "the pictures take")
+    if count:
+        drawn = draw(flags, files, drawing, tile, loras, plans, context)
+        last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]
+        measured = measured_peak(budget, last, forecast.peak_bytes)  # that of encoding is printed before
+    facts = RunFacts(
+        model=files.name,
+        revision=files.revision,
+        versions=library_versions(),
+        precision=context.precision,
+        plan=drawing.plan.to_dict(),
+        predicted_parts=dict(forecast.largest.parts),
+        prompts=tuple(prompts[:MOST_PROMPTS]),
+        max_sequence_length=drawing.length,
+        seed=config.seed,
+    )
+    results = RunResults(
+        f"{counted(count, 'picture')} in {outdir}", context.reports, measured, execution=drawn.execution or None
+    )
+    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
+    write_sheet(config, plans, drawing, files, loras, drawn.thumbnails)
+    print(f"wrote {counted(count, 'picture')} to {outdir}")
+
+
 def run(argv: Sequence[str] | None) -> None:
     """From top to bottom."""
     flags = DrawingFlags(*COMMAND_LINE.parse(argv))
@@ -738,48 +799,15 @@ def run(argv: Sequence[str] | None) -> None:
     variants = find_variants(config, loras, identifiers)
     prompts = find_prompts(config, records_of(loras, variants), flags.model.is_miniature)
     identifiers.require_in(prompts)
-    outdir = Path(config.outdir)
     chosen = choose_training_dtype(config.mixed_precision, planned_device(flags.device.device, device, is_plan))
     most = len(prompts) * config.num_images
     drawing = decide(flags, files, loras, variants, most, chosen.dtype, budget)
     head_width = files.read_config("transformer")["attention_head_dim"]
     if not is_plan:
         require_attention_kernel(drawing.plan.placement.attention_kernel, device, chosen.dtype, head_width)
-        require_writable_folder(outdir)
-    known = files.is_known  # then nothing is known of the weights, by which pictures that are drawn already are found
-    plans = {} if known else plan_variants(config, prompts, drawing, files, loras, variants, chosen.name)
-    to_draw = {variant: [plan for plan in each if not plan.is_drawn] for variant, each in plans.items()}
-    count = sum(map(len, to_draw.values()))
-    if not known:
-        print_plans([plan for each in plans.values() for plan in each], drawing.size)
-    forecast, context = drawing.plan.forecast, DeviceContext(device, budget, chosen.name)
-    if count or is_plan:
-        tile = choose_tile(files, VaeWork("decode", config.vae_precision, drawing.size), budget, drawing.asked_tile)
-        forecast = print_memory(drawing, tile, chosen.name, config.vae_precision, budget)
-    if is_plan:
-        return
-    measured, drawn = 0, Drawn({}, {})
-    if count:
-        drawn = draw(flags, files, drawing, tile, loras, to_draw, context)
-        last = [stage for stage in context.reports if stage.name.startswith(("denoise", "decode"))]
-        measured = measured_peak(budget, last, forecast.peak_bytes)  # that of encoding is printed before
-    facts = RunFacts(
-        model=files.name,
-        revision=files.revision,
-        versions=library_versions(),
-        precision=chosen.name,
-        plan=drawing.plan.to_dict(),
-        predicted_parts=dict(forecast.largest.parts),
-        prompts=tuple(prompts[:MOST_PROMPTS]),
-        max_sequence_length=drawing.length,
-        seed=config.seed,
-    )
-    results = RunResults(
-        f"{counted(count, 'picture')} in {outdir}", context.reports, measured, execution=drawn.execution or None
-    )
-    RunRecord(groups_of(flags), facts).save(outdir / "run.json", results)
-    write_sheet(config, plans, drawing, files, loras, drawn.thumbnails)
-    print(f"wrote {counted(count, 'picture')} to {outdir}")
+    context = DeviceContext(device, budget, chosen.name)
+    with nullcontext() if is_plan else writing_in(Path(config.outdir)):
+        draw_what_is_missing(flags, files, drawing, loras, variants, prompts, context)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

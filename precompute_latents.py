@@ -33,13 +33,13 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.command_line import UserError, command, counted, exit_code, require_writable_folder
+from sd3_lora.common.command_line import UserError, command, counted, exit_code
 from sd3_lora.common.defaults import (
     EMBEDDINGS_PATH,
     LATENTS_PATH,
@@ -47,12 +47,14 @@ from sd3_lora.common.defaults import (
     REFERENCE_PROMPT,
     say_miniature,
 )
-from sd3_lora.common.devices import make_deterministic, one_thread
+from sd3_lora.common.devices import DTYPES, make_deterministic, one_thread
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.processes import Processes, in_processes, print_next
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import InstanceImage, LatentPosterior
+from sd3_lora.common.run_locks import require_unread, writing_in
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, recorded_flags
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.gpu.budget import DeviceBudget, measured_peak, open_budget, sentence
@@ -482,14 +484,11 @@ def read_pictures(config: LatentConfig, is_plan: bool, processes: Processes) -> 
     """The subject's pictures; prints how many, and which files are left out.
 
     Raises:
-        UserError: as `concepts_of` and `read_subject`; the output folder cannot be written.
+        UserError: as `concepts_of` and `read_subject`.
     """
     concepts = concepts_of(config)
-    output_path = Path(config.output_path)
-    hashes_path = None if is_plan else output_path / NOTES_NAME
+    hashes_path = None if is_plan else Path(config.output_path) / NOTES_NAME
     subject = processes.from_rank_0(lambda: read_subject(concepts, config, hashes_path, need_prompts=False))
-    if not is_plan:
-        require_writable_folder(output_path)
     print(*subject.sentences(about_prompts=False), sep="\n")
     return subject
 
@@ -544,9 +543,25 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     if budget and not budget_config.plan:
         budget.cap()
     files = ModelFiles(model, budget_config.plan)
+    asked_tile(config, Buckets.of(config, files), files)  # a side that cannot be is refused first
+    subject = read_pictures(config, budget_config.plan, processes)
+    lock = nullcontext() if budget_config.plan else writing_in(Path(config.output_path))
+    with processes.holding(lock):
+        encode_subject(configs, files, subject, device, budget, processes)
+
+
+def encode_subject(
+    configs: tuple[Any, ...],
+    files: ModelFiles,
+    subject: Subject,
+    device: torch.device,
+    budget: DeviceBudget | None,
+    processes: Processes,
+) -> None:
+    """Encodes what the cache lacks of the pictures, and writes the masks; or plans that alone."""
+    config, _, _, budget_config = configs
     cache, buckets = open_cache(files, config), Buckets.of(config, files)
     asked, work = asked_tile(config, buckets, files), vae_work(config, cache, buckets)
-    subject = read_pictures(config, budget_config.plan, processes)
     images = list(subject.images)
     masks = processes.from_rank_0(lambda: find_masks(config, subject))
     others = processes.from_rank_0(lambda: find_class_images(config, images))
@@ -554,8 +569,6 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     choose = partial(choose_for_all, files, work, budget, asked, processes)
     tile = choose() if config.overwrite or budget_config.plan else None
     replaced_by = tile if config.overwrite else None
-    if not budget_config.plan and processes.is_rank_0:
-        cache.remove_unfinished()
     if files.is_known:
         state = CacheState(len(pictures), pictures, set(), 0, 0)
     else:
@@ -570,6 +583,8 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
         predicted = predict(tile, work, asked, budget)
     if budget_config.plan:
         return
+    size = bytes_to_write(files, config, cache, buckets, len(state.missing))
+    require_room(cache.folder, size, "the latents take")
     discard(state, cache, processes)  # not before the tile that replaces them is known to fit
     count, broken, reports = 0, list[BrokenPicture](), list[StageReport]()
     if state.missing and tile:
@@ -590,6 +605,14 @@ def run(argv: Sequence[str] | None, processes: Processes) -> None:
     cache.note_broken(broken)
     print_sizes(pictures, cache, buckets, config)
     print_next(next_line(configs, images))
+
+
+def bytes_to_write(files: ModelFiles, config: LatentConfig, cache: LatentCache, buckets: Buckets, pictures: int) -> int:
+    """The bytes of so many pictures' posteriors, at the most."""
+    channels, _ = files.latent_channels_and_scale()
+    height, width = buckets.largest.latent(files.latent_channels_and_scale()[1])
+    crops = config.crops * (2 if config.random_flip else 1) * (1 + (config.num_augmented or 0))
+    return pictures * crops * 2 * channels * height * width * DTYPES[cache.wanted.precision].itemsize
 
 
 def asked_tile(config: LatentConfig, buckets: Buckets, files: ModelFiles) -> AskedTile:
@@ -627,8 +650,13 @@ def predict(tile: VaeTile, work: VaeWork, asked: AskedTile, budget: DeviceBudget
 
 
 def discard(state: CacheState, cache: LatentCache, processes: Processes) -> None:
-    """Deletes the files that are to be replaced, before any process reads one."""
-    if processes.is_rank_0:
+    """Deletes the files that are to be replaced, before any process reads one.
+
+    Raises:
+        UserError: a run that goes on reads them.
+    """
+    if processes.is_rank_0 and state.discarded:
+        require_unread(cache.folder)
         for path in state.discarded:
             cache.remove(path.stem)
     processes.gather(None)

@@ -37,7 +37,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,10 +49,10 @@ from sd3_lora.common.command_line import (
     command,
     command_again,
     counted,
+    disk_fault,
     exit_code,
     first_line,
     forget_secrets,
-    require_writable_folder,
 )
 from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
@@ -63,11 +63,13 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.memory import GIB, drop_workspaces, free_disk_bytes, free_memory, only_new_garbage
 from sd3_lora.common.model_files import ModelFiles, library_versions
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
+from sd3_lora.common.run_locks import reading_in, wait_for_writer, writing_in
 from sd3_lora.common.run_record import (
     MOST_PROMPTS,
     RunFacts,
@@ -102,6 +104,7 @@ from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.checkpoints import (
+    RECORD,
     checkpoint_folders,
     find_checkpoint,
     read_state,
@@ -175,6 +178,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import SD3Transformer2DModel
+from safetensors import SafetensorError
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -396,7 +400,10 @@ def finished_pictures(validation: Validation | None) -> Iterator[None]:
 def validate(training: Training, watch: Watch, device: torch.device, stop: Callable[[], bool]) -> None:
     """Draws the validation pictures, with the average where there is one."""
     start, validation = time.perf_counter(), watch.validation
-    if validation is None or validation.has_drawn(training.step):
+    if validation is None:
+        return
+    if validation.has_drawn(training.step):
+        validation.write_sheet(training.step)  # the kill may have come in between
         return
     finish_pictures(validation)
     with training.ready_to_draw():
@@ -428,10 +435,10 @@ def train(
     watch: Watch,
     outputs: Outputs,
     accelerator: Accelerator,
-) -> float:
+) -> float | None:
     """The loop: whole windows of micro-batches, one optimizer step each, never more than `training.steps`.
 
-    Returns the milliseconds of a step.
+    Returns the milliseconds of a step; None where all had been taken before.
 
     The host runs ahead of the device: it learns one step late that the scaler skipped one. Writes checkpoints and LoRA.
 
@@ -443,8 +450,11 @@ def train(
     steps_to_checkpoint = flags.run.steps_to_checkpoint(training.steps)
     over_ranks = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     # Before the first step; and of a run that is resumed, what its interruption left out.
-    saves = training.step % steps_to_checkpoint == 0
-    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves)
+    at_end = training.step >= training.steps
+    if at_end and accelerator.is_main_process:
+        outputs.complete(training)
+    saves = at_end or training.step % steps_to_checkpoint == 0
+    draws = flags.watch.draws_at(training.step, watch.steps_of_epoch, saves, at_end)
     aside_s = look(training, watch, draws, flags.watch.measures_at(training.step), accelerator)
     marks = [(training.step, time.perf_counter() - aside_s)]  # when the device was through with how many steps
     # Closed by `with` on an error too, so that its sentence stands on a line of its own.
@@ -474,11 +484,28 @@ def train(
                 log.read()
                 bar.set_postfix_str(f"loss {log.recent_mean:.4f}")
                 marks.append((training.step, time.perf_counter() - aside_s))
-            save_what_is_due(training, batches, flags, outputs, saves, accelerator)
+            with named_disk_faults(outputs):
+                save_what_is_due(training, batches, flags, outputs, saves, accelerator)
             if interrupted:
                 raise Interrupted(outputs.kept(), signals.received or signal.SIGINT)
             aside_s += look(training, watch, draws, measures, accelerator, lambda: signals.received is not None)
     return mean_step_ms(marks)
+
+
+@contextmanager
+def named_disk_faults(outputs: Outputs) -> Iterator[None]:
+    """Has the sentence about a disk that takes no more say what is kept, and how to go on.
+
+    Raises:
+        UserError: the block could not write.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        raise UserError(f"{fault}; {outputs.kept()}") from error
 
 
 def save_what_is_due(
@@ -498,12 +525,16 @@ def save_what_is_due(
         outputs.save_checkpoint(training, batches.state_dict(), accelerator)
 
 
-def mean_step_ms(marks: Sequence[tuple[int, float]]) -> float:
+def mean_step_ms(marks: Sequence[tuple[int, float]]) -> float | None:
     """The milliseconds of a step, without the first ones where there are more: those load, compile and capture.
+
+    None where there was no step.
 
     Args:
         marks: steps, and the seconds when the device was through with them.
     """
+    if len(marks) == 1:
+        return None
     (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
     return 1000 * (last_s - first_s) / (last_step - first_step)
 
@@ -802,11 +833,11 @@ def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedP
     return replace(asked, modulations_ahead=False)
 
 
-def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> int | None:
+def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> int | None:
     """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
     if not flags.trains_all:
         return None
-    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps)
+    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps, device)
 
 
 def training_task(
@@ -850,7 +881,7 @@ def training_task(
         prior_rows=prior_rows,
         base_rows=base_rows,
         clips=clip_training(flags, files),
-        whole_bytes=optimizer_bytes(flags, files, dtype),
+        whole_bytes=optimizer_bytes(flags, files, dtype, device),
     )
     can_stream = processes == 1 and not kind.needs_whole_weights and not flags.trains_all
     step = partial(micro_step, flow=flags.flow, prior=flags.prior)
@@ -1059,6 +1090,18 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
     return int(drawn[0])
 
 
+def lock_outputs(output_dir: Path, accelerator: Accelerator, locks: ExitStack) -> None:
+    """Keeps other runs out of the output folder, and deletes what killed ones left unfinished there.
+
+    Raises:
+        UserError: another run trains there, or the folder cannot be written.
+    """
+    if accelerator.is_main_process:
+        refusal = f"another run is training in {output_dir}: wait for its end, or give another --output_dir"
+        locks.enter_context(writing_in(output_dir, refusal))
+    accelerator.wait_for_everyone()
+
+
 def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFlags:
     """The flags with a folder in place of a data set, which rank 0 lays out where that was not done yet."""
     with accelerator.main_process_first():
@@ -1068,24 +1111,27 @@ def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFla
 def open_data(
     request: StageOneRequest,
     prompts: Sequence[str],
-    output_dir: Path,
     accelerator: Accelerator,
     trains_clips: bool,
     identifier: IdentifierStart | None,
+    locks: ExitStack,
 ) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made."""
+    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made.
+
+    Where another run is writing them, waits for its end.
+    """
     stage_one = StageOne(request)
     class_images = ClassImages(stage_one)
     if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
-        require_writable_folder(output_dir)
         stage_one.make_embeddings()
+    wait_for_writer(Path(request.data.data_df_path))
     store = stage_one.open_embeddings()
     class_images.require_folders(store)
     stage_one.require_embedded(store, prompts)
     prior_prompts = stage_one.prior_prompts(store)
-    require_writable_folder(output_dir)
     if accelerator.is_main_process and not stage_one.has_latents():
         stage_one.make_latents()
+    locks.enter_context(reading_in(Path(request.data.latents_path)))
     accelerator.wait_for_everyone()
     cache = stage_one.open_latents()
     images = stage_one.find_images(store, cache)
@@ -1120,17 +1166,13 @@ def sizes_sentence(data: TrainingData, resolution: int) -> str:
     return f"{data.counted()} at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
 
 
-def write_what_is_missing(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
-    """For a run that was resumed past its last step: its LoRA, if that was never written."""
+def say_nothing_to_do(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
+    """For a run that was resumed past its last step, and has written all that it writes."""
     schedule = outputs.record.identity.values["--lr_scheduler"]
     ends = f"--lr_scheduler {schedule} has come to its end"
     longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
     asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
     accelerator.print(f"nothing to do: {asked}; {longer}")
-    if accelerator.is_main_process and not outputs.trained_path.exists():
-        print(f"wrote {outputs.save_trained(training, outputs.folder)}, as it is at step {training.step}")
-    if accelerator.is_main_process and not (outputs.folder / "model_index.json").is_file():
-        write_model(outputs, training)
 
 
 def write_model(outputs: Outputs, training: Training) -> None:
@@ -1141,6 +1183,8 @@ def write_model(outputs: Outputs, training: Training) -> None:
         outputs.write_whole_model()
         print(f"wrote {outputs.folder}, a whole model: what is beside its transformer is the base's")
     except (UserError, OSError) as error:
+        if disk_fault(error):
+            raise
         print(f"note: {outputs.trained_path} is written, and not what a whole model has beside it ({error})")
 
 
@@ -1167,11 +1211,13 @@ def report(outputs: Outputs) -> None:
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
     print(f"wrote {results.wrote}, read back and compared")
-    print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped, 'step')} skipped by the scaler")
+    if results.ms_a_step is not None:
+        print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped or 0, 'step')} skipped by the scaler")
     record = outputs.record
+    outputs.remove_report()
     write_model_card(outputs.folder / "README.md", record, results)
-    record.save(outputs.folder / "run.json", results)
     write_pictures(outputs.folder, record.identity.pictures)
+    record.save(outputs.folder / RECORD, results)  # last but for the report: with it the run is finished
     report(outputs)
     prompt = record.facts.trigger or ""
     if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
@@ -1247,7 +1293,7 @@ def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch
     if folder.resolve() == files.folder.resolve():
         raise UserError(f"--output_dir {folder} is the model that is trained, which --full would replace: give another")
     weights = base_bytes(files, dtype)
-    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1)
+    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1, device=torch.device("cpu"))
     kept = flags.run.checkpoints_total_limit or 1
     needed, free = (kept + 1) * (weights + moments), free_disk_bytes(folder)
     if free < needed:
@@ -1255,6 +1301,27 @@ def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch
             f"{folder} has {free / GIB:.1f} GiB of disk left, and --full writes up to {needed / GIB:.1f} GiB there "
             f"({counted(kept + 1, 'checkpoint')} for a moment): make room, or give another --output_dir"
         )
+
+
+def require_room_for_checkpoints(flags: TrainingFlags, training: Training, planned: PlannedTraining) -> None:
+    """Checks that there is room for what the run will write of its LoRA. Of a whole model that is known before.
+
+    Raises:
+        UserError: there is not.
+    """
+    if training.in_backward:
+        return
+    run, average = flags.run, 2 if training.average else 1
+    left = planned.steps - training.step
+    checkpoints = -(-left // run.steps_to_checkpoint(planned.steps))
+    if run.checkpoints_total_limit is not None:
+        checkpoints = min(checkpoints, run.checkpoints_total_limit + 1)  # one more for a moment
+    loras = checkpoints + 1 + (left // flags.watch.save_every_n_steps if flags.watch.save_every_n_steps else 0)
+    state = sum(tensor.nbytes for tensor in training.trainables.parameters) * average
+    state += 2 * sum(tensor.nbytes for tensor in training.trainables.parameters)  # the optimizer's, at the most
+    lora = 4 * training.trainables.numel * average
+    folder = Path(run.output_dir)
+    require_room(folder, checkpoints * state + loras * lora, f"{counted(checkpoints, 'checkpoint')} and the LoRA take")
 
 
 def require_possible(
@@ -1360,7 +1427,7 @@ def report_results(
     planned: PlannedTraining,
     budget: DeviceBudget | None,
     reports: list[StageReport],
-    ms_a_step: float,
+    ms_a_step: float | None,
 ) -> RunResults:
     """What the run came to; prints its peak beside the plan's."""
     measured = measured_peak(budget, reports, planned.plan.forecast.peak_bytes)
@@ -1372,6 +1439,12 @@ def report_results(
 
 
 def run(argv: Sequence[str] | None) -> None:
+    """The stage, with the locks that it takes on its way; all are free again in the end."""
+    with ExitStack() as locks:
+        run_locked(argv, locks)
+
+
+def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     """The stage from top to bottom."""
     flags = TrainingFlags(*COMMAND_LINE.parse(argv)).settled()
     forget_secrets()
@@ -1389,13 +1462,14 @@ def run(argv: Sequence[str] | None) -> None:
         return
     hub = open_hub(flags, accelerator)
     require_possible(flags, files, plan, chosen.dtype, device)
+    lock_outputs(output_dir, accelerator, locks)
     checkpoint = resume_point(flags.run, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
     identifier = IdentifierStart.of(flags.identifier, files, start)
     prompts = validation_prompts(flags.watch)
-    data = open_data(request, prompts, output_dir, accelerator, flags.trains_clips, identifier)
+    data = open_data(request, prompts, accelerator, flags.trains_clips, identifier, locks)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
@@ -1412,7 +1486,9 @@ def run(argv: Sequence[str] | None) -> None:
     if checkpoint:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
-    if training.step < planned.steps:
+    if accelerator.is_main_process:
+        require_room_for_checkpoints(flags, training, planned)
+    if training.step < planned.steps or not outputs.is_finished(training.step):
         trackers = Trackers(accelerator, {"rank": flags.lora.rank, "steps": planned.steps, "seed": seed})
         log = open_log(outputs, training.step, trackers, accelerator)
         validation = make_validation(flags, task, plan, budget, data, outputs.record, training.step)
@@ -1427,9 +1503,11 @@ def run(argv: Sequence[str] | None) -> None:
         if accelerator.is_main_process:
             results = report_results(outputs, log, step, planned, budget, reports, ms_a_step)
             write_model(outputs, training)
-            finish(outputs, flags, results)
+            finish(outputs, flags, replace(results, steps=training.step))
     else:
-        write_what_is_missing(outputs, training, accelerator)
+        say_nothing_to_do(outputs, training, accelerator)
+        if accelerator.is_main_process and not outputs.report_path.exists():
+            report(outputs)
     if accelerator.is_main_process:
         write_exports(output_dir, flags, files)
     accelerator.end_training()

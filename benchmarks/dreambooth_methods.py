@@ -4,8 +4,8 @@
     python benchmarks/dreambooth_methods.py --only baseline "lion*" --seeds 0 --jobs 14
 
 The methods are those of a file, `methods.json` beside this script: a list of {"name", "flags", "stage_one",
-"one_prompt", "class_images"}, explained in `dreambooth_runs.Method`. Steps, batch size and rank are the same for all.
-`dreambooth.py` explains the scores.
+"one_prompt", "class_images", "class_prompts"}, explained in `dreambooth_runs.Method`. Steps, batch size and rank are
+the same for all. `dreambooth.py` explains the scores.
 
 Methods come one after another, so that an interrupted call has whole ones; the same command goes on where it stopped.
 """
@@ -88,6 +88,7 @@ def scores_of(flags: argparse.Namespace, method: Method) -> dict[str, Any] | Non
     rows = [result["scores"][0] for result in found]
     fields = {"flags": method.flags, "stage_one": method.stage_one}
     fields |= {"one_prompt": method.one_prompt, "class_images": method.class_images}
+    fields |= {"class_prompts": method.class_prompts} if method.class_prompts else {}
     scores = summary(rows, read_json(flags.output_dir / DRIFT_BEFORE) or {})
     return {"name": method.name, **fields, **scores, **mean_times(found), "rows": compact(rows)}
 

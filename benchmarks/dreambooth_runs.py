@@ -61,6 +61,7 @@ class Method:
         one_prompt: whether all pictures have the instance prompt, and none its caption; the layers are then the
             script's own unless `flags` says which.
         class_images: class pictures of each subject, for prior preservation.
+        class_prompts: file with their prompts, as typed; without one all have the class prompt.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Method:
     stage_one: str = ""
     one_prompt: bool = False
     class_images: int = 0
+    class_prompts: str = ""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w.+=,×-]+( [\w.+=,×-]+)*", self.name):
@@ -92,7 +94,13 @@ class Method:
         words = shlex.split(self.stage_one)
         suffix = f"-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}" if words else ""
         folder = subject.folder
-        return StageOneFiles(folder / "embeddings.parquet", folder / f"latents{suffix}", folder / "class")
+        pictures = f"class-{Path(self.class_prompts).stem}" if self.class_prompts else "class"
+        return StageOneFiles(folder / "embeddings.parquet", folder / f"latents{suffix}", folder / pictures)
+
+    @property
+    def prompts_words(self) -> list[str]:
+        """The flag of the class pictures' prompts."""
+        return ["--class_prompts_file", self.class_prompts] if self.class_prompts else []
 
 
 @dataclass(frozen=True)
@@ -159,17 +167,20 @@ def memory_share(device: torch.device, jobs: int) -> float | None:
 
 def preparation(flags: argparse.Namespace, subject: Subject, methods: Sequence[Method]) -> list[tuple[str, list[str]]]:
     """The scripts of stage one with their flags, in order: each artefact once, whatever methods share it."""
-    most: dict[str, tuple[Method, int]] = {}  # flags of stage one → a method that has them, the most class pictures
+    # flags of stage one and prompts of class pictures → a method that has them, the most class pictures
+    most: dict[tuple[str, str], tuple[Method, int]] = {}
     for method in methods:
-        _, before = most.get(method.stage_one, (method, 0))
-        most[method.stage_one] = (method, max(before, method.class_images))
+        kind = method.stage_one, method.class_prompts
+        _, before = most.get(kind, (method, 0))
+        most[kind] = (method, max(before, method.class_images))
     scripts = []
-    for stage_one, (method, class_images) in most.items():
+    for (stage_one, _), (method, class_images) in most.items():
         files, more = method.files(subject), words_for(subject, stage_one)
         found = dict(stage_one_words(flags, subject, files, class_images))
         found["precompute_latents"] += more
         if class_images:
-            found["draw_class_pictures"] += ["--sample_batch_size", str(CLASS_PICTURES_TOGETHER)]
+            found["compute_embeddings"] += method.prompts_words
+            found["draw_class_pictures"] += [*method.prompts_words, "--sample_batch_size", str(CLASS_PICTURES_TOGETHER)]
         scripts += found.items()
         if class_images:  # those that were drawn with other flags of stage one have no latents here
             words = [*found["precompute_latents"], *class_words(subject, files, class_images)[2:]]
@@ -204,6 +215,7 @@ def training_words(flags: argparse.Namespace, run: Run) -> list[str]:
     words += stored_words(flags, subject.pictures if method.one_prompt else subject.captioned, files)
     if method.class_images:
         words += ["--with_prior_preservation", *class_words(subject, files, method.class_images)]
+        words += ["--class_captions", *method.prompts_words] if method.class_prompts else []
     if method.is_whole:
         words = without_flags(words, ("--rank", "--lora_layers", "--lora_blocks"))
     return [*words, "--seed", str(run.seed), *budget_words(flags), *method.words(subject)]

@@ -504,6 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--peer_python", default=sys.executable, help="The Python of its scripts.")
     parser.add_argument("--warm", type=int, default=5, help="Steps before the clock starts.")
     parser.add_argument("--steps", type=int, default=25, help="Steps in all.")
+    parser.add_argument("--only", nargs="+", help="Only rows with one of these in their names or flags: replayed.")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="Begin no row after so many seconds.")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
     parser.add_argument("--result", type=Path, help="JSON file to write; {set} in its name gives each set one.")
@@ -542,6 +543,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if time.perf_counter() - start > flags.stop_after:
                     print(f"stopped before {name}: {case.name}", flush=True)
                     break
+                said = f"{case.name} {' '.join(case.flags)}"
+                if flags.only and not any(part in said for part in flags.only):
+                    continue
                 if case.script in (None, PLAIN_WHOLE) or flags.peer:
                     keep({"set": name, **run_case(case, flags, WARM.get(name, flags.warm))})
     return 0

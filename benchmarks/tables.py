@@ -70,12 +70,32 @@ def dreambooth_methods_table(result: dict[str, Any]) -> str:
     return f"{methods_table(result)}\n\n{said}"
 
 
+def map_table(result: dict[str, Any]) -> str:
+    """Subject, prompt and drift over learning rate and steps."""
+    points = result["settings"]["points"]
+    lines = ["| | rate | " + " | ".join(f"{steps} steps" for steps in points) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * len(points))
+    for line in result["lines"]:
+        cells = [" / ".join(f"{value:.0f}" for value in point["means"].values()) for point in line["points"]]
+        lines.append(f"| {line['variant']} | {line['learning_rate']:g} | {' | '.join(cells)} |")
+    settings, versions, seeds = result["settings"], result["versions"], len(result["seeds"])
+    said = (
+        f"Subject / prompt / drift, %. {result['machine']}, {result['date']}, torch {versions['torch']}, diffusers "
+        f"{versions['diffusers']}; {len(result['subjects'])} subjects, {seeds} seed{'s' if seeds > 1 else ''}, "
+        f"{settings['prompts']} prompts each, steps of {settings['train_batch_size']}, rank {settings['rank']}, layers "
+        f"{settings['lora_layers']} of blocks {settings['lora_blocks']}; {settings['class_images']} class pictures; "
+        f"decay of the average {settings['ema_decay']:g}."
+    )
+    return "\n".join(lines) + f"\n\n{said}"
+
+
 def printer(name: str) -> Callable[[dict[str, Any]], str]:
     """By the file's name, which begins with what made it."""
     tables = {
         "pipeline": pipeline_table,
         "dreambooth": dreambooth_table,
         "methods": dreambooth_methods_table,
+        "map": map_table,
         "memory": memory_table,
         "plans": plans_table,
         "text": text_table,

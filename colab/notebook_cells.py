@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from IPython.display import HTML, display
 
 DRIVE = "/content/drive"  # where Colab mounts it
 SECONDS = 1.0  # between two looks at the memory and the picture
+_IN_DOUBLE_QUOTES = re.compile(r'([\\"$`])')  # what a shell reads there
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # a terminal's colours and movements
 _GIB_KIB, _GIB_MIB = 1024**2, 1024
 
@@ -38,10 +40,13 @@ class Stop(Exception):
 
 
 class _Expressions(Formatter):
-    """`{NAME}` and `{NAME + 1}`, as IPython replaces them in a line behind `!`."""
+    """`{NAME}` and `{NAME + 1}`, as in a line behind `!`; a value stays what it is in the shell's double quotes."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
         return eval(field_name, dict(kwargs)), field_name
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        return _IN_DOUBLE_QUOTES.sub(r"\\\1", format(value, format_spec))
 
 
 def memory_in_use() -> Iterator[tuple[str, float, float]]:
@@ -113,11 +118,14 @@ class Shown:
 def run(command: str, picture: Path | None = None) -> int:
     """Runs a command line in a terminal of its own and prints its lines; returns its exit code.
 
+    `python` is the notebook's own there, which on a machine of your own may be another than the shell's.
+
     What ends with a carriage return is the state of a progress bar: the latest alone is shown, above the lines.
     Stopping the cell types Ctrl-C into that terminal; so training saves a checkpoint.
     """
     options: dict[str, Any] = {"encoding": "utf-8", "codec_errors": "replace", "dimensions": (24, 100)}
-    child = pexpect.spawn("/bin/sh", ["-ec", command], env={**os.environ, "NO_COLOR": "1"}, **options)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    child = pexpect.spawn("/bin/sh", ["-ec", command], env={**os.environ, "NO_COLOR": "1", "PATH": path}, **options)
     shown, rest, looked, is_running = Shown(picture), "", 0.0, True
     while is_running:
         try:
@@ -163,6 +171,41 @@ def terminal(line: str, cell: str) -> None:
         raise Stop(f"the command ended with {code}: the reason is above; run this cell again once it is mended")
 
 
+def subject_prompt(identifier: str, kind: str) -> str:
+    """The prompt of all photos without a caption.
+
+    Args:
+        identifier: the rare word.
+        kind: what the subject is one of.
+
+    Raises:
+        Stop: one is empty.
+    """
+    return f"a photo of {_typed('IDENTIFIER', identifier)} {_typed('CLASS', kind)}"
+
+
+def validation_prompt(prompt: str, identifier: str, kind: str) -> str:
+    """The prompt that is drawn, with the rare word and the class for `{}`.
+
+    Raises:
+        Stop: the rare word is not in it, so that it would never show the subject.
+    """
+    filled = _typed("VALIDATION_PROMPT", prompt).replace("{}", f"{identifier.strip()} {kind.strip()}")
+    if identifier.strip() not in filled:
+        raise Stop(
+            f"VALIDATION_PROMPT {prompt!r} has no {{}}, the place of {identifier.strip()!r}, and would not show your "
+            "subject: write it into the cell above, run that, and this one again"
+        )
+    return filled
+
+
+def _typed(name: str, value: str) -> str:
+    """A form's field without the spaces around it; not empty."""
+    if not value.strip():
+        raise Stop(f"{name} is empty: fill it in in the cell above, run that, and this one again")
+    return value.strip()
+
+
 def work_folder(folder: str, save_to_drive: bool, photos: str, drive: str = DRIVE) -> str:
     """The folder of all results; where it or that of the photos lies on the Drive, this is mounted.
 
@@ -173,8 +216,10 @@ def work_folder(folder: str, save_to_drive: bool, photos: str, drive: str = DRIV
         drive: where the Drive is mounted.
 
     Raises:
-        Stop: the Drive is not mounted. Its folders would be the machine's own, which vanish with it.
+        Stop: the name is empty; or the Drive is not mounted: its folders would be the machine's own, which vanish with
+            it.
     """
+    folder = _typed("FOLDER", folder)
     path = Path(drive, "MyDrive") / folder if save_to_drive else Path.cwd().parent / folder
     for wanted in (path, Path(photos)):
         if wanted.is_relative_to(drive):

@@ -46,9 +46,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.command_line import UserError, counted, exit_code, link_or_copy
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.model_files import TEXT_COMPONENTS, ModelFiles
+from sd3_lora.common.run_locks import writing
 from sd3_lora.common.single_file import ENCODERS, SOURCE_FILE, TRANSFORMER, VAE, SingleFile, converted_folder, source_of
 
 
@@ -85,7 +88,8 @@ def convert(path: Path, parts: ModelFiles) -> Path:
     file, folder = SingleFile(path), converted_folder(path)
     if folder.exists():
         raise UserError(f"{folder} is there already: delete it to convert {path} again")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    require_room(folder.parent, path.stat().st_size, "its parts take")
+    temporary = unfinished_path(folder)
     try:
         for component in (TRANSFORMER, VAE, *ENCODERS):
             if component not in file.components:
@@ -118,7 +122,9 @@ def run(argv: Sequence[str] | None) -> None:
     path = Path(flags.file)
     if not path.is_file():
         raise UserError(f"there is no file {path}: check the path")
-    folder = convert(path, ModelFiles(ModelConfig(flags.parts)))
+    parts = ModelFiles(ModelConfig(flags.parts))
+    with writing(converted_folder(path)):
+        folder = convert(path, parts)
     print(f"wrote {folder}: type --pretrained_model_name_or_path {path}")
 
 

@@ -39,8 +39,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_lora.common.command_line import exit_code, require_writable_folder
+from sd3_lora.common.command_line import exit_code
 from sd3_lora.common.identifier_embedding import embedding_note
+from sd3_lora.common.run_locks import writing
 from sd3_lora.transformer.lora_exports import export_lora, export_path
 from sd3_lora.transformer.lora_files import base_of, find_lora, read_lora_file
 
@@ -52,8 +53,8 @@ def run(argv: Sequence[str] | None) -> None:
     files = base_of(path, model)
     lora = read_lora_file(path, files.read_config("transformer"), files.read_config)
     output = Path(flags.output) if flags.output else export_path(path, flags.format)
-    require_writable_folder(output.parent)
-    export_lora(lora, flags.format, output, files)
+    with writing(output):
+        export_lora(lora, flags.format, output, files)
     print(f"wrote {output}")
     note = embedding_note(lora.identifier, path)
     if note:

@@ -71,6 +71,7 @@ import json
 import math
 import sys
 
+from sd3_lora.common.atomic_files import remove_unfinished
 from sd3_lora.common.command_line import exit_code, require_writable_folder, write_text_atomically
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import choose_device, choose_training_dtype, make_deterministic, planned_device
@@ -204,6 +205,8 @@ def write(losses: Sequence[PictureLoss], path: Path, config: LossesConfig, files
     """Writes the file."""
     made_with = {"model": files.name, "revision": files.revision, **asdict(config)}
     lines = json.dumps({**made_with, "pictures": [each.to_dict() for each in losses]}, indent=2, ensure_ascii=False)
+    for name in (path.name, "writable"):
+        remove_unfinished(path.parent, name)
     write_text_atomically(path, lines + "\n")
 
 

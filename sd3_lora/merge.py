@@ -39,16 +39,18 @@ COMMAND_LINE = CommandLine("-m sd3_lora.merge", __doc__, (MergeFlags, LoraBaseCo
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
 
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.command_line import UserError, command, exit_code, require_writable_folder
+from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.identifier_embedding import embedding_note, embedding_path
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.model_folder import files_beside, take
+from sd3_lora.common.run_locks import writing
 from sd3_lora.transformer.lora_files import LoraFile, base_of, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.merged_weights import write_merged
 
@@ -66,7 +68,10 @@ def require_new_folder(folder: Path) -> None:
 
 def write_model(lora: LoraFile, scale: float, files: ModelFiles, folder: Path, copies: bool) -> None:
     """Writes the whole model under another name, and renames it; nothing is left of an attempt that failed."""
-    unfinished = folder.resolve().with_name(f".{folder.name}.{os.getpid()}")
+    written = [path for model in lora.parts for path in files.weight_files(model)]
+    kept = [files.folder / name for name in files_beside(files, lora.parts)] if copies else []
+    require_room(folder.parent, sum(path.stat().st_size for path in (*written, *kept)), "the merged model takes")
+    unfinished = unfinished_path(folder.resolve())
     try:
         for name in files_beside(files, lora.parts):
             take(files.folder / name, unfinished / name, copies)
@@ -86,8 +91,9 @@ def run(argv: Sequence[str] | None) -> None:
     lora = read_lora_file(path, files.read_config("transformer"), files.read_config)
     require_drawable([lora], [flags.lora_scale], is_streamed=False)
     folder = Path(flags.output_dir)
-    require_new_folder(folder)
-    write_model(lora, flags.lora_scale, files, folder, flags.copy)
+    with writing(folder.resolve()):
+        require_new_folder(folder)
+        write_model(lora, flags.lora_scale, files, folder, flags.copy)
     print(f"wrote {folder}")
     note, embedding = embedding_note(lora.identifier, path), embedding_path(path)
     if note:

@@ -394,7 +394,8 @@ def run(argv: Sequence[str] | None) -> None:
     }
     write_result(rows, folder, facts, title)
     print(
-        f"\n{table(rows)}\n\nwrote {folder / 'ladder.json'} and {folder / 'ladder.svg'}; a page for each: docs/tricks/"
+        f"\n{table(rows)}\n\nnumbers: the trained LoRA beside that of an earlier row, the difference as a share of it\n"
+        f"wrote {folder / 'ladder.json'} and {folder / 'ladder.svg'}; a page for each: docs/tricks/"
     )
 
 

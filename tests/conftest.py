@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported: an error is compared without the bar before it
 
+import contextlib
+import gc
 import importlib
 import shutil
 import subprocess
@@ -31,25 +33,48 @@ PROMPT = "a photo of sks robot"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def frozen_imports() -> None:
-    """What the imports made is never garbage; to collect it anew after every stage took most of the tests' time."""
-    import gc
-
+def imports() -> None:
+    """What most tests import, before `frozen_objects`."""
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
+
+@pytest.fixture(scope="session", autouse=True)
+def left_frozen() -> Iterator[None]:
+    """A script that watches its own garbage (`only_new_garbage`) unfreezes what `frozen_objects` froze, for good.
+
+    test_memory.py calls the function itself.
+    """
+    script = importlib.import_module(TRAINING_SCRIPT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "only_new_garbage", contextlib.nullcontext)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_objects(imports: None) -> None:
+    """What is there before a module's tests is never garbage, so that a collection does not walk it.
+
+    The scripts collect after every stage. The walk grew with all that the tests before had imported and compiled: in
+    the last files of a run it took more time than the tests.
+    """
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def as_it_was_told() -> Iterator[None]:
-    """Takes back what `--deterministic` tells torch's libraries for the whole process (`make_deterministic`)."""
+    """Takes back what `--deterministic` tells torch's libraries for the whole process (`make_deterministic`).
+
+    And accelerate's device, which a process has for good: a test on a GPU may come before one on the CPU.
+    """
     names, cudnn = ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"), torch.backends.cudnn
     told, flags = {name: os.environ.get(name) for name in names}, (cudnn.deterministic, cudnn.benchmark)
     yield
     cudnn.deterministic, cudnn.benchmark = flags
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
     for name, value in told.items():
         os.environ.pop(name, None)
         if value is not None:

@@ -16,14 +16,16 @@ import shlex
 import shutil
 import signal
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
-from sd3_lora.common.atomic_files import replacing
+from sd3_lora.common.atomic_files import replacing, unfinished_path
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -32,6 +34,7 @@ MOST_SHOWN = 10  # names or faults in one message about a user's files
 PATH_FLAGS = {
     "cache_dir",
     "class_data_dir",
+    "class_prompts_file",
     "concepts_list",
     "data_df_path",
     "dataset_name",
@@ -55,6 +58,10 @@ PATH_FLAGS = {
     "validation_prompts_file",
 }
 SECRET_FLAGS = {"hub_token"}  # in no command that is printed, and in no record of the command line
+_SECRET_VARIABLES = re.compile(r"(_TOKEN|_API_KEY|_PASSWORD|_SECRET)$")
+_SECRET_TEXTS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}|(?:(?<=://)|(?<=https:/))[^/\s@'\"]+(?=@)"
+)  # a hub's token; user:password in a URL
 # Other trainers' name of a flag → its names here, of which the script's first one is suggested.
 OTHER_NAMES = {
     "batch_size": ("train_batch_size", "vae_batch_size"),
@@ -159,6 +166,15 @@ class Secret:
         return hash(self.value)
 
 
+_DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    getattr(errno, "EDQUOT", errno.ENOSPC): "your share of the disk is full: free some space",
+    errno.EFBIG: "the disk, or a limit of yours (ulimit -f), does not take so large a file: lift it",
+    errno.EROFS: "the disk can only be read: have it mounted for writing",
+    errno.EIO: "the disk has failed (input/output error): put another in its place",
+}
+
+
 class UserError(Exception):
     """Something that the user can mend: one sentence saying what is wrong and what to type."""
 
@@ -218,7 +234,21 @@ def counted(count: int, noun: str) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return without_secrets((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def without_secrets(text: str) -> str:
+    """A text with `***` for tokens of the environment, tokens of the hub, and names and passwords in URLs."""
+    values = (value for name, value in os.environ.items() if _SECRET_VARIABLES.search(name.upper()))
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= 8:  # a shorter one may be any word
+            text = text.replace(value, "***")
+    return _SECRET_TEXTS.sub("***", text)
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of Python's own, which prints whatever secret a library has put into an error."""
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))
 
 
 def shown(names: Sequence[str]) -> str:
@@ -299,7 +329,7 @@ class CommandLine:
         try:
             self.parse(None, report=lambda _: None)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_secrets(str(error))}", file=sys.stderr)
             sys.exit(EXIT_USER_ERROR)
 
     def parse(self, argv: Sequence[str] | None, report: Callable[[str], None] | None = None) -> tuple[Any, ...]:
@@ -515,21 +545,23 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         if hasattr(stream, "reconfigure"):
             # A Windows console of another code page must not turn a prompt into a crash. In a pipe both come in order.
             stream.reconfigure(errors="replace", line_buffering=True)
+    sys.excepthook = _print_traceback
     try:
         if signal.getsignal(signal.SIGINT) in (_end_on_interrupt, signal.SIG_DFL):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         script(argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except torch.OutOfMemoryError as error:
         reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
         print(f"error: {reason}: try {smaller}", file=sys.stderr)
         return EXIT_USER_ERROR
     except (OSError, SafetensorError) as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
+        fault = disk_fault(error)
+        if fault is None:
             raise
-        print("error: the disk is full: free some space and type the same command again", file=sys.stderr)
+        print(f"error: {fault} and type the same command again", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         in_order = _interruption_in_order(error)
@@ -541,6 +573,19 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         print("\ninterrupted: run the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """What is wrong with the disk, and what to do; None where the error is no disk's.
+
+    Args:
+        error: an OSError, or a library's error with the words of one.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    for each, fault in _DISK_FAULTS.items():
+        if number == each or (number is None and os.strerror(each) in str(error)):
+            return fault
+    return None
 
 
 def _interruption_in_order(error: BaseException | None) -> Interrupted | None:
@@ -624,7 +669,7 @@ def require_writable_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
+        probe = unfinished_path(folder / "writable")
         probe.touch()
         probe.unlink()
     except OSError as error:

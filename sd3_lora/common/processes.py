@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,6 +85,13 @@ class Processes:
     def from_rank_0(self, work: Callable[[], T]) -> T:
         """Runs `work` in rank 0 alone, and returns its result in all processes."""
         return self.gather(work() if self.is_rank_0 else None)[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def holding(self, lock: AbstractContextManager[None]) -> Iterator[None]:
+        """Rank 0 holds a lock inside the block, which the others enter after it."""
+        with lock if self.is_rank_0 else nullcontext():
+            self.gather(None)
+            yield
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class PromptEmbedding:
 
     Attributes:
         prompt: the text.
-        roles: what the prompt is for: instance, uncaptioned, class, validation, negative, empty.
+        roles: what the prompt is for: instance, uncaptioned, class, class_caption, validation, negative, empty.
         image_ids: the pictures that it describes.
         prompt_embeds: `(S, D)` float16.
         pooled_prompt_embeds: `(P,)` float16.
@@ -240,7 +240,8 @@ class Provenance:
     @property
     def other_identities(self) -> frozenset[str]:
         """What the same weights are called where other hashes are known, and in earlier builds."""
-        hashes = [h[:12] for h in (self.whole_hash, self.tensors_hash, self.files_hash) if h]
+        known = (self.whole_hash, self.tensors_hash, self.files_hash, self.revision, self.weights_hash)
+        hashes = [h[:12] for h in known if h]
         hashes += [h[:8] for h in (self.revision, self.weights_hash, *self.same_revisions) if h]
         return frozenset(self._identity_by(h) for h in hashes)
 

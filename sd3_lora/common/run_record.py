@@ -53,6 +53,15 @@ def recorded_flags(path: Path, group: type) -> dict[str, Any]:
     return {name: value for name, value in flags if name in names and value != defaults[f"--{name}"]}
 
 
+def recorded_results(path: Path) -> dict[str, Any] | None:
+    """The results in a `run.json`: none of a run that goes on or was killed; None where it is not there, or damaged."""
+    try:
+        values = without_checksum(json.loads(path.read_text(encoding="utf-8")))
+        return {each.name: values[each.name] for each in fields(RunResults) if each.name in values}
+    except (DamagedError, OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
 @dataclass(frozen=True)
 class NotedPicture:
     """A picture that a run is trained on, noted to tell what changed.

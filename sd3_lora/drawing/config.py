@@ -221,6 +221,13 @@ class ClassDrawingConfig:
         default=None,
         metadata={"help": "What to draw, a prompt without the identifier: 'a photo of a dog'."},
     )
+    class_prompts_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text file with prompts that are drawn in turn in its place, one a line; each picture gets its own "
+            "as a caption (class_0000.txt), which --class_captions reads."
+        },
+    )
     class_data_dir: str | None = field(
         default=None, metadata={"help": "Where the pictures go; pictures that are there already are counted."}
     )

@@ -133,6 +133,10 @@ class Validation:
             read_settings(plan.path) == plan.settings for plan in self.task.pictures(self.step_folder(step), step)
         )
 
+    def write_sheet(self, step: int) -> None:
+        """Makes the sheet anew, of a run that was resumed at this step and has its pictures."""
+        self._sheet.write(step)
+
     def draw(
         self, model: VelocityModel, device: torch.device, step: int, stop: Callable[[], bool] = lambda: False
     ) -> list[DrawnPicture]:

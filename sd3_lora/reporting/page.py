@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import remove_unfinished
 from sd3_lora.common.command_line import UserError, first_line, write_atomically
 from sd3_lora.common.config import ModelConfig
 from sd3_lora.common.model_files import ModelFiles
@@ -27,11 +28,11 @@ from sd3_lora.reporting.settings import Setting, commands, shown_value, training
 from sd3_lora.reporting.thumbnails import drawn_columns, instance_pictures, shown_pictures
 from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.prompts import PromptTokens, tokens_of
+from sd3_lora.training.checkpoints import REPORT_FILE
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-REPORT_FILE = "report.html"
 MOST_CAPTIONS = 60  # rows of the table
 MOST_ROWS = 25  # of a chart's table
 _LIBRARIES = ("vendored/d3.min.js", "vendored/plot.umd.min.js")
@@ -61,6 +62,7 @@ def write_report(folder: Path) -> Path:
         OSError: it cannot be written.
     """
     path = folder / REPORT_FILE
+    remove_unfinished(folder, path.name)
     write_atomically(path, render(read_run(folder)).encode())
     return path
 

@@ -427,24 +427,46 @@ def instance_images(
     return InstanceFolder(folder, tuple(images), listing.left_out, captioned)
 
 
-def class_images(folder: Path, class_prompt: str, most: int) -> tuple[InstanceImage, ...]:
-    """The first distinct class pictures of a folder, by name; captions beside them are not read.
+def class_images(
+    folder: Path, class_prompt: str, most: int | None, has_captions: bool = False
+) -> tuple[InstanceImage, ...]:
+    """The first distinct class pictures of a folder, by name.
 
     Args:
         folder: theirs, without its subfolders; it need not exist.
-        class_prompt: of all of them.
-        most: how many.
+        class_prompt: of all of them, or of those without a caption.
+        most: how many; None for all.
+        has_captions: whether captions beside them are read, as those of the subject's pictures are.
 
     Raises:
-        UserError: the folder is a file or cannot be read.
+        UserError: the folder is a file or cannot be read; a caption is at fault (see `read_captions`).
     """
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a folder: give a folder as --class_data_dir")
-    paths, first = picture_paths(folder), dict[str, Path]()
+    paths, copies = picture_paths(folder), dict[str, list[Path]]()
     for image_id, path in zip(hash_pictures(paths), paths, strict=True):
-        first.setdefault(image_id, path)  # identical ones are one picture
-    images = [InstanceImage(image_id, path, class_prompt, "class") for image_id, path in first.items()]
-    return tuple(images[:most])
+        copies.setdefault(image_id, []).append(path)  # identical ones are one picture
+    captions = read_captions(folder, paths) if has_captions else {}
+    images, faults = [], list[str]()
+    for image_id, same in list(copies.items())[:most]:
+        first, *others = sorted(set(_caption(same, captions, faults) or (class_prompt,)))
+        images.append(InstanceImage(image_id, same[0], first, "class", tuple(others)))
+    _refuse(faults)
+    return tuple(images)
+
+
+def class_captions_note(folder: Path) -> str | None:
+    """A sentence on captions beside class pictures that are not read; None where there are none."""
+    try:
+        captioned = len(read_captions(folder, picture_paths(folder)))
+    except UserError:  # nothing reads them
+        return None
+    if not captioned:
+        return None
+    return (
+        f"note: {counted(captioned, 'class picture')} of {folder} with a caption, which is not read: all have the "
+        "class prompt; add --class_captions to train on their captions"
+    )
 
 
 def require_apart(subject_ids: Collection[str], others: Sequence[InstanceImage]) -> None:

@@ -24,19 +24,21 @@ _REPEATS_IN_NAME = re.compile(r"(\d+)_(.*\S.*)")
 
 @dataclass(frozen=True)
 class ClassFolder:
-    """Pictures of a class, all with one prompt.
+    """Pictures of a class.
 
     Attributes:
         folder: theirs; it need not exist yet.
-        prompt: of all of them.
+        prompt: of all of them, or of those without a caption.
+        has_captions: whether captions beside them are read.
     """
 
     folder: Path
     prompt: str
+    has_captions: bool = False
 
     def images(self, most: int) -> tuple[InstanceImage, ...]:
         """The first `most` that are there, by name."""
-        return class_images(self.folder, self.prompt, most)
+        return class_images(self.folder, self.prompt, most, self.has_captions)
 
 
 @dataclass(frozen=True)

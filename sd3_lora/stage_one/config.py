@@ -21,6 +21,15 @@ class EmbeddingConfig(PictureFlags):
     class_prompt: str | None = field(
         default=None, metadata={"help": "The same without the identifier: 'a photo of a dog'."}
     )
+    class_captions: bool = field(
+        default=False, metadata={"help": "Embed the captions beside the class pictures of --class_data_dir too."}
+    )
+    class_data_dir: str | None = field(
+        default=None, metadata={"help": "Their folder. Default: those of --concepts_list."}
+    )
+    class_prompts_file: str | None = field(
+        default=None, metadata={"help": "Text file with the prompts of class pictures to be drawn, one a line."}
+    )
     validation_prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "Prompts that will be drawn after training."}
     )
@@ -50,7 +59,12 @@ class EmbeddingConfig(PictureFlags):
     overwrite: bool = field(default=False, metadata={"help": "Replace a file that was made with other settings."})
 
     def __post_init__(self) -> None:
-        require_right([*self.picture_faults(), *split_prompt("validation_prompt", self.validation_prompt)])
+        faults = [*self.picture_faults(), *split_prompt("validation_prompt", self.validation_prompt)]
+        if self.class_captions and self.class_data_dir is None and self.concepts_list is None:
+            faults.append("--class_captions needs the folder of the class pictures: type --class_data_dir FOLDER")
+        if self.class_data_dir is not None and not self.class_captions:
+            faults.append("--class_data_dir has no effect without --class_captions: add it, or leave the folder out")
+        require_right(faults)
 
 
 @dataclass(frozen=True)

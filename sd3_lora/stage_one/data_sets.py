@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sd3_lora.common.atomic_files import remove_unfinished, unfinished_path
 from sd3_lora.common.command_line import UserError, counted, print_in_rank_0, shown, write_text_atomically
 from sd3_lora.common.config import PictureFlags
 from sd3_lora.stage_one.image_files import RASTER_EXTENSIONS, list_images
@@ -90,7 +91,8 @@ def lay_out(data_set: DataSet, cache_dir: str | None = None) -> Path:
     rows = _train_split(data_set, cache_dir)
     image_column, rows = _pictures_undecoded(data_set, rows)
     folder = data_set.folder
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    unfinished = unfinished_path(folder)
+    remove_unfinished(folder.parent, folder.name)
     try:
         unfinished.mkdir(parents=True)
         captions = list(_write_pictures(data_set, rows, image_column, unfinished))

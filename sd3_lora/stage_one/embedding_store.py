@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+CLASS_CAPTION = "class_caption"  # beside "class", which is the class prompt's alone
 UNCAPTIONED = "uncaptioned"  # the role of the prompt of pictures without a caption; earlier builds did not write it
 _METADATA_KEY, _CHECKSUM_KEY = b"sd3_lora", CHECKSUMS_KEY.encode()
 _NUMBERS = ("prompt_embeds", "pooled_prompt_embeds")

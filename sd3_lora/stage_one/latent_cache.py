@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.atomic_files import UNFINISHED, replacing
+from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.checksums import Checksums, DamagedError
 from sd3_lora.common.command_line import UserError, write_text_atomically
 from sd3_lora.common.records import InstanceImage, LatentMask, LatentPosterior, Provenance
@@ -52,13 +52,17 @@ class CachedPicture:
         tiles: for each variant that was encoded in tiles, their side in pixels; the others were encoded whole.
         masks: for each variant that has a mask, its source (see `LatentMask`).
         ranges: what its augmented variants differ by (`Augmentation.ranges`); None where there are none.
+        made_with: the VAE's provenance.
+        alpha_background: what transparent pixels were drawn over.
     """
 
     variants: tuple[str, ...]
     size: tuple[int, int]
     tiles: dict[str, int]
     masks: dict[str, str]
-    ranges: dict[str, float] | None = None
+    ranges: dict[str, float] | None
+    made_with: Provenance
+    alpha_background: str
 
     def has_smaller_tiles(self, tile_px: int | None) -> bool:
         """Whether a variant was encoded in tiles smaller than these; None is a whole picture."""
@@ -109,6 +113,7 @@ class LatentCache:
         self.alpha_background = alpha_background
         self.ranges = dict(ranges or {})
         self._read: dict[str, CachedPicture] = {}  # opening 10,000 files takes seconds
+        self._provenances: dict[str, Provenance] = {}  # by its text: 10,000 files have one and the same
 
     @property
     def resolution(self) -> int:
@@ -123,11 +128,6 @@ class LatentCache:
         """Deletes a picture's file."""
         self._read.pop(image_id, None)
         self.path(image_id).unlink()
-
-    def remove_unfinished(self) -> None:
-        """Deletes temporary files that an interrupted run left."""
-        for path in self.folder.glob(f".*{UNFINISHED}"):
-            path.unlink()
 
     def broken(self) -> dict[str, BrokenPicture]:
         """The pictures that were left out because they do not decode, by image id."""
@@ -222,9 +222,14 @@ class LatentCache:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise self._foreign(image_id, error) from error
         ranges = metadata.get("augmentation")
-        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges)
+        made_with, background = self._shared_provenance(metadata["provenance"]), metadata["alpha_background"]
+        picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges, made_with, background)
         self._read[image_id] = picture
         return picture
+
+    def _shared_provenance(self, values: dict[str, Any]) -> Provenance:
+        """One object for all files that have the same."""
+        return self._provenances.setdefault(json.dumps(values), Provenance.from_dict(values))
 
     def variants(self, image_id: str) -> tuple[str, ...]:
         """The variants that the cache holds of a picture; none if it has no file.

@@ -193,6 +193,7 @@ def _rounded(
     """New weights in their dtype, bfloat16 by chance; `start` is the first one's place in its tensor."""
     if dtype != torch.bfloat16 or not settings.by_chance:
         return values.to(dtype)
+    # Compiled, `start` must be a constant: Inductor (torch 2.11) leaves places after a variable in 64 bits.
     places = torch.arange(start, start + values.numel(), dtype=torch.int32, device=values.device)
     return round_stochastically(values, random_bits(places.view_as(values), key))
 

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.checksums import (
     Checksums,
     DamagedError,
@@ -24,14 +25,14 @@ from sd3_lora.common.checksums import (
     with_checksums,
     without_checksum,
 )
-from sd3_lora.common.command_line import UserError, print_in_rank_0
+from sd3_lora.common.command_line import UserError, print_in_rank_0, write_text_atomically
 from sd3_lora.common.run_record import NotedPicture
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
-RECORD = "run.json"
+RECORD, REPORT_FILE = "run.json", "report.html"  # of a run
 _TENSORS, _STATE, _PICTURES = "state.safetensors", "state.json", "pictures.json"
 
 
@@ -90,7 +91,7 @@ class UnfinishedCheckpoint:
 
     def __init__(self, output_dir: Path, step: int):
         self.final = output_dir / f"checkpoint-{step}"
-        self.folder = output_dir / f".checkpoint-{step}.{os.getpid()}"
+        self.folder = unfinished_path(self.final)
 
     def __enter__(self) -> Path:
         shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process with this number
@@ -167,7 +168,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def write_pictures(folder: Path, pictures: Sequence[NotedPicture]) -> None:
     """Notes the pictures beside the state."""
     content = [with_checksum(_without_defaults(picture)) for picture in pictures]
-    (folder / _PICTURES).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text_atomically(folder / _PICTURES, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def _without_defaults(picture: NotedPicture) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def remove_old_checkpoints(output_dir: Path, limit: int | None) -> None:
 
 def _remove(folder: Path) -> None:
     """Deletes a checkpoint under another name first, so that half of one is never taken for whole."""
-    hidden = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    hidden = unfinished_path(folder.with_name(f"{folder.name}.old"))
     shutil.rmtree(hidden, ignore_errors=True)
     try:
         os.replace(folder, hidden)

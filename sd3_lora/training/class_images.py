@@ -6,16 +6,18 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import UserError, command, counted, print_in_rank_0
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.records import InstanceImage
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.captions import require_apart
+from sd3_lora.stage_one.captions import class_captions_note, require_apart
 from sd3_lora.stage_one.concepts import ClassFolder, concepts_of
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.latent_cache import LatentCache, StaleLatents
+from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.training.artefacts import StageOne
 from sd3_lora.training.dataset import choose_variants, require_prompts
 from sd3_lora.training.stage_one_request import StageOneRequest
@@ -55,7 +57,14 @@ class ClassImages:
                 )
         require_apart(store.prompts_of_images().keys(), self._present())
         remedy = self.request.command("compute_embeddings.py", **self.request.text_flags(store))
-        require_prompts(store, [of.prompt for of in classes], remedy)
+        drawn = self.request.prior.class_prompts_file
+        captions = [prompt for image in self._present() for prompt in image.prompts]
+        captions += read_prompts(Path(drawn)) if drawn is not None and classes else []
+        require_prompts(store, [*(of.prompt for of in classes), *captions], remedy)
+        for of in classes:
+            note = None if of.has_captions else class_captions_note(of.folder)
+            if note:
+                print_in_rank_0(note)
 
     def make(self, sizes: Mapping[PictureSize, int]) -> None:
         """Has the class pictures that are missing drawn, and those without latents encoded, each in another process.

@@ -16,7 +16,7 @@ from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.captions import trigger_of
 from sd3_lora.stage_one.crop_boxes import crop_boxes, mirrored, number_of_variant, plain_variant, size_of_variant
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.latent_cache import LatentCache
+from sd3_lora.stage_one.latent_cache import CachedPicture, LatentCache
 from sd3_lora.training.flow import mask_weights
 from sd3_lora.training.pool import Pool
 
@@ -143,6 +143,13 @@ class TrainingData:
     def text(self) -> Provenance:
         """The provenance of the embeddings: T5's precision, and the number of its tokens."""
         return self._store.provenance
+
+    def cached(self, role: str) -> list[CachedPicture]:
+        """What the cache holds of the pictures of a role."""
+        pictures = (
+            self._cache.look(image.image_id) for pool in self.pools if pool.role == role for image in pool.images
+        )
+        return [picture for picture in pictures if picture]
 
     def prior_embeddings(self) -> list[PromptEmbedding]:
         """Of the prior prompts."""

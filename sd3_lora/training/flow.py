@@ -5,6 +5,7 @@ Shapes: B batch. sigma 0 is the picture, sigma 1 the noise. All of this is float
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,12 @@ class NoiseTable:
 
     sigmas: torch.Tensor
     timesteps: torch.Tensor
+
+    @property
+    def identity(self) -> str:
+        """A short hash of its levels to six decimals."""
+        levels = [f"{level:.6f}" for level in self.sigmas.tolist()]
+        return hashlib.sha256(" ".join(levels).encode()).hexdigest()[:12]
 
 
 def load_noise_table(scheduler_config: dict[str, Any], timestep_shift: float | None) -> NoiseTable:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.common.command_line import Interrupted, UserError, quoted
+from sd3_lora.common.command_line import Interrupted, UserError, quoted, without_secrets
 from sd3_lora.training.hub_flags import HubFlags
 
 from huggingface_hub import HfApi, constants, get_token
@@ -141,7 +141,7 @@ def _make_repo(api: HfApi, repo_id: str, user: str, private: bool, has_login: bo
             f"{repo_id} is there already, and public: make it private at {api.endpoint}/{repo_id}/settings , type "
             "another --hub_model_id, or leave --hub_private out"
         )
-    return HubRepo(api, repo_id, f"{api.endpoint}/{repo_id}", bool(info.private), has_login)
+    return HubRepo(api, repo_id, without_secrets(f"{api.endpoint}/{repo_id}"), bool(info.private), has_login)
 
 
 def _reason(error: BaseException, token: str | bool | None) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.atomic_files import unfinished_path
 from sd3_lora.common.checksums import CHECKSUM_FIELD, with_checksum
 from sd3_lora.common.command_line import PATH_FLAGS, link_or_copy
 from sd3_lora.training.checkpoints import RECORD, checkpoint_folders
@@ -36,7 +37,7 @@ def make_hub_folder(output_dir: Path, repo_id: str, checkpoints: str = "none") -
         repo_id: which the card's example names.
         checkpoints: none, lora (of each its LoRA) or all.
     """
-    folder, unfinished = output_dir / HUB_FOLDER, output_dir / f".{HUB_FOLDER}.{os.getpid()}"
+    folder, unfinished = output_dir / HUB_FOLDER, unfinished_path(output_dir / HUB_FOLDER)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     for path in _weights(output_dir, checkpoints):

@@ -9,6 +9,7 @@ micro-batches cannot be added up, unless all are kept: then the update follows t
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +37,8 @@ import torch
 UNTRAINED = "pos_embed.pos_embed"  # a buffer
 # Plain operations make a dozen float32 of each number that they update: 12 MiB for so many blocks.
 BLOCKS_AT_A_TIME = 1024
-UPDATE_BYTES = 12 * 4 * BLOCK * BLOCKS_AT_A_TIME
+# A GPU takes as long for each of these operations as for eight times as many numbers.
+BLOCKS_AT_A_TIME_ON_GPU = 8 * BLOCKS_AT_A_TIME
 
 
 class AdamInBackward(torch.optim.Optimizer):
@@ -82,7 +84,7 @@ class AdamInBackward(torch.optim.Optimizer):
         self._had_gradient: dict[int, None] = {}  # places of parameters, in the order of backward
         self._update_blocks, self._update_small = _compiled_updates(device, settings, self._tables)
         for place, parameter in enumerate(parameters.values()):
-            parameter.register_post_accumulate_grad_hook(partial(self._take, place))
+            parameter.register_post_accumulate_grad_hook(_hook(weakref.ref(self), place))
             if window > 1:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -117,7 +119,7 @@ class AdamInBackward(torch.optim.Optimizer):
             self._is_armed.fill_(True)
 
     @torch.no_grad()
-    def _take(self, place: int, parameter: torch.nn.Parameter) -> None:
+    def take(self, place: int, parameter: torch.Tensor) -> None:
         """Called by backward when a tensor's gradient is whole."""
         self._had_gradient[place] = None
         if self._window == 1:
@@ -132,7 +134,7 @@ class AdamInBackward(torch.optim.Optimizer):
                 self._apply(place, parameter)
                 parameter.grad.zero_()
 
-    def _apply(self, place: int, parameter: torch.nn.Parameter) -> None:
+    def _apply(self, place: int, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
         self.squares[place] += square
@@ -172,17 +174,43 @@ class AdamInBackward(torch.optim.Optimizer):
         self._had_gradient = dict.fromkeys(state_dict["had_gradient"])
 
 
-def whole_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype, window: int) -> int:
+def _hook(optimizer: weakref.ref[AdamInBackward], place: int) -> Callable[[torch.Tensor], None]:
+    """For a parameter. It must not keep its optimizer: Python's collector sees no hooks, and a circle would stay."""
+
+    def take(parameter: torch.Tensor) -> None:
+        owner = optimizer()
+        if owner is not None:
+            owner.take(place, parameter)
+
+    return take
+
+
+def update_bytes(device: torch.device) -> int:
+    """What an update takes for a moment, beside the gradient that it applies."""
+    return 12 * 4 * BLOCK * _blocks_at_a_time(device)
+
+
+def _blocks_at_a_time(device: torch.device) -> int:
+    """For plain operations; a compiled update has no use for them, and may turn out not to be compiled."""
+    return BLOCKS_AT_A_TIME_ON_GPU if device.type == "cuda" and not _has_triton() else BLOCKS_AT_A_TIME
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def whole_bytes(shapes: Mapping[str, torch.Size], dtype: torch.dtype, window: int, device: torch.device) -> int:
     """What training all weights takes on the device beside them: moments, gradients that are kept, and an update.
 
     Args:
         shapes: of the weights, by name.
         dtype: of the weights.
         window: micro-batches of a step.
+        device: that trains.
     """
     counts = [shape.numel() for name, shape in shapes.items() if name != UNTRAINED]
     kept = dtype.itemsize * sum(counts) if window > 1 else 0
-    return sum(map(state_bytes, counts)) + kept + UPDATE_BYTES
+    return sum(map(state_bytes, counts)) + kept + update_bytes(device)
 
 
 def finished_step(optimizer: AdamInBackward) -> tuple[torch.Tensor, DeviceFlag]:
@@ -205,10 +233,10 @@ def _compiled_updates(device: torch.device, settings: Settings, tables: Tables) 
     Where nothing can be compiled, as without Triton, they are plain.
     """
     plain = partial(_in_chunks, settings=settings, tables=tables), partial(update_small, settings=settings)
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or not _has_triton():
         return plain
-    blocks = partial(torch.compile(update_blocks, dynamic=True), settings=settings, tables=tables)
-    small = partial(torch.compile(update_small, dynamic=True), settings=settings)
+    blocks = partial(torch.compile(update_blocks), settings=settings, tables=tables)
+    small = partial(torch.compile(update_small), settings=settings)
     try:
         _try_out(device, blocks, small)
     except Exception as error:  # of a compiler: the plain operations have the same numbers
@@ -226,19 +254,23 @@ def _in_chunks(
     tables: Tables,
 ) -> None:
     """`update_blocks` of a few blocks at a time, for what plain operations take."""
-    for start in range(0, len(weights), BLOCKS_AT_A_TIME):
-        rows = slice(start, start + BLOCKS_AT_A_TIME)
+    most = _blocks_at_a_time(weights.device)
+    for start in range(0, len(weights), most):
+        rows = slice(start, start + most)
         part = PackedMoments(*(tensor[rows] for tensor in moments))
         update_blocks(weights[rows], gradient[rows], part, update, settings, tables, start * BLOCK)
 
 
 @torch.no_grad()
 def _try_out(device: torch.device, blocks: _UpdateBlocks, small: _UpdateSmall) -> None:
-    """Compiles before anything depends on it."""
+    """Compiles before anything depends on it.
+
+    With two lengths of each kind: torch then compiles for all lengths, and knows that a block has 256 numbers.
+    """
     key = torch.zeros(2, dtype=torch.int32, device=device)
     counts = torch.ones((), dtype=torch.bool, device=device)
     update = Update(counts, torch.zeros((), device=device), torch.ones(4, device=device), key)
-    for count in (2 * BLOCK, 64 * BLOCK):
+    for count in (2 * BLOCK, 3 * BLOCK, 64 * BLOCK, 65 * BLOCK):
         values = torch.zeros(count, dtype=torch.bfloat16, device=device)
         moments = new_moments(count, device)
         if isinstance(moments, Moments):

@@ -225,9 +225,10 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
     yield "captions", _captions(record)
     if prior:
         weight = f"{flags['prior_loss_weight']:g}"
+        own = " or of their captions" if flags.get("class_captions") else ""
         yield (
             "prior preservation",
-            f"{counted(flags['num_class_images'], 'picture')} of {_code(flags['class_prompt'])}, × {weight}",
+            f"{counted(flags['num_class_images'], 'picture')} of {_code(flags['class_prompt'])}{own}, × {weight}",
         )
     batch = flags["train_batch_size"] * accumulated * facts.processes
     yield "steps", f"{results.steps}, of {counted(batch, 'picture')} each"

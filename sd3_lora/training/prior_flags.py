@@ -15,6 +15,8 @@ PriorTerm = Literal["prediction", "preference"]
 _PRIOR_FLAGS = {
     ("--with_prior_preservation",): (
         "class_data_dir",
+        "class_captions",
+        "class_prompts_file",
         "num_class_images",
         "prior_loss_weight",
         "prior_generation_precision",
@@ -56,6 +58,17 @@ class PriorConfig:
             "those of --concepts_list, with their class prompts."
         },
     )
+    class_captions: bool = field(
+        default=False,
+        metadata={
+            "help": "Class pictures have the captions beside them (dog.txt for dog.jpg); those without have the class "
+            "prompt (diffusers: all have)."
+        },
+    )
+    class_prompts_file: str | None = field(
+        default=None,
+        metadata={"help": "Text file with the prompts of class pictures that are to be drawn, one a line."},
+    )
     num_class_images: int = field(default=100, metadata={"help": "How many class pictures of a folder."})
     prior_loss_weight: float = field(
         default=1.0, metadata={"help": "The loss is the subject's plus so many times the class pictures'."}
@@ -96,6 +109,8 @@ class PriorConfig:
             yield f"--prior_share {self.prior_share:g} must be more than 0 and at most 1: 0.25 is a quarter"
         if not self.with_prior_preservation:
             return
+        if self.class_prompts_file is not None and not self.class_captions:
+            yield "--class_prompts_file needs --class_captions, which trains on these prompts: add it"
         if self.prior_term is not None:
             yield (
                 "--with_prior_preservation and --prior_term are two ways of prior preservation, with and without class "

@@ -12,17 +12,6 @@ from sd3_lora.common.run_record import NotedPicture, RunRecord
 from sd3_lora.training.checkpoints import read_pictures
 from sd3_lora.transformer.lora import LORA_FILE, read_lora_record
 
-PICTURES, MASKS, TRANSFORMER, BATCH, PRECISION, PRIOR_PROMPTS = (
-    "the pictures and captions",
-    "the masks",
-    "the transformer",
-    "a global batch of",
-    "the precision",
-    "the prior prompts",
-)
-_PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
-_MOST_NAMES = 5
-
 
 @dataclass(frozen=True)
 class RunChange:
@@ -35,6 +24,46 @@ class RunChange:
 
     before: str
     remedy: str
+
+
+PICTURES, MASKS, TRANSFORMER, BATCH, PRECISION, PRIOR_PROMPTS = (
+    "the pictures and captions",
+    "the masks",
+    "the transformer",
+    "a global batch of",
+    "the precision",
+    "the prior prompts",
+)
+# What made stage one's artefacts, and the model's noise levels. Checkpoints of earlier builds do not note these.
+TEXT_ENCODERS, VAE, NOISE_LEVELS, FIRST_LORA, ROTATION, BRIGHTNESS = (
+    "the text encoders",
+    "the VAE",
+    "the noise levels",
+    "the LoRA to begin with",
+    "the cached --rotation_degrees",
+    "the cached --brightness_range",
+)
+_OF_THEN = {
+    TEXT_ENCODERS: RunChange(
+        "on embeddings of other text encoders",
+        "give the model of then as --pretrained_model_name_or_path, and its embeddings as --data_df_path",
+    ),
+    VAE: RunChange(
+        "on latents of another VAE",
+        "give the model of then as --pretrained_model_name_or_path, and its latents as --latents_path",
+    ),
+    NOISE_LEVELS: RunChange(
+        "with other noise levels than the model's scheduler/scheduler_config.json has now",
+        "put back that file",
+    ),
+    FIRST_LORA: RunChange(
+        "from another LoRA than --init_lora now is",
+        "put back that file, or take it away, since the checkpoint has all that came of it,",
+    ),
+}
+_OF_LATENTS = ("--vae_precision", "--alpha_background", ROTATION, BRIGHTNESS)
+_PRECISIONS = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+_MOST_NAMES = 5
 
 
 def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) -> None:
@@ -66,6 +95,18 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
         differences.pop(PICTURES, None)  # the crops follow from it
     if not differences.keys().isdisjoint((PICTURES, "--resolution", "--masked_loss")):
         differences.pop(MASKS, None)  # likewise
+    if "--timestep_shift" in differences:
+        differences.pop(NOISE_LEVELS, None)  # likewise
+    for name in (ROTATION, BRIGHTNESS):
+        if None in differences.get(name, ()):
+            differences.pop(name)  # follows from --num_augmented
+    if "--init_lora" in differences and None not in differences["--init_lora"]:
+        same_lora = saved.get(FIRST_LORA) and FIRST_LORA not in differences
+        differences.pop("--init_lora" if same_lora else FIRST_LORA, None)  # one file may have several names
+    elif None in differences.get(FIRST_LORA, ()):
+        differences.pop(FIRST_LORA)  # it is gone since, or --init_lora says so
+    if not differences:
+        return
     if differences.get("--rank") == differences.get("--lora_alpha"):
         differences.pop("--lora_alpha", None)  # its default is the rank
     if "--prior_term" in differences:  # what follows from it
@@ -82,6 +123,8 @@ def require_same_run(saved: Mapping[str, Any], record: RunRecord, folder: Path) 
         if name == TRANSFORMER
         else _batch_change(before, now, record.facts.processes)
         if name == BATCH
+        else _OF_THEN[name]
+        if name in _OF_THEN
         else _flag_change(name, before, now)
         for name, (before, now) in differences.items()
     ]
@@ -109,6 +152,8 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
         name, before, now = "--mixed_precision", _PRECISIONS.get(before, before), _PRECISIONS.get(now, now)
     if name == PRIOR_PROMPTS:
         return _prior_prompts_change(before, now)
+    if name in _OF_LATENTS:
+        return _latents_change(name.removeprefix("the cached "), before)
     if before is None or before is False:
         return RunChange(_as_typed(name, before), f"leave {name} out")
     typed = _as_typed(name, before).removeprefix("with ")
@@ -118,6 +163,15 @@ def _flag_change(name: str, before: Any, now: Any) -> RunChange:
             f"on embeddings made {with_other}", f"type `python compute_embeddings.py` with the flags of then, {typed}"
         )
     return RunChange(with_other, f"type {typed}")
+
+
+def _latents_change(flag: str, before: Any) -> RunChange:
+    """Latents that were made anew with another value of a flag."""
+    typed = quoted([flag, str(before)])
+    return RunChange(
+        f"on latents made with {typed}",
+        f"type `python precompute_latents.py` with the flags of then, {typed} --overwrite",
+    )
 
 
 def _prior_prompts_change(before: Sequence[str], now: Sequence[str]) -> RunChange:

@@ -5,15 +5,34 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
+from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import groups_of
 from sd3_lora.common.devices import DTYPES
 from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, flag_defaults
+from sd3_lora.stage_one.crop_boxes import number_of_variant
 from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.dataset import TrainingData
+from sd3_lora.training.flow import load_noise_table
 from sd3_lora.training.optimizer_flags import OptimizerConfig
-from sd3_lora.training.run_changes import BATCH, MASKS, PICTURES, PRECISION, PRIOR_PROMPTS, TRANSFORMER
+from sd3_lora.training.run_changes import (
+    BATCH,
+    BRIGHTNESS,
+    FIRST_LORA,
+    MASKS,
+    NOISE_LEVELS,
+    PICTURES,
+    PRECISION,
+    PRIOR_PROMPTS,
+    ROTATION,
+    TEXT_ENCODERS,
+    TRANSFORMER,
+    VAE,
+)
 from sd3_lora.training.stage_one_request import StageOneRequest
+from sd3_lora.transformer.lora_files import find_lora
 
 
 def noted_pictures(data: TrainingData) -> list[NotedPicture]:
@@ -35,6 +54,33 @@ def _short_hash(values: Sequence[object]) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
 
+def _latents_identity(data: TrainingData) -> tuple[dict[str, Any], dict[str, frozenset[str]]]:
+    """What made the subject's latents, and other names of the same VAE."""
+    cached = data.cached("instance")
+    first = max(cached, key=lambda picture: picture.made_with.tensors_hash or "")
+    others = frozenset[str]().union(*(picture.made_with.other_identities for picture in cached))
+    is_augmented = any(number_of_variant(name) for names in data.variants.values() for name in names)
+    ranges = next((picture.ranges for picture in cached if picture.ranges and is_augmented), {})
+    values = {
+        VAE: first.made_with.identity,
+        "--vae_precision": first.made_with.precision,
+        "--alpha_background": first.alpha_background,
+        ROTATION: ranges.get("rotation_degrees"),
+        BRIGHTNESS: ranges.get("brightness_range"),
+    }
+    return values, {VAE: others}
+
+
+def _lora_hash(name: str | None) -> str | None:
+    """Of the file that training begins with; None without one, of a hub's, and where it is no longer there."""
+    if name is None or not Path(name).expanduser().exists():
+        return None
+    try:
+        return hashlib.sha256(find_lora(name, "--init_lora").read_bytes()).hexdigest()[:12]
+    except (UserError, OSError):
+        return None
+
+
 def run_identity(
     flags: TrainingFlags, facts: RunFacts, request: StageOneRequest, data: TrainingData, kernels: str
 ) -> RunIdentity:
@@ -53,6 +99,14 @@ def run_identity(
         **asdict(flags.full),
     }
     transformer = request.files.provenance(["transformer"], "", 0)
+    noise_table = load_noise_table(request.files.read_scheduler_config(), flags.flow.timestep_shift)
+    latents, other_latents = _latents_identity(data)
+    later = {
+        TEXT_ENCODERS: data.text.identity,
+        **latents,
+        NOISE_LEVELS: noise_table.identity,
+        FIRST_LORA: _lora_hash(flags.lora.init_lora),
+    }
     values = {
         TRANSFORMER: transformer.identity,
         PICTURES: _short_hash(keys),
@@ -80,8 +134,15 @@ def run_identity(
         "--compile": kernels,
         "--attention_kernel": flags.base.attention_kernel,
         "--seed": facts.seed,
+        **later,
     }
     defaults = flag_defaults(type(group) for group in groups_of(flags))
     defaults |= {f"--{name}": value for name, value in OptimizerConfig().identity().items()}
-    synonyms = {TRANSFORMER: transformer.other_identities, "--optimizer": flags.optimizer.earlier_spellings()}
+    defaults |= later  # of an earlier build's checkpoint it is not known
+    synonyms = {
+        TRANSFORMER: transformer.other_identities,
+        TEXT_ENCODERS: data.text.other_identities,
+        **other_latents,
+        "--optimizer": flags.optimizer.earlier_spellings(),
+    }
     return RunIdentity(values, defaults, synonyms, pictures)

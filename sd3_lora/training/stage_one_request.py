@@ -68,6 +68,7 @@ class StageOneRequest:
             recorded = recorded_flags(Path(data.data_df_path).with_suffix(".json"), EmbeddingConfig)
             specific = {
                 "class_prompt": self.prior.class_prompt,
+                **self._class_captions(),
                 "max_sequence_length": data.max_sequence_length,
                 "output_path": data.data_df_path,
                 **self._more_prompts(),
@@ -134,6 +135,14 @@ class StageOneRequest:
         prompt = self.data.instance_prompt
         return None if prompt is None else CaptionRules.of(self.data).filled(prompt)
 
+    def _class_captions(self) -> dict[str, Any]:
+        """The flags with which compute_embeddings.py embeds the captions of class pictures."""
+        prior = self.prior
+        if not prior.class_captions:
+            return {}
+        names = ("class_captions", "class_data_dir", "class_prompts_file")
+        return {name: getattr(prior, name) for name in names}
+
     def _more_prompts(self) -> dict[str, Any]:
         """The flags with which compute_embeddings.py embeds what is drawn and what the base is kept on."""
         of_prior = self.prior.prior_prompts_file
@@ -179,8 +188,9 @@ class StageOneRequest:
         if not prior.with_prior_preservation:
             return ()
         if prior.class_data_dir is not None and prior.class_prompt is not None:
-            return (ClassFolder(Path(prior.class_data_dir), prior.class_prompt),)
-        return class_folders_of(concepts_of(data), data.concepts_list or "")
+            return (ClassFolder(Path(prior.class_data_dir), prior.class_prompt, prior.class_captions),)
+        found = class_folders_of(concepts_of(data), data.concepts_list or "")
+        return tuple(replace(of, has_captions=prior.class_captions) for of in found)
 
     def class_flags(self, of: ClassFolder) -> dict[str, Any]:
         """The flags of `precompute_latents.py` that name a folder of class pictures."""
@@ -192,6 +202,7 @@ class StageOneRequest:
         return {
             **self.model.flags(),
             "class_prompt": of.prompt,
+            "class_prompts_file": prior.class_prompts_file,
             **self.class_flags(of),
             "prior_generation_precision": prior.prior_generation_precision,
             "sample_batch_size": None if prior.sample_batch_size == 4 else prior.sample_batch_size,

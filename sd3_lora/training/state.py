@@ -6,21 +6,22 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3_lora.common.atomic_files import UNFINISHED, replacing
+from sd3_lora.common.atomic_files import replacing, unfinished_path
 from sd3_lora.common.command_line import UserError, link_or_copy
 from sd3_lora.common.identifier_embedding import IdentifierEmbedding, embedding_path
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.model_folder import files_beside, take
-from sd3_lora.common.run_record import RunFacts, RunRecord
+from sd3_lora.common.run_record import RunFacts, RunRecord, recorded_results
 from sd3_lora.common.tensor_files import read_shards, write_shards
 from sd3_lora.gpu.set_aside import set_aside
 from sd3_lora.training.checkpoints import (
     RECORD,
+    REPORT_FILE,
     UnfinishedCheckpoint,
     checkpoint_folders,
     remove_old_checkpoints,
@@ -269,6 +270,28 @@ class Outputs:
         """Of the result: the LoRA's file, or the whole transformer's folder."""
         return self.folder / (LORA_FILE if self.files is None else "transformer")
 
+    @property
+    def report_path(self) -> Path:
+        """Of the report."""
+        return self.folder / REPORT_FILE
+
+    def is_finished(self, step: int) -> bool:
+        """Whether a run that ended after this step has written all that it writes but the report."""
+        model = self.trained_path if self.files is None else self.folder / "model_index.json"
+        results = recorded_results(self.folder / RECORD) or {}
+        return results.get("steps") == step and self.trained_path.exists() and model.exists()
+
+    def complete(self, training: Training) -> None:
+        """At the end of a run that was killed there: the LoRA, if it lacks it, and no more checkpoints than asked."""
+        if not self.trained_path.exists():
+            self.save_trained(training, self.folder)
+        remove_old_checkpoints(self.folder, self.limit)
+
+    def remove_report(self) -> None:
+        """Deletes the report of an earlier, shorter run, so that one that is there is of this run."""
+        with suppress(OSError):  # Windows has it open, perhaps
+            self.report_path.unlink(missing_ok=True)
+
     def save_trained(self, training: Training, folder: Path) -> Path:
         """Writes the LoRA with its average, or the whole transformer; returns the path."""
         return self.save_lora(training, folder) if self.files is None else self._save_transformer(training, folder)
@@ -277,9 +300,7 @@ class Outputs:
         """Writes the transformer's folder under another name, and renames it. An earlier one is replaced."""
         assert self.files is not None
         path = folder / "transformer"
-        unfinished, old = (folder / f".{path.name}.{os.getpid()}{end}" for end in (UNFINISHED, ".old"))
-        for leftover in folder.glob(f".{path.name}.*"):  # of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished, old = unfinished_path(path), unfinished_path(path.with_name(f"{path.name}.old"))
         try:
             write_transformer(unfinished, training.transformer, self.files)
             if path.exists():

@@ -250,13 +250,16 @@ class LoraFile:
 
     @torch.no_grad()
     def merge_into(self, model: torch.nn.Module, scale: float) -> None:
-        """Adds it to a model's weights and biases, in float32, each rounded once to the dtype that it has."""
+        """Adds it to a model's weights and biases, in float32, each rounded once to the dtype that it has.
+
+        That is computed on the host, wherever the model is: the file's tensors are there.
+        """
         for name in self.layers:
             layer: Any = model.get_submodule(name)
             start = self.start(name)
-            layer.weight.copy_(start.added_to(layer.weight, scale))
+            layer.weight.copy_(start.added_to(layer.weight.cpu(), scale))
             if start.bias is not None:
-                layer.bias.copy_(layer.bias.float() + scale * start.bias)
+                layer.bias.copy_(layer.bias.cpu().float() + scale * start.bias)
 
     def starts(self) -> dict[str, LayerStart]:
         """What training begins with, `start_from`, by the names of the transformer's modules."""

@@ -22,11 +22,12 @@ import tables
         ("docs/memory.md", 13),
         ("docs/stages.md", 7),
         ("docs/scaling.md", 1),
-        ("docs/methods.md", 3),
+        ("docs/methods.md", 4),
         ("docs/speed.md", 2),
         ("docs/prior.md", 1),
         ("docs/watching.md", 1),
         ("docs/drawing.md", 2),
+        ("docs/text_encoders.md", 1),
         ("miniature/README.md", 1),
     ],
 )

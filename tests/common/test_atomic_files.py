@@ -55,7 +55,7 @@ WRITERS: dict[str, tuple[Any, str, Callable[[Path], object]]] = {
     # the module and the name of what writes there, and a call of it that writes one file into a folder
     "waiting latents": (
         class_pictures,
-        "save_file",
+        "write_tensors",
         lambda folder: class_pictures.WaitingLatents(folder).add(
             PicturePlan("a", 0, folder / "a.png", {}, is_drawn=False), torch.zeros(16, 2, 2)
         ),

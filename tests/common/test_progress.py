@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from conftest import PROJECT, Prepared
 
 MOST_LINES = 25
-GIB = r"host \d+\.\d GiB"
+GIB = r"host \d+\.\d GiB(, GPU \d+\.\d GiB)?"
 
 
 class Terminal(io.StringIO):
@@ -101,6 +102,7 @@ for name, words in {calls!r}:
     print("end of", name, file=sys.stderr)
 """
     environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    environment |= {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True, check=False
     )

@@ -132,7 +132,7 @@ def test_the_shipped_vae_keeps_scenes_of_objects_that_it_never_saw(renderer, vae
 
 
 def test_the_shipped_miniature_draws_what_is_asked_for():
-    scenes, prompts = evaluate.sample_prompts(64, seed=3)
+    scenes, prompts = evaluate.sample_prompts(32, seed=3)
     pictures = evaluate.draw(evaluate.load_pipeline(MINIATURE, torch.device("cpu")), prompts, seed=3, num_steps=10)
     scores = evaluate.score(pictures, scenes, torch.device("cpu"))
     assert scores["object"] >= 0.85

@@ -664,7 +664,10 @@ def test_another_attention_kernel_is_another_picture(script, prepared: Prepared,
 @pytest.mark.parametrize("name", ["inference", "compute_embeddings", "precompute_latents"])
 def test_no_guess_that_does_harm(script, name: str) -> None:
     """Class pictures must not be trained as the subject; recomputing is not streaming."""
-    takes_class_pictures = name == "precompute_latents"
-    for flag in ("--recompute_blocks", *(() if takes_class_pictures else ("--class_data_dir", "--num_class_images"))):
+    taken = {
+        "precompute_latents": {"--class_data_dir", "--num_class_images"},
+        "compute_embeddings": {"--class_data_dir"},
+    }
+    for flag in {"--recompute_blocks", "--class_data_dir", "--num_class_images"} - taken.get(name, set()):
         result = script(name, flag, "3")
         assert result.err == f"error: unknown argument {flag}: `python {name}.py --help_all` lists the flags\n"

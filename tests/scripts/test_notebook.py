@@ -210,12 +210,18 @@ def test_an_empty_repository_stops_the_notebook_with_a_sentence(tmp_path: Path):
 
 def test_a_repository_that_is_not_there_or_another_stops_the_notebook_with_a_sentence(tmp_path: Path):
     subprocess.run(["git", "init", "--quiet", str(tmp_path / "another")], check=True)
-    for name in ("nowhere", "another"):
-        notebook, address = only("project", "parameters"), str(tmp_path / name)
-        with_values(notebook.cells[0], {"PROJECT": str(tmp_path / "sd3-lora"), "REPOSITORY": address})
+    project = tmp_path / "sd3-lora"
+    for page in ("nowhere", "another/blob/main/colab/notebook.ipynb", "another"):  # the second is the notebook's page
+        notebook = only("project", "parameters")
+        with_values(notebook.cells[0], {"PROJECT": str(project), "REPOSITORY": str(tmp_path / page)})
+        there = project.exists()
         cell, (shown,) = stopped_at(notebook, tmp_path)
         assert cell == "project"
-        assert shown.startswith(f"error: {address} was not cloned, or is another project: correct REPOSITORY")
+        said = (
+            f"{project} is not the project: delete" if there else f"{tmp_path / page.split('/')[0]} was not cloned, or"
+        )
+        assert shown.startswith(f"error: {said}")
+        assert project.exists() == page.startswith("another")
 
 
 def test_a_notebook_in_the_projects_folder_needs_no_repository(tmp_path: Path):
@@ -297,13 +303,51 @@ def test_a_drive_that_is_not_mounted_stops_the_notebook_with_a_sentence(
 # The cells' functions.
 
 
-def outputs_of(source: str, tmp_path: Path) -> Any:
-    """What a cell with these lines leaves behind the first cell."""
+def outputs_of(source: str, tmp_path: Path, settings: str = "") -> Any:
+    """What a cell with these lines leaves behind the first cell, which `settings` follow."""
     notebook = only("project", "parameters")
+    notebook.cells[0].source += f"\n{settings}"
     notebook.cells[1].source = source
     with contextlib.suppress(CellExecutionError):
         execute(notebook, PROJECT / "colab")
     return notebook.cells[1]
+
+
+def test_a_value_reaches_its_command_as_it_was_typed(tmp_path: Path):
+    source = 'VALUE = """5" of $1 `echo no` \\\\ {} it\'s"""'
+    (tmp_path / "script.py").write_text("import sys\nprint(sys.executable)\nprint(sys.argv[1])")
+    cell = outputs_of(f'%%terminal\npython "{tmp_path}/script.py" "{{VALUE}}"', tmp_path, source)
+    assert printed(cell).splitlines() == [sys.executable, "5\" of $1 `echo no` \\ {} it's"]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"IDENTIFIER": " "}, "IDENTIFIER is empty"),
+        ({"CLASS": ""}, "CLASS is empty"),
+        ({"VALIDATION_PROMPT": ""}, "VALIDATION_PROMPT is empty"),
+        (
+            {"VALIDATION_PROMPT": "a dog in a bucket"},
+            "VALIDATION_PROMPT 'a dog in a bucket' has no {}, the place of 'sks'",
+        ),
+        ({"FOLDER": ""}, "FOLDER is empty"),
+    ],
+)
+def test_a_form_that_cannot_work_stops_the_notebook_with_a_sentence(
+    cells: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, str], said: str
+):
+    monkeypatch.chdir(tmp_path)
+    form = {"IDENTIFIER": "sks", "CLASS": "dog", "VALIDATION_PROMPT": "{} in a bucket", "FOLDER": "out", **values}
+
+    def settings_cell() -> None:
+        cells.subject_prompt(form["IDENTIFIER"], form["CLASS"])
+        cells.validation_prompt(form["VALIDATION_PROMPT"], form["IDENTIFIER"], form["CLASS"])
+        cells.work_folder(form["FOLDER"], False, str(tmp_path / "photos"), str(tmp_path / "drive"))
+
+    with pytest.raises(cells.Stop, match=re.escape(said)):
+        settings_cell()
+    assert cells.subject_prompt(" sks", "dog ") == "a photo of sks dog"
+    assert cells.validation_prompt("sks on a sofa", "sks", "dog") == "sks on a sofa"
 
 
 def test_a_command_that_fails_stops_the_notebook_with_a_sentence(tmp_path: Path):
@@ -372,40 +416,56 @@ def test_memory_is_shown_with_its_limits(cells: ModuleType, tmp_path: Path, monk
 # The whole of it, in a kernel, on the miniature.
 
 
-@pytest.mark.parametrize("on_drive", [False, True])
+VALUES = {
+    "MODEL": str(PROJECT / "miniature"),
+    "PHOTOS": str(PROJECT / "examples" / "robot"),
+    "IDENTIFIER": "sks",
+    "CLASS": "robot",
+    "VALIDATION_PROMPT": "a photo of {} in a bucket",
+    "RESOLUTION": 128,
+    "STEPS": 2,
+    "ACCUMULATION": 2,
+    "LEARNING_RATE": 2e-4,
+    "VALIDATION_STEPS": 1,
+    "DRAWING_STEPS": 2,
+    "SAVE_TO_DRIVE": False,
+    "FOLDER": "out put",  # a Drive's folders have spaces
+    "MINIATURE_STEPS": 2,
+}
+TAKEN_HOME = ("lora/pytorch_lora_weights.safetensors", "lora_kohya.safetensors", "lora/report.html")
+
+
+def test_elsewhere_than_on_colab_results_stay_on_the_machine(tmp_path: Path):
+    """The cells that ask whether it is Colab; the others are the same there and here."""
+    notebook, output = only("project", "parameters", "folders", "upload", "download"), tmp_path / "out put"
+    cells = {cell.id: cell for cell in notebook.cells}
+    with_values(cells["parameters"], {**VALUES, "FOLDER": str(output)})
+    with_values(cells["upload"], {"UPLOAD": True})
+    (output / "lora").mkdir(parents=True)
+    for name in TAKEN_HOME:
+        (output / name).write_bytes(b"x")
+    execute(notebook, PROJECT / "colab")
+    assert printed(cells["folders"]) == f"results go to {output}\n"
+    assert printed(cells["upload"]) == f"put your photos into {VALUES['PHOTOS']}\n"
+    assert printed(cells["download"]) == "".join(f"{output / name}: 0.0 MB\n" for name in TAKEN_HOME)
+
+
 def test_the_notebook_runs_from_top_to_bottom_and_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result], on_drive: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: Callable[..., Result]
 ):
+    """On Colab with a Drive, or what looks like them."""
     notebook = load_notebook()
     cells = {cell.id: cell for cell in code_cells(notebook)}
     drive = tmp_path / "drive"
-    values = {
-        "MODEL": str(PROJECT / "miniature"),
-        "PHOTOS": str(PROJECT / "examples" / "robot"),
-        "IDENTIFIER": "sks",
-        "CLASS": "robot",
-        "VALIDATION_PROMPT": "a photo of {} in a bucket",
-        "RESOLUTION": 128,
-        "STEPS": 2,
-        "ACCUMULATION": 2,
-        "LEARNING_RATE": 2e-4,
-        "VALIDATION_STEPS": 1,
-        "DRAWING_STEPS": 2,
-        "SAVE_TO_DRIVE": on_drive,
-        "FOLDER": "out put" if on_drive else str(tmp_path / "out put"),  # a Drive's folders have spaces
-        "MINIATURE_STEPS": 2,
-        "DRIVE": str(drive),
-    }
+    values = {**VALUES, "SAVE_TO_DRIVE": True, "DRIVE": str(drive)}
     assert cells["parameters"].metadata["tags"] == ["parameters"]
     assert parameters_of(cells["parameters"]).keys() == values.keys()
     with_values(cells["parameters"], values)
     with_values(cells["project"], {"PROJECT": str(PROJECT)})
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # `python` is this one
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if on_drive:
-        fake_colab(tmp_path, monkeypatch)
-    elsewhere, output = tmp_path / "elsewhere", drive / "MyDrive" / "out put" if on_drive else tmp_path / "out put"
+    fake_colab(tmp_path, monkeypatch)
+    elsewhere, output = tmp_path / "elsewhere", drive / "MyDrive" / "out put"
     elsewhere.mkdir()
     execute(notebook, elsewhere)
 
@@ -424,9 +484,9 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
     sheets = [out.data["text/html"] for out in cells["train"].outputs if "data" in out]
     assert base64.b64encode((output / "lora/samples/sheet.webp").read_bytes()).decode() in sheets[-1]
     assert list(elsewhere.iterdir()) == []
-    for name in ("lora/pytorch_lora_weights.safetensors", "lora_comfyui.safetensors", "lora/report.html"):
+    for name in TAKEN_HOME:
         assert f"{output / name}: 0." in printed(cells["download"])
-        assert (f"the browser saves {Path(name).name}" in printed(cells["download"])) == on_drive
+        assert f"the browser saves {Path(name).name}" in printed(cells["download"])
     assert printed(cells["push-run"]) == "nothing is uploaded: HUB_REPO is empty\n"
     pictures = sorted(path.relative_to(output).as_posix() for path in output.glob("[ab]*/*/*.png"))
     assert pictures == [
@@ -434,8 +494,6 @@ def test_the_notebook_runs_from_top_to_bottom_and_again(
         for row in ("after", "before")
         for name in ("000_a-photo-of-sks-robot", "001_a-photo-of-sks-robot-in-a-bucket")
     ]
-    if on_drive:
-        return
 
     # Each script's cell again, in this process: five imports less.
     kept = [path for path in output.rglob("*") if path.suffix in (".png", ".safetensors")]

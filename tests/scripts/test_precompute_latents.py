@@ -358,7 +358,7 @@ def test_an_interrupted_run_leaves_whole_files_and_goes_on(
     assert [path.suffix for path in latents.iterdir()] == [".safetensors"]  # and one was under way
     assert all(tensors.keys() == undisturbed[key].keys() for key, tensors in read(latents).items())
 
-    (latents / f".{'0' * 64}.123.unfinished").write_bytes(b"half")  # what a SIGKILL leaves
+    (latents / f".{'0' * 64}.4194305.unfinished").write_bytes(b"half")  # what a SIGKILL leaves
     encoded.clear()
     result = cache("--center_crop", "--vae_batch_size", 1)
     assert "1 of 3 pictures cached before" in result.out

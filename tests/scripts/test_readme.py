@@ -17,7 +17,8 @@ from conftest import PROJECT, save_pictures
 from packaging.specifiers import SpecifierSet
 
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
-SMALLER = {"1024": "64", "500": "3", "150": "3", "200": "2", SD3: "TINY"}
+ROBOT = str(PROJECT / "examples" / "robot")
+SMALLER = {"1024": "64", "500": "3", "150": "3", "200": "2", SD3: "TINY", "examples/robot": ROBOT}
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((PROJECT / "docs").glob("*.md")))]
 LONGEST_COMMAND_LINE = 100
 PACKAGE = PROJECT / "sd3_lora"
@@ -42,21 +43,17 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
     bare, sd3 = [c for c in commands if SD3 not in c], [c for c in commands if SD3 in c]
     assert [len(bare), len(sd3)] == [4, 10]
     said = ""
-    for folder, group in (("miniature", bare), ("sd3", sd3)):
-        (tmp_path / folder).mkdir()
-        monkeypatch.chdir(tmp_path / folder)
-        if folder == "sd3":
-            save_pictures(Path("dog"), [(64, 64), (80, 64)])
-        for name, *words in group:
-            words = [str(tiny_sd3) if SMALLER.get(w) == "TINY" else SMALLER.get(w, w) for w in words]
-            few = ["--num_steps", "1"] if name == "inference.py" else []
-            result = script(name.removesuffix(".py"), *words, *few)
-            assert result.code == 0, (name, result.err)
-            said += result.out
-    outputs = tmp_path / "sd3" / "outputs" / "dog"
+    save_pictures(Path("dog"), [(64, 64), (80, 64)])
+    for name, *words in [*bare, *sd3]:  # in one folder, as a newcomer types them
+        words = [str(tiny_sd3) if SMALLER.get(w) == "TINY" else SMALLER.get(w, w) for w in words]
+        few = ["--num_steps", "1"] if name == "inference.py" else []
+        result = script(name.removesuffix(".py"), *words, *few)
+        assert result.code == 0, (name, result.err)
+        said += result.out
+    outputs = tmp_path / "outputs" / "dog"
     assert (outputs / "lora" / "pytorch_lora_weights.safetensors").is_file()
     assert len(list(outputs.glob("pictures/000_a-photo-of-sks-dog-in-a-bucket/img_00.png"))) == 1
-    assert len(list((tmp_path / "sd3" / "outputs" / "dog-pictures").glob("*/img_00.png"))) == 1
+    assert len(list((tmp_path / "outputs" / "dog-pictures").glob("*/img_00.png"))) == 1
     assert (outputs / "lora-with-prior" / "pytorch_lora_weights.safetensors").is_file()
     assert [path.name for path in sorted((outputs / "watched" / "samples").iterdir())] == [
         "sheet.webp",
@@ -64,7 +61,7 @@ def test_the_python_commands(script, tiny_sd3: Path, tmp_path: Path, monkeypatch
         "step_000003",
     ]
     assert [path.name for path in sorted(Path("dogs").glob("*.png"))] == ["class_0000.png", "class_0001.png"]
-    assert len(list((tmp_path / "miniature").glob("images/*/img_00.png"))) == 4
+    assert len(list((tmp_path / "outputs" / "miniature").glob("pictures/*/img_00.png"))) == 4
     assert said.count("no text encoder is loaded") == 3  # the README's own prompts were embedded by its first commands
 
 
@@ -82,7 +79,7 @@ def test_the_other_commands() -> None:
             assert all((PROJECT / name).is_file() for name in named)
         else:
             assert line in ("python3 -m venv .venv", "source .venv/bin/activate", "hf auth login")
-    assert len(others) == 11
+    assert len(others) == 15
     assert others[:3] == ["make demo", "python3 -m venv .venv", "source .venv/bin/activate"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,12 @@ from sd3_lora.common.config import BudgetConfig, ModelConfig
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget, open_budget
+from sd3_lora.stage_one import text_encoder_plan
 from sd3_lora.stage_one.text_encoder_plan import (
     BATCH_SIZE,
     TextEncoderPlan,
     TextWork,
     choose_text_encoder_plan,
-    encoder_bytes,
-    working_bytes,
 )
 
 import psutil
@@ -37,10 +37,13 @@ CONTEXT = GIB // 2
 AMPLE = DeviceBudget(80 * GIB, CONTEXT, CUDA)
 
 
+def needed_by(files: ModelFiles, plan: TextEncoderPlan) -> int:
+    return CONTEXT + text_encoder_plan.encoder_bytes(files, plan) + text_encoder_plan.working_bytes(files, plan)
+
+
 def budget_of(files: ModelFiles, precision: str, stream: bool, beyond: int = 0, device: torch.device = CUDA) -> Any:
     """What a plan needs of a device, and `beyond` bytes more."""
-    wanted = TextEncoderPlan(precision, stream, 77, device)  # type: ignore[arg-type]
-    return DeviceBudget(CONTEXT + encoder_bytes(files, wanted) + working_bytes(files, wanted) + beyond, CONTEXT, device)
+    return DeviceBudget(needed_by(files, TextEncoderPlan(precision, stream, 77, device)) + beyond, CONTEXT, device)  # type: ignore[arg-type]
 
 
 def choose(
@@ -59,10 +62,24 @@ def test_the_default_precision(files: ModelFiles) -> None:
     assert choose(files, CPU, None, None, True, "fp32") == (TextEncoderPlan("fp32", True, 77, CPU), [])
 
 
-@pytest.fixture
-def big_files() -> ModelFiles:
-    """SD3's own sizes, without its files."""
+@pytest.fixture(scope="module")
+def counted_once() -> dict[str, Any]:
+    """The functions that count a plan's bytes, with each answer kept: they make models of SD3's size for it."""
+    names = ("encoder_bytes", "working_bytes", "clip_bytes")
+    return {name: functools.cache(getattr(text_encoder_plan, name)) for name in names}
+
+
+@pytest.fixture(scope="module")
+def sd3_sizes() -> ModelFiles:
     return ModelFiles(ModelConfig("stabilityai/stable-diffusion-3-medium-diffusers"), is_plan=True)
+
+
+@pytest.fixture
+def big_files(sd3_sizes: ModelFiles, counted_once: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> ModelFiles:
+    """SD3's own sizes, without its files."""
+    for name, function in counted_once.items():
+        monkeypatch.setattr(text_encoder_plan, name, function)
+    return sd3_sizes
 
 
 def test_sd3_s_own_encoders_in_gib(big_files: ModelFiles) -> None:
@@ -194,7 +211,7 @@ def test_what_not_even_streaming_fits_is_told_the_smallest_budget_that_would(
     big_files: ModelFiles, stream: bool
 ) -> None:
     smallest = replace(TextEncoderPlan("fp16", True, 77, CUDA), batch_size=1)
-    needed = CONTEXT + encoder_bytes(big_files, smallest) + working_bytes(big_files, smallest)
+    needed = needed_by(big_files, smallest)
     with pytest.raises(UserError) as caught:
         choose(big_files, CUDA, DeviceBudget(needed - 1, CONTEXT, CUDA), "fp16", stream)
     assert str(caught.value) == (

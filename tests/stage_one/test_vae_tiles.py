@@ -365,7 +365,7 @@ def test_a_plan_loads_and_writes_nothing(
     result = cache("--plan")
     assert result.code == 0
     assert result.out.endswith("16 pictures at a time, whole: CUDA 0.75 + VAE 0.00 + working memory 0.18 = 0.93 GiB\n")
-    unfinished = tmp_path / "begun" / f".{'0' * 64}.123.unfinished"
+    unfinished = tmp_path / "begun" / f".{'0' * 64}.4194305.unfinished"
     unfinished.parent.mkdir()
     unfinished.write_bytes(b"half")
     result = cache("--plan", "--vram_budget_gib", tiny_budget("encode", 128), folder="begun")

@@ -164,6 +164,8 @@ ELSEWHERE = {
     "with_prior_preservation": "test_prior_preservation.py",
     "class_prompt": "test_prior_preservation.py",
     "class_data_dir": "test_prior_preservation.py",
+    "class_captions": "test_class_captions.py",
+    "class_prompts_file": "test_class_captions.py",
     "num_class_images": "test_prior_preservation.py",
     "prior_loss_weight": "test_prior_preservation.py",
     "prior_generation_precision": "test_prior_preservation.py",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.training.blockwise_adam import Moments, Settings, Table, new_moments, state_bytes
-from sd3_lora.training.in_backward import UPDATE_BYTES, AdamInBackward, whole_bytes
+from sd3_lora.training.in_backward import AdamInBackward, update_bytes, whole_bytes
 
 import pytest
 import torch
@@ -200,18 +202,21 @@ def test_the_bytes_of_moments_are_counted(count: int) -> None:
 def test_the_bytes_of_training_all_are_counted() -> None:
     shapes = {"a": torch.Size([100, 100]), "b": torch.Size([10]), "pos_embed.pos_embed": torch.Size([1, 9, 4])}
     moments = state_bytes(10_000) + state_bytes(10)
-    assert whole_bytes(shapes, torch.bfloat16, 1) == moments + UPDATE_BYTES
-    assert whole_bytes(shapes, torch.bfloat16, 4) == moments + 2 * 10_010 + UPDATE_BYTES
+    update = update_bytes(CPU)
+    assert whole_bytes(shapes, torch.bfloat16, 1, CPU) == moments + update
+    assert whole_bytes(shapes, torch.bfloat16, 4, CPU) == moments + 2 * 10_010 + update
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_has_the_numbers_of_a_cpu(dtype: torch.dtype) -> None:
+def test_a_gpu_has_the_numbers_of_a_cpu(dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     """Compiled there: the same random bits, and the same weights but for float32's roundings."""
+    pytest.importorskip("triton")
     ours = parameters(dtype)
     train(optimizer_of(ours), ours, range(1, 4))
     theirs = {name: torch.nn.Parameter(weight.detach().to(GPU)) for name, weight in parameters(dtype).items()}
     optimizer = optimizer_of(theirs)
+    assert capsys.readouterr().out == ""  # no note that it is not compiled
     for step in range(1, 4):
         optimizer.begin(step, RATE)
         backward(theirs, {name: gradient.to(GPU) for name, gradient in gradients(step).items()})
@@ -280,3 +285,13 @@ def test_what_is_tried_out_before_a_replay_does_not_count(monkeypatch: pytest.Mo
 def test_a_captured_step_is_the_plain_one() -> None:
     """Each replay has its own rate, step and random bits."""
     require_same(steps_of(GPU, captured), steps_of(GPU, lambda _, compute: compute))
+
+
+def test_nothing_stays_in_memory_of_a_model_that_is_gone() -> None:
+    weights = parameters(torch.bfloat16)
+    optimizer = optimizer_of(weights)
+    train(optimizer, weights, range(1, 3))
+    seen = [weakref.ref(weights["large"]), weakref.ref(optimizer.tensors()["large.first"]), weakref.ref(optimizer)]
+    del weights, optimizer
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None, None]

@@ -123,3 +123,27 @@ def test_other_weights_are_named_by_their_commit(tmp_path: Path) -> None:
     said = refusal({"the transformer": "a-b"}, record_of({"the transformer": "a-c"}), tmp_path)
     flags = f"--pretrained_model_name_or_path some/sd3 --revision {'a' * 40}"
     assert f"trained on the transformer of some/sd3 at commit {'a' * 40}: type {flags} to go on" in said
+
+
+def test_a_lora_to_begin_with_may_have_another_name() -> None:
+    """Its content decides, where it is there; where it is not, the checkpoint has all that came of it."""
+    name, noun = "--init_lora", "the LoRA to begin with"
+    saved = {name: "a", noun: "x"}
+    for same in ({name: "other/a", noun: "x"}, {name: "a", noun: None}):
+        require_same_run(saved, record_of(same), FOLDER)
+    assert "was trained from another LoRA than --init_lora now is: put back that file, or take it away" in refusal(
+        saved, record_of({name: "a", noun: "y"})
+    )
+    assert "was trained with --init_lora a, not b: type --init_lora a to go" in refusal(
+        saved, record_of({name: "b", noun: "y"})
+    )
+    assert "was trained with --init_lora a: type --init_lora a to go" in refusal(
+        saved, record_of({name: None, noun: None})
+    )
+
+
+def test_augmented_latents_made_otherwise() -> None:
+    name = "the cached --rotation_degrees"
+    said = refusal({name: 5.0}, record_of({name: 9.0}))
+    assert "was trained on latents made with --rotation_degrees 5.0: type `python precompute_latents.py` with" in said
+    require_same_run({name: None}, record_of({name: 9.0}), FOLDER)  # the crops differ, and are named

@@ -202,6 +202,7 @@ def test_nothing_is_held_beside_the_result(model: Path, monkeypatch: pytest.Monk
         return sum(value.nbytes for value in found if value.device == CPU and value.dtype == torch.float16)
 
     gc.collect()
+    gc.freeze()  # what is there already is not looked at again: hundreds of thousands of objects at each read
     before = half_bytes()
 
     def tensor(weights: TensorFiles, name: str) -> torch.Tensor:

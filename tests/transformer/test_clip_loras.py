@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_transformer import GPU, needs_gpu
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 Tensors = dict[str, torch.Tensor]
@@ -364,3 +366,14 @@ def test_a_dora_of_a_clip_is_exported_as_differences(files: ModelFiles, tmp_path
     found = with_differences(files, apply(clips, exported, "kohya"))
     for one, other in zip(found[0], encoded(files, [lora], [1.0])[0], strict=True):
         torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)
+
+
+@needs_gpu
+def test_a_clip_on_a_gpu_gets_the_weights_of_one_on_the_host(files: ModelFiles, tmp_path: Path) -> None:
+    lora = read(tmp_path / "l.safetensors", in_form(files, "diffusers, SimpleTuner"), files)
+    on_host = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(files.read_config("text_encoder")))
+    on_gpu = copy.deepcopy(on_host).to(GPU)
+    for clip in (on_host, on_gpu):
+        ClipLoras.of([lora], [0.5]).merge_into("text_encoder", clip)
+    for weight, expected in zip(on_gpu.parameters(), on_host.parameters(), strict=True):
+        assert torch.equal(weight.cpu(), expected)
