@@ -25,7 +25,7 @@ _LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}
 _PIXELS_PER_BYTE = 512  # a bit for each 8 x 8 pixels: less than any Huffman-coded JPEG has
 _LARGE_PIXELS = 16 * 10**6  # a picture of one colour that is smaller costs little
 _MOST_BYTES = 2 * 1024**3
-_BYTES_PER_PIXEL = {"JPEG2000": 24, "WEBP": 18}  # while these are decoded, with transparency; others take 8 or less
+_BYTES_PER_PIXEL = {"JPEG2000": 28, "WEBP": 18}  # while these are decoded, with transparency; others take 8 or less
 _STRIP_PIXELS = 4 * 1024**2
 _HEIF_BRANDS = {b"heic", b"heim", b"heis", b"heix", b"hevc", b"hevm", b"hevs", b"hevx"}
 

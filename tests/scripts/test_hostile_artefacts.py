@@ -178,7 +178,7 @@ def test_many_files_that_lie_are_one_sentence_each(kind: str) -> None:
 
 
 def edit_header(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Of a safetensors file; what it takes away stays in the file, behind nothing."""
+    """Changes our metadata of a safetensors file."""
     without_checksums(path)
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
@@ -219,6 +219,29 @@ def test_latents_without_their_deviations(tmp_path: Path) -> None:
     save_file(tensors, path, metadata)
     with pytest.raises(UserError, match=r"lacks 0,0,64,64\.std: delete it and run precompute_latents\.py again"):
         read_crops(path)
+
+
+@pytest.mark.parametrize("prompts", [0.5, "a", ["a", "b"], [7], []])
+def test_a_part_of_embeddings_with_other_prompts_is_made_again(tmp_path: Path, prompts: Any) -> None:
+    path = KINDS["part of embeddings"][0](tmp_path)
+    edit_header(path, lambda metadata: metadata.update(prompts=prompts))
+    with pytest.raises(UserError, match="is encoded again"):
+        KINDS["part of embeddings"][1](path)
+    assert not path.exists()
+
+
+def test_a_lora_of_seventy_dimensions(tmp_path: Path) -> None:
+    """safetensors opens it, and torch has no such tensor."""
+    path = KINDS["LoRA"][0](tmp_path)
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    name = next(name for name in header if name.endswith("alpha"))
+    header[name]["shape"] = [1] * 70
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+    with pytest.raises(UserError, match=f"{name} has 70 dimensions, as no LoRA has"):
+        read_loras(path)
 
 
 @pytest.mark.parametrize("change", ["null prompt", "numbers for roles", "other list", "negative shape", "no roles"])
