@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from sd3_lora.stage_one.images import BrokenImage, open_rgb
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
@@ -65,22 +66,40 @@ def load_captioner(config: CaptioningConfig, device: torch.device) -> tuple[Mode
         raise UserError(f"--caption_model: {fault}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    source = {"revision": config.revision, "cache_dir": config.cache_dir}
+    # No code of the model's folder is run, nor asked for.
+    source = {"revision": config.revision, "cache_dir": config.cache_dir, "trust_remote_code": False}
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     try:
         processor = AutoProcessor.from_pretrained(config.caption_model, **source)
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.caption_model, dtype=dtype, use_safetensors=True, **source
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            config.caption_model, dtype=dtype, use_safetensors=True, output_loading_info=True, **source
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_line(error)
         raise UserError(
             f"--caption_model {config.caption_model} cannot be loaded ({reason}): give the folder or the hub id of a "
             "model that captions pictures, such as Salesforce/blip-image-captioning-large"
         ) from error
+    require_all_tensors(config.caption_model, report)
     if not hasattr(processor, "image_processor"):
         raise UserError(f"--caption_model {config.caption_model} takes no pictures: give one that captions them")
     return model.eval(), processor
+
+
+def require_all_tensors(name: str, report: Mapping[str, Any]) -> None:
+    """Checks what transformers says of a model's weights; it would draw at random what the files lack.
+
+    Args:
+        name: of the model.
+        report: transformers' `output_loading_info`.
+
+    Raises:
+        UserError: a tensor is missing. What is one too many is printed: models of several tasks share files.
+    """
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"--caption_model {name} lacks {shown(missing)}: delete it and download it again")
+    if unexpected := sorted(report["unexpected_keys"]):
+        print(f"note: --caption_model {name} holds {shown(unexpected)}, which it does not use: left out")
 
 
 def to_device(model: Model, device: torch.device, budget: DeviceBudget | None) -> Model:

@@ -261,8 +261,6 @@ def draw(
     reports: list[StageReport],
 ) -> None:
     """Denoise, free, decode."""
-    for component in ("scheduler", "transformer", "vae"):  # here and whole before anything is drawn
-        files.component(component)
     waiting, device, dtype = WaitingLatents(cache.folder / "undecoded"), sampling.device, sampling.chosen.dtype
     if any(waiting.read(picture) is None for picture in pictures):
         with memory_stage(f"denoise ({sampling.chosen.name}), {sampling.together} at a time", device, reports):
@@ -298,6 +296,8 @@ def draw_missing(
     print(f"{counted(count, 'class picture')}, {count - len(pictures)} of them in {folder}")
     if not pictures and recorded_results(record_path) != {}:
         return  # else a run was killed that had drawn them all
+    for component in ("scheduler", "transformer", "vae") if pictures else ():  # whole before anything is written
+        files.component(component)
     facts = RunFacts(
         model=files.name,
         revision=files.revision,

@@ -669,7 +669,8 @@ def plan_variants(
     precision: str,
 ) -> dict[Variant, list[PicturePlan]]:
     """Every picture of the run, drawn before or not."""
-    model, plans = files.provenance(["transformer", "vae"], "", 0), {}
+    model, text = files.provenance(["transformer", "vae"], "", 0), files.provenance(TEXT_COMPONENTS, "", 0)
+    plans = {}
     for variant in variants:
         settings = picture_settings(config, drawing, files, variant.identity(loras), precision)
         names = {"Model": Path(files.name).name, "Lora": variant.readable(loras)}
@@ -679,7 +680,7 @@ def plan_variants(
             prompts,
             config.num_images,
             settings | {"model": model.identity},
-            model.other_identities,
+            model.other_identities | text.other_identities,
             style,
         )
     return plans

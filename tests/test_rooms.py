@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "reporting": ["plan", "training", "drawing", "stage_one", "transformer", "common", "gpu"],
     "projects": ["reporting", "plan", "training", "drawing", "stage_one", "transformer", "common", "gpu"],
 }
-COMMANDS = ["convert", "export", "losses", "merge", "report", "tricks"]  # python -m sd3_lora.NAME
+COMMANDS = ["convert", "export", "losses", "merge", "report", "tricks", "verify"]  # python -m sd3_lora.NAME
 FORBIDDEN = [(room, other) for room in ROOMS for other in ROOMS if other != room and other not in MAY_IMPORT[room]]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.common.weight_hashes import spans
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,9 +57,10 @@ def require_whole(folder: Path, config: Mapping[str, Any], paths: Sequence[Path]
             f"{folder} is quantized already, which cannot be used here: give the model's original weights as "
             "--pretrained_model_name_or_path"
         )
-    expected = _expected_tensors(folder, config)
     with TensorFiles(paths) as weights:
         shapes = weights.shapes()
+    _require_plausible_depth(folder, config, len(shapes))
+    expected = _expected_tensors(folder, config)
     unexpected = _require_same_shapes(folder, expected, shapes)
     if unexpected:
         print(f"note: {folder} holds {_first_of(unexpected)}, which is no part of the encoder: left out")
@@ -97,6 +99,16 @@ def _require_shards(folder: Path, paths: Sequence[Path], variant: str | None) ->
             f"{folder} has neither {whole} nor an index that lists {_first_of(unlisted)}: download it again, or check "
             "--variant"
         )
+
+
+def _require_plausible_depth(folder: Path, config: Mapping[str, Any], tensors: int) -> None:
+    """Each layer has a tensor: a model of more layers than that would be made for hours before one is found missing."""
+    for key, value in config.items():
+        if "layers" in key and isinstance(value, int) and value > tensors:
+            raise UserError(
+                f"{folder / 'config.json'} asks for {key} {value}, where the files hold {tensors} tensors: give the "
+                "weights the config.json that they were saved with"
+            )
 
 
 def _expected_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -188,14 +200,9 @@ def tensors_hash(paths: Sequence[Path]) -> str | None:
 
 def _tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
     with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > path.stat().st_size:
-            raise ValueError("no safetensors file")
-        header = json.loads(file.read(start - 8))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}\n".encode())
+        start, tensors = spans(file)
+        for name, (dtype, shape, begin, end) in tensors.items():
+            digest = hashlib.sha256(f"{dtype} {shape}\n".encode())
             last = max(begin, end - _BYTES_PER_SAMPLE)
             for i in range(_SAMPLES_PER_TENSOR):
                 place = begin + i * (last - begin) // (_SAMPLES_PER_TENSOR - 1)

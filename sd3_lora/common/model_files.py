@@ -20,6 +20,7 @@ from sd3_lora.common.known_models import known_configs
 from sd3_lora.common.records import Provenance
 from sd3_lora.common.single_file import require_converted
 from sd3_lora.common.tensor_files import TensorFiles
+from sd3_lora.common.weight_hashes import require_as_on_the_hub, whole_hash
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -55,11 +56,12 @@ class ModelFiles:
     """
 
     def __init__(self, config: ModelConfig, is_plan: bool = False):
-        self.config = config
+        self.config, self._is_plan = config, is_plan
         self.name = config.pretrained_model_name_or_path or "miniature"
         self.revision: str | None = None  # the commit, once known: a branch may move during a run
         self._hub_files: dict[str, str] | None = None
         self._content_hashes: dict[tuple[_FileState, ...], str | None] = {}
+        self._whole_hashes: dict[tuple[_FileState, ...], str | None] = {}
         self._whole: dict[str, list[_FileState]] = {}  # files that were checked
         self._local: Path | None = None
         is_hub_s = config.revision is None and not Path(self.name).exists()
@@ -130,6 +132,8 @@ class ModelFiles:
         state = _state_of(paths)
         if paths and self._whole.get(name) != state:
             require_whole(self.folder / name, self.read_config(name), paths, self.config.variant)
+            if not self._is_plan:
+                require_as_on_the_hub(paths)
             self._whole[name] = state
 
     def _weight_patterns(self, name: str) -> list[str]:
@@ -208,9 +212,10 @@ class ModelFiles:
     def provenance(self, components: Iterable[str], precision: str, size: int) -> Provenance:
         """The provenance of an artefact that `components` make.
 
-        It hashes their configurations and whole vocabularies, which are small, and samples of those weights that are
-        here. Of a hub model it also takes the hub's own hashes of the weight files, which need no download, so that
-        training never fetches the text encoders. Of a known model without its files it is the provenance of nothing.
+        It hashes their configurations and whole vocabularies, which are small, and those weights that are here: by
+        samples, as earlier builds did, and whole (`weight_hashes`). Of a hub model it also takes the hub's own hashes
+        of the weight files, which need no download, so that training never fetches the text encoders. Of a known model
+        without its files it is the provenance of nothing.
         """
         if self._known:
             return Provenance(FORMAT_VERSION, self.name, None, "", None, precision, size, library_versions())
@@ -240,6 +245,7 @@ class ModelFiles:
             versions=library_versions(),
             tensors_hash=here.tensors,
             files_hash=here.files,
+            whole_hash=None if here.tensors is None else self._whole_hash(components),
             same_revisions=self._same_revisions(here, components),
         )
 
@@ -278,6 +284,24 @@ class ModelFiles:
             else:
                 self._content_hashes[key] = tensors_hash(paths)
         return self._content_hashes[key]
+
+    def _whole_hash(self, components: Iterable[str]) -> str | None:
+        """Of the components' weights and vocabularies, all of which are here."""
+        lines = []
+        for component in components:
+            paths = self._content_files(self.folder, component)
+            is_vocabulary = component.startswith("tokenizer")
+            known = self._content_hash(component, paths) if is_vocabulary else self._whole_hash_of(paths)
+            if known is None:
+                return None
+            lines.append(f"{component} {known}")
+        return _hash_of_lines(lines)
+
+    def _whole_hash_of(self, paths: Sequence[Path]) -> str | None:
+        key = tuple(_state_of(paths))
+        if key not in self._whole_hashes:
+            self._whole_hashes[key] = whole_hash(paths)
+        return self._whole_hashes[key]
 
     def _hash_by_hub(self, components: Iterable[str]) -> str | None:
         """The `files` of `_hashes`, asked of the hub; None where it does not answer."""

@@ -17,7 +17,8 @@ import torch
 # setting at its default is not written, so that earlier builds read the artefact too.
 LATER_SETTINGS: dict[str, Any] = {}
 # Hashes of a provenance that came after format version 1; earlier builds ignore them.
-_LATER_HASHES = ("tensors_hash", "files_hash")
+_MAYBE_TEXTS = ("revision", "weights_hash", "tensors_hash", "files_hash", "whole_hash")
+_LATER_HASHES = ("tensors_hash", "files_hash", "whole_hash")
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,7 @@ class Provenance:
         settings: flag → value, of `LATER_SETTINGS`; one that is missing has its default there.
         tensors_hash: of all tensors of the weights, by samples; None where they are not here, as in earlier builds.
         files_hash: of the hub's own hashes of the weight files; None for a folder, and where they are not known.
+        whole_hash: of all bytes of all tensors of the weights; None where they are not here, as in earlier builds.
         same_revisions: other commits of the hub's repository that are known to have the same weights. Not stored.
     """
 
@@ -201,6 +203,7 @@ class Provenance:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tensors_hash: str | None = None
     files_hash: str | None = None
+    whole_hash: str | None = None
     same_revisions: frozenset[str] = field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -217,22 +220,28 @@ class Provenance:
 
         Raises:
             KeyError: a field of format version 1 is missing (a foreign file).
+            TypeError, ValueError: it is no provenance.
         """
+        if not isinstance(values, dict):
+            raise TypeError("a provenance is an object")
         required = [f.name for f in fields(cls) if f.default_factory is MISSING and f.default is MISSING]
         later: dict[str, Any] = {name: values.get(name) for name in _LATER_HASHES}
+        texts = ["model", "config_hash", "precision", *(n for n in _MAYBE_TEXTS if values.get(n) is not None)]
+        if not all(isinstance(values[name], str) for name in texts) or not isinstance(values["size"], int):
+            raise TypeError("a value of the provenance is of another kind")
         return cls(**{name: values[name] for name in required}, settings=dict(values.get("settings", {})), **later)
 
     @property
     def identity(self) -> str:
         """A short hash of the components' configurations and weights, for the identity of a run."""
-        return self._identity_by(
-            (self.tensors_hash or self.files_hash or self.revision or self.weights_hash or "")[:12]
-        )
+        known = self.whole_hash or self.tensors_hash or self.files_hash or self.revision or self.weights_hash or ""
+        return self._identity_by(known[:12])
 
     @property
     def other_identities(self) -> frozenset[str]:
         """What the same weights are called where other hashes are known, and in earlier builds."""
-        hashes = [h[:12] for h in (self.tensors_hash, self.files_hash, self.revision, self.weights_hash) if h]
+        known = (self.whole_hash, self.tensors_hash, self.files_hash, self.revision, self.weights_hash)
+        hashes = [h[:12] for h in known if h]
         hashes += [h[:8] for h in (self.revision, self.weights_hash, *self.same_revisions) if h]
         return frozenset(self._identity_by(h) for h in hashes)
 
@@ -274,7 +283,7 @@ class Provenance:
         """
         if self.config_hash != other.config_hash:
             return False
-        for name in ("files_hash", "tensors_hash", "weights_hash"):
+        for name in ("files_hash", "whole_hash", "tensors_hash", "weights_hash"):
             left, right = getattr(self, name), getattr(other, name)
             if left is not None and right is not None:
                 return bool(left == right)

@@ -150,7 +150,7 @@ def plan_pictures(
         prompts: in their order; NNN is a prompt's first place.
         num_images: of each prompt.
         settings: all that decides their pixels beside prompt and index.
-        same_models: what other builds note as `settings["model"]` where it is the same model.
+        same_models: what other builds note as `settings["model"]` or `["text_encoders"]` where they are the same.
         style: of the files.
     """
     plans, places, style = [], dict[str, list[int]](), style or FileStyle()
@@ -181,8 +181,9 @@ def _is_same(drawn: dict[str, Any] | None, wanted: Mapping[str, Any], same_model
     """Whether a picture with the settings `drawn` has the pixels of `wanted`."""
     if drawn is None or drawn.pop("prompt_index", 0) != 0:  # earlier builds: other noise at other places
         return False
-    if drawn.get("model") in same_models:
-        drawn["model"] = wanted["model"]
+    for name in ("model", "text_encoders"):
+        if drawn.get(name) in same_models:
+            drawn[name] = wanted[name]
     return drawn == {key: value for key, value in wanted.items() if key in drawn or key not in _LATER_SETTINGS}
 
 

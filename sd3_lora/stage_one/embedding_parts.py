@@ -47,7 +47,8 @@ class EmbeddingParts:
                 with _open(path) as (tensors, metadata):
                     Checksums(tensors).require_all(tensors)
                     made_with = Provenance.from_dict(metadata["provenance"])
-                usable = made_with.difference(provenance, "max_sequence_length") is None
+                    is_whole = _is_whole(tensors, metadata["prompts"])
+                usable = is_whole and made_with.difference(provenance, "max_sequence_length") is None
             except (SafetensorError, KeyError, TypeError, ValueError):
                 usable = False
             if not usable:
@@ -110,6 +111,12 @@ class EmbeddingParts:
     def remove(self) -> None:
         """Deletes the parts, once the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _is_whole(tensors: Any, prompts: Any) -> bool:
+    """Whether an open part has prompts, and a row for each."""
+    rows = [(tensors.get_slice(name).get_shape() or [0])[0] for name in ("prompt_embeds", "pooled_prompt_embeds")]
+    return isinstance(prompts, list) and all(isinstance(p, str) for p in prompts) and rows == [len(prompts)] * 2
 
 
 @contextmanager

@@ -8,6 +8,7 @@ have none). The shapes and the provenance are in the schema's metadata, and thei
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -28,6 +29,7 @@ import torch
 CLASS_CAPTION = "class_caption"  # beside "class", which is the class prompt's alone
 UNCAPTIONED = "uncaptioned"  # the role of the prompt of pictures without a caption; earlier builds did not write it
 _METADATA_KEY, _CHECKSUM_KEY = b"sd3_lora", CHECKSUMS_KEY.encode()
+_NUMBERS = ("prompt_embeds", "pooled_prompt_embeds")
 _USE, _EMBEDS = "use_checksum", "embeds_checksum"
 
 
@@ -55,12 +57,13 @@ class EmbeddingStore:
             index = self._read_index()
             if self._file.metadata.num_row_groups != len(index["prompt"]):
                 raise KeyError("row groups")
-        except (pa.ArrowException, KeyError, TypeError, ValueError, OSError) as error:
+            self._checksums = index.get(_EMBEDS)
+            self._row = {prompt: row for row, prompt in enumerate(index["prompt"])}
+            self._roles = dict(zip(index["prompt"], map(tuple, index["roles"]), strict=True))
+            self._image_ids = dict(zip(index["prompt"], map(tuple, index["image_ids"]), strict=True))
+            self._require_types()
+        except (pa.ArrowException, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             raise self._not_whole(error) from error
-        self._checksums = index.get(_EMBEDS)
-        self._row = {prompt: row for row, prompt in enumerate(index["prompt"])}
-        self._roles = dict(zip(index["prompt"], map(tuple, index["roles"]), strict=True))
-        self._image_ids = dict(zip(index["prompt"], map(tuple, index["image_ids"]), strict=True))
 
     def _read_metadata(self) -> dict[str, Any]:
         metadata = self._file.schema_arrow.metadata or {}
@@ -78,6 +81,15 @@ class EmbeddingStore:
             if noted != _checksum_of_use(*(index[name][row] for name in ("prompt", "roles", "image_ids"))):
                 raise DamagedError(f"its row {row} has another checksum than when it was written")
         return index
+
+    def _require_types(self) -> None:
+        """A file that another program made may have our names and other values."""
+        texts = [*self._row, *chain(*self._roles.values()), *chain(*self._image_ids.values())]
+        lengths = [self._file.schema_arrow.field(name).type.list_size for name in _NUMBERS]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a prompt, role or picture is no text")
+        if len(self._shape) != 2 or math.prod(self._shape) != lengths[0] or min(*self._shape, *lengths) < 1:
+            raise ValueError("its shapes do not fit")
 
     def _not_whole(self, error: Exception) -> UserError:
         if isinstance(error, DamagedError):
@@ -147,7 +159,7 @@ class EmbeddingStore:
         """
         row = self._row[prompt]
         try:
-            table = self._file.read_row_group(row, columns=["prompt_embeds", "pooled_prompt_embeds"])
+            table = self._file.read_row_group(row, columns=list(_NUMBERS))
             prompt_embeds = _tensor(table, "prompt_embeds").reshape(self._shape)
             pooled = _tensor(table, "pooled_prompt_embeds")
             if self._checksums and self._checksums[row] != _checksum_of_embeds(prompt, prompt_embeds, pooled):

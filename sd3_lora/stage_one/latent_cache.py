@@ -165,10 +165,7 @@ class LatentCache:
         except DamagedError as error:
             raise self._damaged(image_id, error) from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{path} is not a whole latent file of this project ({type(error).__name__}): delete it and run "
-                "precompute_latents.py again"
-            ) from error
+            raise self._foreign(image_id, error) from error
         difference = provenance.difference(self.wanted, "resolution")
         if self.alpha_background not in (None, background):
             difference = difference or f"alpha_background {background}, not {self.alpha_background}"
@@ -180,6 +177,12 @@ class LatentCache:
             raise StaleLatents(path, difference)
         return handle, sums
 
+    def _foreign(self, image_id: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self.path(image_id)} is not a whole latent file of this project ({type(error).__name__}): delete it and "
+            "run precompute_latents.py again"
+        )
+
     def _damaged(self, image_id: str, error: DamagedError) -> UserError:
         return UserError(f"{self.path(image_id)} is damaged, {error}: delete it and run precompute_latents.py again")
 
@@ -187,6 +190,11 @@ class LatentCache:
         """Tensors of a picture's file, copied out of the mapped file: Windows cannot replace a mapped file."""
         opened, sums = self._open(image_id)
         with opened as handle:
+            known = set(handle.keys())
+            if missing := [name for name in names if name not in known]:
+                raise UserError(
+                    f"{self.path(image_id)} lacks {missing[0]}: delete it and run precompute_latents.py again"
+                )
             tensors = {name: handle.get_tensor(name).clone() for name in names}
         try:
             return [sums.require(name, tensor) for name, tensor in tensors.items()]
@@ -208,9 +216,12 @@ class LatentCache:
         with opened as handle:
             names = [name.removesuffix(".mean") for name in handle.keys() if name.endswith(".mean")]  # noqa: SIM118
             metadata = json.loads(handle.metadata()[_METADATA_KEY])
-        width, height = metadata["picture_size"]
-        # A file from before tiles were recorded counts as encoded whole.
-        tiles, masks = metadata.get("tiles_px", {}), metadata.get("masks", {})
+        try:
+            width, height = map(int, metadata["picture_size"])
+            # A file from before tiles were recorded counts as encoded whole.
+            tiles, masks = dict(metadata.get("tiles_px", {})), dict(metadata.get("masks", {}))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise self._foreign(image_id, error) from error
         ranges = metadata.get("augmentation")
         made_with, background = self._shared_provenance(metadata["provenance"]), metadata["alpha_background"]
         picture = CachedPicture(tuple(sorted(names)), (width, height), tiles, masks, ranges, made_with, background)

@@ -69,6 +69,8 @@ from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.lora import Linear
 from safetensors import safe_open
 
+_MOST_DIMENSIONS = 4  # a convolution's
+
 
 @dataclass(frozen=True)
 class LoraLayer:
@@ -474,6 +476,9 @@ def read_lora_file(
     record = read_lora_record(path)
     with safe_open(path, "pt") as handle:
         shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+        for key, shape in shapes.items():
+            if len(shape) > _MOST_DIMENSIONS:
+                raise UserError(f"{path}: {key} has {len(shape)} dimensions, as no LoRA has: save or download it again")
         parts = {}
         for model, keys in (keys_of_models(shapes) or {TRANSFORMER: []}).items():
             if model == TRANSFORMER:

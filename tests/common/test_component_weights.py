@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora.common import component_weights
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.component_weights import missing_shards, tensors_hash
 from sd3_lora.common.config import ModelConfig
@@ -15,7 +16,7 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 
 import pytest
 import torch
-from conftest import PROMPT, TRAINING_SCRIPT, Prepared, Result
+from conftest import PROMPT, Prepared, Result
 from safetensors.torch import load_file, save_file
 from transformers import T5EncoderModel
 
@@ -27,12 +28,6 @@ TENSORS = {
     "text_encoder_3": ["shared.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"],
     "vae": ["decoder.conv_out.bias", "encoder.mid_block.attentions.0.to_q.weight"],
     "transformer": ["transformer_blocks.1.attn.to_k.weight", "pos_embed.pos_embed"],
-}
-SCRIPTS = {
-    "compute_embeddings": ["text_encoder", "text_encoder_2", "text_encoder_3"],
-    "precompute_latents": ["vae"],
-    TRAINING_SCRIPT: ["transformer"],
-    "inference": list(TENSORS),
 }
 
 
@@ -82,39 +77,6 @@ def test_a_missing_tensor_or_one_of_another_shape(model: Path, component: str, n
         f"{' (and 1 more)' if name == 'shared.weight' else ''}, which its config.json asks for: delete the folder and "
         "download it again, or check --variant"
     )
-
-
-@pytest.mark.parametrize(("script_name", "component"), [(s, part) for s, parts in SCRIPTS.items() for part in parts])
-def test_every_script_refuses_before_it_computes(
-    script: Callable[..., Result],
-    prepared: Prepared,
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    script_name: str,
-    component: str,
-) -> None:
-    change(model, component, lambda tensors: drop(tensors, TENSORS[component][1]))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something was computed")
-
-    for module in (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding):
-        monkeypatch.setattr(module, "forward", refuse)
-    out = tmp_path / "out"
-    pictures = ["--instance_data_dir", prepared.pictures, "--instance_prompt", PROMPT]
-    flags = {
-        "compute_embeddings": [*pictures, "--output_path", out / "e.parquet"],
-        "precompute_latents": [*pictures, "--output_path", out],
-        TRAINING_SCRIPT: [*prepared.flags, "--max_train_steps", 1, "--output_dir", out],
-        "inference": ["--prompt", "a", "--outdir", out, "--data_df_path", tmp_path / "none.parquet"],
-    }[script_name]
-    result = script(script_name, *flags, "--pretrained_model_name_or_path", model, "--device", "cpu")
-    assert result.code == 2
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert errors == result.err.splitlines()[-1:]
-    assert f"error: {model / component} lacks {TENSORS[component][1]}, which" in errors[0]
-    assert not [path for path in out.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +174,26 @@ def test_a_configuration_of_which_no_model_can_be_made(model: Path, component: s
     said = refusal(model, component)
     assert said.startswith(f"no model can be made of MODEL/{component}/config.json (")
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("component", "key"),
+    [
+        ("text_encoder", "num_hidden_layers"),
+        ("text_encoder_3", "num_layers"),
+        ("vae", "layers_per_block"),
+        ("transformer", "num_layers"),
+    ],
+)
+def test_a_configuration_of_more_layers_than_there_are_tensors(
+    model: Path, monkeypatch: pytest.MonkeyPatch, component: str, key: str
+) -> None:
+    """To make the model first would take hours, and all memory."""
+    path = model / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: 2**31}))
+    monkeypatch.setattr(component_weights, "_make_model", lambda *_: pytest.fail("it was made"))
+    said = refusal(model, component)
+    assert said.startswith(f"MODEL/{component}/config.json asks for {key} 2147483648, where the files hold ")
 
 
 # By what weights are known

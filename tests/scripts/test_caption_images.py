@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import PROJECT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_runs import Script
 from transformers import (
     BertTokenizerFast,
@@ -211,3 +213,56 @@ def test_a_plan_writes_nothing(script: Script, pictures: Path, captioner: Path) 
     run = script("caption_images", *flags(pictures, captioner), "--plan")
     assert (run.code, "1 caption to write" in run.out) == (0, True)
     assert not (pictures / "2.txt").exists()
+
+
+@pytest.mark.parametrize("fault", ["tensor missing", "shard missing", "wrong shape", "cut short", "tensor too many"])
+def test_a_captioner_that_is_not_whole(
+    script: Script, pictures: Path, captioner: Path, tmp_path: Path, fault: str
+) -> None:
+    """transformers would draw at random what is missing, and says so in a warning."""
+    name, folder = "vision_model.encoder.layers.1.mlp.fc1.weight", Path(shutil.copytree(captioner, tmp_path / "model"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if fault == "tensor missing":
+        del tensors[name]
+    elif fault == "wrong shape":
+        tensors[name] = torch.zeros(3, 5)
+    elif fault == "tensor too many":
+        tensors["vision_model.encoder.layers.9.mlp.fc1.weight"] = torch.zeros(3, 5)
+    save_file(tensors, path, {"format": "pt"})
+    if fault == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    if fault == "shard missing":
+        path.unlink()
+        BlipForConditionalGeneration.from_pretrained(captioner).save_pretrained(folder, max_shard_size="20KB")
+        (first, *_) = sorted(folder.glob("model-*.safetensors"))
+        first.unlink()
+    result = script("caption_images", *flags(pictures, folder))
+    named = f"--caption_model {folder} "
+    if fault == "tensor too many":
+        assert result.code == 0
+        assert f"note: {named}holds vision_model.encoder.layers.9.mlp.fc1.weight, which it does not use" in result.out
+        return
+    assert result.code == 2
+    assert f"error: {named}{'lacks ' + name if fault == 'tensor missing' else 'cannot be loaded ('}" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (pictures / "2.txt").exists()
+
+
+def test_a_captioner_with_code_in_its_folder_runs_none(
+    script: Script, pictures: Path, captioner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does transformers ask on the terminal whether it may."""
+    folder = Path(shutil.copytree(captioner, tmp_path / "model"))
+    (folder / "code.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Captioner: pass\nclass Settings: pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "no_such_kind", "auto_map": {"AutoConfig": "code.Settings", "AutoModel": "code.Captioner"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it was asked"))
+    result = script("caption_images", *flags(pictures, folder))
+    assert result.code == 2
+    assert f"error: --caption_model {folder} cannot be loaded (" in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "ran").exists()

@@ -81,7 +81,7 @@ def other(tiny_sd3: Path, tmp_path: Path) -> Path:
 
 
 def as_earlier_build(record: Provenance) -> Provenance:
-    return replace(record, tensors_hash=None, files_hash=None)
+    return replace(record, tensors_hash=None, files_hash=None, whole_hash=None)
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ import pytest
 import torch
 from conftest import PROJECT, Result, save_pictures
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 from small_transformer import needs_gpu
 
@@ -190,6 +193,25 @@ def test_broken_pictures_are_counted_where_they_are_met(
     assert len(list(crops(2, 2, broken))) == 10
     assert [error.path.name for error in broken] == ["03.png", "07.png"]
     assert capsys.readouterr().out.count("broken: ") == 2
+
+
+def test_broken_pictures_keep_no_bitmap(crops: Callable[..., Any], many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept exception would keep the frame that decoded, and with it the picture: 22.5 GB for a folder of such."""
+    for path in many.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:-40])
+    opened, real = list[weakref.ref[Image.Image]](), Image.open
+
+    def watched(*words: Any, **options: Any) -> Image.Image:
+        picture = real(*words, **options)
+        opened.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(Image, "open", watched)
+    broken: list[BrokenPicture] = []
+    assert list(crops(2, 2, broken)) == []
+    gc.collect()
+    assert len(opened) == len(broken) == 12
+    assert [reference() for reference in opened] == [None] * 12
 
 
 def test_a_batch_of_bytes_is_in_the_layout_of_tensor_cores() -> None:
