@@ -72,24 +72,19 @@ from sd3_lora.common.memory import (
     is_out_of_memory,
     only_new_garbage,
 )
-from sd3_lora.common.model_files import ModelFiles, library_versions
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
 from sd3_lora.common.run_locks import reading_in, wait_for_writer, writing_in
-from sd3_lora.common.run_record import (
-    MOST_PROMPTS,
-    RunFacts,
-    RunRecord,
-    RunResults,
-)
+from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
-from sd3_lora.drawing.sampling import SamplingSettings, left_as_found
+from sd3_lora.drawing.sampling import SamplingSettings
 from sd3_lora.drawing.validation import VAE_PRECISION, Validation, ValidationTask
-from sd3_lora.gpu.attention import attention_kernel, require_attention_kernel
+from sd3_lora.gpu.attention import require_attention_kernel
 from sd3_lora.gpu.budget import DeviceBudget, at_most_gib, measured_peak, open_budget
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.gpu.exact_attention import choose_backward, exact_attention
+from sd3_lora.gpu.exact_attention import choose_backward
 from sd3_lora.gpu.forecast import Forecast
 from sd3_lora.plan.memory_plan import (
     DrawingBetween,
@@ -98,8 +93,8 @@ from sd3_lora.plan.memory_plan import (
     drawn_together,
     plain_placement,
     plan_cheaper,
+    plan_lines,
     plan_training,
-    recompute_note,
     require_host_room,
     room_to_draw,
 )
@@ -108,9 +103,10 @@ from sd3_lora.plan.step_execution import (
     AskedExecution,
     PlannedTraining,
     StepExecution,
+    attention_of,
     choose_execution,
 )
-from sd3_lora.plan.step_memory import DenoisingShape, StepShape, make_hollow
+from sd3_lora.plan.step_memory import DenoisingShape, StepShape
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.crop_boxes import size_of_variant
 from sd3_lora.stage_one.data_sets import with_folder
@@ -118,14 +114,7 @@ from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.artefacts import StageOne
-from sd3_lora.training.checkpoints import (
-    RECORD,
-    checkpoint_folders,
-    find_checkpoint,
-    read_state,
-    require_own_checkpoints,
-    write_pictures,
-)
+from sd3_lora.training.checkpoints import RECORD, read_state, resume_point, write_pictures
 from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.crops import choose_crops, require_masks
@@ -137,8 +126,7 @@ from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
 from sd3_lora.training.flow_flags import FlowConfig
-from sd3_lora.training.hub import HubRepo, open_repo
-from sd3_lora.training.hub_folder import make_hub_folder
+from sd3_lora.training.hub import open_hub, upload
 from sd3_lora.training.identifier_start import IdentifierStart
 from sd3_lora.training.in_backward import adam_notes, hollow_moments, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
@@ -160,7 +148,7 @@ from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_flags import RunConfig
-from sd3_lora.training.run_identity import run_identity
+from sd3_lora.training.run_identity import run_facts, run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
 from sd3_lora.training.state import OutOfDeviceMemory, Outputs, StepStart, Training, random_state
 from sd3_lora.training.stop_signals import StopSignals
@@ -168,7 +156,7 @@ from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
 from sd3_lora.training.watch_flags import WatchFlags
-from sd3_lora.transformer.base_weights import base_bytes
+from sd3_lora.transformer.base_weights import base_bytes, make_hollow
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
@@ -187,7 +175,7 @@ from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
 from sd3_lora.transformer.placement import ArrangedTransformer, AskedPlacement, arrange
 from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
-from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.velocity import VelocityModel, left_as_found
 from sd3_lora.transformer.whole_weights import train_whole
 
 import torch
@@ -218,45 +206,6 @@ def micro_step(model: VelocityModel, inputs: StepInputs, flow: FlowConfig, prior
     moved = prediction_loss(prior_velocity, base_velocity, inputs.sigmas[again], inputs.loss_weights[again], flow)
     weight = prior.term_weight * len(again) / (float(prior.share) * count)
     return flow_matching_loss(velocity, *target) + weight * moved
-
-
-def resume_point(run: RunConfig, output_dir: Path) -> Path | None:
-    """The checkpoint to go on from, if any.
-
-    Raises:
-        UserError: there is none of that name, or there are checkpoints of an earlier run, and this one is new.
-    """
-    require_own_checkpoints(output_dir)
-    if run.resume_from_checkpoint is not None:
-        return find_checkpoint(run.resume_from_checkpoint, output_dir)
-    earlier = checkpoint_folders(output_dir)
-    if earlier:
-        raise UserError(
-            f"{output_dir} holds {earlier[-1].name} of an earlier run: add --resume_from_checkpoint latest to go on, "
-            "or give another --output_dir"
-        )
-    return None
-
-
-def run_facts(
-    request: StageOneRequest, data: TrainingData, plan: Plan, precision: str, seed: int, processes: int
-) -> RunFacts:
-    """The run's inputs and settings, known before its first step."""
-    prompts = data.prompts
-    return RunFacts(
-        model=request.files.name,
-        revision=request.files.revision,
-        versions=library_versions(),
-        precision=precision,
-        processes=processes,
-        plan=plan.to_dict(),
-        predicted_parts=dict(plan.forecast.largest.parts),
-        prompts=prompts[:MOST_PROMPTS],
-        trigger=data.trigger(request.instance_prompt),
-        resolution=request.resolution,
-        max_sequence_length=data.text.size,
-        seed=seed,
-    )
 
 
 def make_step(
@@ -1120,19 +1069,6 @@ def make_plan(task: TrainingTask, budget: DeviceBudget | None) -> Plan:
     return plan[0]
 
 
-def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, recomputes_all: bool) -> Iterator[str]:
-    """What is planned, in words; and what a flag costs, or why it has no effect."""
-    yield f"plan: {plan.sentence()}"
-    if recomputes_all:
-        yield recompute_note(task, budget)
-    note = task.asked.without_effect(plan.placement)
-    if note:
-        yield note
-    if budget:
-        yield f"predicted peak: {plan.forecast.largest.sentence()}"
-        yield from (f"to {phase.name}: {phase.sentence()}" for phase in plan.forecast.phases[1:])
-
-
 def asked_execution(flags: TrainingFlags) -> AskedExecution:
     """What flags fix of how micro-steps are carried out."""
     step, base_pass = flags.step, flags.prior.prior_term is not None
@@ -1356,27 +1292,6 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
         print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
 
 
-def open_hub(flags: TrainingFlags, accelerator: Accelerator) -> HubRepo | None:
-    """The repository to upload to, on rank 0, if that is asked for; checked before anything is computed.
-
-    Raises:
-        UserError: the upload would fail.
-    """
-    if not (flags.hub.push_to_hub and accelerator.is_main_process):
-        return None
-    repo = open_repo(flags.hub, Path(flags.run.output_dir))
-    print(f"after training: upload to {repo.url} ({'private' if repo.is_private else 'public'})")
-    return repo
-
-
-def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
-    """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
-    if repo:
-        folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
-        what = "transformer" if flags.trains_all else "LoRA"
-        print(f"uploaded {folder} to {repo.upload(folder, what + ' after ' + counted(step, 'step'))}")
-
-
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
     """Makes the device compute as the flags say, prints how, and returns the transformer's precision."""
     if flags.device.must_be_deterministic:
@@ -1485,7 +1400,7 @@ class Job:
         data: the pictures.
         accelerator: of the processes.
         starts: with what training begins.
-        facts: of the record, with the first plan.
+        facts: of the record, without a plan.
         argv: the arguments, to be printed.
     """
 
@@ -1668,14 +1583,6 @@ def open_outputs(
     return Outputs(Path(flags.run.output_dir), record, limit, again, files)
 
 
-@contextmanager
-def attention_of(planned: PlannedTraining) -> Iterator[None]:
-    """Inside the block attention is computed by the planned kernels, forward and backward."""
-    backward = exact_attention(planned.execution.attention_backward)
-    with attention_kernel(planned.plan.placement.attention_kernel), backward:
-        yield
-
-
 def report_results(
     outputs: Outputs,
     log: LossLog,
@@ -1719,7 +1626,7 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     hub = open_hub(flags, accelerator)
     require_possible(flags, files, plan, chosen.dtype, device)
     lock_outputs(output_dir, accelerator, locks)
-    checkpoint = resume_point(flags.run, output_dir)
+    checkpoint = resume_point(flags.run.resume_from_checkpoint, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
     request = stage_one_request(flags, files, resolution)
@@ -1730,7 +1637,7 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     seed = choose_seed(flags.run, state["signature"], accelerator)
     say(f"{sizes_sentence(data, resolution)}, seed {seed}")
 
-    facts = run_facts(request, data, plan, chosen.name, seed, processes)
+    facts = run_facts(request, data, chosen.name, seed, processes)
     job = Job(flags, request, task, data, accelerator, Starts(start, identifier), facts, argv)
     steps = train_within(job, Attempt(plan, budget, checkpoint, state))
     if accelerator.is_main_process:

@@ -5,8 +5,8 @@ Shapes: B pictures, S text tokens, D joint attention width, P pooled width, H, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sd3_lora.gpu.cuda_graph import CapturedCall
 from sd3_lora.stage_one.latent_cache import denormalize_latents
 from sd3_lora.transformer.compiled import Compiled, uncompiled
 from sd3_lora.transformer.lora import lora_in
-from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.velocity import VelocityModel, left_as_found
 
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -309,19 +309,6 @@ def _remedy(dtype: torch.dtype, flag: str) -> str:
         exact = "fp32" if flag == "--vae_precision" else "no"
         return f"fp16 was too narrow: type {flag} bf16, or {flag} {exact}"
     return "check the model's files and --lora, or lower --lora_scale and --guidance"
-
-
-@contextmanager
-def left_as_found(transformer: torch.nn.Module) -> Iterator[None]:
-    """Puts the transformer into eval mode for the block; its mode and torch's generators are afterwards as before."""
-    was_training = transformer.training
-    devices = [p.device.index or 0 for p in transformer.parameters() if p.is_cuda][:1]
-    with torch.random.fork_rng(devices):
-        transformer.eval()
-        try:
-            yield
-        finally:
-            transformer.train(was_training)
 
 
 def decode(vae: AutoencoderKL, latents: torch.Tensor) -> Image.Image:

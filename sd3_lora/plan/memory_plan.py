@@ -287,6 +287,19 @@ def recompute_note(task: TrainingTask, budget: DeviceBudget | None) -> str:
     )
 
 
+def plan_lines(task: TrainingTask, plan: Plan, budget: DeviceBudget | None, recomputes_all: bool) -> Iterator[str]:
+    """What is planned, in words; and what a flag costs, or why it has no effect."""
+    yield f"plan: {plan.sentence()}"
+    if recomputes_all:
+        yield recompute_note(task, budget)
+    note = task.asked.without_effect(plan.placement)
+    if note:
+        yield note
+    if budget:
+        yield f"predicted peak: {plan.forecast.largest.sentence()}"
+        yield from (f"to {phase.name}: {phase.sentence()}" for phase in plan.forecast.phases[1:])
+
+
 @dataclass(frozen=True)
 class _Base:
     """Where the base's weights are, in a placement with nothing else decided yet; and their bytes in each place.

@@ -4,13 +4,16 @@ graph and replayed (`cuda_graph.py`); with plain blocks or compiled ones (`compi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import has_triton
+from sd3_lora.gpu.attention import attention_kernel
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.gpu.exact_attention import AttentionBackward
+from sd3_lora.gpu.exact_attention import AttentionBackward, exact_attention
 from sd3_lora.plan.memory_plan import Plan
 from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled
 
@@ -129,6 +132,14 @@ class PlannedTraining:
     dtype: torch.dtype
     latent_size: tuple[int, int]
     steps: int
+
+
+@contextmanager
+def attention_of(planned: PlannedTraining) -> Iterator[None]:
+    """Inside the block attention is computed by the planned kernels, forward and backward."""
+    backward = exact_attention(planned.execution.attention_backward)
+    with attention_kernel(planned.plan.placement.attention_kernel), backward:
+        yield
 
 
 def choose_execution(

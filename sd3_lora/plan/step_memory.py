@@ -15,7 +15,7 @@ from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.exact_attention import AttentionBackward
 from sd3_lora.gpu.round_trips import Item
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
-from sd3_lora.transformer.base_weights import BasePrecision
+from sd3_lora.transformer.base_weights import BasePrecision, make_hollow
 from sd3_lora.transformer.lora import PLAIN_LORA, LoraKind, attach_lora, require_blocks, target_modules
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.trained_clips import ClipTraining
@@ -171,15 +171,6 @@ class StepMemory:
         moments = [(outside + sum(kept), self.working)]
         moments += [(outside + sum(kept[:block]) + self.kept[block], self.working_recomputed) for block in recomputed]
         return max(moments, key=sum)
-
-
-def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DModel:
-    """A frozen transformer without weights, on the meta device."""
-    with torch.device("meta"):
-        transformer = SD3Transformer2DModel.from_config(config)
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
-        tensor.data = tensor.data.to(dtype)
-    return transformer.requires_grad_(False)
 
 
 def _packed_weights(

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from sd3_lora.common.memory import drop_workspaces, free_memory, round_up
-from sd3_lora.plan.step_memory import StepShape, image_tokens, make_hollow
-from sd3_lora.transformer.base_weights import BasePrecision, values_in_4_bits
+from sd3_lora.plan.step_memory import StepShape, image_tokens
+from sd3_lora.transformer.base_weights import BasePrecision, make_hollow, values_in_4_bits
 from sd3_lora.transformer.placement import Placement
 from sd3_lora.transformer.streaming import pieces_of
 

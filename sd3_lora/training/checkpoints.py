@@ -217,6 +217,24 @@ def find_checkpoint(asked: str, output_dir: Path) -> Path | None:
     raise UserError(f"--resume_from_checkpoint {asked} is not there; {output_dir} holds {names}: type latest or a path")
 
 
+def resume_point(asked: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Raises:
+        UserError: there is none of that name, or there are checkpoints of an earlier run, and this one is new.
+    """
+    require_own_checkpoints(output_dir)
+    if asked is not None:
+        return find_checkpoint(asked, output_dir)
+    earlier = checkpoint_folders(output_dir)
+    if earlier:
+        raise UserError(
+            f"{output_dir} holds {earlier[-1].name} of an earlier run: add --resume_from_checkpoint latest to go on, "
+            "or give another --output_dir"
+        )
+    return None
+
+
 def require_own_checkpoints(output_dir: Path) -> None:
     """Checks that no other program's checkpoint is the latest: a run would start anew beside it, and replace it.
 

@@ -7,9 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sd3_lora.common.command_line import Interrupted, UserError, quoted, without_secrets
+from sd3_lora.common.command_line import Interrupted, UserError, counted, quoted, without_secrets
+from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.hub_flags import HubFlags
+from sd3_lora.training.hub_folder import make_hub_folder
 
+from accelerate import Accelerator
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
@@ -154,3 +157,24 @@ def _reason(error: BaseException, token: str | bool | None) -> str:
         lines = [told if status in told else f"{status} {told}".strip()]
     line = (lines[0] if lines else type(cause).__name__).rstrip(".:")
     return line.replace(token, "***") if isinstance(token, str) and token else line
+
+
+def open_hub(flags: TrainingFlags, accelerator: Accelerator) -> HubRepo | None:
+    """The repository to upload to, on rank 0, if that is asked for; checked before anything is computed.
+
+    Raises:
+        UserError: the upload would fail.
+    """
+    if not (flags.hub.push_to_hub and accelerator.is_main_process):
+        return None
+    repo = open_repo(flags.hub, Path(flags.run.output_dir))
+    print(f"after training: upload to {repo.url} ({'private' if repo.is_private else 'public'})")
+    return repo
+
+
+def upload(repo: HubRepo | None, flags: TrainingFlags, step: int) -> None:
+    """Uploads the LoRA and what belongs to it, as the last thing of all: no failure here can lose it."""
+    if repo:
+        folder = make_hub_folder(Path(flags.run.output_dir), repo.repo_id, flags.hub.hub_checkpoints)
+        what = "transformer" if flags.trains_all else "LoRA"
+        print(f"uploaded {folder} to {repo.upload(folder, what + ' after ' + counted(step, 'step'))}")

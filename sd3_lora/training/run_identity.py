@@ -11,8 +11,8 @@ from typing import Any
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import groups_of
 from sd3_lora.common.devices import DTYPES
-from sd3_lora.common.model_files import TEXT_COMPONENTS
-from sd3_lora.common.run_record import NotedPicture, RunFacts, RunIdentity, flag_defaults
+from sd3_lora.common.model_files import TEXT_COMPONENTS, library_versions
+from sd3_lora.common.run_record import MOST_PROMPTS, NotedPicture, RunFacts, RunIdentity, flag_defaults
 from sd3_lora.stage_one.crop_boxes import number_of_variant
 from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.dataset import TrainingData
@@ -152,3 +152,20 @@ def run_identity(
         "--optimizer": flags.optimizer.earlier_spellings(),
     }
     return RunIdentity(values, defaults, synonyms, pictures)
+
+
+def run_facts(request: StageOneRequest, data: TrainingData, precision: str, seed: int, processes: int) -> RunFacts:
+    """The run's inputs and settings, known before its first step; its plan is added with each attempt."""
+    prompts = data.prompts
+    return RunFacts(
+        model=request.files.name,
+        revision=request.files.revision,
+        versions=library_versions(),
+        precision=precision,
+        processes=processes,
+        prompts=prompts[:MOST_PROMPTS],
+        trigger=data.trigger(request.instance_prompt),
+        resolution=request.resolution,
+        max_sequence_length=data.text.size,
+        seed=seed,
+    )

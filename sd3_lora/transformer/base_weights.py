@@ -177,6 +177,15 @@ def _make_empty(config: Mapping[str, Any]) -> tuple[SD3Transformer2DModel, set[s
     return transformer, not_in_files
 
 
+def make_hollow(config: dict[str, Any], dtype: torch.dtype) -> SD3Transformer2DModel:
+    """A frozen transformer without weights, on the meta device."""
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(config)
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        tensor.data = tensor.data.to(dtype)
+    return transformer.requires_grad_(False)
+
+
 def _set_tensor(transformer: SD3Transformer2DModel, name: str, value: torch.Tensor) -> None:
     """Puts a parameter or buffer where an empty one was; a 4-bit layer's weight is quantized where it lies."""
     module_name, _, leaf = name.rpartition(".")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from sd3_lora.common.records import StepInputs
 from sd3_lora.transformer.lora import lora_off
@@ -103,3 +104,16 @@ class VelocityModel(torch.nn.Module):
         with lora_off(self.transformer), self._ahead.paused() if self._ahead else nullcontext():
             velocity: torch.Tensor = self(*inputs)
         return velocity
+
+
+@contextmanager
+def left_as_found(transformer: torch.nn.Module) -> Iterator[None]:
+    """Puts the transformer into eval mode for the block; its mode and torch's generators are afterwards as before."""
+    was_training = transformer.training
+    devices = [p.device.index or 0 for p in transformer.parameters() if p.is_cuda][:1]
+    with torch.random.fork_rng(devices):
+        transformer.eval()
+        try:
+            yield
+        finally:
+            transformer.train(was_training)

@@ -9,12 +9,12 @@ import weakref
 from dataclasses import replace
 
 import sd3_lora.transformer.streaming
-from sd3_lora.drawing.sampling import Sampler, SamplingSettings, SkipLayerGuidance, TransformerCall, left_as_found
+from sd3_lora.drawing.sampling import Sampler, SamplingSettings, SkipLayerGuidance, TransformerCall
 from sd3_lora.transformer.compiled import Compiled, blocks_were_compiled, compile_blocks
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.recompute import recompute_blocks
 from sd3_lora.transformer.streaming import stream_transformer
-from sd3_lora.transformer.velocity import VelocityModel
+from sd3_lora.transformer.velocity import VelocityModel, left_as_found
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.plan.step_memory import make_hollow
+from sd3_lora.transformer.base_weights import make_hollow
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     DEFAULT_LAYERS,

@@ -10,7 +10,7 @@ from typing import Any
 from sd3_lora.common.checksums import CHECKSUMS_KEY
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.cuda_graph import CapturedCall
-from sd3_lora.plan.step_memory import make_hollow
+from sd3_lora.transformer.base_weights import make_hollow
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     EMA_FILE,
