@@ -35,7 +35,6 @@ import os
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -54,7 +53,7 @@ from sd3_lora.common.command_line import (
     first_line,
     forget_secrets,
 )
-from sd3_lora.common.defaults import DEFAULT_SEQUENCE_LENGTH, EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
+from sd3_lora.common.defaults import EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
 from sd3_lora.common.devices import (
     ChosenDtype,
     choose_device,
@@ -76,7 +75,7 @@ from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
-from sd3_lora.common.run_locks import reading_in, wait_for_writer, writing_in
+from sd3_lora.common.run_locks import writing_in
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings
@@ -108,17 +107,10 @@ from sd3_lora.plan.step_execution import (
 )
 from sd3_lora.plan.step_memory import DenoisingShape, StepShape
 from sd3_lora.stage_one.buckets import Buckets
-from sd3_lora.stage_one.crop_boxes import size_of_variant
-from sd3_lora.stage_one.data_sets import with_folder
-from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.stage_one.prompts import read_prompts
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
-from sd3_lora.training.artefacts import StageOne
+from sd3_lora.training.asked_placement import asked_placement
 from sd3_lora.training.checkpoints import RECORD, read_state, resume_point, write_pictures
-from sd3_lora.training.class_images import ClassImages
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
-from sd3_lora.training.crops import choose_crops, require_masks
-from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
 from sd3_lora.training.early_warning import EarlyWarning
@@ -130,11 +122,18 @@ from sd3_lora.training.hub import open_hub, upload
 from sd3_lora.training.identifier_start import IdentifierStart
 from sd3_lora.training.in_backward import adam_notes, hollow_moments, whole_bytes
 from sd3_lora.training.live_embeddings import live_embeddings
-from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.not_finite import find_cause, held_norms
+from sd3_lora.training.opened_data import (
+    open_data,
+    sizes_sentence,
+    stage_one_request,
+    text_tokens_of,
+    validation_prompts,
+    with_pictures,
+)
 from sd3_lora.training.optimizer import (
     bytes_per_parameter,
     make_optimizer,
@@ -144,36 +143,32 @@ from sd3_lora.training.optimizer import (
     rate_in_force,
 )
 from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
-from sd3_lora.training.pool import with_class_pool
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_flags import RunConfig
 from sd3_lora.training.run_identity import run_facts, run_identity
 from sd3_lora.training.stage_one_request import StageOneRequest
+from sd3_lora.training.starts import Starts, initial_lora
 from sd3_lora.training.state import OutOfDeviceMemory, Outputs, StepStart, Training, random_state
 from sd3_lora.training.stop_signals import StopSignals
-from sd3_lora.training.text_encoder_flags import TextEncoderFlags
 from sd3_lora.training.trackers import Trackers, usable_trackers
-from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate, require_patterns
+from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate
+from sd3_lora.training.trained_parts import clip_training, groups_of_clips, lora_kind, lora_targets, require_rates
 from sd3_lora.training.watch_flags import WatchFlags
-from sd3_lora.transformer.base_weights import base_bytes, make_hollow
+from sd3_lora.transformer.base_weights import base_bytes
 from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
-from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
     EMA_FILE,
     LORA_FILE,
-    LoraKind,
     attach_lora,
     chosen_blocks,
     start_from,
-    target_modules,
     trained_names,
 )
 from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
-from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file
+from sd3_lora.transformer.lora_files import LoraFile, read_lora_file
 from sd3_lora.transformer.lora_keys import CLIPS
-from sd3_lora.transformer.lora_starts import require_clip_start, require_lycoris_start, require_start
-from sd3_lora.transformer.placement import ArrangedTransformer, AskedPlacement, arrange
+from sd3_lora.transformer.placement import ArrangedTransformer, arrange
 from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel, left_as_found
 from sd3_lora.transformer.whole_weights import train_whole
@@ -649,73 +644,6 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
     )
 
 
-def lora_kind(lora: LoraFlags) -> LoraKind:
-    """How the LoRA is scaled and started, as the flags say."""
-    return LoraKind(
-        lora.use_rslora, lora.use_dora, lora.init_lora_weights, lora.ranks, lora.lora_type, lora.lokr_factor
-    )
-
-
-def lora_targets(lora: LoraFlags, transformer: SD3Transformer2DModel) -> list[str]:
-    """The layers that the LoRA changes, as the flags say."""
-    return target_modules(transformer, lora.layers, chosen_blocks(lora.blocks, len(transformer.transformer_blocks)))
-
-
-def initial_lora(lora: LoraFlags, text: TextEncoderFlags, files: ModelFiles) -> LoraFile | None:
-    """The LoRA to begin with, if any, checked before anything is loaded.
-
-    Raises:
-        UserError: it cannot be read, or does not fit what is trained.
-    """
-    if lora.init_lora is None:
-        return None
-    config, kind = files.read_config("transformer"), lora_kind(lora)
-    read_clip_config = files.read_config if text.train_text_encoder else None
-    start = read_lora_file(find_lora(lora.init_lora, "--init_lora"), config, read_clip_config)
-    require_clip_start(start, text.rank(lora.rank))
-    hollow = make_hollow(config, torch.float32)
-    targets = lora_targets(lora, hollow)
-    require_start(start, kind.ranks_of(targets, lora.rank), kind)
-    if kind.type != "lora":
-        with torch.device("meta"):
-            attach_lora(hollow, targets, lora.rank, lora.alpha, 0.0, 0, kind)
-        require_lycoris_start(start, hollow)
-    return start
-
-
-def require_rates(flags: TrainingFlags, config: dict[str, Any]) -> None:
-    """Checks that each pattern of --lr_pattern is of something that is trained.
-
-    Raises:
-        UserError: one is not.
-    """
-    if not flags.optimizer.rates:
-        return
-    lora, hollow = flags.lora, make_hollow(config, torch.float32)
-    attach_lora(hollow, lora_targets(lora, hollow), lora.rank, lora.alpha, lora.lora_dropout, 0, lora_kind(lora))
-    require_patterns(flags.optimizer.rates, trained_names(hollow))
-
-
-def clip_training(
-    flags: TrainingFlags, files: ModelFiles, seed: int = 0, vectors: int | None = None
-) -> ClipTraining | None:
-    """What is trained of the CLIPs, if anything is.
-
-    Args:
-        flags: of the run.
-        files: the model.
-        seed: of the run.
-        vectors: of the identifier's embedding; None where it is planned before the tokenizers are read.
-    """
-    if not flags.trains_clips:
-        return None
-    configs = {name: files.read_config(name) for name in CLIPS}
-    rank = flags.text.rank(flags.lora.rank) if flags.text.train_text_encoder else None
-    if vectors is None:
-        vectors = flags.identifier.vectors_at_most
-    return ClipTraining(configs, rank, flags.lora.lora_dropout, seed, vectors)
-
-
 def load_clips(
     trained: ClipTraining,
     files: ModelFiles,
@@ -725,7 +653,7 @@ def load_clips(
     identifier: IdentifierStart | None,
 ) -> TrainedClips:
     """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
-    from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
+    from sd3_lora.stage_one.text_encoders import load_clip_in  # imports all of transformers' encoders
 
     clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
     vectors = identifier.vectors_of(clips) if identifier else None
@@ -733,38 +661,6 @@ def load_clips(
     for name, part in start.clips.items() if start and trained.rank is not None else ():
         start_from(clips[name], part.starts())
     return TrainedClips(clips, vectors).to(device)
-
-
-def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, steps: int) -> Iterator[TrainedGroup]:
-    """What is trained of the CLIPs, in groups: their LoRA, and the identifier's vectors.
-
-    Args:
-        clips: that are trained.
-        flags: of the run.
-        pictures: of an optimizer step.
-        steps: of the run.
-    """
-    lora = clips.lora_parameters()
-    if lora:
-        rate, decay, last = flags.text_encoder_rate(pictures), flags.text.weight_decay, flags.text.last_step(steps)
-        yield TrainedGroup("CLIPs", flatten_parameters(lora), rate, lora, decay, last_step=last)
-    if clips.identifier:
-        vectors, rate = tuple(clips.identifier.parameters()), flags.identifier_rate(pictures)
-        last = flags.identifier.last_step(steps)
-        yield TrainedGroup("identifier", flatten_parameters(vectors), rate, vectors, 0.0, last_step=last)
-
-
-@dataclass(frozen=True)
-class Starts:
-    """What training begins with.
-
-    Attributes:
-        lora: another LoRA, if one was named.
-        identifier: of its embedding, if that is trained.
-    """
-
-    lora: LoraFile | None
-    identifier: IdentifierStart | None
 
 
 def load_lora(
@@ -851,44 +747,6 @@ def load_training(job: Job, planned: PlannedTraining) -> Training:
     )
 
 
-def asked_placement(flags: TrainingFlags, blocks: int, processes: int) -> AskedPlacement:
-    """What flags fix of the placement.
-
-    Args:
-        flags: of the run.
-        blocks: of the transformer.
-        processes: that train together.
-
-    Raises:
-        UserError: flags that cannot be obeyed.
-    """
-    asked = AskedPlacement.of(flags.base, flags.step, blocks)
-    asked.check(blocks, processes)
-    if flags.trains_all:
-        if processes > 1:
-            raise UserError(
-                f"--full updates weights inside the backward pass of one process, not of {processes}: use one"
-            )
-        return replace(asked, whole=True, modulations_ahead=False)
-    if flags.trains_clips:
-        if asked.modulations_ahead:
-            trains = "--train_text_encoder" if flags.text.train_text_encoder else "--train_identifier_embedding"
-            raise UserError(
-                "--modulations_ahead on computes from prompts before the CLIPs have encoded them: leave it out, or "
-                f"leave out {trains}"
-            )
-        asked = replace(asked, modulations_ahead=False)
-    if flags.prior.is_even(flags.run.train_batch_size):
-        return asked
-    if asked.modulations_ahead:
-        raise UserError(
-            "--modulations_ahead on needs as many rows in each micro-batch, of which --prior_share "
-            f"{flags.prior.prior_share:g} of {flags.run.train_batch_size} gives now more and now fewer: leave it out, "
-            "or type --prior_share 1"
-        )
-    return replace(asked, modulations_ahead=False)
-
-
 def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> int | None:
     """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
     if not flags.trains_all:
@@ -969,14 +827,6 @@ def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype)
     tile = smallest_tile(files, work)
     decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
     return DrawingBetween(shape, validation_sampling(flags.watch).rows, decoding)
-
-
-def validation_prompts(watch: WatchFlags) -> tuple[str, ...]:
-    """The distinct prompts whose embeddings are needed to draw while training, the negative one last."""
-    prompts = list(watch.validation_prompt)
-    if watch.validation_prompts_file is not None:
-        prompts += read_prompts(Path(watch.validation_prompts_file))
-    return (*dict.fromkeys(prompts), watch.validation_negative_prompt) if prompts else ()
 
 
 def make_early_warning(
@@ -1123,15 +973,6 @@ def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
     return choose(asked, planned_device(flags.device.device, device, flags.budget.plan))
 
 
-def text_tokens_of(data: DataConfig, files: ModelFiles) -> int:
-    """The tokens of a prompt, before the data is opened: by the flag, by the embeddings file, or by default."""
-    length = data.max_sequence_length
-    if length is None and Path(data.data_df_path).is_file():
-        with EmbeddingStore(Path(data.data_df_path)) as store:
-            length = store.provenance.size
-    return files.clip_tokens() + (length or DEFAULT_SEQUENCE_LENGTH)
-
-
 def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerator) -> int:
     """The seed of the flag (0 is one too), of the checkpoint, or drawn; the same on every rank."""
     drawn = [run.seed]
@@ -1151,70 +992,6 @@ def lock_outputs(output_dir: Path, accelerator: Accelerator, locks: ExitStack) -
         refusal = f"another run is training in {output_dir}: wait for its end, or give another --output_dir"
         locks.enter_context(writing_in(output_dir, refusal))
     accelerator.wait_for_everyone()
-
-
-def with_pictures(flags: TrainingFlags, accelerator: Accelerator) -> TrainingFlags:
-    """The flags with a folder in place of a data set, which rank 0 lays out where that was not done yet."""
-    with accelerator.main_process_first():
-        return replace(flags, data=with_folder(flags.data, flags.model.cache_dir))
-
-
-def open_data(
-    request: StageOneRequest,
-    prompts: Sequence[str],
-    accelerator: Accelerator,
-    trains_clips: bool,
-    identifier: IdentifierStart | None,
-    locks: ExitStack,
-) -> TrainingData:
-    """Stage one's artefacts, checked against the flags; what is missing of them and of class pictures is made.
-
-    Where another run is writing them, waits for its end.
-    """
-    stage_one = StageOne(request)
-    class_images = ClassImages(stage_one)
-    if accelerator.num_processes == 1 and stage_one.lacks_embeddings():
-        stage_one.make_embeddings()
-    wait_for_writer(Path(request.data.data_df_path))
-    store = stage_one.open_embeddings()
-    class_images.require_folders(store)
-    stage_one.require_embedded(store, prompts)
-    prior_prompts = stage_one.prior_prompts(store)
-    if accelerator.is_main_process and not stage_one.has_latents():
-        stage_one.make_latents()
-    locks.enter_context(reading_in(Path(request.data.latents_path)))
-    accelerator.wait_for_everyone()
-    cache = stage_one.open_latents()
-    images = stage_one.find_images(store, cache)
-    variants = choose_crops(request, images, cache)
-    sizes = Counter(size_of_variant(variants[image.image_id][0]) for image in images for _ in range(image.repeats))
-    if accelerator.num_processes > 1:
-        class_images.require(sizes)
-    if accelerator.is_main_process:
-        class_images.make(sizes)
-    accelerator.wait_for_everyone()
-    others = class_images.find(images, sizes, cache)
-    pools = with_class_pool(images, others, request.prior.prior_loss_weight)
-    require_masks(request, images, variants, cache)
-    variants |= choose_crops(request, others, cache)
-    tokens: dict[str, torch.Tensor] = {}
-    if trains_clips:
-        from sd3_lora.stage_one.text_encoders import clip_token_ids  # imports all of transformers' encoders
-
-        captions = [prompt for pool in pools for image in pool.images for prompt in image.prompts]
-        if identifier:
-            identifier.require_in([prompt for image in images for prompt in image.prompts])
-        of_class = [*store.prompts_with_role("class"), request.prior.class_prompt or ""]
-        counts = {identifier.word: identifier.count} if identifier else {}
-        tokens = clip_token_ids(request.files, [*captions, "", *prior_prompts, *prompts, *of_class], counts)
-    return TrainingData(pools, variants, store, cache, request.data.weight_beside_masks, prior_prompts, tokens)
-
-
-def sizes_sentence(data: TrainingData, resolution: int) -> str:
-    """How many pictures there are, and in which shapes."""
-    counts = Counter(map(str, data.sizes))
-    shapes = ", ".join(f"{count} of {size}" for size, count in sorted(counts.items()))
-    return f"{data.counted()} at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
 
 
 def say_nothing_to_do(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
@@ -1372,21 +1149,6 @@ def require_possible(
     for form in flags.run.exports:
         lora_path = Path(flags.run.output_dir) / LORA_FILE
         require_exportable(lora_path, is_plain(flags.lora.lora_type, flags.lora.use_dora), form)
-
-
-def stage_one_request(flags: TrainingFlags, files: ModelFiles, resolution: int) -> StageOneRequest:
-    """What is asked of stage one."""
-    return StageOneRequest(
-        flags.data,
-        flags.model,
-        files,
-        resolution,
-        flags.device.device,
-        flags.prior,
-        flags.budget,
-        flags.run.seed or 0,
-        flags.watch.stage_one_flags(),
-    )
 
 
 @dataclass(frozen=True)
