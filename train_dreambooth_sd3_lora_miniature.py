@@ -35,9 +35,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,13 @@ from typing import Any
 from sd3_lora.common.command_line import (
     Interrupted,
     UserError,
-    command,
     command_again,
     counted,
-    disk_fault,
     exit_code,
     first_line,
     forget_secrets,
 )
-from sd3_lora.common.defaults import EMBEDDINGS_PATH, MINIATURE_GUIDANCE, say_miniature
+from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import (
     ChosenDtype,
     choose_device,
@@ -62,20 +60,15 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
-from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.memory import (
-    GIB,
     drop_workspaces,
-    free_disk_bytes,
     free_memory,
     is_out_of_memory,
-    only_new_garbage,
 )
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.common.progress import Progress
 from sd3_lora.common.records import StepInputs
-from sd3_lora.common.run_locks import writing_in
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults
 from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.sampling import SamplingSettings
@@ -113,19 +106,20 @@ from sd3_lora.training.checkpoints import RECORD, read_state, resume_point, writ
 from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, places_of_pass
-from sd3_lora.training.early_warning import EarlyWarning
+from sd3_lora.training.early_warning import make_early_warning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.encoder_dropout import EncoderDropout
+from sd3_lora.training.finished_run import next_commands, say_nothing_to_do, write_exports, write_model
 from sd3_lora.training.flow import flow_matching_loss, interpolate, load_noise_table, prediction_loss, preference_loss
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.hub import open_hub, upload
 from sd3_lora.training.identifier_start import IdentifierStart
-from sd3_lora.training.in_backward import adam_notes, hollow_moments, whole_bytes
+from sd3_lora.training.in_backward import adam_notes, hollow_moments
 from sd3_lora.training.live_embeddings import live_embeddings
-from sd3_lora.training.loss_log import READ_EVERY, LoggedStep, LossLog, NotFinite, PendingStep
+from sd3_lora.training.loss_log import READ_EVERY, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.model_card import write_model_card
-from sd3_lora.training.not_finite import find_cause, held_norms
+from sd3_lora.training.not_finite import explained, held_norms
 from sd3_lora.training.opened_data import (
     open_data,
     sizes_sentence,
@@ -142,7 +136,12 @@ from sd3_lora.training.optimizer import (
     optimizer_step,
     rate_in_force,
 )
-from sd3_lora.training.optimizer_flags import ENDING_SCHEDULES
+from sd3_lora.training.output_folder import (
+    lock_outputs,
+    named_disk_faults,
+    require_room_for_checkpoints,
+    require_room_for_model,
+)
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.run_flags import RunConfig
@@ -153,31 +152,36 @@ from sd3_lora.training.state import OutOfDeviceMemory, Outputs, StepStart, Train
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers, usable_trackers
 from sd3_lora.training.trainables import Trainables, TrainedGroup, groups_by_rate
-from sd3_lora.training.trained_parts import clip_training, groups_of_clips, lora_kind, lora_targets, require_rates
+from sd3_lora.training.trained_parts import (
+    clip_training,
+    groups_of_clips,
+    load_clips,
+    lora_kind,
+    lora_targets,
+    optimizer_bytes,
+    require_rates,
+)
+from sd3_lora.training.watch import Watch, finished_pictures, look, mean_step_ms, open_log
 from sd3_lora.training.watch_flags import WatchFlags
-from sd3_lora.transformer.base_weights import base_bytes
-from sd3_lora.transformer.compiled import Compiled, start_compile_workers, uncompiled
+from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import (
-    EMA_FILE,
     LORA_FILE,
     attach_lora,
     chosen_blocks,
     start_from,
     trained_names,
 )
-from sd3_lora.transformer.lora_exports import export_lora, export_path, is_plain, require_exportable
-from sd3_lora.transformer.lora_files import LoraFile, read_lora_file
+from sd3_lora.transformer.lora_exports import is_plain, require_exportable
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.placement import ArrangedTransformer, arrange
-from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
-from sd3_lora.transformer.velocity import VelocityModel, left_as_found
+from sd3_lora.transformer.trained_clips import TrainedClips
+from sd3_lora.transformer.velocity import VelocityModel
 from sd3_lora.transformer.whole_weights import train_whole
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import SD3Transformer2DModel
-from safetensors import SafetensorError
 
 SCRIPT = "train_dreambooth_sd3_lora_miniature.py"
 
@@ -271,118 +275,6 @@ def accumulate(
     return mean if full_batches == window else mean * (window / full_batches), seen, sigmas
 
 
-@dataclass(frozen=True)
-class Watch:
-    """What looks at the run between its steps.
-
-    Attributes:
-        log: of the losses.
-        trackers: that are sent the pictures.
-        validation: draws them, if any are asked for.
-        warning: measures at fixed noise, if that is asked for.
-        steps_of_epoch: optimizer steps of a pass over the pictures.
-        compiled: how the blocks are.
-        release: frees what the captured step keeps, until the next one.
-        signals: that ask the run to stop.
-        marks: steps, and the seconds when the device was through with them.
-    """
-
-    log: LossLog
-    trackers: Trackers
-    validation: Validation | None
-    warning: EarlyWarning | None
-    steps_of_epoch: float
-    compiled: Compiled
-    release: Callable[[], None]
-    signals: StopSignals
-    marks: list[tuple[int, float]] = field(default_factory=list)
-
-
-def look(training: Training, watch: Watch, draws: bool, measures: bool, accelerator: Accelerator) -> float:
-    """Draws validation pictures and measures the early warning's losses on rank 0, while the others wait.
-
-    A failure costs a sentence. The next step has the numbers that it would have had without.
-
-    Args:
-        training: whose weights draw.
-        watch: what draws and measures.
-        draws: whether pictures are due.
-        measures: whether the losses are.
-        accelerator: of the processes.
-
-    Returns:
-        The seconds that it took.
-    """
-    start = time.perf_counter()
-    if (draws or measures) and accelerator.is_main_process:
-        works = (measures, measure, "the early warning"), (draws, validate, "the pictures")
-        with only_new_garbage():
-            watch.release()
-            for is_due, work, what in works:
-                try:
-                    if is_due:
-                        with left_as_found(training.transformer), uncompiled(watch.compiled):
-                            work(training, watch, accelerator.device)
-                except Exception as error:  # whatever it is: the run is worth more
-                    note_failure(what, training.step, error)
-            drop_workspaces(accelerator.device)
-            free_memory(accelerator.device)
-    if draws or measures:
-        accelerator.wait_for_everyone()
-    return time.perf_counter() - start
-
-
-def note_failure(what: str, step: int, error: BaseException) -> None:
-    """Says that something between the steps failed, which stops no run."""
-    Progress.write(f"note: {what} of step {step} failed ({first_line(error)}): training goes on")
-
-
-def finish_pictures(validation: Validation | None) -> None:
-    """Waits until the pictures drawn last are written, or says that they are not."""
-    failed = validation and validation.finish()
-    if failed:
-        note_failure("the pictures", *failed)
-
-
-@contextmanager
-def finished_pictures(validation: Validation | None) -> Iterator[None]:
-    """At the end of the block all pictures are written, whatever ends it."""
-    try:
-        yield
-    finally:
-        finish_pictures(validation)
-
-
-def validate(training: Training, watch: Watch, device: torch.device) -> None:
-    """Draws the validation pictures, with the average where there is one. A signal leaves out those to come."""
-    start, validation = time.perf_counter(), watch.validation
-    if validation is None:
-        return
-    if validation.has_drawn(training.step):
-        validation.write_sheet(training.step)  # the kill may have come in between
-        return
-    finish_pictures(validation)
-    with training.ready_to_draw():
-        drawn = validation.draw(training.model, device, training.step, lambda: watch.signals.received is not None)
-    watch.trackers.log_pictures(training.step, [(each.prompt, each.picture) for each in drawn])
-    elapsed_s = time.perf_counter() - start
-    Progress.write(
-        f"step {training.step}: {counted(len(drawn), 'picture')} in {validation.step_folder(training.step)}, "
-        f"{elapsed_s:.1f} s; all steps in {validation.sheet_path}"
-    )
-
-
-def measure(training: Training, watch: Watch, device: torch.device) -> None:
-    """Measures the early warning's losses, and prints what they warn of."""
-    if watch.warning is None or watch.warning.has_measured(training.step):
-        return
-    for sentence in watch.warning.measure(training.model, device, training.step, watch.log.recent_mean):
-        Progress.write(sentence)
-    last = watch.warning.history[-1]
-    values = {"subject_loss": last.subject_loss, "class_loss": last.class_loss}
-    watch.trackers.log(training.step, {name: value for name, value in values.items() if value is not None})
-
-
 def train(
     training: Training,
     batches: MicroBatches,
@@ -420,21 +312,6 @@ def train(
         if watch.signals.received is not None:
             raise Interrupted(outputs.kept(), watch.signals.received)
         raise OutOfDeviceMemory(reason, at, checkpoint)
-
-
-def explained(error: NotFinite, training: Training, batches: MicroBatches, watch: Watch) -> UserError:
-    """The sentence about a step that is not finite, with its cause, which is looked for in its first micro-batch."""
-    if not error.by_computing or training.in_backward or error.step.drawn is None:
-        return error
-    try:
-        watch.release()
-        batches.go_back(error.step.drawn)
-        batches.draw_ahead(1)
-        with uncompiled(watch.compiled):
-            cause = find_cause(training.model, batches.take()[0].inputs, error.step.learning_rate)
-    except Exception as failure:  # whatever it is: the first error is worth more
-        return UserError(f"{error} (why could not be found out: {first_line(failure)})")
-    return UserError(f"{error.fault}; {cause.culprit}: {cause.remedy}; {error.kept}")
 
 
 def keep_whole_step(
@@ -545,22 +422,6 @@ def take_steps(
     return mean_step_ms(watch.marks)
 
 
-@contextmanager
-def named_disk_faults(outputs: Outputs) -> Iterator[None]:
-    """Has the sentence about a disk that takes no more say what is kept, and how to go on.
-
-    Raises:
-        UserError: the block could not write.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        fault = disk_fault(error)
-        if fault is None:
-            raise
-        raise UserError(f"{fault}; {outputs.kept()}") from error
-
-
 def save_what_is_due(
     training: Training,
     batches: MicroBatches,
@@ -576,20 +437,6 @@ def save_what_is_due(
         outputs.save_lora_of_step(training)
     if saves:
         outputs.save_checkpoint(training, batches.state_dict(), accelerator)
-
-
-def mean_step_ms(marks: Sequence[tuple[int, float]]) -> float | None:
-    """The milliseconds of a step, without the first ones where there are more: those load, compile and capture.
-
-    None where there was no step.
-
-    Args:
-        marks: steps, and the seconds when the device was through with them.
-    """
-    if len(marks) == 1:
-        return None
-    (first_step, first_s), (last_step, last_s) = marks[1 if len(marks) > 2 else 0], marks[-1]
-    return 1000 * (last_s - first_s) / (last_step - first_step)
 
 
 def update(
@@ -642,25 +489,6 @@ def start_accelerator(device: torch.device, run: RunConfig, output_dir: Path) ->
         log_with=usable_trackers(run.trackers) or None,
         project_dir=output_dir / run.logging_dir,
     )
-
-
-def load_clips(
-    trained: ClipTraining,
-    files: ModelFiles,
-    dtype: torch.dtype,
-    device: torch.device,
-    start: LoraFile | None,
-    identifier: IdentifierStart | None,
-) -> TrainedClips:
-    """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
-    from sd3_lora.stage_one.text_encoders import load_clip_in  # imports all of transformers' encoders
-
-    clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
-    vectors = identifier.vectors_of(clips) if identifier else None
-    trained.attach(clips)
-    for name, part in start.clips.items() if start and trained.rank is not None else ():
-        start_from(clips[name], part.starts())
-    return TrainedClips(clips, vectors).to(device)
 
 
 def load_lora(
@@ -747,13 +575,6 @@ def load_training(job: Job, planned: PlannedTraining) -> Training:
     )
 
 
-def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> int | None:
-    """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
-    if not flags.trains_all:
-        return None
-    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps, device)
-
-
 def training_task(
     flags: TrainingFlags,
     files: ModelFiles,
@@ -827,33 +648,6 @@ def drawing_between(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype)
     tile = smallest_tile(files, work)
     decoding = {"VAE": tile.weight_bytes, "working memory": tile.working_bytes}
     return DrawingBetween(shape, validation_sampling(flags.watch).rows, decoding)
-
-
-def make_early_warning(
-    flags: TrainingFlags, data: TrainingData, files: ModelFiles, step: int, say: Callable[[str], None]
-) -> EarlyWarning | None:
-    """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
-    if flags.watch.early_warning_steps is None:
-        return None
-    class_prompt = data.class_prompt(flags.prior.class_prompt)
-    if class_prompt is None:
-        say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
-    elif flags.trains_all or lora_kind(flags.lora).starts_from_weights:
-        what = "--full" if flags.trains_all else f"--init_lora_weights {flags.lora.init_lora_weights}"
-        say(f"note: {what} changes the base itself: no drift is measured")
-        class_prompt = None
-    warning = EarlyWarning(
-        data,
-        load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
-        files.read_config("vae"),
-        flags.run.train_batch_size * flags.prior.pools,
-        class_prompt,
-        Path(flags.run.output_dir) / "early_warning.jsonl",
-        flags.prior.more,
-    )
-    warning.go_on_from(step)
-    say(warning.sentence())
-    return warning
 
 
 def validation_tile(files: ModelFiles, work: VaeWork, plan: Plan, budget: DeviceBudget | None) -> VaeTile:
@@ -953,18 +747,6 @@ def make_batches(
     return MicroBatches(training.order, data, sampler, early, asked.caption_dropout, encoder_dropout)
 
 
-def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accelerator) -> LossLog:
-    """The loss log, without the lines after this step, which will be written again."""
-    path = outputs.folder / "losses.jsonl" if accelerator.is_main_process else None
-
-    def track(line: LoggedStep) -> None:
-        trackers.log(line.step, {"loss": line.loss, "learning_rate": line.learning_rate})
-
-    log = LossLog(path, lambda losses: accelerator.reduce(losses, "mean"), outputs.record.facts.precision, track)
-    log.cut_back(step)
-    return log
-
-
 def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
     """The transformer's: as its flag or accelerate launch says, else what the device does best."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")  # accelerate launch writes "no" where nobody said so
@@ -980,50 +762,6 @@ def choose_seed(run: RunConfig, earlier: dict[str, Any], accelerator: Accelerato
         drawn = [earlier.get("--seed", random.randrange(2**31))]
         broadcast_object_list(drawn)
     return int(drawn[0])
-
-
-def lock_outputs(output_dir: Path, accelerator: Accelerator, locks: ExitStack) -> None:
-    """Keeps other runs out of the output folder, and deletes what killed ones left unfinished there.
-
-    Raises:
-        UserError: another run trains there, or the folder cannot be written.
-    """
-    if accelerator.is_main_process:
-        refusal = f"another run is training in {output_dir}: wait for its end, or give another --output_dir"
-        locks.enter_context(writing_in(output_dir, refusal))
-    accelerator.wait_for_everyone()
-
-
-def say_nothing_to_do(outputs: Outputs, training: Training, accelerator: Accelerator) -> None:
-    """For a run that was resumed past its last step, and has written all that it writes."""
-    schedule = outputs.record.identity.values["--lr_scheduler"]
-    ends = f"--lr_scheduler {schedule} has come to its end"
-    longer = ends if schedule in ENDING_SCHEDULES else "a larger --max_train_steps goes on from here"
-    asked = f"{counted(training.steps, 'step')} {'was' if training.steps == 1 else 'were'} asked for"
-    accelerator.print(f"nothing to do: {asked}; {longer}")
-
-
-def write_model(outputs: Outputs, training: Training) -> None:
-    """Makes the output folder a whole model, where its transformer was trained. A failure costs a sentence."""
-    if not training.in_backward:
-        return
-    try:
-        outputs.write_whole_model()
-        print(f"wrote {outputs.folder}, a whole model: what is beside its transformer is the base's")
-    except (UserError, OSError) as error:
-        if disk_fault(error):
-            raise
-        print(f"note: {outputs.trained_path} is written, and not what a whole model has beside it ({error})")
-
-
-def write_exports(folder: Path, flags: TrainingFlags, files: ModelFiles) -> None:
-    """Writes the LoRA, and its moving average if there is one, in the names of other programs."""
-    for name in (LORA_FILE, EMA_FILE) if flags.average.use_ema else (LORA_FILE,):
-        for form in flags.run.exports:
-            path = export_path(folder / name, form)
-            lora = read_lora_file(folder / name, files.read_config("transformer"), files.read_config)
-            export_lora(lora, form, path, files)
-            print(f"wrote {path}")
 
 
 def report(outputs: Outputs) -> None:
@@ -1047,26 +785,7 @@ def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     write_pictures(outputs.folder, record.identity.pictures)
     record.save(outputs.folder / RECORD, results)  # last but for the report: with it the run is finished
     report(outputs)
-    prompt = record.facts.trigger or ""
-    if len(record.facts.prompts or ()) == 1:  # a caption says already where its picture was taken
-        prompt += " in a forest"
-    embeddings_path = None if flags.data.data_df_path == EMBEDDINGS_PATH else flags.data.data_df_path
-    shared = {**flags.model.flags(), **flags.device.flags(), **flags.budget.flags()}
-
-    guidance = MINIATURE_GUIDANCE if flags.model.is_bundled else None
-    if flags.trains_all:
-        facts, size = record.facts, dict.fromkeys(("height", "width"), record.facts.resolution)
-        shared |= {"pretrained_model_name_or_path": outputs.folder, "max_sequence_length": facts.max_sequence_length}
-        print("next: " + command("inference.py", **shared, **size, prompt=prompt, data_df_path=embeddings_path))
-        return
-
-    def drawing(lora: Path) -> str:
-        settings = {"lora": lora, "prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
-        return command("inference.py", **shared, **settings)
-
-    print("next: " + drawing(outputs.folder))
-    if flags.average.use_ema:
-        print("with the moving average: " + drawing(outputs.folder / EMA_FILE))
+    print(*next_commands(outputs, flags), sep="\n")
 
 
 def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype:
@@ -1088,47 +807,6 @@ def set_up_device(flags: TrainingFlags, accelerator: Accelerator) -> ChosenDtype
     if flags.run.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return chosen
-
-
-def require_room_for_model(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype) -> None:
-    """Checks where a whole model is to go.
-
-    Raises:
-        UserError: its folder is the base's, or there is no room for it and its checkpoints.
-    """
-    folder = Path(flags.run.output_dir)
-    if folder.resolve() == files.folder.resolve():
-        raise UserError(f"--output_dir {folder} is the model that is trained, which --full would replace: give another")
-    weights = base_bytes(files, dtype)
-    moments = whole_bytes(files.tensor_shapes("transformer"), dtype, window=1, device=torch.device("cpu"))
-    kept = flags.run.checkpoints_total_limit or 1
-    needed, free = (kept + 1) * (weights + moments), free_disk_bytes(folder)
-    if free < needed:
-        raise UserError(
-            f"{folder} has {free / GIB:.1f} GiB of disk left, and --full writes up to {needed / GIB:.1f} GiB there "
-            f"({counted(kept + 1, 'checkpoint')} for a moment): make room, or give another --output_dir"
-        )
-
-
-def require_room_for_checkpoints(flags: TrainingFlags, training: Training, planned: PlannedTraining) -> None:
-    """Checks that there is room for what the run will write of its LoRA. Of a whole model that is known before.
-
-    Raises:
-        UserError: there is not.
-    """
-    if training.in_backward:
-        return
-    run, average = flags.run, 2 if training.average else 1
-    left = planned.steps - training.step
-    checkpoints = -(-left // run.steps_to_checkpoint(planned.steps))
-    if run.checkpoints_total_limit is not None:
-        checkpoints = min(checkpoints, run.checkpoints_total_limit + 1)  # one more for a moment
-    loras = checkpoints + 1 + (left // flags.watch.save_every_n_steps if flags.watch.save_every_n_steps else 0)
-    trained = sum(tensor.nbytes for tensor in training.trainables.parameters)
-    state = trained * average + 2 * trained  # the optimizer's, at the most
-    lora = 4 * training.trainables.numel * average
-    folder = Path(run.output_dir)
-    require_room(folder, checkpoints * state + loras * lora, f"{counted(checkpoints, 'checkpoint')} and the LoRA take")
 
 
 def require_possible(
@@ -1281,7 +959,7 @@ def train_as_planned(job: Job, attempt: Attempt) -> int:
         outputs.load_checkpoint(checkpoint, state, training, accelerator)
         say(f"resumed from {checkpoint}: step {training.step} of {planned.steps}")
     if accelerator.is_main_process:
-        require_room_for_checkpoints(flags, training, planned)
+        require_room_for_checkpoints(flags, training)
     if training.step >= planned.steps and outputs.is_finished(training.step):
         say_nothing_to_do(outputs, training, accelerator)
         if accelerator.is_main_process and not outputs.report_path.exists():

@@ -46,13 +46,13 @@ def imports() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def left_frozen() -> Iterator[None]:
-    """A script that watches its own garbage (`only_new_garbage`) unfreezes what `frozen_objects` froze, for good.
+    """A run that watches its own garbage (`only_new_garbage`) unfreezes what `frozen_objects` froze, for good.
 
     test_memory.py calls the function itself.
     """
-    script = importlib.import_module(TRAINING_SCRIPT)
+    watch = importlib.import_module("sd3_lora.training.watch")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "only_new_garbage", contextlib.nullcontext)
+        patch.setattr(watch, "only_new_garbage", contextlib.nullcontext)
         yield
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from sd3_lora.common.command_line import UserError, first_line
 from sd3_lora.common.records import StepInputs
 from sd3_lora.training.flow import interpolate
+from sd3_lora.training.loss_log import NotFinite
+from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.training.state import Training
+from sd3_lora.training.watch import Watch
+from sd3_lora.transformer.compiled import uncompiled
 from sd3_lora.transformer.velocity import VelocityModel
 
 import torch
@@ -99,3 +104,18 @@ def find_cause(model: VelocityModel, inputs: StepInputs, learning_rate: float) -
         "the base alone, without its LoRA, gives no finite numbers there, at any learning rate",
         "its weights are damaged or made for other embeddings: give another --pretrained_model_name_or_path",
     )
+
+
+def explained(error: NotFinite, training: Training, batches: MicroBatches, watch: Watch) -> UserError:
+    """The sentence about a step that is not finite, with its cause, which is looked for in its first micro-batch."""
+    if not error.by_computing or training.in_backward or error.step.drawn is None:
+        return error
+    try:
+        watch.release()
+        batches.go_back(error.step.drawn)
+        batches.draw_ahead(1)
+        with uncompiled(watch.compiled):
+            cause = find_cause(training.model, batches.take()[0].inputs, error.step.learning_rate)
+    except Exception as failure:  # whatever it is: the first error is worth more
+        return UserError(f"{error} (why could not be found out: {first_line(failure)})")
+    return UserError(f"{error.fault}; {cause.culprit}: {cause.remedy}; {error.kept}")

@@ -1,4 +1,4 @@
-"""What a command trains: the LoRA's kind and its layers, and what of the CLIPs."""
+"""What a command trains: the LoRA's kind and its layers, what of the CLIPs, or the whole transformer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.training.config import TrainingFlags
+from sd3_lora.training.identifier_start import IdentifierStart
+from sd3_lora.training.in_backward import whole_bytes
 from sd3_lora.training.lora_flags import LoraFlags
 from sd3_lora.training.trainables import TrainedGroup, require_patterns
 from sd3_lora.transformer.base_weights import make_hollow
 from sd3_lora.transformer.flat_parameters import flatten_parameters
-from sd3_lora.transformer.lora import LoraKind, attach_lora, chosen_blocks, target_modules, trained_names
+from sd3_lora.transformer.lora import LoraKind, attach_lora, chosen_blocks, start_from, target_modules, trained_names
+from sd3_lora.transformer.lora_files import LoraFile
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 
@@ -64,6 +67,25 @@ def clip_training(
     return ClipTraining(configs, rank, flags.lora.lora_dropout, seed, vectors)
 
 
+def load_clips(
+    trained: ClipTraining,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    start: LoraFile | None,
+    identifier: IdentifierStart | None,
+) -> TrainedClips:
+    """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
+    from sd3_lora.stage_one.text_encoders import load_clip_in  # imports all of transformers' encoders
+
+    clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
+    vectors = identifier.vectors_of(clips) if identifier else None
+    trained.attach(clips)
+    for name, part in start.clips.items() if start and trained.rank is not None else ():
+        start_from(clips[name], part.starts())
+    return TrainedClips(clips, vectors).to(device)
+
+
 def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, steps: int) -> Iterator[TrainedGroup]:
     """What is trained of the CLIPs, in groups: their LoRA, and the identifier's vectors.
 
@@ -81,3 +103,10 @@ def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, st
         vectors, rate = tuple(clips.identifier.parameters()), flags.identifier_rate(pictures)
         last = flags.identifier.last_step(steps)
         yield TrainedGroup("identifier", flatten_parameters(vectors), rate, vectors, 0.0, last_step=last)
+
+
+def optimizer_bytes(flags: TrainingFlags, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> int | None:
+    """What training the whole transformer takes beside its weights; None where a LoRA is trained."""
+    if not flags.trains_all:
+        return None
+    return whole_bytes(files.tensor_shapes("transformer"), dtype, flags.run.gradient_accumulation_steps, device)

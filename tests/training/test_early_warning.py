@@ -154,7 +154,7 @@ def make_warning(prepared: Prepared, tmp_path: Path, *more: str) -> EarlyWarning
         made.append(EarlyWarning(*words))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "EarlyWarning", make)
+        patch.setattr(early_warning, "EarlyWarning", make)
         words = [*prepared.flags, *WARNS, "--device", "cpu", "--center_crop", "--num_crops", 1, *more]
         with pytest.raises(AttributeError):  # `make` returns none
             module.main([str(word) for word in [*words, "--max_train_steps", 1, "--output_dir", tmp_path]])

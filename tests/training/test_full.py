@@ -11,6 +11,7 @@ from sd3_lora.common import tensor_files
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import choose_whole_dtype
 from sd3_lora.common.records import StepInputs
+from sd3_lora.training import output_folder
 from sd3_lora.training.checkpoints import checkpoint_folders
 from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.hub_folder import make_hub_folder
@@ -288,7 +289,7 @@ def test_the_folder_of_the_base_is_not_replaced(script: Script, prepared: Prepar
 def test_a_full_disk_is_noticed_first(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training_script(), "free_disk_bytes", lambda _: 1000)
+    monkeypatch.setattr(output_folder, "free_disk_bytes", lambda _: 1000)
     run = train(script, prepared, tmp_path / "out", "--full", code=2)
     assert "of disk left, and --full writes up to" in run.error
     assert run.wrote_no_weights()

@@ -13,6 +13,7 @@ from typing import Any
 from sd3_lora.common.records import PromptEmbedding
 from sd3_lora.stage_one.embedding_store import EmbeddingStore, write_embeddings
 from sd3_lora.stage_one.image_files import hash_file
+from sd3_lora.training import not_finite
 from sd3_lora.training.checkpoints import read_state
 from sd3_lora.training.state import Training
 from sd3_lora.transformer.lora import LORA_FILE
@@ -196,7 +197,7 @@ def test_an_overflow_of_the_base_is_told_apart_from_a_rate_that_is_too_high(
         use_float16(monkeypatch)
     break_at(monkeypatch, 3, spoil)
     module, computed, asked = training_script(), list[torch.Tensor](), list[torch.Tensor]()
-    micro_step, find_cause = module.micro_step, module.find_cause
+    micro_step, find_cause = module.micro_step, not_finite.find_cause
 
     def noted(model: Any, inputs: Any, *words: Any) -> torch.Tensor:
         computed.append(inputs.noise)
@@ -208,7 +209,7 @@ def test_an_overflow_of_the_base_is_told_apart_from_a_rate_that_is_too_high(
         return find_cause(model, inputs, *words)
 
     monkeypatch.setattr(module, "micro_step", noted)
-    monkeypatch.setattr(module, "find_cause", asked_for)
+    monkeypatch.setattr(not_finite, "find_cause", asked_for)
     run = train(script, prepared, tmp_path, "--max_train_steps", 6, "--checkpointing_steps", 2, code=2)
     assert len(asked) == 1
     assert torch.equal(asked[0], computed[2])  # the cause is looked for in the step that failed
