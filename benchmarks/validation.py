@@ -41,6 +41,7 @@ from sd3_lora.common.memory import GIB, drop_workspaces, free_memory
 from sd3_lora.common.picture_size import PictureSize
 from sd3_lora.drawing.validation import Validation
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.training import watch
 from sd3_lora.transformer.lora import LORA_FILE
 
 import torch
@@ -159,7 +160,7 @@ class Observed:
         """Looks at the script's steps, and at what it does between them."""
         with contextlib.ExitStack() as held:
             for name in ("validate", "measure"):
-                held.enter_context(_around(script, name, partial(self._between, name)))
+                held.enter_context(_around(watch, name, partial(self._between, name)))
             for part in self.parts_s:
                 held.enter_context(_around(Validation, part, partial(self._part, part)))
             held.enter_context(_around(script, "optimizer_step", self._step))
