@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sd3_lora.training.pool import Pool, pass_length
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 
 @dataclass(frozen=True)
@@ -288,3 +290,12 @@ def places_of_pass(pools: Sequence[Pool], shapes: Sequence[Hashable], global_bat
     rounds = [math.ceil(count / first[shape]) for counts in further for shape, count in counts.items() if first[shape]]
     places = global_batch_size * sum(math.ceil(count / global_batch_size) for count in first.values())
     return places * max([1, *rounds])
+
+
+def choose_seed(asked: int | None, earlier: Mapping[str, Any]) -> int:
+    """The seed of the flag (0 is one too), of the checkpoint, or drawn; the same on every rank."""
+    drawn: list[Any] = [asked]
+    if asked is None:
+        drawn = [earlier.get("--seed", random.randrange(2**31))]
+        broadcast_object_list(drawn)
+    return int(drawn[0])

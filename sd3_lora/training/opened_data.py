@@ -1,5 +1,5 @@
-"""The data of a run, opened: a data set laid out, stage one's artefacts and the class pictures checked, and made where
-they are missing; and what of them is asked for.
+"""The data of a run, opened: stage one's artefacts and the class pictures checked, made where they are missing, read,
+and dealt out in micro-batches.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.crops import choose_crops, require_masks
 from sd3_lora.training.data_flags import DataConfig
 from sd3_lora.training.dataset import TrainingData
+from sd3_lora.training.encoder_dropout import EncoderDropout
+from sd3_lora.training.flow import load_noise_table
 from sd3_lora.training.identifier_start import IdentifierStart
+from sd3_lora.training.micro_batches import InputSampler, MicroBatches
 from sd3_lora.training.pool import with_class_pool
+from sd3_lora.training.prior_prompts import PriorPrompts
 from sd3_lora.training.stage_one_request import StageOneRequest
+from sd3_lora.training.state import Training
 from sd3_lora.training.watch_flags import WatchFlags
 
 import torch
@@ -126,3 +131,22 @@ def sizes_sentence(data: TrainingData, resolution: int) -> str:
     counts = Counter(map(str, data.sizes))
     shapes = ", ".join(f"{count} of {size}" for size, count in sorted(counts.items()))
     return f"{data.counted()} at {resolution} px" + (f" ({shapes})" if len(counts) > 1 else "")
+
+
+def make_batches(
+    training: Training, data: TrainingData, files: ModelFiles, flags: TrainingFlags, device: torch.device
+) -> MicroBatches:
+    """The run's micro-batches; one more is drawn early where modulations are computed ahead."""
+    table = load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift)
+    prior = None
+    if data.prior_prompts:
+        tokens = [data.clip_tokens[prompt] for prompt in data.prior_prompts] if data.clip_tokens else ()
+        prior = PriorPrompts(data.prior_embeddings(), flags.prior.share, tokens)
+    vae_config, dtype = files.read_config("vae"), training.model.dtype
+    taken = training.step * flags.run.gradient_accumulation_steps
+    clips = training.model.clips
+    sampler = InputSampler(training.draws, vae_config, table, flags.flow, dtype, device, prior, taken, clips)
+    early = 2 if training.ahead else 1
+    asked = flags.data
+    encoder_dropout = EncoderDropout.of(files, asked.clip_l_dropout, asked.clip_g_dropout, asked.t5_dropout)
+    return MicroBatches(training.order, data, sampler, early, asked.caption_dropout, encoder_dropout)

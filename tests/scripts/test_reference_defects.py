@@ -41,7 +41,7 @@ def seen(training, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     """What each micro-step of a run saw."""
     drawn: list[object] = []
     calls: list[dict[str, object]] = []
-    draw, step = training.InputSampler.sample, training.micro_step
+    draw, step = micro_batches.InputSampler.sample, training.micro_step
 
     def draw_spy(self, batch):
         drawn.append(batch)
@@ -51,7 +51,7 @@ def seen(training, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         calls.append({"model": model, "batch": drawn.pop(0)})
         return step(model, *rest)
 
-    monkeypatch.setattr(training.InputSampler, "sample", draw_spy)
+    monkeypatch.setattr(micro_batches.InputSampler, "sample", draw_spy)
     monkeypatch.setattr(training, "micro_step", spy)
     return calls
 
