@@ -771,11 +771,10 @@ def load_clips(
     trained: ClipTraining,
     files: ModelFiles,
     dtype: torch.dtype,
-    device: torch.device,
     start: LoraFile | None,
     identifier: IdentifierStart | None,
 ) -> TrainedClips:
-    """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
+    """The frozen CLIPs on the host, with a new LoRA, or one that begins as another, and the identifier's vectors."""
     from sd3_lora.stage_one.text_encoders import load_clip_in  # likewise
 
     clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
@@ -783,7 +782,7 @@ def load_clips(
     trained.attach(clips)
     for name, part in start.clips.items() if start and trained.rank is not None else ():
         start_from(clips[name], part.starts())
-    return TrainedClips(clips, vectors).to(device)
+    return TrainedClips(clips, vectors)
 
 
 def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, steps: int) -> Iterator[TrainedGroup]:
@@ -849,7 +848,11 @@ def load_lora(
     groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
     of_clips, clips = clip_training(flags, files, seed, identifier.count if identifier else 0), None
     if of_clips:
-        clips = load_clips(of_clips, files, dtype, device, start, identifier)
+        clips = load_clips(of_clips, files, dtype, start, identifier)
+        if planned.plan.placement.clips_streamed:
+            clips.stream(device)
+        else:
+            clips.to(device)
         groups += groups_of_clips(clips, flags, pictures, planned.steps)
     trainables = Trainables(groups)
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")
@@ -1508,12 +1511,14 @@ class Attempt:
         budget: that it fits.
         checkpoint: from which the run goes on, if it does.
         state: of that checkpoint; its signature is empty where there is none.
+        may_capture: whether a CUDA graph may be tried where the plan has no room for one.
     """
 
     plan: Plan
     budget: DeviceBudget | None
     checkpoint: Path | None
     state: dict[str, Any]
+    may_capture: bool = True
 
 
 def plan_run(job: Job, plan: Plan, kernels_before: str | None) -> PlannedTraining:
@@ -1568,6 +1573,10 @@ def cheaper_attempt(job: Job, attempt: Attempt, ended: str, checkpoint: Path | N
     """
     budget = attempt.budget and attempt.budget.now()
     state = read_state(checkpoint) if checkpoint else {"signature": attempt.state["signature"]}
+    say, where = job.accelerator.print, f"going on from {checkpoint}" if checkpoint else "beginning again"
+    if attempt.may_capture and not attempt.plan.forecast.has_room_for_graph:  # it was tried all the same
+        say(f"note: the GPU's memory ran out {ended}: {where}, without a CUDA graph")
+        return replace(attempt, checkpoint=checkpoint, state=state, may_capture=False)
     compiled = state["signature"].get("--compile") == COMPILED
     plan = plan_cheaper(job.task, budget, attempt.plan, compiled) if budget else None
     if plan is None:
@@ -1575,8 +1584,6 @@ def cheaper_attempt(job: Job, attempt: Attempt, ended: str, checkpoint: Path | N
         again = command_again(SCRIPT, job.argv, **({"resume_from_checkpoint": "latest"} if checkpoint else {}))
         kept = f"{checkpoint} is kept; to go on" if checkpoint else "no step was kept; to start again"
         raise UserError(f"the GPU's memory ran out {ended}{left}: {kept}, close other programs and type `{again}`")
-    where = f"going on from {checkpoint}" if checkpoint else "beginning again"
-    say = job.accelerator.print
     say(f"note: the GPU's memory ran out {ended}: {where}, with a plan that takes less")
     say("\n".join(plan_lines(job.task, plan, budget, False)))
     return Attempt(plan, budget, checkpoint, state)
@@ -1595,6 +1602,8 @@ def train_as_planned(job: Job, attempt: Attempt) -> int:
         budget.cap()
     facts = replace(job.facts, plan=plan.to_dict(), predicted_parts=dict(plan.forecast.largest.parts))
     planned = plan_run(job, plan, state["signature"].get("--compile"))
+    if not attempt.may_capture:
+        planned = replace(planned, execution=replace(planned.execution, captured=False))
     start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
         training = load_training(job, planned)
