@@ -31,11 +31,7 @@ from sd3_lora.common.lean_imports import import_diffusers, import_pyarrow, start
 from sd3_lora.training.config import HARMLESS_FLAGS, REFUSED_FLAGS, TrainingFlags
 
 COMMAND_LINE = CommandLine(
-    "train_dreambooth_sd3_lora_miniature.py",
-    __doc__,
-    group_classes(TrainingFlags),
-    REFUSED_FLAGS,
-    HARMLESS_FLAGS,
+    "train_dreambooth_sd3_lora_miniature.py", __doc__, group_classes(TrainingFlags), REFUSED_FLAGS, HARMLESS_FLAGS
 )
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
@@ -110,7 +106,6 @@ from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.stage_one.vae_tiles import VaeTile, VaeWork, choose_tile, smallest_tile
 from sd3_lora.training.asked_placement import asked_placement
 from sd3_lora.training.checkpoints import RECORD, read_state, resume_point, write_pictures
-from sd3_lora.training.config import REFUSED_FLAGS, TrainingFlags
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, choose_seed, places_of_pass
 from sd3_lora.training.early_warning import make_early_warning
@@ -283,12 +278,7 @@ def choose_precision(flags: TrainingFlags, device: torch.device) -> ChosenDtype:
 
 
 def training_task(
-    flags: TrainingFlags,
-    files: ModelFiles,
-    buckets: Buckets,
-    dtype: torch.dtype,
-    device: torch.device,
-    processes: int,
+    flags: TrainingFlags, files: ModelFiles, buckets: Buckets, dtype: torch.dtype, device: torch.device, processes: int
 ) -> TrainingTask:
     """What is to be planned.
 
@@ -442,12 +432,14 @@ class Attempt:
         budget: that it fits.
         checkpoint: from which the run goes on, if it does.
         state: of that checkpoint; its signature is empty where there is none.
+        may_capture: whether a CUDA graph may be tried where the plan has no room for one.
     """
 
     plan: Plan
     budget: DeviceBudget | None
     checkpoint: Path | None
     state: dict[str, Any]
+    may_capture: bool = True
 
 
 def train_within(job: Job, attempt: Attempt) -> int:
@@ -482,6 +474,8 @@ def train_as_planned(job: Job, attempt: Attempt) -> int:
         budget.cap()
     facts = replace(job.facts, plan=plan.to_dict(), predicted_parts=dict(plan.forecast.largest.parts))
     planned = plan_run(job, plan, state["signature"].get("--compile"))
+    if not attempt.may_capture:
+        planned = replace(planned, execution=replace(planned.execution, captured=False))
     start_compile_workers(planned.execution.compiled, device)  # while the transformer is loaded
     with memory_stage("load transformer", device, reports, say):
         training = load_training(job, planned)
@@ -525,6 +519,10 @@ def cheaper_attempt(job: Job, attempt: Attempt, ended: str, checkpoint: Path | N
     """
     budget = attempt.budget and attempt.budget.now()
     state = read_state(checkpoint) if checkpoint else {"signature": attempt.state["signature"]}
+    say, where = job.accelerator.print, f"going on from {checkpoint}" if checkpoint else "beginning again"
+    if attempt.may_capture and not attempt.plan.forecast.has_room_for_graph:  # it was tried all the same
+        say(f"note: the GPU's memory ran out {ended}: {where}, without a CUDA graph")
+        return replace(attempt, checkpoint=checkpoint, state=state, may_capture=False)
     compiled = state["signature"].get("--compile") == COMPILED
     plan = plan_cheaper(job.task, budget, attempt.plan, compiled) if budget else None
     if plan is None:
@@ -532,8 +530,6 @@ def cheaper_attempt(job: Job, attempt: Attempt, ended: str, checkpoint: Path | N
         again = command_again(SCRIPT, job.argv, **({"resume_from_checkpoint": "latest"} if checkpoint else {}))
         kept = f"{checkpoint} is kept; to go on" if checkpoint else "no step was kept; to start again"
         raise UserError(f"the GPU's memory ran out {ended}{left}: {kept}, close other programs and type `{again}`")
-    where = f"going on from {checkpoint}" if checkpoint else "beginning again"
-    say = job.accelerator.print
     say(f"note: the GPU's memory ran out {ended}: {where}, with a plan that takes less")
     say("\n".join(plan_lines(job.task, plan, budget, False)))
     return Attempt(plan, budget, checkpoint, state)
@@ -624,7 +620,11 @@ def load_lora(
     groups = groups_by_rate(group, names, flags.optimizer.scaled_rates(pictures))
     of_clips, clips = clip_training(flags, files, seed, identifier.count if identifier else 0), None
     if of_clips:
-        clips = load_clips(of_clips, files, dtype, device, start, identifier)
+        clips = load_clips(of_clips, files, dtype, start, identifier)
+        if planned.plan.placement.clips_streamed:
+            clips.stream(device)
+        else:
+            clips.to(device)
         groups += groups_of_clips(clips, flags, pictures, planned.steps)
     trainables = Trainables(groups)
     accelerator.print(f"LoRA: {trainables.numel / 1e6:.2f} M parameters in float32, rank {lora.rank}")

@@ -137,6 +137,7 @@ NO_GUESS = {
     "recompute_blocks",
     "offload_inputs",
     "modulations_ahead",
+    "stream_text_encoders",
 }
 
 

@@ -121,6 +121,13 @@ class StepFlags:
             "backward, where the link to the host has time. auto: on."
         },
     )
+    stream_text_encoders: Switch = field(
+        default="auto",
+        metadata={
+            "help": "Stream the weights of the CLIPs' layers too, where something of the CLIPs is trained. auto: where "
+            "streamed blocks alone do not make it fit."
+        },
+    )
     compile: Literal["auto", "on", "off", "blocks", "graph"] = field(
         default="auto",
         metadata={

@@ -54,6 +54,7 @@ from sd3_lora.plan.step_time import (
 from sd3_lora.transformer.base_weights import BasePrecision, base_bytes
 from sd3_lora.transformer.mapped_pieces import ring_sizes
 from sd3_lora.transformer.placement import AskedPlacement, Placement, spread_streamed_blocks
+from sd3_lora.transformer.trained_clips import CLIP_BUFFERS
 
 import torch
 
@@ -100,7 +101,8 @@ class Plan:
 
     def base_sentence(self) -> str:
         """For the user: where the weights are, and how much host memory is pinned for them."""
-        pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if self.placement.streamed else ""
+        streams = self.placement.streamed or self.placement.clips_streamed
+        pinned = f" ({self.forecast.host_bytes / GIB:.1f} GiB pinned)" if streams else ""
         return self.placement.base_sentence() + pinned
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def plain_placement(files: ModelFiles, asked: AskedPlacement) -> Placement:
         asked.modulations_ahead is not False,
         asked.attention_kernel,
         whole=asked.whole,
+        clips_streamed=bool(asked.clips_streamed),
     )
 
 
@@ -309,12 +312,14 @@ class _Base:
         device_bytes: of weights on the device.
         host_bytes: of pinned memory.
         state_saved: bytes of the optimizer's state that are not on the device, since they are streamed too.
+        clips_saved: bytes of the CLIPs that are not on the device, likewise.
     """
 
     placement: Placement
     device_bytes: int
     host_bytes: int
     state_saved: int = 0
+    clips_saved: int = 0
 
 
 class _Places:
@@ -363,10 +368,26 @@ class _Places:
         """All of them on the device."""
         return _Base(self._plain, self._whole, 0)
 
-    def streamed(self, resident: int, buffers: int) -> _Base:
+    @staticmethod
+    def with_clips_streamed(base: _Base, pieces: Sequence[int]) -> _Base:
+        """The same with the CLIPs streamed too, whose pieces have so many bytes; none where there are no pieces."""
+        if not pieces:
+            return base
+        saved = sum(pieces) - min(CLIP_BUFFERS, len(pieces)) * max(pieces)
+        on_host = base.host_bytes + pinned_bytes(pieces)
+        return replace(
+            base, placement=replace(base.placement, clips_streamed=True), host_bytes=on_host, clips_saved=saved
+        )
+
+    def streamed(self, resident: int, buffers: int, of_clips: Sequence[int] = ()) -> _Base:
         """`resident` blocks on the device, and room for `buffers` pieces of the others, or for all if there are fewer.
 
         The source is host memory or, if that is too small, the files. No file holds 4-bit weights, nor trained ones.
+
+        Args:
+            resident: number of blocks.
+            buffers: on the device.
+            of_clips: bytes of the CLIPs' pieces, where these are streamed too, from host memory.
         """
         blocks = spread_streamed_blocks(self.blocks, resident)
         costs = [piece for piece in self.costs if piece.block in blocks]
@@ -374,13 +395,15 @@ class _Places:
         if self._state_of:
             state = RoundTripBytes.of([self._state_of(count) for piece in costs for count in piece.counts])
         may_be_files = self._plain.precision is None and not self._plain.whole
-        is_too_much = may_be_files and pinned_bytes(pieces) > self.host_room
+        beside = pinned_bytes(of_clips) if of_clips else 0
+        is_too_much = may_be_files and pinned_bytes(pieces) + beside > self.host_room
         source = self._asked.stream_from or ("files" if is_too_much else "host")
         pinned = pinned_bytes(ring_sizes(pieces) if source == "files" else pieces)
         count = min(self._asked.buffers or buffers, len(pieces))
         placement = replace(self._plain, streamed=blocks, stream_from=source, buffers=count)
         on_device = self._whole - sum(pieces) + count * max(pieces)
-        return _Base(placement, on_device, pinned + state.pinned, state.whole - state.slots)
+        base = _Base(placement, on_device, pinned + state.pinned, state.whole - state.slots)
+        return self.with_clips_streamed(base, of_clips)
 
     def with_host_room(self, bases: Sequence[_Base]) -> list[_Base]:
         """Those that the host has room for. Only of a trained transformer may there be none: others have the files.
@@ -405,10 +428,10 @@ class _Places:
             "larger --vram_budget_gib or a smaller --stream_blocks"
         )
 
-    def most_streamed(self, resident: Sequence[int]) -> list[_Base]:
+    def most_streamed(self, resident: Sequence[int], of_clips: Sequence[int] = ()) -> list[_Base]:
         """The most blocks streamed, with ever fewer buffers."""
         buffers = [self._asked.buffers] if self._asked.buffers else STREAM_BUFFERS
-        return [self.streamed(min(resident), count) for count in buffers]
+        return [self.streamed(min(resident), count, of_clips) for count in buffers]
 
 
 def _only_smaller(plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -584,7 +607,7 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
         planner = _Planner(memory, shape, budget, working or 0, drawing.decoding if drawing else {})
         planners.append((places, planner))
         if not asked.streamed:
-            base = places.on_device()
+            base = places.with_clips_streamed(places.on_device(), memory.clip_pieces if asked.clips_streamed else ())
             whole = (
                 replace(planner, memory=memory.compiled(config)) if shape.compiled and precision is None else planner
             )
@@ -592,9 +615,12 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
     if not task.can_stream or asked.streamed == 0:
         return
     size, rate = StepSize.of(config, shape), measure_flops_a_byte(budget.device, shape.dtype)
-    for places, planner in planners:
+    # The CLIPs compute too little to hide their copies: they are streamed last.
+    of_clips = () if asked.clips_streamed is False else planners[0][1].memory.clip_pieces
+    may_stay = [()] if of_clips and not asked.clips_streamed else []
+    for (places, planner), pieces in itertools.product(planners, [*may_stay, of_clips]):
         resident = _resident_counts(asked, count)
-        every = [places.streamed(staying, STREAM_BUFFERS[0]) for staying in resident]
+        every = [places.streamed(staying, STREAM_BUFFERS[0], pieces) for staying in resident]
         bases = places.with_host_room(every)
         computed = {k: computed_flops(places.costs, size, range(k)) for k in counts}
         ways: list[tuple[tuple[float, float], _Base, int]] = []
@@ -603,8 +629,11 @@ def _all_plans(task: TrainingTask, budget: DeviceBudget) -> Iterator[Plan]:
             ways.append((StepCost(computed[k], copied).time, base, k))
         if not asked.offload_inputs:
             yield from (planner.plan(base, k) for _, base, k in sorted(ways, key=lambda way: way[0]))
+        if pieces != of_clips:
+            continue
         offload = asked.offload_inputs is not False and max(counts) > 0
-        smallest = places.most_streamed([base.placement.blocks - len(base.placement.streamed) for base in bases])
+        fitting = [base.placement.blocks - len(base.placement.streamed) for base in bases]
+        smallest = places.most_streamed(fitting, pieces)
         yield from (planner.plan(base, max(counts), offload) for base in smallest)
         yield planner.plan(smallest[-1], max(counts), offload, room_for_graph=False)
         if len(bases) < len(every):  # more blocks would be streamed, were there room for them
@@ -659,7 +688,7 @@ class _Planner:
         parts = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
-            **self._clips,
+            **self._clips(base),
             **self._updated(base),
             "activations": activations,
             "working memory": working + WORKSPACE_BYTES,
@@ -678,9 +707,8 @@ class _Planner:
             return {"optimizer": self.shape.whole_bytes - base.state_saved}
         return {"LoRA and optimizer": int(self.memory.lora / 4 * self.shape.bytes_per_parameter)}
 
-    @property
-    def _clips(self) -> dict[str, int]:
-        return {"CLIPs": self.memory.clips} if self.memory.clips else {}
+    def _clips(self, base: _Base) -> dict[str, int]:
+        return {"CLIPs": self.memory.clips - base.clips_saved} if self.memory.clips else {}
 
     def _between(self, base: _Base) -> Iterator[Phase]:
         """The phases of saving a whole transformer; and of drawing between the steps, while a LoRA's optimizer's state
@@ -695,7 +723,7 @@ class _Planner:
         kept = {
             "CUDA": self.budget.context_bytes,
             "weights": base.device_bytes,
-            **self._clips,
+            **self._clips(base),
             "LoRA": int(self.memory.lora / 4 * per_parameter),
             **(self._updated(base) if self.shape.whole else {}),
         }

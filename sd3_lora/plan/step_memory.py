@@ -13,6 +13,7 @@ from sd3_lora.common.memory import round_up
 from sd3_lora.common.placement_flags import AttentionKernel
 from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.exact_attention import AttentionBackward
+from sd3_lora.gpu.packed_tensors import layout
 from sd3_lora.gpu.round_trips import Item
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.transformer.base_weights import BasePrecision, make_hollow
@@ -133,6 +134,7 @@ class StepMemory:
         working_recomputed: the same where every block is recomputed.
         lora: the trained parameters, in float32.
         clips: the frozen weights of the CLIPs, where these are trained too.
+        clip_pieces: those of them that can be streamed, by piece.
     """
 
     kept: tuple[int, ...]
@@ -142,6 +144,7 @@ class StepMemory:
     working_recomputed: int
     lora: int
     clips: int = 0
+    clip_pieces: tuple[int, ...] = ()
 
     def compiled(self, config: Mapping[str, Any]) -> StepMemory:
         """Of compiled blocks: they keep less for backward, and compute what is cheap a second time.
@@ -384,6 +387,7 @@ def simulate_step(
             working_recomputed=working_recomputed,
             lora=0 if shape.whole else 4 * (sum(trained[kind] for kind in kinds) + of_clips),
             clips=model.clips.frozen_bytes if model.clips else 0,
+            clip_pieces=tuple(layout(piece.weights)[-1] for piece in model.clips.pieces()) if model.clips else (),
         )
 
     # The most that one block needs beside what is kept: the peak when each is recomputed.

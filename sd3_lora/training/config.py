@@ -68,6 +68,11 @@ class TrainingFlags:
             )
         if self.prior.with_prior_preservation and self.data.concepts_list is None:
             require_right(self.prior.lacking())
+        if is_on(self.step.stream_text_encoders) and not self.trains_clips:
+            raise UserError(
+                "--stream_text_encoders on is of CLIPs of which something is trained: add --train_text_encoder or "
+                "--train_identifier_embedding, or leave it out"
+            )
         for fault in self._text_encoder_faults() if self.text.train_text_encoder else ():
             raise UserError(fault)
         for fault in self._full_faults() if self.full.full else ():

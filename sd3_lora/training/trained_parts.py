@@ -71,11 +71,10 @@ def load_clips(
     trained: ClipTraining,
     files: ModelFiles,
     dtype: torch.dtype,
-    device: torch.device,
     start: LoraFile | None,
     identifier: IdentifierStart | None,
 ) -> TrainedClips:
-    """The frozen CLIPs on the device, with a new LoRA, or one that begins as another, and the identifier's vectors."""
+    """The frozen CLIPs on the host, with a new LoRA, or one that begins as another, and the identifier's vectors."""
     from sd3_lora.stage_one.text_encoders import load_clip_in  # imports all of transformers' encoders
 
     clips = {name: load_clip_in(files, name, dtype) for name in CLIPS}
@@ -83,7 +82,7 @@ def load_clips(
     trained.attach(clips)
     for name, part in start.clips.items() if start and trained.rank is not None else ():
         start_from(clips[name], part.starts())
-    return TrainedClips(clips, vectors).to(device)
+    return TrainedClips(clips, vectors)
 
 
 def groups_of_clips(clips: TrainedClips, flags: TrainingFlags, pictures: int, steps: int) -> Iterator[TrainedGroup]:

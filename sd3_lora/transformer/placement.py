@@ -48,6 +48,7 @@ class Placement:
         attention_kernel: that computes attention; None for torch's choice.
         merged: whether the LoRAs to draw with are added to the weights (`merged_weights.py`), and not kept beside them.
         whole: whether the weights themselves are trained, and no LoRA (`whole_weights.py`).
+        clips_streamed: whether the CLIPs' layers are streamed too, where something of them is trained.
     """
 
     blocks: int
@@ -61,6 +62,7 @@ class Placement:
     attention_kernel: AttentionKernel | None = None
     merged: bool = False
     whole: bool = False
+    clips_streamed: bool = False
 
     @property
     def can_merge(self) -> bool:
@@ -78,12 +80,13 @@ class Placement:
         base = "base in 4 bits (nf4)" if self.precision else "base unchanged"
         if self.whole:
             base = "the whole transformer trained"
+        clips = "; the CLIPs streamed too" if self.clips_streamed else ""
         if not self.streamed:
-            return f"{base}, on the device"
+            return f"{base}, on the device{clips.removesuffix(' too')}"
         source = "the weight files" if self.stream_from == "files" else "host memory"
         which = f"{len(self.streamed)} of its {self.blocks} blocks " if len(self.streamed) < self.blocks else ""
         moments = " with the optimizer's state" if self.whole else ""
-        return f"{base}, {which}streamed{moments} from {source}, {self.buffers} pieces on the device"
+        return f"{base}, {which}streamed{moments} from {source}, {self.buffers} pieces on the device{clips}"
 
     def step_sentence(self) -> str:
         """For the user: what is recomputed and offloaded."""
@@ -104,6 +107,7 @@ _PLACING = (
     "stream_from",
     "stream_buffers",
     "modulations_ahead",
+    "stream_text_encoders",
     "attention_kernel",
 )
 
@@ -123,6 +127,7 @@ class AskedPlacement:
         attention_kernel: likewise.
         typed: the flags that fix something, for messages.
         whole: whether the weights themselves are trained.
+        clips_streamed: as in `Placement`.
     """
 
     precision: AskedPrecision = "16bit"
@@ -135,6 +140,7 @@ class AskedPlacement:
     attention_kernel: AttentionKernel | None = None
     typed: str = ""
     whole: bool = False
+    clips_streamed: bool | None = None
 
     @classmethod
     def of(cls, base: BaseFlags, step: StepFlags | None, blocks: int) -> AskedPlacement:
@@ -159,6 +165,7 @@ class AskedPlacement:
             is_on(step.modulations_ahead) if step else None,
             None if base.attention_kernel == "auto" else base.attention_kernel,
             " ".join(typed),
+            clips_streamed=is_on(step.stream_text_encoders) if step else None,
         )
 
     def check(self, blocks: int, processes: int = 1) -> None:
@@ -174,10 +181,13 @@ class AskedPlacement:
         for flag, count in (("recompute_blocks", self.recomputed), ("stream_blocks", self.streamed)):
             if count is not None and not 0 <= count <= blocks:
                 raise UserError(f"--{flag} {count}: this transformer has {blocks} blocks: type 0 to {blocks}")
-        if self.streamed and processes > 1:
-            raise UserError(
-                f"--stream_blocks {self.streamed} works in one process, not in {processes}: leave it out, or use one"
-            )
+        streaming = {
+            f"--stream_blocks {self.streamed}": self.streamed,
+            "--stream_text_encoders on": self.clips_streamed,
+        }
+        for flag, is_asked in streaming.items():
+            if is_asked and processes > 1:
+                raise UserError(f"{flag} works in one process, not in {processes}: leave it out, or use one")
         if self.buffers is not None and self.buffers < 2:
             raise UserError(f"--stream_buffers {self.buffers}: one computes while another fills: type 2 or more")
         if self.offload_inputs and self.recomputed in (0, 1):

@@ -53,16 +53,20 @@ class Piece:
 
 
 def pieces_of(
-    blocks: Sequence[torch.nn.Module], streamed_blocks: Collection[int] | None = None, trained: bool = False
+    blocks: Sequence[torch.nn.Module],
+    streamed_blocks: Collection[int] | None = None,
+    trained: bool = False,
+    prefix: str = "transformer_blocks",
 ) -> list[Piece]:
     """The pieces of blocks, in the order in which forward needs them.
 
     None has more weights than the largest matrix of all, for which there must be room.
 
     Args:
-        blocks: of the transformer, with or without a LoRA.
+        blocks: of the transformer, or layers of a text encoder, with or without a LoRA.
         streamed_blocks: the indices of those whose pieces are returned; None for all.
         trained: whether they are the pieces of trained matrices, and not of frozen ones.
+        prefix: of the blocks' names in the model's files.
     """
     groups: list[dict[str, torch.nn.Linear]] = []
     largest = max((_size(layer) for block in blocks for _, layer in _linear_layers(block, trained)), default=0)
@@ -73,7 +77,7 @@ def pieces_of(
             room = 0
             for name, layer in _linear_layers(module, trained):
                 # peft moves a layer that gets a LoRA into that as its base layer, and a LoRA into one of another kind.
-                path = f"transformer_blocks.{index}.{part}.{name}.weight".replace(".base_layer", "")
+                path = f"{prefix}.{index}.{part}.{name}.weight".replace(".base_layer", "")
                 if _size(layer) > room:
                     groups.append({})
                     room = largest
@@ -139,14 +143,14 @@ def stream_transformer(
 
 
 def move_the_rest(
-    transformer: SD3Transformer2DModel, pieces: Sequence[Piece], device: torch.device, streamed: StreamedBlocks
+    model: torch.nn.Module, pieces: Sequence[Piece], device: torch.device, streamed: StreamedBlocks
 ) -> None:
     """Moves all to the device but the pieces' matrices, and has `streamed` told of each pass."""
     streamed_matrices = {id(layer.weight) for piece in pieces for layer in piece.layers}
-    for tensor in (*transformer.parameters(), *transformer.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in streamed_matrices:
             tensor.data = tensor.data.to(device)
-    transformer.register_forward_pre_hook(
+    model.register_forward_pre_hook(
         lambda _, __, kwargs: streamed.begin_pass(skipped_blocks=kwargs.get("skip_layers") or ()), with_kwargs=True
     )
 

@@ -25,12 +25,15 @@ from sd3_lora.transformer.identifier_vectors import IdentifierVectors
 from sd3_lora.transformer.lora import attach_lora
 from sd3_lora.transformer.lora_keys import CLIPS
 from sd3_lora.transformer.recompute import recomputed
+from sd3_lora.transformer.streaming import Piece, StreamedBlocks, move_the_rest, pieces_of
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # As in diffusers' train_dreambooth_lora_sd3.py.
 CLIP_LAYERS = ("k_proj", "out_proj", "q_proj", "v_proj")
+# Of streamed CLIPs, on the device: the three of a layer, which backward needs twice, and one to prefetch into.
+CLIP_BUFFERS = 4
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,27 @@ class TrainedClips(torch.nn.Module):
         """Of the weights that are not trained."""
         return sum(parameter.nbytes for parameter in self.parameters() if not parameter.requires_grad)
 
+    def pieces(self) -> list[Piece]:
+        """The layers' frozen matrices, in the order in which forward needs them."""
+        return [
+            piece
+            for name, clip in self.clips.items()
+            for piece in pieces_of(list(_layers(clip)), prefix=f"{name}.text_model.encoder.layers")
+        ]
+
+    def stream(self, device: torch.device) -> StreamedBlocks:
+        """Moves all to the device but the layers' frozen matrices, which are streamed from pinned host memory.
+
+        The results are those of resident ones, bit for bit. It must not be moved afterwards.
+
+        Raises:
+            UserError: the driver does not pin so much host memory.
+        """
+        pieces = self.pieces()
+        streamed = StreamedBlocks(pieces, device, buffers=CLIP_BUFFERS)
+        move_the_rest(self, pieces, device, streamed)
+        return streamed
+
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `forward` begins with, on the host.
@@ -193,6 +217,11 @@ class TrainedClips(torch.nn.Module):
         last = recomputed(partial(_run, text.encoder.layers[-1]), (states,), self._draws)
         last = text.final_layer_norm(last)
         return states, clip.text_projection(last[torch.arange(len(ends), device=ends.device), ends])
+
+
+def _layers(clip: Any) -> torch.nn.ModuleList:
+    layers: torch.nn.ModuleList = clip.text_model.encoder.layers
+    return layers
 
 
 def _run(layer: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:

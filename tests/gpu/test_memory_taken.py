@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ def uncapped() -> Iterator[None]:
     """Other tests may use the whole GPU again."""
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def all_taken() -> Iterator[None]:
+    """Inside the block torch's allocator has nothing left, and gets no more from the driver."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    whole_bytes = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / whole_bytes)
+    taken, size = [], 2**30
+    while size >= 512:
+        try:
+            taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    try:
+        yield
+    finally:
+        taken.clear()
 
 
 def train_on_gpu(script: Script, prepared: Prepared, folder: Path, *words: object) -> Run:
@@ -42,10 +62,8 @@ def test_memory_that_is_taken_costs_a_cheaper_plan_and_no_number(
     def with_less(training: Any, *given: Any) -> Any:
         if training.step == at and not taken:
             taken.append(at)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            whole_bytes = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / whole_bytes)
+            with all_taken():
+                return accumulate(training, *given)
         return accumulate(training, *given)
 
     monkeypatch.setattr(module, "accumulate", with_less)

@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3_lora.common.model_files import MINIATURE
 from sd3_lora.common.records import StepInputs
+from sd3_lora.gpu.budget import DeviceBudget
 from sd3_lora.plan.memory_plan import Plan, TrainingTask
 from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.transformer.lora import LORA_FILE
@@ -155,10 +156,12 @@ def test_the_plan_counts_the_largest_shape(script: Script, tmp_path: Path, monke
     """And the positional embedding that encloses all of them: 32 instead of 16 patches a side, 256 channels."""
     planned: list[tuple[TrainingTask, Plan]] = []
     original = training_script().plan_training
-    monkeypatch.setattr(
-        training_script(), "plan_training", lambda task, budget: planned.append((task, original(task, budget)))
-    )
-    monkeypatch.setattr(training_script(), "plan_lines", lambda *_: [])
+
+    def noted(task: TrainingTask, budget: DeviceBudget) -> Plan:
+        planned.append((task, original(task, budget)))
+        return planned[-1][1]
+
+    monkeypatch.setattr(training_script(), "plan_training", noted)
     shared = ["--pretrained_model_name_or_path", MINIATURE, "--device", "cpu", "--vram_budget_gib", 4, "--plan"]
     for words in ([], [*BUCKETS, "--bucket_max", 512], [*BUCKETS, "--bucket_max", 256]):
         result = script(TRAINING_SCRIPT, *shared, "--resolution", 256, *words, "--output_dir", tmp_path)

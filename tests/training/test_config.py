@@ -102,6 +102,7 @@ ELSEWHERE = {
     "recompute_blocks": "test_forced_flags.py",
     "offload_inputs": "test_forced_flags.py",
     "modulations_ahead": "test_forced_flags.py",
+    "stream_text_encoders": "test_text_encoder_lora.py",
     "stream_blocks": "test_forced_flags.py",
     "stream_from": "test_forced_flags.py",
     "stream_buffers": "test_forced_flags.py",

@@ -6,12 +6,16 @@ import random
 import re
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.records import TrainingBatch
+from sd3_lora.plan.memory_plan import Plan
+from sd3_lora.plan.step_execution import PlannedTraining
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE
+from sd3_lora.transformer.placement import Placement
 
 import pytest
 import torch
@@ -127,6 +131,45 @@ def test_each_failure_makes_the_plan_cheaper_and_frees_what_was_held(
     assert f"{NOTE}at step 1 ({REASON}): beginning again, with a plan that takes less\nplan: " in run.out
     checkpoint = run.folder / "checkpoint-2"
     assert f"{NOTE}at step 3 ({REASON}): going on from {checkpoint}, with a plan that takes less\nplan: " in run.out
+    assert_same(run, whole)
+
+
+@pytest.mark.usefixtures("without_allowances")
+def test_where_there_is_no_room_for_a_graph_the_plan_stays_without_one(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, captured = training_script(), list[tuple[Placement, bool]]()
+    whole = train(script, prepared, tmp_path / "whole", *WORDS)
+    make_plan, plan_run, accumulate, taken = module.make_plan, module.plan_run, module.accumulate, 0
+
+    def least(*words: Any) -> Plan:
+        plan: Plan = make_plan(*words)
+        return replace(plan, forecast=replace(plan.forecast, has_room_for_graph=False))
+
+    def as_on_a_gpu(*words: Any) -> PlannedTraining:
+        planned: PlannedTraining = plan_run(*words)
+        return replace(planned, execution=replace(planned.execution, captured=True))
+
+    def failing(training: Any, *given: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken in (1, 4):
+            raise torch.OutOfMemoryError(REASON)
+        return accumulate(training, *given)
+
+    def loaded(job: Any, planned: PlannedTraining) -> Any:
+        captured.append((planned.plan.placement, planned.execution.captured))
+        return load(job, planned)
+
+    load = module.load_training
+    for name, function in (("make_plan", least), ("plan_run", as_on_a_gpu), ("accumulate", failing)):
+        monkeypatch.setattr(module, name, function)
+    monkeypatch.setattr(module, "load_training", loaded)
+    run = train(script, prepared, tmp_path / "run", *WORDS)
+    assert f"{NOTE}at step 1 ({REASON}): beginning again, without a CUDA graph\n" in run.out
+    assert "with a plan that takes less" in run.out  # the second time
+    assert [is_captured for _, is_captured in captured] == [True, False, True]
+    assert captured[0][0] == captured[1][0] != captured[2][0]
     assert_same(run, whole)
 
 

@@ -156,6 +156,7 @@ DECIDE_NOTHING: dict[str, list[Any]] = {
     "recompute_blocks": [1],
     "offload_inputs": ["off"],
     "modulations_ahead": ["off"],
+    "stream_text_encoders": ["off"],
     "capture": ["off"],
     "stream_blocks": [1],
     "stream_buffers": [2],

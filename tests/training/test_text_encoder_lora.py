@@ -8,7 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.common.memory import GIB
+from sd3_lora.common.model_files import MINIATURE, ModelFiles
 from sd3_lora.common.records import StepInputs
+from sd3_lora.gpu.budget import DeviceBudget
+from sd3_lora.plan.memory_plan import Plan, each_plan
 from sd3_lora.plan.step_memory import simulate_step
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.checkpoints import read_state
@@ -226,6 +230,7 @@ def test_scaled_rates_and_prodigy(script: Script, prepared: Prepared, tmp_path: 
         ([*TRAINS, "--stop_text_encoder_after", 1.5], "is a share of the steps, between 0 and 1: type for example 0.5"),
         ([*TRAINS, "--text_encoder_rank", 0], "--text_encoder_rank 0 must be at least 1"),
         ([*TRAINS, "--lora_type", "lokr"], "--train_text_encoder trains a plain LoRA"),
+        (["--stream_text_encoders", "on"], "--stream_text_encoders on is of CLIPs of which something is trained"),
         ([*TRAINS, "--modulations_ahead", "on", "--stream_blocks", 2], "--modulations_ahead on computes from prompts"),
         (
             ["--train_text_encoder", "--stop_text_encoder_after", 0.5, "--optimizer", "prodigy"],
@@ -324,10 +329,13 @@ def test_streamed_and_recomputed_are_the_same_numbers(script: Script, prepared: 
         ("recomputed", ["--recompute_blocks", 2]),
         ("streamed", ["--recompute_blocks", 1, "--stream_blocks", 2]),
         ("offloaded", ["--recompute_blocks", 2, "--offload_inputs", "on", "--stream_blocks", 1]),
+        ("CLIPs too", ["--recompute_blocks", 1, "--stream_blocks", 2, "--stream_text_encoders", "on"]),
+        ("CLIPs alone", ["--stream_text_encoders", "on"]),
     ):
         run = train(script, prepared, tmp_path / name, *words, *more)
         assert run.losses == plain.losses, name
         assert (run.folder / LORA_FILE).read_bytes() == (plain.folder / LORA_FILE).read_bytes()
+        assert ("the CLIPs streamed" in run.out) == name.startswith("CLIPs")
 
 
 def test_class_pictures_and_resume_refused_without(script: Script, prepared: Prepared, tmp_path: Path) -> None:
@@ -406,6 +414,43 @@ def test_the_plan_counts_the_clips(miniature_files: Any) -> None:
     alone, with_clips = simulated(*late), simulated(clips, *late)
     assert (alone.kept[0], alone.inputs[0]) == (0, 0)
     assert min(with_clips.kept[0], with_clips.inputs[0]) > 0
+
+
+def plans(model: str, *words: str) -> list[Plan]:
+    """All that may be taken, the fastest first."""
+    module, device = importlib.import_module(TRAINING_SCRIPT), torch.device("cpu")
+    words = ("--train_text_encoder", "--pretrained_model_name_or_path", model, *words)
+    flags = TrainingFlags(*module.COMMAND_LINE.parse(list(words)))
+    files = ModelFiles(flags.model, is_plan=True)
+    task = module.training_task(flags, files, Buckets.square(64), torch.float16, device, 1)
+    return list(each_plan(task, DeviceBudget(8 * GIB, 0, device)))
+
+
+def test_the_clips_are_streamed_where_streamed_blocks_do_not_make_it_fit() -> None:
+    """Of SD3-Medium, whose CLIPs have 1.34 GiB: no plan of the same peak is faster."""
+    medium = "stabilityai/stable-diffusion-3-medium-diffusers"
+    free, without = plans(medium), plans(medium, "--stream_text_encoders", "off")
+    first = next(place for place, plan in enumerate(free) if plan.placement.clips_streamed)
+    assert all(plan.placement.clips_streamed for plan in free[first:])
+    assert len(free[first - 1].placement.streamed) == free[first - 1].placement.blocks
+    assert not any(plan.placement.clips_streamed for plan in without)
+    assert without[:first] == free[:first]
+    assert without[-1].forecast.peak_bytes - free[-1].forecast.peak_bytes > 1.2 * GIB
+
+
+def test_the_plan_counts_streamed_clips_to_the_byte(miniature_files: Any) -> None:
+    forced, free = (plans(str(MINIATURE), "--stream_text_encoders", switch)[0] for switch in ("on", "off"))
+    assert forced.placement.clips_streamed
+    assert not forced.placement.streamed
+    models = [CLIPTextModelWithProjection.from_pretrained(miniature_files.component(name)) for name in CLIPS]
+    clips = dict(zip(CLIPS, (model.half() for model in models), strict=True))
+    ClipTraining({}, 4).attach(clips)
+    trained = TrainedClips(clips)
+    whole, streams = trained.frozen_bytes, trained.stream(torch.device("cpu"))
+    left = whole - sum(weight.nbytes for piece in trained.pieces() for weight in piece.weights)
+    parts = [plan.forecast.largest.parts["CLIPs"] for plan in (free, forced)]
+    assert parts == [whole, left + streams.device_bytes]
+    assert forced.forecast.host_bytes == streams.host_bytes
 
 
 def test_a_run_notes_what_the_clips_take(script: Script, prepared: Prepared, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 import pytest
 import torch
 from conftest import PROMPT, Prepared
-from small_transformer import CPU, GPU, needs_gpu
+from small_transformer import CPU, GPU, late_copies, needs_gpu
 from training_runs import Script, same_lora, train
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -137,6 +138,33 @@ def test_recomputed_layers_give_the_same_gradients(dropout: float, monkeypatch: 
         gradients.append([parameter.grad for parameter in parameters])
     assert all(torch.equal(mine, other) for mine, other in zip(*gradients, strict=True))
     assert all(gradient.any() for gradient in gradients[0])
+
+
+@pytest.mark.parametrize("device", [CPU, pytest.param(GPU, marks=needs_gpu)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_streamed_they_give_the_same_bits(device: torch.device, dropout: float) -> None:
+    """However late the copies are; passes without a gradient between, as for a validation picture."""
+    found = []
+    for way in ("resident", "streamed", "streamed, late"):
+        clips, parameters = make(device if way == "resident" else CPU, dropout=dropout)
+        streams = clips.stream(device) if way != "resident" else None
+        with late_copies() if way.endswith("late") and device == CPU else nullcontext():
+            results: list[torch.Tensor] = []
+            for step in range(3):
+                torch.manual_seed(step)
+                loss = loss_of(encoded(clips, *inputs(device, seed=step)))
+                loss.backward()
+                with torch.no_grad():
+                    results += [loss.detach(), *encoded(clips.eval(), *inputs(device, seed=9))]
+                clips.train()
+        found.append([*results, *(parameter.grad for parameter in parameters)])
+        if streams:
+            assert streams.copies > 100
+            weight = clips.clips["text_encoder_2"].text_model.encoder.layers[4].mlp.fc1.weight
+            assert weight.device.type == "cpu"
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert all(gradient.any() for gradient in found[0][-8:])
 
 
 def test_each_clip_has_a_start_of_its_own() -> None:
@@ -261,11 +289,13 @@ def test_a_captured_run_is_the_plain_one(script: Script, prepared: Prepared, tmp
         ("plain", ["--capture", "off"]),
         ("captured", ["--capture", "on"]),
         ("streamed", ["--capture", "on", "--stream_blocks", 2, "--recompute_blocks", 2]),
+        ("CLIPs", ["--capture", "on", "--stream_blocks", 2, "--stream_text_encoders", "on"]),
+        ("CLIPs alone", ["--capture", "on", "--stream_text_encoders", "on"]),
     ):
         runs[name] = train(script, prepared, tmp_path / name, *words, *more)
         record = json.loads((tmp_path / name / "run.json").read_text())
         assert record["execution"]["captured"] == (name != "plain"), record["execution"]
         assert len(list((tmp_path / name / "samples").glob("step_*/*.png"))) == 4
-    for name in ("captured", "streamed"):
+    for name in ("captured", "streamed", "CLIPs", "CLIPs alone"):
         assert runs[name].losses == runs["plain"].losses, name
         assert same_lora(tmp_path / name / LORA_FILE, tmp_path / "plain" / LORA_FILE), name
