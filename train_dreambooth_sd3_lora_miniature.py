@@ -108,7 +108,6 @@ from sd3_lora.training.asked_placement import asked_placement
 from sd3_lora.training.checkpoints import RECORD, read_state, resume_point, write_pictures
 from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.draws import DataOrder, GlobalDraws, choose_seed, places_of_pass
-from sd3_lora.training.early_warning import make_early_warning
 from sd3_lora.training.ema import EMA_BYTES_PER_PARAMETER, MovingAverage
 from sd3_lora.training.finished_run import next_commands, say_nothing_to_do, write_exports, write_model
 from sd3_lora.training.flow import flow_matching_loss, interpolate, prediction_loss, preference_loss
@@ -162,7 +161,7 @@ from sd3_lora.training.trained_parts import (
     optimizer_bytes,
     require_rates,
 )
-from sd3_lora.training.watch import Watch, finished_pictures, look, mean_step_ms, open_log
+from sd3_lora.training.watch import Watch, finished_pictures, look, make_early_warning, mean_step_ms, open_log
 from sd3_lora.training.watch_flags import WatchFlags
 from sd3_lora.transformer.compiled import start_compile_workers
 from sd3_lora.transformer.lora import LORA_FILE, attach_lora, chosen_blocks, start_from, trained_names

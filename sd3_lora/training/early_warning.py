@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.checksums import with_checksum
 from sd3_lora.common.command_line import counted
-from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.stage_one.latent_cache import normalize_latents
-from sd3_lora.training.config import TrainingFlags
 from sd3_lora.training.dataset import TrainingData
-from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate, load_noise_table
+from sd3_lora.training.flow import NoiseTable, flow_matching_loss, interpolate
 from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.loss_log import keep_lines
 from sd3_lora.training.picture_losses import FixedNoise
-from sd3_lora.training.trained_parts import lora_kind
 from sd3_lora.transformer.lora import lora_off
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -253,30 +250,3 @@ class EarlyWarning:
                 f"class prompt {self._class[0].prompt!r} has risen by {rose:.4f}: more is forgotten than learned; pick "
                 f"an earlier LoRA, lower --learning_rate, or {self._against_drift}",
             )
-
-
-def make_early_warning(
-    flags: TrainingFlags, data: TrainingData, files: ModelFiles, step: int, say: Callable[[str], None]
-) -> EarlyWarning | None:
-    """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
-    if flags.watch.early_warning_steps is None:
-        return None
-    class_prompt = data.class_prompt(flags.prior.class_prompt)
-    if class_prompt is None:
-        say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
-    elif flags.trains_all or lora_kind(flags.lora).starts_from_weights:
-        what = "--full" if flags.trains_all else f"--init_lora_weights {flags.lora.init_lora_weights}"
-        say(f"note: {what} changes the base itself: no drift is measured")
-        class_prompt = None
-    warning = EarlyWarning(
-        data,
-        load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
-        files.read_config("vae"),
-        flags.run.train_batch_size * flags.prior.pools,
-        class_prompt,
-        Path(flags.run.output_dir) / "early_warning.jsonl",
-        flags.prior.more,
-    )
-    warning.go_on_from(step)
-    say(warning.sentence())
-    return warning

@@ -11,12 +11,17 @@ from typing import Protocol
 
 from sd3_lora.common.command_line import counted, first_line
 from sd3_lora.common.memory import drop_workspaces, free_memory, only_new_garbage
+from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.progress import Progress
+from sd3_lora.training.config import TrainingFlags
+from sd3_lora.training.dataset import TrainingData
 from sd3_lora.training.early_warning import EarlyWarning
+from sd3_lora.training.flow import load_noise_table
 from sd3_lora.training.loss_log import LoggedStep, LossLog
 from sd3_lora.training.state import Outputs, Training
 from sd3_lora.training.stop_signals import StopSignals
 from sd3_lora.training.trackers import Trackers
+from sd3_lora.training.trained_parts import lora_kind
 from sd3_lora.transformer.compiled import Compiled, uncompiled
 from sd3_lora.transformer.velocity import VelocityModel, left_as_found
 
@@ -190,3 +195,30 @@ def open_log(outputs: Outputs, step: int, trackers: Trackers, accelerator: Accel
     log = LossLog(path, lambda losses: accelerator.reduce(losses, "mean"), outputs.record.facts.precision, track)
     log.cut_back(step)
     return log
+
+
+def make_early_warning(
+    flags: TrainingFlags, data: TrainingData, files: ModelFiles, step: int, say: Callable[[str], None]
+) -> EarlyWarning | None:
+    """What measures at fixed noise while training, if that is asked for; goes on from what it measured before."""
+    if flags.watch.early_warning_steps is None:
+        return None
+    class_prompt = data.class_prompt(flags.prior.class_prompt)
+    if class_prompt is None:
+        say("note: stage one has embedded no class prompt (compute_embeddings.py --class_prompt): no drift is measured")
+    elif flags.trains_all or lora_kind(flags.lora).starts_from_weights:
+        what = "--full" if flags.trains_all else f"--init_lora_weights {flags.lora.init_lora_weights}"
+        say(f"note: {what} changes the base itself: no drift is measured")
+        class_prompt = None
+    warning = EarlyWarning(
+        data,
+        load_noise_table(files.read_scheduler_config(), flags.flow.timestep_shift),
+        files.read_config("vae"),
+        flags.run.train_batch_size * flags.prior.pools,
+        class_prompt,
+        Path(flags.run.output_dir) / "early_warning.jsonl",
+        flags.prior.more,
+    )
+    warning.go_on_from(step)
+    say(warning.sentence())
+    return warning

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.training import early_warning
+from sd3_lora.training import early_warning, watch
 from sd3_lora.training.early_warning import EarlyWarning, Measurement
 from sd3_lora.transformer.lora import LORA_FILE
 
@@ -154,7 +154,7 @@ def make_warning(prepared: Prepared, tmp_path: Path, *more: str) -> EarlyWarning
         made.append(EarlyWarning(*words))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(early_warning, "EarlyWarning", make)
+        patch.setattr(watch, "EarlyWarning", make)
         words = [*prepared.flags, *WARNS, "--device", "cpu", "--center_crop", "--num_crops", 1, *more]
         with pytest.raises(AttributeError):  # `make` returns none
             module.main([str(word) for word in [*words, "--max_train_steps", 1, "--output_dir", tmp_path]])
