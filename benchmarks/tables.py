@@ -103,6 +103,8 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "methods": dreambooth_methods_table,
         "map": map_table,
         "memory": memory_table,
+        "memory-clips": trained_table,
+        "memory-full": trained_table,
         "plans": plans_table,
         "text": text_table,
         "step": step_table,
@@ -122,7 +124,8 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "predictions": predictions_table,
         "tricks": tricks_table,
     }
-    return tables[re.split(r"[-.]", name)[0]]
+    first, second, *_ = re.split(r"[-.]", name)
+    return tables.get(f"{first}-{second}") or tables[first]
 
 
 def memory_table(result: dict[str, Any]) -> str:
@@ -145,6 +148,21 @@ def memory_table(result: dict[str, Any]) -> str:
             else "–"
         )
         lines.append(f"| {row['model']}, {what} | {row['resolution']} | {shape} | {numbers} |")
+    return "\n".join([*lines, "", _measured_on(result)])
+
+
+def trained_table(result: dict[str, Any]) -> str:
+    """Of more than a LoRA of the transformer: what ran and where its blocks were, the peaks, and a step's time."""
+    lines = [
+        "| | model | blocks streamed, recomputed | predicted GiB | measured | host GiB | ms a step |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in _measured_rows(result):
+        place = row["placement"]
+        blocks = f"{place['streamed']}, {place['recomputed']} of {place['blocks']}"
+        gib = f"{row['predicted_gib']:.2f} | {row['measured_gib']:.2f} | {row['host_gib']:.1f}"
+        how = "" if row["execution"]["captured"] else ", no CUDA graph"
+        lines.append(f"| {row['name']}{how} | {row['model']} | {blocks} | {gib} | {row['step_ms']:.0f} |")
     return "\n".join([*lines, "", _measured_on(result)])
 
 

@@ -27,7 +27,8 @@ import tables
         ("docs/prior.md", 1),
         ("docs/watching.md", 1),
         ("docs/drawing.md", 2),
-        ("docs/text_encoders.md", 1),
+        ("docs/text_encoders.md", 2),
+        ("docs/full.md", 1),
         ("miniature/README.md", 1),
     ],
 )
