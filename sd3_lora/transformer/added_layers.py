@@ -35,7 +35,16 @@ def add_adapter(model: torch.nn.Module, config: PeftConfig, name: str = ADAPTER)
     """
     with without_bitsandbytes():
         inject_adapter_in_model(config, model, name)
+    note_adapter(model)
     use_adapters(model, [name])
+
+
+def note_adapter(model: Any) -> None:
+    """Has the model's own methods, diffusers' or transformers', know that it has adapters, as their add_adapter does.
+
+    Theirs are not used to attach: they have no way to name our layers, and diffusers' are without PEFT in a script.
+    """
+    model._hf_peft_config_loaded = True
 
 
 def tuner_layers(model: torch.nn.Module) -> list[BaseTunerLayer]:

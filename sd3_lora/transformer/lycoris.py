@@ -43,7 +43,7 @@ def add_lycoris(
         settings: PEFT's r, alpha, patterns and target_modules.
         factor: of a LoKr: a and c, or the divisors nearest below it; -1 for those nearest to the square root.
     """
-    from sd3_lora.transformer.added_layers import LohaModel, LokrModel  # imports PEFT, as below
+    from sd3_lora.transformer.added_layers import LohaModel, LokrModel, note_adapter  # imports PEFT, as below
 
     from peft import LoHaConfig, LoKrConfig
 
@@ -52,6 +52,7 @@ def add_lycoris(
         LokrModel(transformer, config, adapter)
     else:
         LohaModel(transformer, LoHaConfig(**settings), adapter)
+    note_adapter(transformer)
 
 
 def lycoris_layers(transformer: SD3Transformer2DModel) -> dict[str, Any]:
