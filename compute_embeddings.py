@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
-from sd3_lora.common.lean_imports import import_pyarrow, start_driver
+from sd3_lora.common.lean_imports import import_pyarrow, import_transformers, start_driver
 from sd3_lora.stage_one.config import EmbeddingConfig
 
 COMMAND_LINE = CommandLine(
@@ -27,6 +27,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
+    import_transformers("CLIPTextModelWithProjection", "T5EncoderModel")
 
 import sys
 import threading

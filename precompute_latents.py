@@ -26,7 +26,7 @@ COMMAND_LINE = CommandLine(
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
-    import_diffusers(without=("bitsandbytes", "peft"))
+    import_diffusers()
 
 import itertools
 import sys

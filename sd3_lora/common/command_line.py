@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sd3_lora.common.atomic_files import remove_unfinished, replacing, unfinished_path
+from sd3_lora.common.dataclass_flags import add_flags
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -385,16 +386,8 @@ class CommandLine:
             return f"--{self.first} is one, here {arguments[1]}: type the command once for each"
         return f"put double quotes around a value of several words; {self._help_hint}"
 
-    def _parser(self) -> Any:
-        from transformers import HfArgumentParser  # half a second, which only parsing needs
-
-        class Parser(_Faults, HfArgumentParser):
-            """Collects what is wrong instead of ending at the first."""
-
-        for group in self.groups:
-            group._argument_group_name = (group.__doc__ or "").splitlines()[0].rstrip(".:")  # type: ignore[attr-defined]
-        parser = Parser(
-            list(self.groups),
+    def _parser(self) -> _Faults:
+        parser = _Faults(
             prog=self.script,
             usage=f"python %(prog)s{' ' + self.first.upper() if self.first else ''} [flags]",
             description=self.description.splitlines()[0],
@@ -402,6 +395,8 @@ class CommandLine:
             allow_abbrev=False,
             add_help=False,
         )
+        for group in self.groups:
+            add_flags(parser, group, (group.__doc__ or "").splitlines()[0].rstrip(".:"))
         parser.add_argument("-h", "--help", "--help_all", "--help-all", action="help", help="Show this and exit.")
         return parser
 

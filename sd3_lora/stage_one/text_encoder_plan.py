@@ -20,7 +20,6 @@ from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
 
 import psutil
 import torch
-from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward of T5: enough to keep even a large GPU busy
@@ -259,6 +258,8 @@ def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
 
 def clip_working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
     """Bytes of a batch beside the larger CLIP's weights: every layer's hidden states, and the work of one layer."""
+    from transformers import CLIPTextConfig  # takes seconds, and is needed where a prompt is encoded
+
     config = CLIPTextConfig.from_dict(files.read_config("text_encoder_2"))
     tokens = plan.clip_batch_size * config.max_position_embeddings
     states = tokens * config.hidden_size * plan.clip_dtype.itemsize
@@ -284,6 +285,8 @@ def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
     """T5's encoder on the meta device, in the dtypes in which it is loaded."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds, and is needed where a prompt is encoded
+
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
     set_dtypes(encoder.block, dtype)
