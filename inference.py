@@ -106,6 +106,11 @@ class Variant:
     suffix: str = ""
     identifiers: tuple[IdentifierEmbedding, ...] = ()
 
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing but the base's own weights and words draws it."""
+        return not any(self.scales or ()) and not self.identifiers
+
     def identity(self, loras: Sequence[LoraFile]) -> list[str]:
         """For the settings in the picture."""
         scales = zip(loras, self.scales or (), strict=self.scales is not None)
@@ -179,23 +184,43 @@ def name_of(lora: LoraFile) -> str:
 
 
 def find_variants(config: InferenceConfig, loras: Sequence[LoraFile], identifiers: Identifiers) -> list[Variant]:
-    """In which ways all pictures are drawn; one, unless flags ask for several.
+    """In which ways all pictures are drawn; one, unless flags ask for several. Says where LoRAs are added up.
 
     Raises:
-        UserError: there is no LoRA to compare with the base.
+        UserError: there is nothing to compare with the base.
     """
     if config.compare and not loras and not identifiers.asked:
         raise UserError("--compare draws with a LoRA and without: add --lora")
     scales = dict.fromkeys(config.lora_scale)
-    if len(loras) == 1 and len(scales) > 1:
+    is_sweep = len(loras) == 1 and len(scales) > 1
+    if is_sweep:
         variants = [Variant((scale,), f"LoRA at {scale:g}", f"scale{scale:g}") for scale in scales]
     else:
-        what = "LoRAs" if len(loras) > 1 else "LoRA" if loras else "embedding"
-        label = f"with the {what}" if config.compare else ""
-        variants = [Variant(tuple(config.lora_scale) or (1.0,) * len(loras), label)]
+        together = tuple(config.lora_scale) or (1.0,) * len(loras)
+        variants = [Variant(together, with_all(together) if config.compare else "")]
+        if len(loras) > 1:
+            print(added_up(loras, variants[0]))
     variants = [replace(variant, identifiers=identifiers.used(variant.scales)) for variant in variants]
-    has_base = any(not any(variant.scales or ()) and not variant.identifiers for variant in variants)
+    variants = [replace(each, label=f"base ({each.label})") if is_sweep and each.is_base else each for each in variants]
+    has_base = any(variant.is_base for variant in variants)
+    if config.compare and has_base and not is_sweep:
+        raise UserError("--compare has nothing beside the base, which a LoRA at 0 is: give another --lora_scale")
     return [Variant(None, "base", "base"), *variants] if config.compare and not has_base else variants
+
+
+def with_all(scales: Sequence[float]) -> str:
+    """A picture's label beside the base's."""
+    what = "LoRAs" if len(scales) > 1 else "LoRA" if scales else "embedding"
+    at = " and ".join(f"{scale:g}" for scale in scales)
+    return f"with the {what}" + (f" at {at}" if any(scale != 1 for scale in scales) else "")
+
+
+def added_up(loras: Sequence[LoraFile], variant: Variant) -> str:
+    """What several LoRAs at once are, and how to see one beside the other instead."""
+    return (
+        f"{len(loras)} LoRAs added up in each picture ({variant.readable(loras)}); to see one beside the other, type "
+        "the command once for each --lora, with one --outdir: seed and noise are the same"
+    )
 
 
 def find_prompts(config: InferenceConfig, records: Sequence[Mapping[str, Any]], is_miniature: bool) -> list[str]:

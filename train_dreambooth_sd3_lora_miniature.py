@@ -118,6 +118,7 @@ from sd3_lora.training.in_backward import adam_notes, hollow_moments
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import MicroBatches
+from sd3_lora.training.missing_inputs import MissingInputs
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.not_finite import explained, held_norms
 from sd3_lora.training.opened_data import (
@@ -209,13 +210,14 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     hub = open_hub(flags, accelerator)
     require_possible(flags, files, plan, chosen.dtype, device)
     lock_outputs(output_dir, accelerator, locks)
-    checkpoint = resume_point(flags.run.resume_from_checkpoint, output_dir)
+    prompts, resumes = validation_prompts(flags.watch), flags.run.resume_from_checkpoint
+    MissingInputs(stage_one_request(flags, files, resolution), prompts, output_dir, resumes).require_none()
+    checkpoint = resume_point(resumes, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
 
     request = stage_one_request(flags, files, resolution)
     identifier = IdentifierStart.of(flags.identifier, files, start)
-    prompts = validation_prompts(flags.watch)
     data = open_data(request, prompts, accelerator, flags.trains_clips, identifier, locks)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run.seed, state["signature"])
