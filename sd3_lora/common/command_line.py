@@ -614,7 +614,7 @@ def host_memory_fault(error: BaseException | None) -> str | None:
             read for a damaged one.
     """
     while error is not None:
-        said = str(error)
+        said = "" if isinstance(error, UserError) else str(error)
         if isinstance(error, MemoryError) or any(sign in said for sign in _HOST_MEMORY_SIGNS):
             asked = re.search(r"tried to allocate (\d+) bytes", said)
             reason = f"{int(asked[1]) / 2**20:.1f} MiB more were asked for" if asked else first_line(error)
