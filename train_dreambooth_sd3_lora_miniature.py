@@ -57,6 +57,7 @@ from sd3_lora.common.command_line import (
     exit_code,
     first_line,
     forget_secrets,
+    host_memory_fault,
 )
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import (
@@ -821,10 +822,12 @@ def train(
     with finished_pictures(watch.validation), watch.signals:
         try:
             return take_steps(training, batches, step, flags, watch, outputs, accelerator)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            host_fault = host_memory_fault(error)
+            if not (host_fault or is_out_of_memory(error)):
                 raise
             reason, at = first_line(error), training.step
+            ran_out = host_fault or f"the GPU's memory ran out ({reason})"
         except NotFinite as error:
             raise explained(error, training, batches, watch) from error
         # Not in the `except` block, which keeps what the step has allocated.
@@ -832,13 +835,15 @@ def train(
         drop_workspaces(accelerator.device)
         free_memory(accelerator.device)
         if accelerator.num_processes > 1:
-            raise UserError(f"the GPU's memory ran out at step {at} ({reason}): {outputs.kept()}")
+            raise UserError(f"{ran_out} at step {at}: {outputs.kept()}")
         if training.step == training.steps and not (training.started or training.updating):
             Progress.write(f"note: the GPU's memory ran out after step {at} ({reason}): what is due is done once more")
             return end_last_step(training, batches, flags, watch, outputs, accelerator)
         checkpoint = keep_whole_step(training, batches, watch.log, outputs, accelerator)
         if watch.signals.received is not None:
             raise Interrupted(outputs.kept(), watch.signals.received)
+        if host_fault:
+            raise UserError(f"{host_fault} at step {at}: close other programs; {outputs.kept()}")
         raise OutOfDeviceMemory(reason, at, checkpoint)
 
 

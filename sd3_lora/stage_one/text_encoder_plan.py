@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
-from sd3_lora.common.memory import GIB
+from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget, at_most_gib, enough_gib, too_small
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
 
-import psutil
 import torch
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
@@ -144,7 +143,7 @@ def choose_text_encoder_plan(
         raise UserError(f"--max_sequence_length {work.max_sequence_length} is not between 1 and 512: type 77 or 256")
     precision = work.precision_on(device)
     plan = TextEncoderPlan(precision, work.t5_stream, work.max_sequence_length, device)
-    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    free = budget.tensor_bytes if budget else available_host_bytes()
     if not work.t5_stream:
         for candidate in (_in_large_batches(plan, work.prompts), plan):
             needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
@@ -179,7 +178,7 @@ def choose_clip_plan(
     """
     is_exact = (work.t5_precision or work.existing_precision) == "fp32"
     plan = TextEncoderPlan("fp32" if is_exact else "fp16", work.t5_stream, work.max_sequence_length, device)
-    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    free = budget.tensor_bytes if budget else available_host_bytes()
     if not work.t5_stream and clip_bytes(files, plan) + clip_working_bytes(files, plan) <= free:
         return plan
     plan = replace(plan, t5_stream=True)
