@@ -72,6 +72,7 @@ from sd3_lora.stage_one.image_files import RASTER_EXTENSIONS
 INSTALL = "pip install -r requirements-app.txt"
 REFRESH_S = 2.0
 MOST_LINES = 14  # of a log that are shown
+DROP_HERE = f"Drop photos here (up to {MOST_PHOTOS})"
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
 CSS = """
 .gradio-container {width: 100% !important; max-width: 1080px !important; margin: 0 auto !important;}
@@ -161,7 +162,7 @@ class Page:
         self.drop = gr.File(
             file_count="multiple",
             file_types=sorted(RASTER_EXTENSIONS),
-            label=f"Drop photos here (up to {MOST_PHOTOS})",
+            label=DROP_HERE,
             height=150,
         )
         self.crops = gr.Gallery(
@@ -177,6 +178,7 @@ class Page:
         with gr.Row():
             self.save_caption = gr.Button("Save caption", interactive=False, size="md")
             self.remove = gr.Button("Remove photo", variant="stop", interactive=False, size="md")
+        gr.Markdown("Then name it: **2 Subject**, above.")
 
     def _subject(self) -> None:
         gr, default = self.gr, Settings()
@@ -279,14 +281,18 @@ class Page:
         return {**shown, **(self._opened(name) if name else {})}
 
     @spoken
-    def make(self, name: str) -> dict:
+    def make(self, name: str, waiting: Sequence[str] | None) -> dict:
         project = Project.named(self.root, name)
         choice = self.gr.update(choices=Project.names(self.root), value=project.name)
-        return {self.choice: choice, self.new_name: "", **self._opened(project.name)}
+        return {self.choice: choice, self.new_name: "", **self._opened_with(project.name, waiting)}
 
     @spoken
-    def open(self, name: str | None) -> dict:
-        return self._opened(self.project(name or "").name)
+    def open(self, name: str | None, waiting: Sequence[str] | None) -> dict:
+        return self._opened_with(self.project(name or "").name, waiting)
+
+    def _opened_with(self, name: str, waiting: Sequence[str] | None) -> dict:
+        """With the photos that were dropped before a project was chosen."""
+        return {**(self.add(name, waiting) if waiting else {}), **self._opened(name)}
 
     def _opened(self, name: str) -> dict:
         settings = self.project(name).settings
@@ -304,13 +310,19 @@ class Page:
 
     @spoken
     def add(self, name: str, paths: Sequence[str] | None) -> dict:
+        """Takes what was dropped. Without a project it waits in the field for `make` or `open`, and is told to wait."""
+        if name not in Project.names(self.root):
+            wait = f"{counted(len(paths or ()), 'photo')} to be added: choose a project above, or create one"
+            self.gr.Info(f"They wait here: {wait}.", duration=None, title="Not yet")
+            return {self.drop: self.gr.update(label=wait)}
         uploads = [Upload(Path(path), Path(path).name) for path in paths or ()]
         project = self.project(name)
         _, refused = project.photos.add(uploads)
         if refused:
             lines = refused[:8] + ([f"and {len(refused) - 8} more"] if len(refused) > 8 else [])
             self.gr.Warning("<br>".join(map(html.escape, lines)), duration=None, title="Not taken")
-        return {self.drop: None, self.planned: None, **self._shown_photos(name)}
+        empty = self.gr.update(value=None, label=DROP_HERE)
+        return {self.drop: empty, self.planned: None, **self._shown_photos(name)}
 
     def _shown_photos(self, name: str) -> dict:
         project = self.project(name)
@@ -426,7 +438,7 @@ class Page:
         drawn = project.drawn_pictures(drawing) if drawing else []
         downloads = [path for each in runs for path in project.downloads(each)]
         values: dict[Any, Any] = {
-            self.status: project.progress(run).sentence if run else "Nothing was trained yet: show the plan first.",
+            self.status: _status(project, run),
             self.log: _last_lines(run),
             self.commands: _typed(run),
             self.drawing_status: f"{drawing.state}: drawing {drawing.folder.name}" if drawing else "",
@@ -466,9 +478,9 @@ class Page:
 
         visit.__annotations__["request"], select.__annotations__["event"] = self.gr.Request, self.gr.SelectData
         on(self.blocks.load, visit)
-        on(self.create.click, self.make, [self.new_name])
-        on(self.new_name.submit, self.make, [self.new_name])
-        on(self.choice.input, self.open, [self.choice])
+        for event in (self.create.click, self.new_name.submit):
+            on(event, self.make, [self.new_name, self.drop])
+        on(self.choice.input, self.open, [self.choice, self.drop])
         self.choice.change(None, [self.choice], None, js=REMEMBER, api_visibility="private")
         on(self.drop.upload, self.add, [name, self.drop])
         on(self.crops.select, select, [name])
@@ -498,6 +510,16 @@ def _settings(values: Sequence[Any]) -> Settings:
     """The settings of the controls' values; an emptied number is its default."""
     by_name = zip((each.name for each in fields(Settings)), values, strict=True)
     return Settings.of({name: value for name, value in by_name if value is not None})
+
+
+def _status(project: Project, run: Job | None) -> str:
+    """How far the last training is, and what comes next."""
+    if run is None:
+        return "Nothing was trained yet: show the plan first, in **2 Subject**, above."
+    sentence = project.progress(run).sentence
+    if run.state == "finished" and project.lora(run):
+        return f"{sentence}\n\nThen draw with it, and take it away: **4 Try**, above."
+    return f"{sentence}\n\nGo on: it begins where it stopped." if project.can_go_on(run) else sentence
 
 
 def _last_lines(job: Job | None) -> str:

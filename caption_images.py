@@ -15,11 +15,14 @@ if __name__ == "__main__":
 
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig
+from sd3_lora.common.lean_imports import import_transformers, start_driver
 from sd3_lora.stage_one.config import CaptioningConfig
 
 COMMAND_LINE = CommandLine("caption_images.py", __doc__, (CaptioningConfig, DeviceConfig, BudgetConfig))
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
+    start_driver()
+    import_transformers("AutoModelForImageTextToText", "AutoProcessor")
 
 import sys
 from collections import Counter

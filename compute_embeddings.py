@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 from sd3_lora.common.command_line import CommandLine
 from sd3_lora.common.config import BudgetConfig, DeviceConfig, ModelConfig
-from sd3_lora.common.lean_imports import import_pyarrow, start_driver
+from sd3_lora.common.lean_imports import import_pyarrow, import_transformers, start_driver
 from sd3_lora.stage_one.config import EmbeddingConfig
 
 COMMAND_LINE = CommandLine(
@@ -27,6 +27,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
+    import_transformers("CLIPTextModelWithProjection", "T5EncoderModel")
 
 import sys
 import threading
@@ -56,6 +57,7 @@ from sd3_lora.stage_one.config import LatentConfig
 from sd3_lora.stage_one.data_sets import with_folder
 from sd3_lora.stage_one.embedding_parts import EmbeddingParts
 from sd3_lora.stage_one.embedding_store import CLASS_CAPTION, UNCAPTIONED, EmbeddingStore, with_uses, write_embeddings
+from sd3_lora.stage_one.image_files import picture_paths
 from sd3_lora.stage_one.prompts import identifier_of, read_prompts, unknown_note, unknown_words, with_subject
 from sd3_lora.stage_one.text_encoder_plan import (
     CLIP_BATCH_SIZE,
@@ -365,6 +367,8 @@ def next_command(configs: tuple[Any, ...]) -> str:
     config, model, device, budget = configs
     folder = Path(config.output_path).parent
     settings = recorded_flags(folder / LATENTS_PATH / "run.json", LatentConfig)
+    if config.class_data_dir is not None and picture_paths(Path(config.class_data_dir)):
+        settings["class_data_dir"] = config.class_data_dir
     settings["output_path"] = None if folder == Path() else folder / LATENTS_PATH
     shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
     return command("precompute_latents.py", **{**shared, **settings, **shared})

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
-    import_diffusers(without=("bitsandbytes",))
+    import_diffusers()
 
 import hashlib
 import sys
@@ -57,7 +57,7 @@ from sd3_lora.common.stage_report import StageReport, memory_stage
 from sd3_lora.drawing.class_pictures import WaitingLatents, missing_class_pictures, write_caption
 from sd3_lora.drawing.pictures import PicturePlan
 from sd3_lora.drawing.sampling import Embeddings, Sampler, SamplingSettings, decode
-from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_budget
+from sd3_lora.gpu.budget import BudgetTooSmall, DeviceBudget, compared, open_budget, within_memory
 from sd3_lora.gpu.forecast import Forecast, Phase
 from sd3_lora.plan.memory_plan import Plan, plan_denoising
 from sd3_lora.plan.step_memory import DenoisingShape
@@ -277,6 +277,21 @@ def draw(
         del vae
 
 
+def planned_within(
+    files: ModelFiles, sampling: Sampling, embeddings: Embeddings, budget: DeviceBudget | None
+) -> tuple[Sampling, VaeTile]:
+    """How what is left is drawn within another budget.
+
+    Raises:
+        UserError: not even one picture fits it.
+    """
+    config, text_tokens = sampling.config, text_tokens_of(embeddings, files)
+    plan, together = plan_drawing(files, config, sampling.latent_size, text_tokens, sampling.chosen.dtype, budget)
+    size = size_of(config, files, files.resolution(config.resolution))
+    tile = choose_tile(files, VaeWork("decode", VAE_PRECISION, size), budget)
+    return replace(sampling, plan=plan, together=together), tile
+
+
 def draw_missing(
     configs: Sequence[Any],
     files: ModelFiles,
@@ -315,8 +330,14 @@ def draw_missing(
     record = RunRecord(configs, facts)
     record.save(record_path, None)
     WaitingLatents(cache.folder / "undecoded").remove_drawn(folder)
+
+    def draw_rest(within: DeviceBudget | None) -> None:
+        rest = [picture for picture in pictures if not picture.path.exists()]
+        how = (sampling, tile) if within is budget else planned_within(files, sampling, embeddings, within)
+        draw(files, *how, rest, embeddings, cache, reports)
+
     if pictures:
-        draw(files, sampling, tile, pictures, embeddings, cache, reports)
+        within_memory(draw_rest, budget, reports)
     measured = budget.used_bytes(reports) if budget else 0
     if budget:
         print(compared(forecast.peak_bytes, measured))

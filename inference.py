@@ -28,7 +28,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
-    import_diffusers(without=("bitsandbytes",))
+    import_diffusers()
 
 import os
 import sys
@@ -74,12 +74,11 @@ from sd3_lora.plan.step_memory import DenoisingShape, image_tokens
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
 from sd3_lora.stage_one.prompts import read_prompts, with_subject
 from sd3_lora.stage_one.text_encoder_plan import TextWork, choose_clip_plan, choose_text_encoder_plan, describe_t5
-from sd3_lora.stage_one.text_encoders import encode_clips, encode_prompts
 from sd3_lora.stage_one.vae import load_vae
 from sd3_lora.stage_one.vae_tiles import AskedTile, VaeTile, VaeWork, choose_tile, read_asked_tile
 from sd3_lora.transformer.clip_loras import ClipLoras
 from sd3_lora.transformer.compiled import start_compile_workers
-from sd3_lora.transformer.lora import LORA_FILE
+from sd3_lora.transformer.lora import LORA_FILE, has_adapter
 from sd3_lora.transformer.lora_files import LoraFile, find_lora, read_lora_file, require_drawable
 from sd3_lora.transformer.merged_weights import MergedLoras
 from sd3_lora.transformer.placement import AskedPlacement, arrange
@@ -106,6 +105,11 @@ class Variant:
     label: str = ""
     suffix: str = ""
     identifiers: tuple[IdentifierEmbedding, ...] = ()
+
+    @property
+    def is_base(self) -> bool:
+        """Whether nothing but the base's own weights and words draws it."""
+        return not any(self.scales or ()) and not self.identifiers
 
     def identity(self, loras: Sequence[LoraFile]) -> list[str]:
         """For the settings in the picture."""
@@ -180,23 +184,43 @@ def name_of(lora: LoraFile) -> str:
 
 
 def find_variants(config: InferenceConfig, loras: Sequence[LoraFile], identifiers: Identifiers) -> list[Variant]:
-    """In which ways all pictures are drawn; one, unless flags ask for several.
+    """In which ways all pictures are drawn; one, unless flags ask for several. Says where LoRAs are added up.
 
     Raises:
-        UserError: there is no LoRA to compare with the base.
+        UserError: there is nothing to compare with the base.
     """
     if config.compare and not loras and not identifiers.asked:
         raise UserError("--compare draws with a LoRA and without: add --lora")
     scales = dict.fromkeys(config.lora_scale)
-    if len(loras) == 1 and len(scales) > 1:
+    is_sweep = len(loras) == 1 and len(scales) > 1
+    if is_sweep:
         variants = [Variant((scale,), f"LoRA at {scale:g}", f"scale{scale:g}") for scale in scales]
     else:
-        what = "LoRAs" if len(loras) > 1 else "LoRA" if loras else "embedding"
-        label = f"with the {what}" if config.compare else ""
-        variants = [Variant(tuple(config.lora_scale) or (1.0,) * len(loras), label)]
+        together = tuple(config.lora_scale) or (1.0,) * len(loras)
+        variants = [Variant(together, with_all(together) if config.compare else "")]
+        if len(loras) > 1:
+            print(added_up(loras, variants[0]))
     variants = [replace(variant, identifiers=identifiers.used(variant.scales)) for variant in variants]
-    has_base = any(not any(variant.scales or ()) and not variant.identifiers for variant in variants)
+    variants = [replace(each, label=f"base ({each.label})") if is_sweep and each.is_base else each for each in variants]
+    has_base = any(variant.is_base for variant in variants)
+    if config.compare and has_base and not is_sweep:
+        raise UserError("--compare has nothing beside the base, which a LoRA at 0 is: give another --lora_scale")
     return [Variant(None, "base", "base"), *variants] if config.compare and not has_base else variants
+
+
+def with_all(scales: Sequence[float]) -> str:
+    """A picture's label beside the base's."""
+    what = "LoRAs" if len(scales) > 1 else "LoRA" if scales else "embedding"
+    at = " and ".join(f"{scale:g}" for scale in scales)
+    return f"with the {what}" + (f" at {at}" if any(scale != 1 for scale in scales) else "")
+
+
+def added_up(loras: Sequence[LoraFile], variant: Variant) -> str:
+    """What several LoRAs at once are, and how to see one beside the other instead."""
+    return (
+        f"{len(loras)} LoRAs added up in each picture ({variant.readable(loras)}); to see one beside the other, type "
+        "the command once for each --lora, with one --outdir: seed and noise are the same"
+    )
 
 
 def find_prompts(config: InferenceConfig, records: Sequence[Mapping[str, Any]], is_miniature: bool) -> list[str]:
@@ -263,6 +287,8 @@ def embed(
     work = TextWork(length, config.t5_precision, config.t5_stream, prompts=len(missing))
     plan = choose_text_encoder_plan(files, work, context.device, context.budget)
     print(f"{counted(len(missing), 'prompt')} to encode, T5 in {describe_t5(plan)}")
+    from sd3_lora.stage_one.text_encoders import encode_prompts  # imports all of transformers' encoders
+
     prompt_embeds, pooled = encode_prompts(files, missing, plan, context.reports)
     return {**known, **dict(zip(missing, zip(prompt_embeds, pooled, strict=True), strict=True))}
 
@@ -282,6 +308,8 @@ def embed_with(
     what = "which the LoRA changes" if clip_loras.scaled else "which read the identifier's embedding"
     print(f"{counted(len(prompts), 'prompt')} to encode with the CLIPs, {what}")
     change, identifiers = clip_loras.merge_into, clip_loras.identifiers
+    from sd3_lora.stage_one.text_encoders import encode_clips  # likewise
+
     clip_hidden, pooled = encode_clips(files, prompts, plan, context.reports, change, identifiers)
     t5_hidden = torch.stack([base[prompt][0][files.clip_tokens() :] for prompt in prompts])
     prompt_embeds = join_embeddings(clip_hidden, t5_hidden)
@@ -540,13 +568,13 @@ def load_sampler(
 
 def use_variant(transformer: SD3Transformer2DModel, variant: Variant) -> None:
     """Gives LoRAs beside the weights their strengths, or leaves them out; what changes a CLIP alone is not there."""
-    attached = getattr(transformer, "peft_config", {})
-    if variant.scales is None and attached:
-        transformer.disable_adapters()
-    scales = {f"lora_{index}": scale for index, scale in enumerate(variant.scales or ()) if f"lora_{index}" in attached}
-    if scales:
-        transformer.enable_adapters()
-        transformer.set_adapters(list(scales), list(scales.values()))
+    if not has_adapter(transformer):
+        return
+    from sd3_lora.transformer.added_layers import use_strengths  # imports PEFT
+
+    names = {f"lora_{index}": scale for index, scale in enumerate(variant.scales or ())}
+    attached = {name: scale for name, scale in names.items() if name in transformer.peft_config}
+    use_strengths(transformer, None if variant.scales is None else attached)
 
 
 def denoise_all(

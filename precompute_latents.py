@@ -26,12 +26,12 @@ COMMAND_LINE = CommandLine(
 if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
-    import_diffusers(without=("bitsandbytes", "peft"))
+    import_diffusers()
 
 import itertools
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -66,7 +66,7 @@ from sd3_lora.stage_one.concepts import Subject, concepts_of, read_subject
 from sd3_lora.stage_one.config import EmbeddingConfig
 from sd3_lora.stage_one.crop_boxes import CropBox, crop_box_of, crop_boxes, crop_rgb, size_notes, to_pixels
 from sd3_lora.stage_one.data_sets import with_folder
-from sd3_lora.stage_one.embedding_store import EmbeddingStore, find_embeddings
+from sd3_lora.stage_one.embedding_store import CLASS_CAPTION, EmbeddingStore, find_embeddings
 from sd3_lora.stage_one.images import BrokenImage, open_rgb
 from sd3_lora.stage_one.latent_cache import BrokenPicture, LatentCache, StaleLatents, recorded_precision
 from sd3_lora.stage_one.masks import Mask, find_masks, latent_mask, require_right_masks
@@ -720,12 +720,16 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
             own["class_prompt"] = REFERENCE_CLASS_PROMPT
         whose = ("", ", with a prompt of your own", ", with prompts of your own")[len(own)]
         return f"next{whose}: " + command("compute_embeddings.py", **{**shared, **own})
+    recorded = recorded_flags(embeddings_path.with_suffix(".json"), EmbeddingConfig)
+    again = {**recorded, **{name: value for name, value in shared.items() if value}, "output_path": embeddings_path}
     prior = prior_flags(config, embeddings_path)
     if prior is None:
-        recorded = recorded_flags(embeddings_path.with_suffix(".json"), EmbeddingConfig)
-        typed = {**recorded, **{name: value for name, value in shared.items() if value}}
-        typed |= {"class_prompt": REFERENCE_CLASS_PROMPT, "output_path": embeddings_path}
-        return "next, with a class prompt of your own: " + command("compute_embeddings.py", **typed)
+        again["class_prompt"] = REFERENCE_CLASS_PROMPT
+        return "next, with a class prompt of your own: " + command("compute_embeddings.py", **again)
+    captions = class_caption_flags(config, embeddings_path, recorded) if prior else {}
+    if captions is None:
+        again |= {"class_captions": True, "class_data_dir": config.class_data_dir}
+        return "next: " + command("compute_embeddings.py", **again)
     flags = {
         "skip_broken": config.skip_broken,
         **config.crop_flags(),
@@ -735,8 +739,32 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
         "latents_path": None if config.output_path == LATENTS_PATH else config.output_path,
         "data_df_path": None if embeddings_path == Path(EMBEDDINGS_PATH) else embeddings_path,
         **prior,
+        **captions,
     }
     return "next: " + command("train_dreambooth_sd3_lora_miniature.py", **shared, **flags)
+
+
+def class_caption_flags(
+    config: LatentConfig, embeddings_path: Path, recorded: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Training's flags of captions beside class pictures, none unless stage one embedded some; None where one lacks.
+
+    Args:
+        config: the flags of this run.
+        embeddings_path: the embeddings.
+        recorded: the flags with which they were made.
+    """
+    folders = [concept.class_folder for concept in concepts_of(config)] if config.concepts_list is not None else []
+    folders.append(None if config.class_data_dir is None else Path(config.class_data_dir))
+    with EmbeddingStore(embeddings_path) as store:
+        if not (recorded.get("class_captions") or store.prompts_with_role(CLASS_CAPTION)):
+            return {}
+        images = (
+            image for folder in dict.fromkeys(folders) if folder for image in class_images(folder, "", None, True)
+        )
+        if any(prompt and prompt not in store for image in images for prompt in image.prompts):
+            return None
+    return {"class_captions": True, "class_prompts_file": recorded.get("class_prompts_file")}
 
 
 def prior_flags(config: LatentConfig, embeddings_path: Path) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
-    import_diffusers(without=("bitsandbytes",))
+    import_diffusers("diffusers.training_utils")
 
 import os
 import sys
@@ -57,6 +57,7 @@ from sd3_lora.common.command_line import (
     exit_code,
     first_line,
     forget_secrets,
+    host_memory_fault,
 )
 from sd3_lora.common.defaults import say_miniature
 from sd3_lora.common.devices import (
@@ -118,6 +119,7 @@ from sd3_lora.training.in_backward import adam_notes, hollow_moments
 from sd3_lora.training.live_embeddings import live_embeddings
 from sd3_lora.training.loss_log import READ_EVERY, LossLog, NotFinite, PendingStep
 from sd3_lora.training.micro_batches import MicroBatches
+from sd3_lora.training.missing_inputs import MissingInputs
 from sd3_lora.training.model_card import write_model_card
 from sd3_lora.training.not_finite import explained, held_norms
 from sd3_lora.training.opened_data import (
@@ -209,13 +211,14 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     hub = open_hub(flags, accelerator)
     require_possible(flags, files, plan, chosen.dtype, device)
     lock_outputs(output_dir, accelerator, locks)
-    checkpoint = resume_point(flags.run.resume_from_checkpoint, output_dir)
+    prompts, resumes = validation_prompts(flags.watch), flags.run.resume_from_checkpoint
+    MissingInputs(stage_one_request(flags, files, resolution), prompts, output_dir, resumes).require_none()
+    checkpoint = resume_point(resumes, output_dir)
     flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
 
     request = stage_one_request(flags, files, resolution)
     identifier = IdentifierStart.of(flags.identifier, files, start)
-    prompts = validation_prompts(flags.watch)
     data = open_data(request, prompts, accelerator, flags.trains_clips, identifier, locks)
     state = read_state(checkpoint) if checkpoint else {"signature": {}}
     seed = choose_seed(flags.run.seed, state["signature"])
@@ -819,10 +822,12 @@ def train(
     with finished_pictures(watch.validation), watch.signals:
         try:
             return take_steps(training, batches, step, flags, watch, outputs, accelerator)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            host_fault = host_memory_fault(error)
+            if not (host_fault or is_out_of_memory(error)):
                 raise
             reason, at = first_line(error), training.step
+            ran_out = host_fault or f"the GPU's memory ran out ({reason})"
         except NotFinite as error:
             raise explained(error, training, batches, watch) from error
         # Not in the `except` block, which keeps what the step has allocated.
@@ -830,13 +835,15 @@ def train(
         drop_workspaces(accelerator.device)
         free_memory(accelerator.device)
         if accelerator.num_processes > 1:
-            raise UserError(f"the GPU's memory ran out at step {at} ({reason}): {outputs.kept()}")
+            raise UserError(f"{ran_out} at step {at}: {outputs.kept()}")
         if training.step == training.steps and not (training.started or training.updating):
             Progress.write(f"note: the GPU's memory ran out after step {at} ({reason}): what is due is done once more")
             return end_last_step(training, batches, flags, watch, outputs, accelerator)
         checkpoint = keep_whole_step(training, batches, watch.log, outputs, accelerator)
         if watch.signals.received is not None:
             raise Interrupted(outputs.kept(), watch.signals.received)
+        if host_fault:
+            raise UserError(f"{host_fault} at step {at}: close other programs; {outputs.kept()}")
         raise OutOfDeviceMemory(reason, at, checkpoint)
 
 

@@ -65,7 +65,7 @@ if __name__ == "__main__":
     COMMAND_LINE.answer_at_once()
     start_driver()
     import_pyarrow()
-    import_diffusers(without=("bitsandbytes",))
+    import_diffusers("diffusers.training_utils")
 
 import json
 import math

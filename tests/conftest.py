@@ -228,6 +228,19 @@ def private(prepared: Prepared, tmp_path: Path) -> Prepared:
 
 
 @pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The scripts that training starts run in this process; returns their names."""
+    started: list[str] = []
+
+    def run(words: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        started.append(Path(words[1]).stem)
+        return subprocess.CompletedProcess(words, importlib.import_module(started[-1]).main(list(map(str, words[2:]))))
+
+    monkeypatch.setattr("sd3_lora.training.stage_one_request.subprocess.run", run)
+    return started
+
+
+@pytest.fixture
 def deterministic() -> Iterator[None]:
     """Without it attention's backward may add up in another order each time on a GPU."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -63,10 +63,18 @@ def count_operations(act: Callable[[int], None]) -> None:
     sys.addaudithook(hook)
 
 
+def data_bytes(process: int) -> int:
+    """What RLIMIT_DATA limits: memory of its own that a process may write."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    return 0  # it has ended
+
+
 def arm(kill: dict[str, Any], count_path: str | None) -> None:
     """In the forked process: dies before the file operation `operation`, or as soon as a file has `write` bytes.
 
-    With `limit` it lives, and no file takes more bytes.
+    With `limit` it lives, and no file takes more bytes; with `memory` it gets no more of it than so many bytes.
     """
 
     def act(number: int) -> None:
@@ -81,6 +89,9 @@ def arm(kill: dict[str, Any], count_path: str | None) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (kill["write"], resource.RLIM_INFINITY))
+    if "memory" in kill:
+        most = data_bytes(os.getpid()) + kill["memory"]
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     if "limit" in kill:
         resource.setrlimit(resource.RLIMIT_FSIZE, (kill["limit"], resource.RLIM_INFINITY))
 
@@ -113,6 +124,7 @@ class Child:
         self.output, written = os.pipe()
         self.start_s, self.log = time.monotonic(), b""
         self.ended: list[Any] | None = None
+        self.before_bytes, self.most_bytes = data_bytes(os.getpid()), 0
         self.number = os.fork()
         if self.number == 0:
             code = 70
@@ -133,6 +145,7 @@ class Child:
         Its exit code is negative for a signal, and None where it took too long and was killed for that.
         """
         elapsed_s = time.monotonic() - self.start_s
+        self.most_bytes = max(self.most_bytes, data_bytes(self.number))
         ended, status = os.waitpid(self.number, os.WNOHANG)
         code: int | None = os.waitstatus_to_exitcode(status) if ended else 0
         if not ended and elapsed_s > (TIMEOUT_S if self.kill_after_s is None else self.kill_after_s):
@@ -144,12 +157,14 @@ class Child:
                 self.log += part
         if ended:
             os.close(self.output)
-            self.ended = [code, elapsed_s, self.log.decode(errors="replace")]
+            taken = max(0, self.most_bytes - self.before_bytes)
+            self.ended = [code, elapsed_s, self.log.decode(errors="replace"), taken]
 
 
 def main() -> None:
     """Answers until its input ends."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # another reserves a GiB at once, of which it uses little
     import torch
 
     torch.set_num_threads(1)

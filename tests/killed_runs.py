@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from safetensors.torch import save_file
 CLASS_PROMPT = "a photo of a robot"
 GROWING = (".jsonl", "sheet.webp")
 TIMED = ("report.html", "README.md", "run.json")  # they tell the time, to the minute some of them
+# What is left on the terminal where memory runs out in compiled code, or in Python's start of a thread.
+DIED = re.compile(r"memory allocation of \d+ bytes failed|alloc::|thread started by|terminate called")
 _WITHOUT_DEVICE = ("sd3_lora.report", "sd3_lora.export", "sd3_lora.merge", "sd3_lora.convert")
 _SETTINGS = {
     "compute_embeddings": {"compute_embeddings.PROMPTS_PER_CHUNK": 3},
@@ -40,11 +43,13 @@ class Ended:
         code: its exit code, negative for a signal; None where it hung and was killed for it.
         elapsed_s: its seconds.
         log: what it printed.
+        memory: bytes that it had allocated at most, beside what it began with.
     """
 
     code: int | None
     elapsed_s: float
     log: str
+    memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class ForkServer:
             job: to run.
             folder: where.
             kill: {"after_s": …}, {"operation": …} or {"write": bytes of a file} to kill it; {"limit": bytes of a file}
-                for a disk that takes no larger one.
+                for a disk that takes no larger one; {"memory": bytes} for a host that has no more.
             more: of the order.
         """
         return self.run_at_once([(job, folder)], kill, **more)[0]
@@ -136,6 +141,7 @@ class Undisturbed:
         seconds: that it takes.
         operations: file operations that it takes.
         largest: bytes of the largest file that it writes.
+        memory: bytes that it allocates at most.
     """
 
     start: Mapping[str, bytes]
@@ -144,6 +150,7 @@ class Undisturbed:
     seconds: float
     operations: int
     largest: int
+    memory: int
 
 
 def mount(*words: object) -> None:
@@ -194,20 +201,20 @@ class Campaign:
         return Path(shutil.copytree(self.job.start, folder))
 
     def _run_undisturbed(self) -> Undisturbed:
-        ends, seconds, count_path = [], 0.0, self.scratch / "operations"
+        ends, seconds, memory, count_path = [], 0.0, 0, self.scratch / "operations"
         for name in ("one", "two"):
             folder = self._fresh(name)
             more = {"count_path": str(count_path)} if name == "one" else {}
             ended = self.server.run(self.job, folder, **more)
             assert ended.code == 0, ended.log
-            seconds = ended.elapsed_s
+            seconds, memory = ended.elapsed_s, max(memory, ended.memory)
             ends.append(tree(folder))
         one, two = ends
         assert one.keys() == two.keys()
         start = tree(self.job.start)
         same = frozenset(name for name in one if one[name] == two[name] and not name.endswith(TIMED))
         largest = max((len(content) for name, content in one.items() if content != start.get(name)), default=1)
-        return Undisturbed(start, one, same, seconds, int(count_path.read_text()), largest)
+        return Undisturbed(start, one, same, seconds, int(count_path.read_text()), largest, memory)
 
     def kill(self, chance: random.Random, folder: Path) -> tuple[str, bool]:
         """Starts it and kills it; returns how, and whether it did not come to its end before."""
@@ -234,16 +241,18 @@ class Campaign:
                     f"{way}: {name} is there in part"
                 )
 
-    def finish(self, folder: Path, ways: Sequence[str]) -> None:
-        """Types the same command again, to its end."""
+    def finish(self, folder: Path, ways: Sequence[str], may_lack: str | None = None) -> None:
+        """Types the same command again, to its end; what was given up with a note may be missing then."""
         known, ended = self.undisturbed, self.server.run(self.job, folder)
         story = f"{self.job.name}: {'; '.join(ways)}\n{ended.log[-3000:]}"
         assert self.job.ended_well(ended), f"exit code {ended.code}: {story}"
         after = tree(folder)
         left, missing = sorted(after.keys() - known.end.keys()), sorted(known.end.keys() - after.keys())
+        if may_lack is not None:
+            missing = [name for name in missing if may_lack not in name]
         assert not left, f"{left} left for good, {missing} missing: {story}"
         assert not missing, f"{missing} missing: {story}"
-        other = {name for name in known.same if after[name] != known.end[name]}
+        other = {name for name in known.same & after.keys() if after[name] != known.end[name]}
         assert not other, f"other bytes in {sorted(other)}: {story}"
         for name in after.keys() - known.same:
             if name.endswith(".json"):
@@ -301,6 +310,31 @@ class Campaign:
         folder = self._fresh("full")
         ended = self.fill(folder, {"limit": limit})
         self.finish(folder, [f"a limit of {limit}: {ended.log[-500:]}"])
+        return ended
+
+    def within_memory(self, share: float) -> Ended:
+        """Runs it on a host that has a part of the memory that it needs, then on one that has enough, and compares.
+
+        Args:
+            share: the part.
+        """
+        folder, limit = self._fresh("short"), int(share * self.undisturbed.memory)
+        ended = self.server.run(self.job, folder, {"memory": limit, "after_s": 20})
+        story = f"{self.job.name}, {limit} bytes: {ended.code}\n{ended.log[-3000:]}"
+        assert "Traceback" not in ended.log, story
+        died = ended.code is None or ended.code < 0  # by a compiled library, or it waits for a thread that never began
+        if died:
+            assert ended.code in (None, -signal.SIGKILL) or DIED.search(ended.log), story
+        elif ended.code != 0:
+            last = ended.log.splitlines()[-1]
+            assert ended.code == 2, story
+            assert len(re.findall("^error: ", ended.log, re.MULTILINE)) == 1, story
+            assert last.startswith("error: the host's memory ran out ("), story
+            assert last.count("memory ran out") == 1, story
+        self._require_no_partial(folder, story)
+        left = [name for name in tree(folder) if name.endswith(".unfinished")]
+        assert died or not left, f"{left} left: {story}"
+        self.finish(folder, [story], "samples/" if "note: the pictures of step" in ended.log else None)
         return ended
 
     def after_kills(self, chance: random.Random, kills: int) -> int:

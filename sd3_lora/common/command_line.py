@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from sd3_lora.common.atomic_files import remove_unfinished, replacing, unfinished_path
+from sd3_lora.common.dataclass_flags import add_flags
 from sd3_lora.common.short_help import SHORT_HELP, help_lines
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -174,6 +175,11 @@ _DISK_FAULTS = {
     errno.EROFS: "the disk can only be read: have it mounted for writing",
     errno.EIO: "the disk has failed (input/output error): put another in its place",
 }
+# What torch, its libraries and Python say where the host has no more memory; most of Python says MemoryError.
+_HOST_MEMORY_SIGNS = (
+    *("DefaultCPUAllocator", "std::bad_alloc", os.strerror(errno.ENOMEM)),
+    *("could not create a primitive", "can't start new thread", "Failed to launch worker thread"),
+)
 
 
 class UserError(Exception):
@@ -385,16 +391,8 @@ class CommandLine:
             return f"--{self.first} is one, here {arguments[1]}: type the command once for each"
         return f"put double quotes around a value of several words; {self._help_hint}"
 
-    def _parser(self) -> Any:
-        from transformers import HfArgumentParser  # half a second, which only parsing needs
-
-        class Parser(_Faults, HfArgumentParser):
-            """Collects what is wrong instead of ending at the first."""
-
-        for group in self.groups:
-            group._argument_group_name = (group.__doc__ or "").splitlines()[0].rstrip(".:")  # type: ignore[attr-defined]
-        parser = Parser(
-            list(self.groups),
+    def _parser(self) -> _Faults:
+        parser = _Faults(
             prog=self.script,
             usage=f"python %(prog)s{' ' + self.first.upper() if self.first else ''} [flags]",
             description=self.description.splitlines()[0],
@@ -402,6 +400,8 @@ class CommandLine:
             allow_abbrev=False,
             add_help=False,
         )
+        for group in self.groups:
+            add_flags(parser, group, (group.__doc__ or "").splitlines()[0].rstrip(".:"))
         parser.add_argument("-h", "--help", "--help_all", "--help-all", action="help", help="Show this and exit.")
         return parser
 
@@ -533,7 +533,6 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         argv: its arguments.
         smaller: the flags to try when the GPU's memory runs out.
     """
-    import torch
     from safetensors import SafetensorError
 
     for library in ("transformers", "diffusers"):
@@ -551,18 +550,11 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
         if signal.getsignal(signal.SIGINT) in (_end_on_interrupt, signal.SIG_DFL):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         script(argv)
-    except UserError as error:
-        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except torch.OutOfMemoryError as error:
-        reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
-        print(f"error: {reason}: try {smaller}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except (OSError, SafetensorError) as error:
-        fault = disk_fault(error)
-        if fault is None:
+    except (UserError, MemoryError, RuntimeError, OSError, SafetensorError) as error:
+        sentence = _sentence_of(error, smaller)
+        if sentence is None:
             raise
-        print(f"error: {fault} and type the same command again", file=sys.stderr)
+        print(f"error: {without_secrets(sentence)}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt as error:
         in_order = _interruption_in_order(error)
@@ -576,6 +568,27 @@ def exit_code(script: Callable[[Sequence[str] | None], None], argv: Sequence[str
     return 0
 
 
+def _sentence_of(error: BaseException, smaller: str) -> str | None:
+    """What is said of an error that the user can mend; None of any other.
+
+    Args:
+        error: that ended a script.
+        smaller: the flags to try when memory runs out.
+    """
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = ". ".join(str(error).split(". ")[:2])  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        return f"{reason}: try {smaller}"
+    if fault := host_memory_fault(error):
+        flags = f", or try {smaller}" if smaller else ""
+        return f"{fault}: close other programs and type the same command again{flags}"
+    if isinstance(error, UserError):
+        return str(error)
+    fault = disk_fault(error)
+    return fault and f"{fault} and type the same command again"
+
+
 def disk_fault(error: BaseException) -> str | None:
     """What is wrong with the disk, and what to do; None where the error is no disk's.
 
@@ -586,6 +599,23 @@ def disk_fault(error: BaseException) -> str | None:
     for each, fault in _DISK_FAULTS.items():
         if number == each or (number is None and os.strerror(each) in str(error)):
             return fault
+    return None
+
+
+def host_memory_fault(error: BaseException | None) -> str | None:
+    """That the host's memory ran out, and how much was asked for; None where it did not.
+
+    Args:
+        error: whatever was raised. It is followed to its causes: a reader may take a file that it has no memory to
+            read for a damaged one.
+    """
+    while error is not None:
+        said = "" if isinstance(error, UserError) else str(error)
+        if isinstance(error, MemoryError) or any(sign in said for sign in _HOST_MEMORY_SIGNS):
+            asked = re.search(r"tried to allocate (\d+) bytes", said)
+            reason = f"{int(asked[1]) / 2**20:.1f} MiB more were asked for" if asked else first_line(error)
+            return f"the host's memory ran out ({reason})"
+        error = error.__cause__
     return None
 
 

@@ -5,23 +5,61 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import importlib.abc
 import importlib.metadata
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# diffusers imports them wherever they are installed, and no script asks diffusers for anything of them: text encoders
+# are transformers' own, LoRA layers PEFT's, and nf4 bitsandbytes'.
+_BESIDE_DIFFUSERS = ("bitsandbytes", "peft", "transformers")
 
 
-def import_diffusers(without: tuple[str, ...] = ()) -> None:
+def import_diffusers(*modules: str) -> None:
     """Imports diffusers' models, for a script's own process: whatever imports them later finds them there.
 
+    To diffusers the packages beside it are not installed, for good; to all that is imported later they are. Nor does it
+    import torch's compiler, by which it marks what a compiled block would keep whole: blocks compile to the same graphs
+    without the marks.
+
     Args:
-        without: packages that diffusers imports wherever they are installed, and that this process asks diffusers for
-            nothing of. To diffusers they are not installed, for good; to all that is imported later they are.
+        modules: of diffusers, that are imported too.
     """
-    with _uncollected(), _hidden(without), _packages_on_demand():
+    compiler = () if "transformers" in sys.modules else ("torch._dynamo",)  # transformers cannot do without
+    with _uncollected(), _packages_on_demand(), _compiler_on_demand(), _hidden((*_BESIDE_DIFFUSERS, *compiler)):
         from diffusers import AutoencoderKL, SD3Transformer2DModel  # noqa: F401
+
+        for module in modules:
+            importlib.import_module(module)
+
+
+def import_transformers(*names: str) -> None:
+    """Imports classes of transformers, likewise."""
+    with _uncollected(), _packages_on_demand():
+        import torch  # noqa: F401
+        import transformers
+
+        for name in names:
+            getattr(transformers, name)
+
+
+def import_peft() -> None:
+    """Imports PEFT, without bitsandbytes unless that is there already."""
+    with _packages_on_demand(), without_bitsandbytes():
+        import peft  # noqa: F401
+
+
+def without_bitsandbytes() -> contextlib.AbstractContextManager[None]:
+    """In the block PEFT finds no bitsandbytes, unless weights in 4 bits, say, had it imported before.
+
+    PEFT imports it to ask whether a layer is of it, and it has torch compile two functions, for which torch imports its
+    compiler: 1.4 s.
+    """
+    return _hidden(("bitsandbytes",))
 
 
 def import_pyarrow() -> None:
@@ -114,6 +152,27 @@ def _packages_on_demand() -> Iterator[None]:
         yield
     finally:
         importlib.metadata.packages_distributions = find
+
+
+@contextlib.contextmanager
+def _compiler_on_demand() -> Iterator[None]:
+    """In the block, functions that are not to be compiled are left as they are: to say so torch imports its compiler.
+
+    diffusers says so of hooks that no script uses.
+    """
+    import torch
+
+    disable = torch.compiler.disable
+    torch.compiler.disable = _left_as_it_is
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
+
+
+def _left_as_it_is(function: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+    """With the arguments of `torch.compiler.disable`, a decorator with or without a function."""
+    return function if function is not None else _left_as_it_is
 
 
 class _OnDemand(Mapping[str, list[str]]):

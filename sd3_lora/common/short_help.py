@@ -136,8 +136,8 @@ SHORT_HELP: dict[str, tuple[HelpPart, ...]] = {
             "What to draw",
             '--lora sd3-dreambooth-lora --prompt "a sks dog on a beach"',
             {
-                "lora": "folder, file or hub id; several add up",
-                "lora_scale": "its strength; several draw with each",
+                "lora": "folder, file or hub id; several are added up",
+                "lora_scale": "its strength; 0 0.5 1 draws with each",
                 "prompt": "what to draw; several in quotes",
                 "prompts_file": "text file with prompts, one a line",
                 "compare": "without the LoRA too, side by side",

@@ -28,7 +28,8 @@ class InferenceConfig:
         default_factory=list,
         metadata={
             "action": "extend",
-            "help": "Folder, file or hub id of a LoRA; may be repeated. Without it: the model as it is (on the "
+            "help": "Folder, file or hub id of a LoRA; several are added up in each picture, and to compare them is "
+            "a run for each. Without it: the model as it is (on the "
             f"miniature, {LORA_FOLDER} where that is there).",
         },
     )
@@ -37,7 +38,7 @@ class InferenceConfig:
         metadata={
             "action": "extend",
             "help": "Strength of each --lora; default 1. Several for one --lora, such as 0 0.5 1: all is drawn with "
-            "each of them.",
+            "each of them; 0 is the base.",
         },
     )
     identifier_embedding: list[str] = field(
@@ -48,7 +49,7 @@ class InferenceConfig:
         },
     )
     compare: bool = field(
-        default=False, metadata={"help": "Draw without the LoRA too, from the same noise, and put both side by side."}
+        default=False, metadata={"help": "Draw without any LoRA too, from the same noise, and put both side by side."}
     )
     prompt: list[str] = field(
         default_factory=list, metadata={"action": "extend", "help": "What to draw; may be repeated."}
@@ -184,7 +185,8 @@ class InferenceConfig:
             if not Path(path).expanduser().exists():
                 yield f"--identifier_embedding {path} is not there: check the path"
         if self.lora_scale and len(self.lora) != 1 and len(self.lora_scale) != len(self.lora):
-            yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each"
+            added = "" if len(self.lora) < 2 else ", since they are added up; several strengths are of one --lora alone"
+            yield f"{len(self.lora)} --lora and {len(self.lora_scale)} --lora_scale: give one for each{added}"
 
     def _schedule_faults(self) -> Iterator[str]:
         if self.timestep_shift is not None and not 0 < self.timestep_shift < math.inf:

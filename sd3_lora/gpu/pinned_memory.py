@@ -55,5 +55,5 @@ def pinned_buffers(
             raise UserError(
                 f"the driver did not pin {pinned_bytes(sizes) / GIB:.1f} GiB of host memory for the streamed "
                 f"transformer ({first_line(error)}): close other programs, or {remedy}"
-            ) from error
+            ) from None  # else the host's memory is taken for the cause, whose sentence has no remedy
         yield from slab_buffer[: sum(slab)].split(slab)

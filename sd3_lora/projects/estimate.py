@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import counted
 from sd3_lora.common.defaults import PROJECT_FOLDER
+from sd3_lora.common.durations import duration
 from sd3_lora.common.known_models import HUB_IDS
 from sd3_lora.projects.settings import BUNDLED, Settings
 
@@ -33,16 +34,9 @@ class Estimate:
         seconds = self.seconds * settings.max_train_steps * settings.photos_per_step
         steps = f"{counted(settings.max_train_steps, 'step')} of {counted(settings.photos_per_step, 'photo')}"
         return (
-            f"time: about {spoken(seconds)} for {steps}, after loading, and without pictures drawn on the way "
+            f"time: about {duration(seconds)} for {steps}, after loading, and without pictures drawn on the way "
             f"({self.source})"
         )
-
-
-def spoken(seconds: float) -> str:
-    """A duration for people: 40 s, 7 min, 2.5 h."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def estimate(settings: Settings, resolution: int, earlier: Iterable[Path]) -> Estimate | None:

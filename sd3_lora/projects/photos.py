@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,8 @@ class Photos:
     def add(self, uploads: Sequence[Upload]) -> tuple[list[Path], list[str]]:
         """Copies uploads into the folder; those that cannot be trained on are refused.
 
-        Two that add at once, and two files of one name, both keep theirs.
+        Two that add at once, and two files of one name, both keep theirs. A photo that is there already, under
+        whatever name, is not added again: training would take the two for one.
 
         Returns:
             The new photos, and a sentence for each file that was refused.
@@ -63,14 +65,15 @@ class Photos:
         added, refused = list[Path](), list[str]()
         for upload in uploads:
             try:
-                added.append(self._add(upload))
+                photo = self._add(upload)
+                added += [] if photo is None else [photo]
             except FileNotFoundError:
                 refused.append(f"{upload.name} did not arrive whole: drop it again")
             except (UserError, BrokenImage) as error:
                 refused.append(str(error).replace(str(upload.path), upload.name))
         return added, refused
 
-    def _add(self, upload: Upload) -> Path:
+    def _add(self, upload: Upload) -> Path | None:
         suffix = Path(upload.name).suffix.lower()
         if suffix not in RASTER_EXTENSIONS:
             raise UserError(f"{upload.name} is not a picture: take .jpg, .png or .webp files")
@@ -79,6 +82,8 @@ class Photos:
         open_rgb(upload.path)  # what does not decode is refused here, and not after the upload
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder.with_name(".photos.lock")):  # of two uploads at once, in this process or another
+            if any(filecmp.cmp(path, upload.path, shallow=False) for path in self.paths):
+                return None
             stems = {path.stem.lower() for path in self.paths}
             if len(stems) >= MOST_PHOTOS:
                 raise UserError(f"{upload.name} is one too many: a project holds {counted(MOST_PHOTOS, 'photo')}")
@@ -138,15 +143,22 @@ class Photos:
             BrokenImage: the photo does not decode.
         """
         shown = self.crops / str(size) / f"{path.stem}.webp"
-        if not shown.is_file() or shown.stat().st_mtime_ns < path.stat().st_mtime_ns:
-            picture = open_rgb(path)
-            (box,) = crop_boxes(picture.width, picture.height, size, num_crops=1, flip=False)
-            crop = crop_picture(picture, box)
-            crop.thumbnail((_SHOWN_PX, _SHOWN_PX))
+        if not _is_newer(shown, path):
             shown.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(shown) as unfinished:
-                crop.save(unfinished, format="WEBP", quality=85)
+            with FileLock(self.crops.with_name(".crops.lock")):  # of two that look at once, in one process or two
+                if not _is_newer(shown, path):
+                    picture = open_rgb(path)
+                    (box,) = crop_boxes(picture.width, picture.height, size, num_crops=1, flip=False)
+                    crop = crop_picture(picture, box)
+                    crop.thumbnail((_SHOWN_PX, _SHOWN_PX))
+                    with replacing(shown) as unfinished:
+                        crop.save(unfinished, format="WEBP", quality=85)
         return shown
+
+
+def _is_newer(made: Path, source: Path) -> bool:
+    """Whether a file that is made of another is there, and of what that is now."""
+    return made.is_file() and made.stat().st_mtime_ns >= source.stat().st_mtime_ns
 
 
 def _caption_path(photo: Path) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 from sd3_lora.common.atomic_files import remove_unfinished
 from sd3_lora.common.command_line import UserError, first_line, write_atomically
 from sd3_lora.common.config import ModelConfig
+from sd3_lora.common.durations import duration
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.reporting.loss_curves import LEVELS, losses_by_level, smoothed, thinned, window_of
 from sd3_lora.reporting.memory_timeline import MemoryTimeline, memory_timeline
@@ -235,18 +236,6 @@ def _rows(values: Sequence[Any]) -> list[Any]:
     if len(values) <= MOST_ROWS:
         return list(values)
     return [values[round(place * (len(values) - 1) / (MOST_ROWS - 1))] for place in range(MOST_ROWS)]
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them.
-
-    >>> [duration(each) for each in (0.42, 75, 150, 7500)]
-    ['0.4 s', '75 s', '2.5 min', '2 h 5 min']
-    """
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{int(minutes) // 60} h {int(minutes) % 60} min"
 
 
 def gib(value: float | None, unit: str = " GiB") -> str:

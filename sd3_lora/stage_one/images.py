@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from sd3_lora.common.command_line import UserError
+from sd3_lora.common.command_line import UserError, host_memory_fault
 from sd3_lora.stage_one.image_files import first_bytes
 
 import numpy as np
@@ -109,6 +109,8 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
     except UnidentifiedImageError as error:
         raise BrokenImage(path, "not a picture in a known format") from error
     except Exception as error:  # a malformed file can raise anything in a decoder: SyntaxError, KeyError, struct.error
+        if fault := host_memory_fault(error):  # no fault of the file's
+            raise UserError(f"{fault} while {path} was decoded: close other programs, or remove the picture") from None
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise BrokenImage(path, " ".join(reason.split())) from error  # libheif's ends its line
 

@@ -9,9 +9,6 @@ from pathlib import Path
 
 from sd3_lora.common.command_line import MOST_SHOWN, UserError, all_of, read_text_lines, shown
 from sd3_lora.common.model_files import ModelFiles
-from sd3_lora.stage_one.text_encoders import IdentifierReport, report_identifier
-
-from transformers import CLIPTokenizer, T5TokenizerFast
 
 # What may follow a prompt in a file for sd-scripts, and the flag of inference.py for all prompts.
 _SD_SCRIPTS_OPTIONS = {
@@ -78,13 +75,19 @@ def identifier_of(files: ModelFiles, prompt: str, class_prompt: str | None) -> l
 
     A word in brackets (`[V]`, as papers write "a rare word") is the identifier as it stands, brackets included.
     """
+    from sd3_lora.stage_one.text_encoders import (  # imports all of transformers' encoders, as below
+        IdentifierReport,
+        clip_tokenizers,
+        report_identifier,
+        t5_tokenizer,
+    )
+
     in_brackets = _IN_BRACKETS.search(prompt)
     if not in_brackets:
         report = report_identifier(files, prompt, class_prompt)
         return report.sentences() if report else []
     word = in_brackets[0]
-    clip = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
-    t5 = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    clip, t5 = clip_tokenizers(files)[0], t5_tokenizer(files)
     pieces = {"CLIP": clip.tokenize(word), "T5": t5.tokenize(word)}
     note = f"note: the brackets of {word!r} are part of the word, in training and in drawing"
     return [*IdentifierReport(word, pieces, is_common=False).sentences(), note]
@@ -95,7 +98,9 @@ def unknown_words(files: ModelFiles, prompts: Iterable[str]) -> list[str]:
     words = list(dict.fromkeys(word for prompt in prompts for word in prompt.split()))
     if not words:
         return []
-    tokenizer = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    from sd3_lora.stage_one.text_encoders import t5_tokenizer
+
+    tokenizer = t5_tokenizer(files)
     ids = tokenizer(words, add_special_tokens=False).input_ids
     return [word for word, tokens in zip(words, ids, strict=True) if tokenizer.unk_token_id in tokens]
 
@@ -133,8 +138,9 @@ def tokens_of(files: ModelFiles, prompts: Sequence[str]) -> list[PromptTokens]:
     Raises:
         UserError: the model has no tokenizers, or they are not here.
     """
-    clip = CLIPTokenizer.from_pretrained(files.component("tokenizer"))
-    t5 = T5TokenizerFast.from_pretrained(files.component("tokenizer_3"))
+    from sd3_lora.stage_one.text_encoders import clip_tokenizers, t5_tokenizer
+
+    clip, t5 = clip_tokenizers(files)[0], t5_tokenizer(files)
     limit = files.clip_tokens()
     return [
         PromptTokens(

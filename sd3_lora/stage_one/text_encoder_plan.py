@@ -12,15 +12,13 @@ from typing import Any, Literal
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.devices import DTYPES
-from sd3_lora.common.memory import GIB
+from sd3_lora.common.memory import GIB, available_host_bytes
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.gpu.budget import DeviceBudget, at_most_gib, enough_gib, too_small
 from sd3_lora.gpu.simulation import AllocationCounter, stand_in_for_gpu
 from sd3_lora.stage_one.t5_halves import half_bytes, set_dtypes
 
-import psutil
 import torch
-from transformers import CLIPTextConfig, T5Config, T5EncoderModel
 
 T5Precision = Literal["int8", "nf4", "fp16", "fp32"]
 BATCH_SIZE = 8  # prompts in one forward of T5: enough to keep even a large GPU busy
@@ -145,7 +143,7 @@ def choose_text_encoder_plan(
         raise UserError(f"--max_sequence_length {work.max_sequence_length} is not between 1 and 512: type 77 or 256")
     precision = work.precision_on(device)
     plan = TextEncoderPlan(precision, work.t5_stream, work.max_sequence_length, device)
-    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    free = budget.tensor_bytes if budget else available_host_bytes()
     if not work.t5_stream:
         for candidate in (_in_large_batches(plan, work.prompts), plan):
             needed = encoder_bytes(files, candidate) + working_bytes(files, candidate)
@@ -180,7 +178,7 @@ def choose_clip_plan(
     """
     is_exact = (work.t5_precision or work.existing_precision) == "fp32"
     plan = TextEncoderPlan("fp32" if is_exact else "fp16", work.t5_stream, work.max_sequence_length, device)
-    free = budget.tensor_bytes if budget else psutil.virtual_memory().available
+    free = budget.tensor_bytes if budget else available_host_bytes()
     if not work.t5_stream and clip_bytes(files, plan) + clip_working_bytes(files, plan) <= free:
         return plan
     plan = replace(plan, t5_stream=True)
@@ -259,6 +257,8 @@ def _clip_sizes(files: ModelFiles, plan: TextEncoderPlan) -> list[list[int]]:
 
 def clip_working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
     """Bytes of a batch beside the larger CLIP's weights: every layer's hidden states, and the work of one layer."""
+    from transformers import CLIPTextConfig  # takes seconds, and is needed where a prompt is encoded
+
     config = CLIPTextConfig.from_dict(files.read_config("text_encoder_2"))
     tokens = plan.clip_batch_size * config.max_position_embeddings
     states = tokens * config.hidden_size * plan.clip_dtype.itemsize
@@ -284,6 +284,8 @@ def working_bytes(files: ModelFiles, plan: TextEncoderPlan) -> int:
 
 def empty_t5(files: ModelFiles, dtype: torch.dtype) -> Any:
     """T5's encoder on the meta device, in the dtypes in which it is loaded."""
+    from transformers import T5Config, T5EncoderModel  # takes seconds, and is needed where a prompt is encoded
+
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config.from_dict(files.read_config("text_encoder_3"))).eval().encoder
     set_dtypes(encoder.block, dtype)

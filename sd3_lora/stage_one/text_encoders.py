@@ -209,6 +209,11 @@ def clip_tokenizers(files: ModelFiles) -> list[CLIPTokenizer]:
     return [_tokenizer(CLIPTokenizer, files.component(name)) for name in ("tokenizer", "tokenizer_2")]
 
 
+def t5_tokenizer(files: ModelFiles) -> T5TokenizerFast:
+    """Of T5."""
+    return _tokenizer(T5TokenizerFast, files.component("tokenizer_3"))
+
+
 def clip_token_ids(
     files: ModelFiles, prompts: Sequence[str], identifiers: Mapping[str, int] | None = None
 ) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3_lora.common.command_line import PATH_FLAGS, counted
+from sd3_lora.common.durations import duration
 from sd3_lora.common.identifier_embedding import EMBEDDING_FILE
 from sd3_lora.common.run_record import RunFacts, RunRecord, RunResults, flag_defaults
 from sd3_lora.training.gallery import find_pictures, find_sheet
@@ -248,7 +249,7 @@ def _settings(record: RunRecord, results: RunResults) -> Iterator[tuple[str, obj
         yield "loss, mean of the last steps", f"{results.loss:.4f}"
     if results.ms_a_step and results.steps:
         whole_s = results.ms_a_step * results.steps / 1000
-        yield "time", f"{results.ms_a_step:.0f} ms a step, about {_duration(whole_s)} in all"
+        yield "time", f"{results.ms_a_step:.0f} ms a step, about {duration(whole_s)} in all"
     if results.measured_bytes:
         name = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
         yield "peak GPU memory", f"{results.measured_bytes / 1024**3:.2f} GiB{name}"
@@ -317,13 +318,6 @@ def _licence(record: RunRecord, licence: Mapping[str, str]) -> str:
         name, link = licence.get("license_name") or licence.get("license", "").upper(), licence.get("license_link")
         return f"## Licence\n\nThat of the base model: {f'[{name}]({link})' if link else name}."
     return f"## Licence\n\nThat of the base model, `{facts.base_model}`: {what} is a derivative of it."
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _plain(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from sd3_lora.common.command_line import UserError, counted, disk_fault
+from sd3_lora.common.command_line import UserError, counted, disk_fault, host_memory_fault
 from sd3_lora.common.disk_room import require_room
 from sd3_lora.common.memory import GIB, free_disk_bytes
 from sd3_lora.common.model_files import ModelFiles
@@ -76,15 +76,15 @@ def require_room_for_checkpoints(flags: TrainingFlags, training: Training) -> No
 
 @contextmanager
 def named_disk_faults(outputs: Outputs) -> Iterator[None]:
-    """Has the sentence about a disk that takes no more say what is kept, and how to go on.
+    """Has the sentence about a disk that takes no more, or a host without memory, say what is kept, and how to go on.
 
     Raises:
         UserError: the block could not write.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        fault = disk_fault(error)
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        fault = disk_fault(error) or host_memory_fault(error)
         if fault is None:
             raise
-        raise UserError(f"{fault}; {outputs.kept()}") from error
+        raise UserError(f"{fault}; {outputs.kept()}") from None

@@ -197,8 +197,14 @@ class StageOneRequest:
         return {"class_data_dir": of.folder, "num_class_images": self.prior.num_class_images}
 
     def drawing_flags(self, of: ClassFolder) -> dict[str, Any]:
-        """The flags of `draw_class_pictures.py`."""
+        """The flags of `draw_class_pictures.py`.
+
+        Folders for which the same prompts are drawn have noise of their own, or they would hold the same pictures.
+        """
         prior = self.prior
+        number = (
+            0 if prior.class_prompts_file is None else [each.folder for each in self.class_folders()].index(of.folder)
+        )
         return {
             **self.model.flags(),
             "class_prompt": of.prompt,
@@ -209,7 +215,7 @@ class StageOneRequest:
             "data_df_path": self.data.data_df_path,
             "latents_path": self.data.latents_path,
             "resolution": self.resolution,
-            "seed": self.seed,
+            "seed": self.seed + number,
             "device": None if self.device == "auto" else self.device,
             **self.budget.flags(),
         }

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd3_lora.common.atomic_files import replacing
 from sd3_lora.common.command_line import UserError
@@ -28,13 +28,11 @@ from sd3_lora.transformer.lycoris import PARTS, add_lycoris, difference, lycoris
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import Linear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
-from torch.nn.functional import linear, pad
+
+if TYPE_CHECKING:
+    from sd3_lora.transformer.added_layers import AddedLora
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of its moving average. diffusers takes any name that ends as LORA_FILE for the folder's LoRA: this one does not.
@@ -60,7 +58,7 @@ LAYER_PRESETS = {
 }
 # PiSSA's singular vectors come from a randomized decomposition, as PEFT's pissa_niter_4: a full one takes minutes.
 _SVD_ITERATIONS, _OVERSAMPLED = 4, 8
-_ADAPTER = "default"
+ADAPTER = "default"  # PEFT's name for the one that is trained
 _LYCORIS_PARTS = {part for parts in PARTS.values() for part in parts}
 METADATA_KEY = "sd3_lora"  # of what this project notes in a LoRA's file
 _PREFIX = "transformer."
@@ -263,108 +261,6 @@ def target_modules(
     return [f"transformer_blocks.{name}" for name in sorted(set(chosen))]
 
 
-class AddedLora(Linear):
-    """peft's layer, which gives `W x + s B A x`, with the last product, its scale and the sum in one call.
-
-    peft takes a kernel for each, and writes three tensors of the output's size. In float32 the numbers are peft's but
-    for rounding; in 16 bits this rounds once, where peft does three times. On a GPU a rank of 4 is multiplied as one of
-    8, with zeros: tensor cores take rows of 16 bytes.
-
-    That is for one LoRA. What else peft's layers can be asked for, peft's own forward does: adapters that are switched
-    off, merged, several, of another kind, or chosen row by row.
-
-    Two kinds are computed here otherwise than in peft:
-
-    - PiSSA and OLoRA leave the base's weights alone. Their start `B₀ A₀`, frozen, is subtracted in each forward:
-      `W x + s (B A - B₀ A₀) x`. So a 16-bit base is not rounded anew, and is what is left where the adapter is off.
-    - DoRA's norms are computed in float32, without peft's identity `(in, in)`, and the difference to a magnitude is
-      added: in 16 bits a new DoRA changes nothing.
-    """
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
-        if not self._is_one_lora() or args or kwargs:
-            return super().forward(x, *args, **kwargs)
-        (adapter,) = self.active_adapters
-        product: torch.Tensor = self.base_layer(x)
-        down, up = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        if self.start is not None:
-            down, up = torch.cat((down, self.start[0])), torch.cat((up, -self.start[1]), dim=1)
-        spare = _spare_rank(len(down), x.device)
-        if spare:
-            down, up = pad(down, (0, 0, 0, spare)), pad(up, (0, spare))
-        low = linear(self.lora_dropout[adapter](x), down).flatten(0, -2)
-        # Not in place: bitsandbytes' result must not be changed.
-        rows = torch.addmm(product.flatten(0, -2), low, up.t(), alpha=self.scaling[adapter])
-        if adapter in self.lora_magnitude_vector:
-            rows = self._with_magnitudes(rows, adapter)
-        return rows.view(product.shape)
-
-    @property
-    def start(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """`(rank, in)` and `(out, rank)`, whose product is subtracted; None where the LoRA starts at zero."""
-        return (self.start_A, self.start_B) if "start_A" in self._buffers else None
-
-    @property
-    def matrices(self) -> list[torch.Tensor]:
-        """Of the LoRA that is trained, and of its start."""
-        return [self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight, *(self.start or ())]
-
-    def subtract_start(self) -> None:
-        """Has what `lora_A` and `lora_B` are now subtracted from now on."""
-        self.register_buffer("start_A", self.lora_A[_ADAPTER].weight.detach().clone(), persistent=False)
-        self.register_buffer("start_B", self.lora_B[_ADAPTER].weight.detach().clone(), persistent=False)
-
-    @torch.no_grad()
-    def row_norms(self, adapter: str) -> torch.Tensor:
-        """The norm of each row of `W + s B A`, `(out,)` in float32: DoRA's first magnitudes."""
-        base = self.get_base_layer()
-        # peft's function asks after names, which would cut a compiled block in two.
-        weight = dequantize_module_weight(base) if hasattr(base.weight, "quant_state") else base.weight
-        product = self.lora_B[adapter].weight @ self.lora_A[adapter].weight
-        return torch.linalg.vector_norm(weight.float() + self.scaling[adapter] * product.float(), dim=1)
-
-    def _with_magnitudes(self, rows: torch.Tensor, adapter: str) -> torch.Tensor:
-        magnitudes = self.lora_magnitude_vector[adapter].weight
-        change = (magnitudes / self.row_norms(adapter) - 1).to(rows.dtype)
-        bias = self.get_base_layer().bias
-        return torch.addcmul(rows, rows if bias is None else rows - bias, change)
-
-    def _is_one_lora(self) -> bool:
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
-            return False
-        (adapter,) = self.active_adapters
-        if adapter not in self.lora_A:
-            return False
-        return adapter in self.lora_magnitude_vector or adapter not in self.lora_variant
-
-
-@torch.no_grad()
-def scale_inputs(layer: Linear, adapter: str, start: LayerStart) -> None:
-    """Multiplies what peft's layer gets with `m / |W + s B A|`, by columns: a DoRA whose magnitudes are of the inputs.
-
-    Nothing of that is trained, so the norms are computed once. Where the adapter is off, the layer is the base's.
-    """
-    base = layer.get_base_layer()
-    weight = dequantize_module_weight(base) if hasattr(base.weight, "quant_state") else base.weight
-    merged = weight.float() + (start.up @ start.down).to(weight.device)
-    assert start.magnitudes is not None
-    factors = start.magnitudes.to(weight.device) / torch.linalg.vector_norm(merged, dim=0)
-    layer.register_buffer(f"input_factors_{adapter}", factors, persistent=False)
-
-    def multiply(module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        if module.disable_adapters or adapter not in module.active_adapters:
-            return inputs
-        x, *others = inputs
-        return (x * module.get_buffer(f"input_factors_{adapter}").to(x.dtype), *others)
-
-    layer.register_forward_pre_hook(multiply)
-
-
-def _spare_rank(rank: int, device: torch.device) -> int:
-    return -rank % 8 if device.type == "cuda" else 0
-
-
 def attach_lora(
     transformer: SD3Transformer2DModel,
     targets: Sequence[str],
@@ -382,6 +278,8 @@ def attach_lora(
     Raises:
         UserError: the kind's ranks are of no layer, or too large for its start.
     """
+    from sd3_lora.transformer.added_layers import AddedLora, add_adapter  # imports PEFT, as below
+
     transformer.requires_grad_(False)
     torch.manual_seed(seed)
     ranks = kind.ranks_of(targets, rank)
@@ -392,6 +290,8 @@ def attach_lora(
         "target_modules": list(targets),
     }
     if kind.type == "lora":
+        from peft import LoraConfig
+
         config = LoraConfig(
             **shared,
             lora_alpha=alpha,
@@ -401,9 +301,9 @@ def attach_lora(
             use_dora=kind.use_dora,
         )
         config._register_custom_module({torch.nn.Linear: AddedLora})
-        transformer.add_adapter(config)
+        add_adapter(transformer, config)
     else:
-        add_lycoris(transformer, kind.type, _ADAPTER, {**shared, "alpha": alpha}, kind.factor)
+        add_lycoris(transformer, kind.type, ADAPTER, {**shared, "alpha": alpha}, kind.factor)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
@@ -412,14 +312,14 @@ def attach_lora(
             _decompose(name, layer, kind.start)
             layer.subtract_start()
         if kind.use_dora:
-            layer.lora_magnitude_vector[_ADAPTER].weight.data = layer.row_norms(_ADAPTER)
+            layer.lora_magnitude_vector[ADAPTER].weight.data = layer.row_norms(ADAPTER)
     return parameters
 
 
 def trained_names(transformer: SD3Transformer2DModel) -> list[str]:
     """What is trained, in the order of `attach_lora`'s parameters: names inside their blocks, as attn.to_q.lora_A."""
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    return [name.split(".", 2)[2].removesuffix(".weight").removesuffix(f".{_ADAPTER}") for name in names]
+    return [name.split(".", 2)[2].removesuffix(".weight").removesuffix(f".{ADAPTER}") for name in names]
 
 
 @torch.no_grad()
@@ -433,16 +333,16 @@ def start_from(transformer: SD3Transformer2DModel, layers: Mapping[str, LayerSta
     for name, start in layers.items():
         layer = trained[name]
         if start.lycoris:
-            for part, parameter in parts_of(layer, _ADAPTER).items():
+            for part, parameter in parts_of(layer, ADAPTER).items():
                 parameter.copy_(start.lycoris[part])
-            parameter.div_(layer.scaling[_ADAPTER])  # the last
+            parameter.div_(layer.scaling[ADAPTER])  # the last
             continue
         rank = len(start.down)
-        layer.lora_A[_ADAPTER].weight[:rank] = start.down
-        layer.lora_B[_ADAPTER].weight[:, :rank] = start.up / layer.scaling[_ADAPTER]
-        if _ADAPTER in layer.lora_magnitude_vector:
-            magnitudes = layer.row_norms(_ADAPTER) if start.magnitudes is None else start.magnitudes
-            layer.lora_magnitude_vector[_ADAPTER].weight.copy_(magnitudes)
+        layer.lora_A[ADAPTER].weight[:rank] = start.down
+        layer.lora_B[ADAPTER].weight[:, :rank] = start.up / layer.scaling[ADAPTER]
+        if ADAPTER in layer.lora_magnitude_vector:
+            magnitudes = layer.row_norms(ADAPTER) if start.magnitudes is None else start.magnitudes
+            layer.lora_magnitude_vector[ADAPTER].weight.copy_(magnitudes)
 
 
 def peft_patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
@@ -454,13 +354,23 @@ def peft_patterns(values: Mapping[str, float], usual: float) -> dict[str, Any]:
     }
 
 
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether a LoRA is attached to it, or a LoKr or a LoHa; without one nothing here imports PEFT."""
+    return hasattr(model, "peft_config")
+
+
 @contextmanager
 def lora_off(transformer: torch.nn.Module) -> Iterator[None]:
     """Within it the adapters are off, and the base alone computes.
 
     Not by peft's `enable_adapters`, which would freeze what is trained, and thaw it afterwards.
     """
-    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    if not has_adapter(transformer):
+        yield
+        return
+    from sd3_lora.transformer.added_layers import tuner_layers
+
+    layers = tuner_layers(transformer)
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -473,10 +383,14 @@ def lora_off(transformer: torch.nn.Module) -> Iterator[None]:
 
 def lora_layers(transformer: SD3Transformer2DModel) -> dict[str, AddedLora]:
     """The layers that have the LoRA that is trained, by name."""
+    if not has_adapter(transformer):
+        return {}
+    from sd3_lora.transformer.added_layers import Linear
+
     return {
         name: module
         for name, module in transformer.named_modules()
-        if isinstance(module, Linear) and _ADAPTER in module.lora_A
+        if isinstance(module, Linear) and ADAPTER in module.lora_A
     }
 
 
@@ -500,7 +414,7 @@ def lora_in(transformer: torch.nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @torch.no_grad()
 def _decompose(name: str, layer: AddedLora, start: LoraStart) -> None:
     """Writes the start that is taken from the weight into `lora_A` and `lora_B`."""
-    down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     weight, rank = layer.get_base_layer().weight, len(down)
     if rank > min(weight.shape):
         raise UserError(
@@ -516,7 +430,7 @@ def _decompose(name: str, layer: AddedLora, start: LoraStart) -> None:
         up.copy_(basis)
         return
     left, values, right = torch.svd_lowrank(weight, q=min(rank + _OVERSAMPLED, *weight.shape), niter=_SVD_ITERATIONS)
-    roots = (values[:rank] / layer.scaling[_ADAPTER]).sqrt()
+    roots = (values[:rank] / layer.scaling[ADAPTER]).sqrt()
     down.copy_(roots[:, None] * right[:, :rank].t())
     up.copy_(left[:, :rank] * roots)
 
@@ -526,6 +440,8 @@ def lora_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]:
 
     What is subtracted is there too, as `.start_A` and `.start_B`.
     """
+    from peft import get_peft_model_state_dict
+
     tensors = dict(get_peft_model_state_dict(transformer))
     for name, layer in lora_layers(transformer).items():
         tensors |= dict(zip(_start_names(name), getattr(layer, "start", None) or (), strict=False))
@@ -540,9 +456,9 @@ def load_lora_tensors(transformer: SD3Transformer2DModel, tensors: Mapping[str, 
         if own.endswith((".start_A", ".start_B")):
             where = own
         elif own.rpartition(".")[2] in _LYCORIS_PARTS:
-            where = f"{own}.{_ADAPTER}"
+            where = f"{own}.{ADAPTER}"
         else:
-            where = f"{own}.{_ADAPTER}.weight"
+            where = f"{own}.{ADAPTER}.weight"
         parameters[where].data.copy_(tensor)
 
 
@@ -562,7 +478,7 @@ def plain_tensors(transformer: SD3Transformer2DModel) -> dict[str, torch.Tensor]
         if start:
             tensors[down] = torch.cat((tensors[down], start[0]))
             tensors[up] = torch.cat((tensors[up], -start[1]), dim=1)
-        tensors[up] = tensors[up] * layer.scaling[_ADAPTER]
+        tensors[up] = tensors[up] * layer.scaling[ADAPTER]
     return tensors
 
 
@@ -605,8 +521,8 @@ def _file_of(
     """A file's tensors and metadata."""
     lycoris = lycoris_layers(transformer)
     if lycoris:
-        tensors = lycoris_file(transformer, _ADAPTER)
-        rank, settings = _most_common({name: layer.r[_ADAPTER] for name, layer in lycoris.items()}), {}
+        tensors = lycoris_file(transformer, ADAPTER)
+        rank, settings = _most_common({name: layer.r[ADAPTER] for name, layer in lycoris.items()}), {}
     else:
         tensors, adapters = {}, dict[str, Any]()
         for prefix, model in {_PREFIX: transformer, **{f"{name}.": clip for name, clip in clips.items()}}.items():

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.config import LoraType, ModelConfig
@@ -34,7 +34,6 @@ from sd3_lora.transformer.lora import (
     LayerStart,
     peft_patterns,
     read_lora_record,
-    scale_inputs,
 )
 from sd3_lora.transformer.lora_keys import (
     IN_COMFYUI,
@@ -65,9 +64,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
-from peft import LoraConfig, set_peft_model_state_dict
-from peft.tuners.lora import Linear
 from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _MOST_DIMENSIONS = 4  # a convolution's
 
@@ -201,12 +201,16 @@ class LoraFile:
         """
         if not self.layers:
             return
+        from sd3_lora.transformer.added_layers import add_adapter, scale_inputs  # imports PEFT
+
+        from peft import set_peft_model_state_dict
+
         with warnings.catch_warnings():  # PEFT's, that a second adapter makes several
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             if self.type != "lora":
                 self._attach_lycoris(transformer, name)
                 return
-            transformer.add_adapter(self._config(), adapter_name=name)
+            add_adapter(transformer, self._config(), name)
         tensors = self._tensors(self.layers)
         result = set_peft_model_state_dict(transformer, tensors, name)
         if result.unexpected_keys:
@@ -268,6 +272,9 @@ class LoraFile:
         return {name: self.start(name) for name in self.layers}
 
     def _config(self) -> LoraConfig:
+        from peft import LoraConfig
+        from peft.tuners.lora import Linear
+
         ranks = {name: layer.rank for name, layer in self.layers.items()}
         alphas = {name: layer.alpha for name, layer in self.layers.items()}
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))

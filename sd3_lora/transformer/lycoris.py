@@ -19,11 +19,6 @@ from sd3_lora.common.config import LoraType
 
 import torch
 from diffusers import SD3Transformer2DModel
-from peft import LoHaConfig, LoKrConfig
-from peft.tuners import loha, lokr
-from peft.tuners.loha import LoHaModel
-from peft.tuners.lokr import LoKrModel
-from torch.nn.functional import linear
 
 # Their tensors' names in PEFT and in LyCORIS. The last of each is zero in a new one, and has the strength in a file.
 PARTS: dict[LoraType, tuple[str, ...]] = {
@@ -34,87 +29,6 @@ PARTS: dict[LoraType, tuple[str, ...]] = {
 ROW_PARTS = ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a")
 # As LyCORIS' own networks of a diffusers model are named, and SimpleTuner's; ComfyUI has both in its list for SD3.
 _FILE_PREFIX = "lycoris_"
-
-
-class _WithoutTheProduct:
-    """The forward of both kinds: peft's numbers, but for rounding, and no random draw.
-
-    It makes no matrix `(out, in)`, but for a LoHa of a high rank. peft makes it in each forward, multiplies with it as
-    with the base's, and keeps it for backward. It also draws a number for a dropout that is not asked for, on the host,
-    which a CUDA graph cannot hold.
-    """
-
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`."""
-        if self.merged or self.disable_adapters:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        rows: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        for adapter in self.active_adapters:
-            if adapter in self._available_adapters:
-                low, up = self._factors(x.to(rows.dtype), adapter)
-                # Not in place: bitsandbytes' result must not be changed.
-                added = torch.addmm(
-                    rows.reshape(-1, len(up)),
-                    low.reshape(-1, up.shape[1]),
-                    up.to(rows.dtype).t(),
-                    alpha=self.scaling[adapter],
-                )
-                rows = added.view(rows.shape)
-        return rows
-
-
-class AddedLokr(_WithoutTheProduct, lokr.Linear):
-    """`W x + s (w1 ⊗ w2) x`."""
-
-    def _factors(self, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `(..., in)` is multiplied to with `w1` and the inner half of `w2`; and the outer half, `(b, k)`."""
-        w1 = self.lokr_w1[adapter] if adapter in self.lokr_w1 else self.lokr_w1_a[adapter] @ self.lokr_w1_b[adapter]
-        if adapter in self.lokr_w2_a:  # w1 ⊗ (A B) = (1 ⊗ A) (w1 ⊗ B)
-            down = torch.kron(w1, self.lokr_w2_b[adapter])  # (a rank, in)
-            return linear(x, down.to(x.dtype)), self.lokr_w2_a[adapter]
-        w2 = self.lokr_w2[adapter]
-        groups = x.reshape(-1, w1.shape[1], w2.shape[1])  # (rows, c, d)
-        return torch.bmm(w1.to(x.dtype).expand(len(groups), -1, -1), groups), w2
-
-
-class AddedLoha(_WithoutTheProduct, loha.Linear):
-    """`W x + s (A₁ B₁ ∘ A₂ B₂) x`. It begins as LyCORIS': peft's start learns a hundredth as fast at a rate.
-
-    There the first product has entries of about 0.01, by which every change of the second is multiplied, here of 0.3.
-    """
-
-    def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
-        """With the layer's widths: `shape`, of its weight, is another in 4 bits."""
-        super().create_adapter_parameters(adapter_name, r, (self.out_features, self.in_features))
-
-    def reset_adapter_parameters(self, adapter_name: str) -> None:
-        """A start that adds nothing."""
-        torch.nn.init.normal_(self.hada_w1_b[adapter_name], std=1)
-        torch.nn.init.normal_(self.hada_w1_a[adapter_name], std=0.1)
-        torch.nn.init.normal_(self.hada_w2_b[adapter_name], std=1)
-        torch.nn.init.zeros_(self.hada_w2_a[adapter_name])
-
-    def _factors(self, x: torch.Tensor, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A product `(out, rank²) (rank², in)` is the same: of rank `rank²`, cheaper than the whole where that is less.
-
-        Each of its columns is one of `A₁` times one of `A₂`, and each row likewise.
-        """
-        (a1, b1), (a2, b2) = (
-            (self.hada_w1_a[adapter], self.hada_w1_b[adapter]),
-            (self.hada_w2_a[adapter], self.hada_w2_b[adapter]),
-        )
-        if len(b1) * len(b2) * (len(a1) + b1.shape[1]) > len(a1) * b1.shape[1]:
-            return x, (a1 @ b1) * (a2 @ b2)
-        down = (b1[:, None] * b2[None]).flatten(0, 1)
-        return linear(x, down.to(x.dtype)), (a1[:, :, None] * a2[:, None]).flatten(1)
-
-
-class _LokrModel(LoKrModel):
-    layers_mapping = {torch.nn.Linear: AddedLokr}  # noqa: RUF012
-
-
-class _LohaModel(LoHaModel):
-    layers_mapping = {torch.nn.Linear: AddedLoha}  # noqa: RUF012
 
 
 def add_lycoris(
@@ -129,22 +43,30 @@ def add_lycoris(
         settings: PEFT's r, alpha, patterns and target_modules.
         factor: of a LoKr: a and c, or the divisors nearest below it; -1 for those nearest to the square root.
     """
+    from sd3_lora.transformer.added_layers import LohaModel, LokrModel, note_adapter  # imports PEFT, as below
+
+    from peft import LoHaConfig, LoKrConfig
+
     if kind == "lokr":
         config = LoKrConfig(**settings, decompose_factor=factor, init_weights="lycoris")
-        _LokrModel(transformer, config, adapter)
+        LokrModel(transformer, config, adapter)
     else:
-        _LohaModel(transformer, LoHaConfig(**settings), adapter)
-    transformer._hf_peft_config_loaded = True  # as add_adapter does, which has no way to name our layers
+        LohaModel(transformer, LoHaConfig(**settings), adapter)
+    note_adapter(transformer)
 
 
 def lycoris_layers(transformer: SD3Transformer2DModel) -> dict[str, Any]:
     """The layers that have a LoKr or a LoHa, by name."""
+    if not hasattr(transformer, "peft_config"):  # then nothing is attached, and PEFT is not imported for it
+        return {}
+    from sd3_lora.transformer.added_layers import AddedLoha, AddedLokr
+
     return {name: module for name, module in transformer.named_modules() if isinstance(module, AddedLokr | AddedLoha)}
 
 
 def parts_of(layer: Any, adapter: str) -> dict[str, torch.nn.Parameter]:
     """A layer's tensors, by PEFT's and LyCORIS' names, in the order of `PARTS`."""
-    names = PARTS["lokr" if isinstance(layer, AddedLokr) else "loha"]
+    names = PARTS["lokr" if hasattr(layer, "lokr_w1") else "loha"]
     return {name: getattr(layer, name)[adapter] for name in names if adapter in getattr(layer, name)}
 
 

@@ -14,8 +14,6 @@ from sd3_lora.common.command_line import UserError
 from sd3_lora.transformer.lora_keys import PEFT_PREFIX, PLAIN, TRANSFORMER
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of PEFT that change nothing in a picture, or that the tensors themselves show.
@@ -43,7 +41,11 @@ class PeftSettings:
 
         A scalar beside the tensors is its alpha, else the configuration's, else the rank (strength 1).
         """
-        configured = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), self.lora_alpha)
+        configured = self.lora_alpha
+        if self.alpha_pattern:
+            from peft.utils.other import get_pattern_key  # its import takes seconds, and most files have no pattern
+
+            configured = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), name), configured)
         if written is not None and configured is not None and not math.isclose(written, configured, rel_tol=1e-3):
             raise UserError(
                 f"{path} says alpha {written:g} beside the tensors of {name} and {configured:g} in its metadata: save "
@@ -88,7 +90,7 @@ def read_peft_settings(path: Path, metadata: Mapping[str, str], keys: Iterable[s
         patterns = {
             re.compile(name).pattern: float(alpha) for name, alpha in (settings.get("alpha_pattern") or {}).items()
         }
-        alpha = float(settings.get("lora_alpha", LoraConfig().lora_alpha))
+        alpha = float(settings["lora_alpha"] if "lora_alpha" in settings else _usual("lora_alpha"))
         if not all(map(math.isfinite, [alpha, *patterns.values()])):
             raise ValueError("an alpha is not finite")
     except (re.error, ValueError, TypeError, AttributeError) as error:
@@ -106,7 +108,13 @@ def _require_plain(source: str, settings: Mapping[str, Any]) -> None:
             f"{source} says init_lora_weights {start}, which fits a base that it changed: save it with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    usual = LoraConfig().to_dict()
     for name, value in settings.items():
-        if value and value != usual.get(name) and name not in _HARMLESS_SETTINGS:
+        if value and name not in _HARMLESS_SETTINGS and value != _usual(name):
             raise UserError(f"{source} says {name} {value}, which is {PLAIN}")
+
+
+def _usual(name: str) -> Any:
+    """A setting of PEFT's as it is without being set."""
+    from peft import LoraConfig  # its import takes seconds, and our own files need no default
+
+    return LoraConfig().to_dict().get(name)

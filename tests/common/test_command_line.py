@@ -120,6 +120,21 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     def outgrows(_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
+    def outgrows_the_host(_: object) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    def takes_a_file_for_damaged(_: object) -> None:
+        try:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        except OSError as error:
+            raise UserError("a.parquet is damaged: delete it") from error
+
+    again = "close other programs and type the same command again"
+    assert exit_code(outgrows_the_host, None, "--batch_size 1") == 2
+    sentence = "the host's memory ran out (1099511627776.0 MiB more were asked for)"
+    assert capsys.readouterr().err == f"error: {sentence}: {again}, or try --batch_size 1\n"
+    assert exit_code(takes_a_file_for_damaged, None) == 2
+    assert capsys.readouterr().err == f"error: the host's memory ran out ([Errno 12] Cannot allocate memory): {again}\n"
     assert exit_code(lambda _: None, None) == 0
     assert exit_code(outgrows, None, "--batch_size 1") == 2
     assert capsys.readouterr().err == "error: CUDA out of memory. Tried to allocate 2.00 GiB: try --batch_size 1\n"

@@ -25,9 +25,11 @@ def test_what_was_left_out_of_diffusers_is_there_for_all_others() -> None:
         "import importlib.metadata, sys\n"
         "find = importlib.metadata.packages_distributions\n"
         "from sd3_lora.common.lean_imports import import_diffusers\n"
-        "import_diffusers(without=('bitsandbytes', 'peft'))\n"
+        "import_diffusers()\n"
         "assert importlib.metadata.packages_distributions is find\n"
-        "print(*sorted({'diffusers', 'peft', 'bitsandbytes', 'torch._inductor.compile_fx'} & set(sys.modules)))\n"
+        "print(*sorted({'diffusers', 'transformers', 'peft', 'bitsandbytes', 'torch._dynamo'} & set(sys.modules)))\n"
+        "import torch._dynamo\n"
+        "assert torch.compiler.disable.__module__ == 'torch.compiler'\n"
         "from diffusers import AutoencoderKL, SD3Transformer2DModel\n"
         "import peft\n"
         "from transformers.utils import is_bitsandbytes_available\n"
@@ -41,7 +43,7 @@ def test_what_is_imported_is_not_looked_through_for_garbage() -> None:
     found = run(
         "import gc\n"
         "from sd3_lora.common.lean_imports import import_diffusers\n"
-        "import_diffusers(without=('bitsandbytes', 'peft'))\n"
+        "import_diffusers()\n"
         "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 50_000)"
     )
     assert found == "True True True\n"

@@ -195,12 +195,12 @@ def test_from_photos_to_a_downloaded_lora(browser: Any, served: Served, tmp_path
         assert not tab.is_on("Train")
         tab.page.locator(".pictures:visible .caption-label", has_text="step 0").wait_for()
         tab.press("Stop")
-        assert "stopped: step" in tab.status("stopped")
+        assert "Go on" in tab.status("stopped: step")
         stopped_at = project.progress(run).step
         assert 10 <= stopped_at < 400
         shorten_run(run.folder, stopped_at + 5)
         tab.press("Go on")
-        tab.status("finished: step")
+        assert "4 Try" in tab.status("finished: step")  # where to go next
         assert "resumed from" in run.log()
         texts = [area.input_value() for area in tab.page.locator("textarea:visible").all()]
         assert any("python train_dreambooth_sd3_lora_miniature.py" in text for text in texts), texts
@@ -297,6 +297,29 @@ def test_what_is_no_picture_is_refused_by_name(browser: Any, served: Served, tmp
     assert len(Project(served.root / "refused").photos.paths) == 1
 
 
+@pytest.mark.parametrize("is_there", [False, True], ids=["created", "chosen"])
+def test_photos_dropped_before_a_project_wait_for_it(browser: Any, served: Served, is_there: bool) -> None:
+    """They are neither lost nor taken twice, and the page says what they wait for."""
+    name = f"waiting{int(is_there)}"
+    if is_there:
+        Project.named(served.root, name)
+    Project.named(served.root, "another")  # one project alone would be opened at once
+    Project.named(served.root, "third")
+    with Tab(browser, served) as tab:
+        tab.drop(ROBOT[:3])
+        tab.page.get_by_text("3 photos to be added: choose a project above, or create one").first.wait_for()
+        if is_there:
+            tab.control("Project").click()
+            tab.page.get_by_role("option", name=name).click()
+        else:
+            tab.make(name)
+        tab.page.get_by_text("3 photos, as training sees them").wait_for()
+        tab.drop(ROBOT[3:4])
+        tab.page.get_by_text("4 photos, as training sees them").wait_for()
+    assert len(Project(served.root / name).photos.paths) == 4
+    assert not Project(served.root / "another").photos.paths
+
+
 def test_fifty_photos_at_once_from_two_tabs(browser: Any, served: Served, tmp_path: Path) -> None:
     paths = save_pictures(tmp_path / "fifty", [(64, 64)] * 50)
     with Tab(browser, served) as tab:
@@ -305,7 +328,7 @@ def test_fifty_photos_at_once_from_two_tabs(browser: Any, served: Served, tmp_pa
             tab.drop(paths[:30])
             other.drop(paths[20:])
             photos = Project(served.root / "fifty").photos
-            tab.until(lambda: len(photos.paths) == 60)
+            tab.until(lambda: len(photos.paths) == 50)  # ten came from both
     assert {path.read_bytes() for path in photos.paths} == {path.read_bytes() for path in paths}
 
 

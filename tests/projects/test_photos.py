@@ -77,10 +77,11 @@ def test_what_is_no_picture_is_refused_by_name(photos: Photos, picture: Path, tm
 
 
 def test_what_is_too_large_or_one_too_many_is_refused(
-    photos: Photos, picture: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Photos, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(photos_module, "MOST_PHOTOS", 2)
-    added, refused = photos.add([Upload(picture, f"{number}.png") for number in range(3)])
+    three = save_pictures(tmp_path / "three", [(32, 32)] * 3)
+    added, refused = photos.add([Upload(path, f"{number}.png") for number, path in enumerate(three)])
     assert len(added) == 2
     assert refused == ["2.png is one too many: a project holds 2 photos"]
     monkeypatch.setattr(photos_module, "MOST_MEGABYTES", 0)
@@ -96,6 +97,24 @@ def test_fifty_at_once_are_all_there(photos: Photos, tmp_path: Path) -> None:
     assert [refused for _, refused in results if refused] == []
     assert sorted(path.read_bytes() for path in photos.paths) == sorted(path.read_bytes() for path in paths)
     assert list_images(photos.folder).left_out == ()
+
+
+def test_a_photo_that_is_there_is_not_added_again(photos: Photos, picture: Path) -> None:
+    """As where a browser tells of one drop twice, at once or later; captions stay with the first."""
+    with ThreadPoolExecutor(4) as pool:
+        added = list(pool.map(lambda number: photos.add([Upload(picture, f"{number}.png")]), range(8)))
+    assert sorted(len(paths) for paths, refused in added if not refused) == [0] * 7 + [1]
+    assert len(photos.paths) == 1
+
+
+def test_two_look_at_a_crop_at_once(photos: Photos, tmp_path: Path) -> None:
+    """Both get it, and nothing unfinished is left."""
+    paths = save_pictures(tmp_path / "uploads", [(300, 200)] * 4)
+    photos.add([Upload(path, path.name) for path in paths])
+    with ThreadPoolExecutor(8) as pool:
+        crops = list(pool.map(lambda path: photos.crop(path, PictureSize.square(64)), photos.paths * 8))
+    assert len(set(crops)) == 4
+    assert sorted(path.name for path in crops[0].parent.iterdir()) == [f"0{number}.webp" for number in range(4)]
 
 
 def test_two_pictures_never_share_a_caption(photos: Photos, picture: Path, tmp_path: Path) -> None:
@@ -121,7 +140,8 @@ def test_captions_are_written_as_stage_one_reads_them(photos: Photos, picture: P
 
 
 def test_a_removed_photo_takes_its_caption_and_crop_along(photos: Photos, picture: Path) -> None:
-    photos.add([Upload(picture, "dog.png"), Upload(picture, "cat.png")])
+    other = save_pictures(picture.parent / "other", [(64, 96)], seed=1)[0]
+    photos.add([Upload(picture, "dog.png"), Upload(other, "cat.png")])
     photos.write_caption("dog.png", "a dog")
     crops = [photos.crop(path, PictureSize.square(64)) for path in photos.paths]
     photos.remove("dog.png")

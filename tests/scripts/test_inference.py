@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from sd3_lora.drawing.contact_sheet import rows_of_run
 from sd3_lora.drawing.pictures import folder_name, plan_pictures
 
 import numpy as np
@@ -363,7 +364,10 @@ def test_the_base_and_the_lora_side_by_side(script, prepared: Prepared, lora: Pa
         assert np.abs(pixels(folder / f"img_0{number}.png") - base).mean() > 1
 
 
-def test_several_scales_of_one_lora_are_a_sweep(script, prepared: Prepared, lora: Path, tmp_path: Path) -> None:
+def test_several_scales_of_one_lora_are_a_sweep(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = labels_of_sheets(monkeypatch)
     flags = [*base_flags(prepared, tmp_path), "--lora", lora, "--prompt", PROMPT]
     assert script("inference", *flags, "--lora_scale", 0.5).code == 0  # with a name of its own
     swept = script("inference", *flags, "--lora_scale", 0, 0.5, "--lora_scale", 1, "--compare")
@@ -371,10 +375,47 @@ def test_several_scales_of_one_lora_are_a_sweep(script, prepared: Prepared, lora
     (folder,) = tmp_path.glob("000_*")
     names = ["img_00.png", "img_00_scale0.png", "img_00_scale1.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert labels == [[""], ["base (LoRA at 0)", "LoRA at 0.5", "LoRA at 1"]]
+    assert script("inference", *base_flags(prepared, tmp_path / "base"), "--prompt", PROMPT).code == 0
     half, none, whole = (pixels(folder / name) for name in names)
+    assert np.array_equal(none, pixels(next((tmp_path / "base").glob("*/img_00.png"))))
     assert np.abs(half - none).mean() > 0.5
     assert np.abs(half - whole).mean() > 0.5
     assert "3 of them drawn before" in script("inference", *flags, "--lora_scale", 0, 0.5, 1).out
+
+
+def labels_of_sheets(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The labels of the pictures on each contact sheet that will be drawn."""
+    labels = list[list[str]]()
+
+    def noted(pictures: list[Any]) -> Any:
+        labels.append([picture.variant for picture in pictures])
+        return rows_of_run(pictures)
+
+    monkeypatch.setattr("inference.rows_of_run", noted)
+    return labels
+
+
+def test_several_loras_are_said_to_be_added_up(
+    script, prepared: Prepared, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who meant to compare them reads how; the way that is said does it."""
+    labels = labels_of_sheets(monkeypatch)
+    flags = [*base_flags(prepared, tmp_path), "--prompt", PROMPT]
+    file = lora / "pytorch_lora_weights.safetensors"
+    both = script("inference", *flags, "--lora", lora, file, "--lora_scale", 0.7, 0.5, "--compare")
+    assert f"2 LoRAs added up in each picture ({lora.name}: 0.7, {lora.name}: 0.5); to see one beside" in both.out
+    assert labels.pop() == ["base", "with the LoRAs at 0.7 and 0.5"]
+    for scale in (1, 0.4):  # each alone, in one folder
+        alone = script("inference", *flags, "--lora", lora, "--lora_scale", scale, "--compare")
+        assert "added up" not in alone.out
+    assert labels == [["base", "with the LoRA"], ["base", "with the LoRA at 0.4"]]
+    names = ["img_00.png", "img_00_2.png", "img_00_3.png", "img_00_base.png"]
+    assert sorted(path.name for path in tmp_path.glob("000_*/*.png")) == names
+    refused = script("inference", *flags, "--lora", lora, file, "--lora_scale", 0, 0, "--compare")
+    assert (refused.code, "--compare has nothing beside the base" in refused.err) == (2, True)
+    refused = script("inference", *flags, "--lora", lora, file, "--lora_scale", 0, 0.5, 1)
+    assert "2 --lora and 3 --lora_scale: give one for each, since they are added up" in refused.err
 
 
 @pytest.mark.parametrize("kind", ["jpg", "webp"])

@@ -1,6 +1,6 @@
-"""Scripts that are killed anywhere and started again, two of them at once in one place, and disks that take no more.
+"""Scripts that are killed anywhere and started again, two of them at once in one place, disks and hosts without room.
 
-Under the marker `faults` there are 300 kills, and full disks, over all jobs; else a dozen over some.
+Under the marker `faults` there are 300 kills, full disks, and too little memory, over all jobs; else a dozen over some.
 """
 
 from __future__ import annotations
@@ -203,6 +203,21 @@ def test_a_small_disk_and_one_that_can_only_be_read(
     known.on_read_only_disk(tmp_path / "disk")
     for room in (0.05, 0.4, 0.8):
         known.on_small_disk(tmp_path / "disk", room)
+
+
+# The host's memory
+
+
+def test_a_host_with_too_little_memory(campaign: Callable[[str], Campaign]) -> None:
+    assert campaign("latents").within_memory(0.3).code != 0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", Jobs.NAMES)
+def test_hosts_with_too_little_memory(campaign: Callable[[str], Campaign], name: str) -> None:
+    chance = random.Random(name)
+    for _ in range(3):
+        campaign(name).within_memory(chance.uniform(0.2, 1))
 
 
 # The locks

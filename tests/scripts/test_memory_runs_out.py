@@ -105,6 +105,31 @@ def test_pictures(
         assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("where", ["denoise", "decode"])
+def test_class_pictures(
+    script: Script, private: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    import draw_class_pictures
+
+    shared = ["--pretrained_model_name_or_path", private.model, "--data_df_path", private.embeddings]
+    shared += ["--class_prompt", "a photo of a robot", "--num_class_images", 3, "--num_steps", 2, "--device", "cpu"]
+    shared += ["--sample_batch_size", 1, "--vram_budget_gib", 4]
+    folders = [["--class_data_dir", tmp_path / name, "--latents_path", tmp_path / f"{name}-latents"] for name in "ab"]
+    assert script("draw_class_pictures", *shared, *folders[0]).code == 0
+    owner, name = (draw_class_pictures.Sampler, "denoise") if where == "denoise" else (draw_class_pictures, "decode")
+    patched, calls = failing(getattr(owner, name), 2)
+    monkeypatch.setattr(owner, name, patched)
+    result = script("draw_class_pictures", *shared, *folders[1])
+    assert result.code == 0, result.err
+    assert NOTE in result.out
+    assert len(calls) == 4  # three pictures, and the one that failed
+    whole, made = ({path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in "ab")
+    assert made == whole
+    assert len(made) == 3
+    cached = [{path.name for path in (tmp_path / f"{name}-latents").glob("*.safetensors")} for name in "ab"]
+    assert cached[0] == cached[1]
+
+
 def test_without_a_budget_it_is_a_sentence(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,9 +328,44 @@ def test_concepts_with_classes_of_their_own(user: User) -> None:
     trained = user.follow_to_pictures(embedded, CACHE, TRAIN)
     assert "--with_prior_preservation" in user.typed[1]
     assert "5 pictures and 100 class pictures at 64 px" in trained.out
+    assert "--class_captions" not in user.typed[1]
+    Path("animals/00.txt").write_text("an animal on grass")
+    captioned = user.follow(user.type(EMBED, "--concepts_list", path, "--class_captions"), CACHE)
+    assert {"--with_prior_preservation", "--class_captions"} < flags_of(COMMAND.findall(captioned.out)[0][0])
     del entries[1]["class_prompt"]
     path.write_text(json.dumps(entries))
     assert "--with_prior_preservation" not in user.type(CACHE, "--concepts_list", path).out
+
+
+def test_class_pictures_with_captions(user: User) -> None:
+    """Where stage one embedded them, training is told to read them; one that came later is embedded first."""
+    save_pictures(Path("dogs"), [(64, 64), (64, 64)], seed=1)
+    Path("dogs/00.txt").write_text("a dog on grass")
+    words = ["--instance_data_dir", "d", *PROMPT, "--class_prompt", "a dog"]
+    embedded = user.type(EMBED, *words, "--class_captions", "--class_data_dir", "dogs")
+    cached = user.follow(embedded, CACHE)
+    assert "--class_data_dir dogs" in user.typed[-1]
+    Path("dogs/01.txt").write_text("a dog at sea")
+    later = user.type(CACHE, "--instance_data_dir", "d", "--class_data_dir", "dogs", "--num_class_images", 2)
+    trained = user.follow_to_pictures(later, EMBED, CACHE, TRAIN)
+    assert "--class_captions --class_data_dir dogs" in user.typed[1]
+    assert "--class_captions" in user.typed[3]
+    assert "3 pictures and 2 class pictures at 64 px" in trained.out
+    assert "which is not read" not in trained.out
+    assert {"--class_captions"} < flags_of(COMMAND.findall(cached.out)[0][0])
+
+
+def test_prompts_of_class_pictures_to_be_drawn(user: User) -> None:
+    save_pictures(Path("dogs"), [(64, 64)], seed=1)
+    Path("prompts.txt").write_text("a dog on grass\n")
+    Path("dogs/00.txt").write_text("a dog at sea")  # which nobody has embedded
+    user.type(
+        EMBED, "--instance_data_dir", "d", *PROMPT, "--class_prompt", "a dog", "--class_prompts_file", "prompts.txt"
+    )
+    cached = user.type(CACHE, "--instance_data_dir", "d", "--class_data_dir", "dogs", "--num_class_images", 1)
+    trained = user.follow_to_pictures(cached, EMBED, CACHE, TRAIN)
+    assert "--class_captions --class_prompts_file prompts.txt" in user.typed[2]
+    assert "3 pictures and 1 class picture at 64 px" in trained.out
 
 
 def test_class_pictures_whose_prompt_is_not_embedded(user: User) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+from sd3_lora.common.records import StepInputs
 from sd3_lora.stage_one.captions import class_images
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
+from sd3_lora.training.micro_batches import MicroBatches
 
 import pytest
-from conftest import Prepared, save_pictures
+import torch
+from conftest import TRAINING_SCRIPT, Prepared, save_pictures
 from PIL import Image
 from training_runs import Script, train
 
@@ -80,6 +84,104 @@ def test_drawn_in_turn_and_trained_on(script: Script, private: Prepared, tmp_pat
     embed(script, private, "--class_captions", "--class_data_dir", folder)
     with EmbeddingStore(private.embeddings) as store:
         assert "not embedded" in store.prompts_with_role("class_caption")
+
+
+def save_named(folder: Path, sizes: list[tuple[int, int]], captions: dict[int, str], seed: int) -> None:
+    """Pictures named after their folder, and captions beside some."""
+    save_pictures(folder, sizes, seed=seed)
+    for number, path in enumerate(sorted(folder.glob("*.png"))):
+        path.rename(folder / f"{folder.name}{number}.png")
+        if number in captions:
+            (folder / f"{folder.name}{number}.txt").write_text(captions[number])
+
+
+def pairs_trained_on(
+    script: Script, words: list[object], prior: list[object], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, set[str]], set[tuple[int, ...]], str]:
+    """Picture → the prompts that it came with, the shapes of the micro-batches, and what was printed."""
+    seen: list[tuple[StepInputs, list[str]]] = []
+    original = MicroBatches.take
+
+    def watching(batches: MicroBatches) -> Any:
+        taken = original(batches)
+        seen.append((taken[0].inputs, taken[0].names))
+        return taken
+
+    monkeypatch.setattr(MicroBatches, "take", watching)
+    embeddings = folder / "embeddings.parquet"
+    places = ["--data_df_path", embeddings, "--latents_path", folder / "latents", "--output_dir", folder / "out"]
+    result = script(TRAINING_SCRIPT, *words, *prior, *places, "--report_to", "none", "--with_prior_preservation")
+    assert result.code == 0, result.err
+    with EmbeddingStore(embeddings) as store:
+        pooled = {prompt: store.read(prompt).pooled_prompt_embeds.float() for prompt in store.prompts}
+    used: dict[str, set[str]] = {}
+    for inputs, names in seen:
+        for name, row in zip(names, inputs.pooled_prompt_embeds.float(), strict=True):
+            used.setdefault(name, set()).update(p for p, known in pooled.items() if torch.equal(known, row))
+    return used, {tuple(inputs.latents.shape) for inputs, _ in seen}, result.out
+
+
+def concepts_in(folder: Path, class_sizes: list[tuple[int, int]]) -> list[object]:
+    """The flag of a list of a dog and a cat in two shapes each, with class folders; one class picture has a caption."""
+    entries = []
+    for seed, name in enumerate(("dog", "cat")):
+        save_named(folder / name, [(64, 64), (96, 64)], {}, seed)
+        save_named(folder / f"{name}s", class_sizes, {0: f"a {name} on grass"}, 10 + seed)
+        subject = {"instance_prompt": f"a photo of sks {name}", "instance_data_dir": str(folder / name)}
+        entries.append({**subject, "class_prompt": f"a {name}", "class_data_dir": str(folder / f"{name}s")})
+    (folder / "concepts.json").write_text(json.dumps(entries))
+    return ["--concepts_list", folder / "concepts.json"]
+
+
+@pytest.mark.parametrize("is_in_buckets", [False, True], ids=["squares", "buckets"])
+def test_with_several_concepts(
+    script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str],
+    is_in_buckets: bool,
+) -> None:  # fmt: skip
+    """Each class picture comes with its own caption, or else with the class prompt of its own concept."""
+    words: list[object] = ["--pretrained_model_name_or_path", tiny_sd3, "--device", "cpu"]
+    words += concepts_in(tmp_path, [(64, 64), (96, 64)])
+    buckets = ["--use_aspect_ratio_bucket"] if is_in_buckets else []
+    places = {"compute_embeddings": tmp_path / "embeddings.parquet", "precompute_latents": tmp_path / "latents"}
+    for name, more in (("compute_embeddings", ["--class_captions"]), ("precompute_latents", buckets)):
+        result = script(name, *words, *more, "--output_path", places[name])
+        assert result.code == 0, result.err
+    prior: list[object] = ["--num_class_images", 2, "--max_train_steps", 8, "--class_captions", *buckets]
+    used, shapes, out = pairs_trained_on(script, words, prior, tmp_path, monkeypatch)
+    assert "4 pictures and 4 class pictures" in out
+    assert "which is not read" not in out
+    assert used == {
+        **{f"{name}{number}.png": {f"a photo of sks {name}"} for name in ("dog", "cat") for number in (0, 1)},
+        **{f"{name}s0.png": {f"a {name} on grass"} for name in ("dog", "cat")},
+        **{f"{name}s1.png": {f"a {name}"} for name in ("dog", "cat")},
+    }
+    assert len(shapes) == (2 if is_in_buckets else 1)
+    assert set(in_process) == {"precompute_latents"}  # of the class pictures
+
+
+def test_drawn_for_each_concept_in_its_shapes(
+    script: Script, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: list[str]
+) -> None:
+    """What is missing is drawn of the file's prompts, beside a picture with another caption, and trained on."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    words: list[object] = ["--pretrained_model_name_or_path", tiny_sd3, "--device", "cpu"]
+    words += concepts_in(tmp_path, [(64, 64)])
+    prompts: list[object] = ["--class_captions", "--class_prompts_file", tmp_path / "prompts.txt"]
+    buckets = ["--use_aspect_ratio_bucket"]
+    places = {"compute_embeddings": tmp_path / "embeddings.parquet", "precompute_latents": tmp_path / "latents"}
+    for name, more in (("compute_embeddings", prompts), ("precompute_latents", buckets)):
+        result = script(name, *words, *more, "--output_path", places[name])
+        assert result.code == 0, result.err
+    prior = ["--num_class_images", 3, "--max_train_steps", 12, *prompts, *buckets]
+    used, shapes, out = pairs_trained_on(script, words, prior, tmp_path, monkeypatch)
+    assert "4 pictures and 6 class pictures" in out, out
+    assert {name: used[f"{name}s0.png"] for name in ("dog", "cat")} == {
+        name: {f"a {name} on grass"} for name in ("dog", "cat")
+    }
+    drawn = set().union(*(each for name, each in used.items() if name.startswith("class_")))
+    assert drawn == set(PROMPTS)
+    assert len(shapes) == 2
+    assert in_process.count("draw_class_pictures") >= 2
 
 
 @pytest.mark.parametrize("script_name", ["train_dreambooth_sd3_lora_miniature"])

@@ -114,7 +114,7 @@ def test_what_it_says(tmp_path: Path) -> None:
         "| optimizer | AdamW, learning rate 0.0001, constant |",
         "| captions | 2 different ones, written for the pictures, dropped with a chance of 0.1 |",
         "| steps | 500, of 4 pictures each |",
-        "| time | 600 ms a step, about 5 minutes in all |",
+        "| time | 600 ms a step, about 5 min in all |",
         "| peak GPU memory | 5.00 GiB",
         "| `--class_prompt` | `a dog` |",
     ):

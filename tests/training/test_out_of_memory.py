@@ -19,7 +19,7 @@ from sd3_lora.transformer.placement import Placement
 
 import pytest
 import torch
-from conftest import Prepared
+from conftest import PROJECT, TRAINING_SCRIPT, Prepared, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from training_runs import Run, Script, same_lora, train, training_script
 
@@ -223,3 +223,39 @@ def test_a_whole_transformer_goes_back_to_its_checkpoint(
     run = train(script, prepared, tmp_path / "run", *words)
     assert f"{NOTE}at step 4 ({REASON}): going on from {run.folder / 'checkpoint-2'}, with a plan" in run.out
     assert run.losses == whole.losses
+
+
+RANK_WITHOUT_MEMORY = f"""
+import os, sys
+sys.path.insert(0, {str(PROJECT)!r})
+import torch, {TRAINING_SCRIPT} as script
+accumulate, calls = script.accumulate, []
+def failing(*words):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "RANK_THAT_FAILS":
+        raise ERROR
+    return accumulate(*words)
+script.accumulate = failing
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.faults
+def test_of_several_processes_one_has_too_little(prepared: Prepared, tmp_path: Path) -> None:
+    """They end together in a sentence, and go on from the last checkpoint; the device's memory or the host's."""
+    words = [*prepared.flags, "--device", "cpu", "--max_train_steps", 4, "--checkpointing_steps", 1]
+    whole = torchrun(f"{TRAINING_SCRIPT}.py", *words, "--output_dir", tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    for rank, error in ((1, f"torch.OutOfMemoryError('{REASON}')"), (0, "MemoryError")):
+        wrapper, out = tmp_path / "wrapper.py", tmp_path / f"run-{rank}"
+        wrapper.write_text(RANK_WITHOUT_MEMORY.replace("RANK_THAT_FAILS", str(rank)).replace("ERROR", error))
+        result = torchrun(wrapper, *words, "--output_dir", out)
+        assert result.code != 0
+        sentences = [line for line in result.err.splitlines() if "error: the " in line and " memory ran out (" in line]
+        assert len(sentences) == 1, result.err
+        assert f"at step 3: {out / 'checkpoint-2'} is kept; to go on, type `" in sentences[0]
+        assert not (out / LORA_FILE).exists()
+        resumed = ["--output_dir", out, "--resume_from_checkpoint", "latest"]
+        again = torchrun(f"{TRAINING_SCRIPT}.py", *words, *resumed)
+        assert again.code == 0, again.err
+        assert same_lora(out / LORA_FILE, tmp_path / "whole" / LORA_FILE)

@@ -36,19 +36,6 @@ from training_runs import Run, Script, patch_loss, same_lora, train, training_sc
 CLASS_PROMPT = "a photo of a robot"
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The scripts that training starts run in this process; returns their names."""
-    started: list[str] = []
-
-    def run(words: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
-        started.append(Path(words[1]).stem)
-        return subprocess.CompletedProcess(words, importlib.import_module(started[-1]).main(list(map(str, words[2:]))))
-
-    monkeypatch.setattr("sd3_lora.training.stage_one_request.subprocess.run", run)
-    return started
-
-
 @pytest.fixture(scope="module")
 def with_class(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Prepared, Path]:
     """A stage one with eight class pictures and their latents, once for all tests; they must not write to it."""

@@ -16,8 +16,9 @@ from sd3_lora.common.tensor_files import TensorFiles
 from sd3_lora.gpu.packed_tensors import layout
 from sd3_lora.plan.step_time import model_costs
 from sd3_lora.transformer import base_weights
+from sd3_lora.transformer.added_layers import AddedLora
 from sd3_lora.transformer.base_weights import base_bytes, load_transformer
-from sd3_lora.transformer.lora import AddedLora, attach_lora, save_lora, target_modules
+from sd3_lora.transformer.lora import attach_lora, save_lora, target_modules
 from sd3_lora.transformer.streaming import pieces_of
 
 import bitsandbytes

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import sd3_lora.training.state
+import sd3_lora.transformer.added_layers
 import sd3_lora.transformer.lora
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.run_record import RunRecord
+from sd3_lora.transformer.added_layers import AddedLora
 from sd3_lora.transformer.lora import (
     DEFAULT_LAYERS,
     LORA_FILE,
-    AddedLora,
     attach_lora,
     lora_tensors,
     read_lora_record,
@@ -152,7 +153,7 @@ def test_attached_in_float32_to_a_frozen_base(tiny_sd3: Path, dtype: torch.dtype
 def test_velocities_and_gradients_are_those_of_pefts_own_layers(
     tiny_sd3: Path, alpha: float, dropout: float, spare: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sd3_lora.transformer.lora, "_spare_rank", lambda *_: spare)
+    monkeypatch.setattr(sd3_lora.transformer.added_layers, "_spare_rank", lambda *_: spare)
 
     def train(expected: type) -> list[torch.Tensor]:
         transformer = load_transformer(tiny_sd3)
@@ -221,7 +222,7 @@ def test_several_adapters_add_up(tiny_sd3: Path) -> None:
 def test_ranks_that_tensor_cores_take() -> None:
     for device, spare in (("cuda", [7, 4, 1, 0, 7, 0]), ("cpu", [0] * 6), ("meta", [0] * 6)):
         assert [
-            sd3_lora.transformer.lora._spare_rank(rank, torch.device(device)) for rank in (1, 4, 7, 8, 9, 128)
+            sd3_lora.transformer.added_layers._spare_rank(rank, torch.device(device)) for rank in (1, 4, 7, 8, 9, 128)
         ] == spare
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from sd3_lora.common.checksums import CHECKSUMS_KEY
 from sd3_lora.common.command_line import UserError
 from sd3_lora.gpu.cuda_graph import CapturedCall
+from sd3_lora.transformer.added_layers import AddedLoha
 from sd3_lora.transformer.base_weights import make_hollow
 from sd3_lora.transformer.flat_parameters import flatten_parameters
 from sd3_lora.transformer.lora import (
@@ -24,7 +25,7 @@ from sd3_lora.transformer.lora import (
     target_modules,
 )
 from sd3_lora.transformer.lora_files import read_lora_file
-from sd3_lora.transformer.lycoris import AddedLoha, lycoris_layers
+from sd3_lora.transformer.lycoris import lycoris_layers
 
 import pytest
 import torch
