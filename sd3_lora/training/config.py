@@ -246,5 +246,7 @@ class TrainingFlags:
             return ""
         last, first = flags.last_step(steps), flags.first_step_of_lora(steps)
         until = f" until step {last}" if last else ""
-        alone = ", LoRA from step " + str(first) if 1 < first <= steps else ", no LoRA" if first > steps else ""
+        alone = f", LoRA from step {first}" if first > 1 else ""
+        if first > steps:
+            alone = ", no LoRA: its file is all zeros, by which drawing finds the embedding"
         return f", embedding of {flags.word!r} at learning rate {self.identifier_rate(pictures):g}{until}{alone}"

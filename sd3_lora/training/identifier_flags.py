@@ -68,7 +68,7 @@ class IdentifierFlags:
         default=None,
         metadata={
             "help": "Share of the steps, such as 0.3, in which the identifier's embedding is trained and the LoRA is "
-            "not. 1: the embedding alone, without a LoRA. Default: 0."
+            "not. 1: the embedding alone; the LoRA's file is all zeros, by which drawing finds it. Default: 0."
         },
     )
 

@@ -93,7 +93,7 @@ class Tab:
         self.page.goto(f"{served.url}/?project={project}")
         self.page.get_by_label("New project").wait_for()
         if project:
-            self.page.get_by_text("as training sees them").wait_for()
+            self.page.get_by_text(re.compile(r"\d+ photos?, as training sees them")).wait_for()  # it is opened
 
     def _note(self, url: str, own: str) -> None:
         if not url.startswith((own, "data:", "blob:")):

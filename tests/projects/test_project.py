@@ -82,9 +82,16 @@ def test_in_the_programs_folder_the_commands_are_short() -> None:
         ({"validation_prompt": "a\nb"}, "one line"),
         ({"model": "/no/such/folder"}, "there is no folder /no/such/folder"),
         ({"model": "owner/unknown"}, "there is no folder owner/unknown"),
+        ({"subject": "a" * 301}, "at most 300 letters"),
         ({"max_train_steps": 0}, "max_train_steps must be between 1 and 20000"),
+        ({"max_train_steps": 20_001}, "max_train_steps must be between 1 and 20000"),
+        ({"photos_per_step": 65}, "photos_per_step must be between 1 and 64"),
+        ({"rank": 257}, "rank must be between 1 and 256"),
+        ({"resolution": 2049}, "resolution must be between 0 and 2048"),
         ({"vram_budget_gib": float("nan")}, "vram_budget_gib must be"),
+        ({"vram_budget_gib": float("inf")}, "vram_budget_gib must be between 0 and 1000"),
         ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295"),
     ],
 )
 def test_wrong_settings_are_refused_in_a_sentence(project: Project, change: dict, sentence: str) -> None:
