@@ -453,8 +453,10 @@ def imports_table(result: dict[str, Any]) -> str:
     versions = ", ".join(
         f"{name} {result['versions'][name]}" for name in ("torch", "diffusers", "transformers", "peft")
     )
+    rounds = "One round" if result["rounds"] == 1 else f"Medians of {result['rounds']} rounds"
+    beside = f", beside {result['beside']}" if "beside" in result else ""
     said = (
-        f"Medians of {result['rounds']} rounds in turns, files in the page cache. Scripts end where their work would "
+        f"{rounds} in turns{beside}, files in the page cache. Scripts end where their work would "
         f"begin; `job` rows are whole commands on the miniature, {result['training_steps']} steps of training, "
         f"{result['drawing_steps']} of drawing."
     )
