@@ -123,6 +123,7 @@ def printer(name: str) -> Callable[[dict[str, Any]], str]:
         "validation": validation_table,
         "predictions": predictions_table,
         "tricks": tricks_table,
+        "imports": imports_table,
     }
     first, second, *_ = re.split(r"[-.]", name)
     return tables.get(f"{first}-{second}") or tables[first]
@@ -451,6 +452,35 @@ def picture_table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {' / '.join(f'{s:.1f}' for s in seconds)} | {ratios} | {peak:.2f} |")
     said = f"SD3-Medium, {result['size']} px, {result['steps']} steps, guidance 7, fp16; a process each, in turns, text"
     return "\n".join([*lines, "", f"{said} encoders included, files in the page cache. {_measured_on(result)}"])
+
+
+def imports_table(result: dict[str, Any]) -> str:
+    """CPU seconds of each script up to its work, and of the miniature's job, beside the libraries' imports."""
+    builds = list(dict.fromkeys(row["build"] for row in result["rows"] if row["build"]))
+    lines = [
+        f"| CPU seconds | {' | '.join(builds)} | of the first row's |",
+        f"| --- | {'---: | ' * len(builds)}---: |",
+    ]
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        rows = {row["build"]: row for row in result["rows"] if row["name"] == name}
+        latest = rows.get("now") or rows[""]
+        seconds = [f"{rows[build]['cpu_s']:.2f}" if build in rows else "" for build in builds]
+        if "" in rows:
+            seconds[-1] = f"{latest['cpu_s']:.2f}"
+        lines.append(f"| {name} | {' | '.join(seconds)} | {latest['of_typed']:.2f} |")
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}" for name in ("torch", "diffusers", "transformers", "peft")
+    )
+    rounds = "One round" if result["rounds"] == 1 else f"Medians of {result['rounds']} rounds"
+    beside = f", beside {result['beside']}" if "beside" in result else ""
+    said = (
+        f"{rounds} in turns{beside}, files in the page cache. Scripts end where their work would "
+        f"begin; `job` rows are whole commands on the miniature, {result['training_steps']} steps of training, "
+        f"{result['drawing_steps']} of drawing."
+    )
+    return "\n".join(
+        [*lines, "", f"{said} {result['machine']}, {result['date']}, Python {result['python']}, {versions}."]
+    )
 
 
 def drawing_table(result: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ import tables
     [
         ("README.md", 1),
         ("docs/memory.md", 13),
-        ("docs/stages.md", 7),
+        ("docs/stages.md", 8),
         ("docs/scaling.md", 1),
         ("docs/methods.md", 4),
         ("docs/speed.md", 2),

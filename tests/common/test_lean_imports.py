@@ -61,14 +61,132 @@ def test_bitsandbytes_for_a_gpu_is_imported_without_the_compiler() -> None:
     assert found == "True False\nNone\n"
 
 
+HEAVY = {
+    *("accelerate", "bitsandbytes", "datasets", "diffusers", "diffusers.pipelines.pipeline_utils", "jinja2"),
+    *("pandas.core", "peft", "scipy", "sklearn", "sympy", "torch", "torch._dynamo", "torch._inductor.compile_fx"),
+    *("torchvision", "transformers", "transformers.generation.utils", "transformers.modeling_utils"),
+}
+NEEDS = {
+    "precompute_latents": {"accelerate", "diffusers", "torch"},
+    "inference": {"accelerate", "diffusers", "torch"},
+    "draw_class_pictures": {"accelerate", "diffusers", "torch"},
+    "train_dreambooth_sd3_lora_miniature": {
+        *("accelerate", "diffusers", "diffusers.pipelines.pipeline_utils", "sympy", "torch"),
+    },
+}
+
+
+def imported_by(script: str, *arguments: str, runs: bool = False) -> tuple[set[str], set[str]]:
+    """What of HEAVY a script has imported when its work begins, and when it ends."""
+    code = f"""
+import runpy, sys
+from sd3_lora.common import command_line
+heavy = lambda: " ".join(sorted({HEAVY!r} & sys.modules.keys()))
+run_script = command_line.exit_code
+def exit_code(*call):
+    print("at start:", heavy())
+    return run_script(*call) if {runs} else 0
+command_line.exit_code = exit_code
+sys.argv = {[f"{script}.py", *arguments]!r}
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+finally:
+    print("at end:", heavy())
+"""
+    lines = run(code).splitlines()
+    at_start, at_end = (next(line for line in lines if line.startswith(when)) for when in ("at start:", "at end:"))
+    return set(at_start.split()[2:]), set(at_end.split()[2:])
+
+
+@pytest.mark.parametrize("script", ["draw_class_pictures", "train_dreambooth_sd3_lora_miniature"])
+def test_a_script_begins_with_what_it_needs_from_the_start(script: str) -> None:
+    arguments = ["--class_prompt", "a robot", "--class_data_dir", "x"] if script == "draw_class_pictures" else []
+    at_start, _ = imported_by(script, *arguments)
+    assert at_start == NEEDS[script]
+
+
+def test_drawing_with_a_lora_merged_into_the_weights_never_imports_peft() -> None:
+    """Nor transformers, where no prompt is encoded. Counting a step's memory has torch import its compiler."""
+    lora = "tests/data/cc752f5/adamw/pytorch_lora_weights.safetensors"
+    at_start, at_end = imported_by("inference", "--lora", lora, "--prompt", "a robot", "--plan", runs=True)
+    assert at_start == NEEDS["inference"]
+    assert at_end - at_start == {"sympy", "torch._dynamo"}
+
+
+def test_captioning_imports_transformers_alone() -> None:
+    at_start, _ = imported_by("caption_images", "--instance_data_dir", "examples/robot")
+    assert not at_start & {"bitsandbytes", "datasets", "diffusers", "pandas.core", "peft", "scipy", "sklearn"}
+
+
+def test_a_lora_is_attached_without_bitsandbytes_and_then_to_a_base_in_4_bits() -> None:
+    found = run(
+        "import sys\n"
+        "sys.path[:0] = ['tests', 'benchmarks']\n"
+        "from sd3_lora.common.lean_imports import import_diffusers\n"
+        "import_diffusers()\n"
+        "from random_sd3 import smaller_transformer\n"
+        "from sd3_lora.transformer.lora import attach_lora, target_modules\n"
+        "import torch\n"
+        "def attached():\n"
+        "    torch.manual_seed(0)\n"
+        "    transformer = smaller_transformer(num_layers=2)\n"
+        "    names = target_modules(transformer, None, None)\n"
+        "    if 'bitsandbytes' in sys.modules:\n"
+        "        from bitsandbytes.nn import Linear4bit\n"
+        "        for name in names:\n"
+        "            parent, _, leaf = name.rpartition('.')\n"
+        "            layer = transformer.get_submodule(name)\n"
+        "            new = Linear4bit(layer.in_features, layer.out_features)\n"
+        "            setattr(transformer.get_submodule(parent), leaf, new)\n"
+        "    attach_lora(transformer, names, 4, 4, 0.0, 0)\n"
+        "    layer = transformer.get_submodule(names[0])\n"
+        "    return type(layer).__name__, type(layer.get_base_layer()).__name__\n"
+        "print(*attached(), *sorted({'bitsandbytes', 'torch._inductor.compile_fx'} & sys.modules.keys()))\n"
+        "import bitsandbytes\n"
+        "print(*attached())"
+    )
+    assert found == "AddedLora Linear\nAddedLora Linear4bit\n"
+
+
+def test_blocks_compile_to_the_same_graphs_without_diffusers_marks() -> None:
+    """Without the compiler at its import, diffusers marks none of its layers as one that a graph takes whole."""
+    found = run(
+        "import sys\n"
+        "sys.path[:0] = ['tests', 'benchmarks']\n"
+        "from sd3_lora.common.lean_imports import import_diffusers\n"
+        "import_diffusers()\n"
+        "import torch\n"
+        "from random_sd3 import smaller_transformer\n"
+        "from diffusers.models.attention import FeedForward, JointTransformerBlock\n"
+        "torch.manual_seed(0)\n"
+        "transformer = smaller_transformer(num_layers=2)\n"
+        "config, text = transformer.config, torch.randn(1, 3, transformer.config.joint_attention_dim)\n"
+        "latents, pooled = torch.randn(1, config.in_channels, 8, 8), torch.randn(1, config.pooled_projection_dim)\n"
+        "@torch.no_grad()\n"
+        "def graphs():\n"
+        "    found = []\n"
+        "    torch._dynamo.reset()\n"
+        "    def backend(graph, _):\n"
+        "        found.append(graph.print_readable(print_output=False))\n"
+        "        return graph.forward\n"
+        "    for block in transformer.transformer_blocks:\n"
+        "        block.compile(backend=backend)\n"
+        "    transformer(latents, text, pooled, torch.tensor([500.0]))\n"
+        "    return found\n"
+        "unmarked = graphs()\n"
+        "for kind in (JointTransformerBlock, FeedForward):\n"
+        "    torch.compiler.allow_in_graph(kind)\n"
+        "print(len(unmarked), graphs() == unmarked)"
+    )
+    assert found == "2 True\n"
+
+
 @pytest.mark.parametrize("script", ["compute_embeddings", "precompute_latents"])
 def test_stage_one_imports_no_library_that_it_does_not_use(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", f"{script}.py", "--device", "cpu", "--output_path", tmp_path / "a"]
-    finished = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True, timeout=120)
-    imported = {line.rsplit("|", 1)[1].strip() for line in finished.stderr.splitlines() if "import time:" in line}
-    assert "torch" in imported
-    needless = {"pandas.core", "peft", "bitsandbytes", "torch._inductor.compile_fx"}
-    assert not imported & (needless | ({"diffusers"} if script == "compute_embeddings" else set()))
+    at_start, at_end = imported_by(script, "--device", "cpu", "--output_path", str(tmp_path / "a"), runs=True)
+    assert "torch" in at_start
+    assert not at_end & {"bitsandbytes", "datasets", "pandas.core", "peft", "scipy", "torch._inductor.compile_fx"}
+    assert not at_end & ({"diffusers"} if script == "compute_embeddings" else HEAVY - NEEDS[script])
 
 
 def test_packages_are_looked_up_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import inference
+from sd3_lora.stage_one import text_encoders
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    for name in ("encode_prompts", "arrange", "load_vae"):
+    monkeypatch.setattr(text_encoders, "encode_prompts", fail)
+    for name in ("arrange", "load_vae"):
         monkeypatch.setattr(inference, name, fail)
 
 
