@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -12,6 +12,8 @@ import torch
 
 GIB = 1024**3
 _ALIGNMENT_BYTES = 512  # CUDA's allocator rounds every tensor up to it
+# Where Linux says to which control groups a process belongs, and what each of them may use.
+_OWN_GROUPS, _ALL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # What CUDA and its libraries say where not torch's allocator, but they themselves lack memory.
 _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDA out of memory", "_STATUS_ALLOC_FAILED")
 
@@ -86,8 +88,16 @@ def host_bytes() -> int:
 
 def available_host_bytes() -> int:
     """Bytes of host memory that this process may still allocate, by the machine and by its control groups."""
-    free = _free_in_groups(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    free = _free_in_groups(_OWN_GROUPS, _ALL_GROUPS)
     return min([psutil.virtual_memory().available, *free])
+
+
+def _bytes_of_files(statistics: Path, names: Sequence[str]) -> int:
+    """What the system keeps of files in a group's memory, and gives away on demand; 0 where it does not say."""
+    with suppress(OSError, ValueError):
+        counts = dict(line.split() for line in statistics.read_text().splitlines())
+        return sum(int(counts.get(name, 0)) for name in names)
+    return 0
 
 
 def _free_in_groups(groups: Path, mounted: Path) -> list[int]:
@@ -106,8 +116,7 @@ def _free_in_groups(groups: Path, mounted: Path) -> list[int]:
         ),
     ):
         for folder in (root / level for level in levels):
-            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
-                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                taken = int((folder / used).read_text()) - sum(int(counts[name]) for name in files)
-                free.append(int(most) - taken)
+            with suppress(OSError, ValueError):  # no such group, or one without a limit ("max")
+                most, taken = (int((folder / name).read_text()) for name in (limit, used))
+                free.append(most - taken + _bytes_of_files(folder / "memory.stat", files))
     return free

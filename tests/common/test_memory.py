@@ -84,6 +84,12 @@ def test_a_control_group_limits_the_host(tmp_path: Path) -> None:
     files = {"memory__limit_in_bytes": "2000", "memory__usage_in_bytes": "100", "memory__stat": stat}
     write_group(mounted / "memory", **files)
     assert sorted(memory._free_in_groups(own, mounted)) == [400, 1950]
+    (mounted / "a" / "memory.stat").unlink()  # nothing is known to be free then
+    (mounted / "memory" / "memory.stat").write_text("total_cache\n")
+    assert sorted(memory._free_in_groups(own, mounted)) == [100, 1900]
+    (mounted / "a" / "memory.max").unlink()
+    (mounted / "memory" / "memory.limit_in_bytes").write_text("\n")
+    assert memory._free_in_groups(own, mounted) == []
 
 
 def test_what_the_host_has_left(monkeypatch: pytest.MonkeyPatch) -> None:

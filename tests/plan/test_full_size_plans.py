@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import train_dreambooth_sd3_lora_miniature as script
+from sd3_lora.common import memory as host_memory
 from sd3_lora.common.command_line import UserError
 from sd3_lora.common.memory import GIB
 from sd3_lora.common.model_files import ModelFiles
@@ -17,6 +19,7 @@ from sd3_lora.plan.step_memory import simulate_denoising
 from sd3_lora.stage_one.buckets import Buckets
 from sd3_lora.training.config import TrainingFlags
 
+import psutil
 import pytest
 import torch
 from conftest import PROJECT
@@ -100,6 +103,44 @@ def test_the_whole_transformer_is_streamed_where_it_does_not_fit(
     monkeypatch.setattr(memory_plan, "available_host_bytes", lambda: 4 * GIB)
     with pytest.raises(UserError, match=r"--full with streamed blocks keeps .* of host memory, of which 2.0 GiB are"):
         plan_whole(folder, "--vram_budget_gib", gib)
+
+
+_GROUPS = {  # version of the control groups → which group is one's own; the files of its limit, use and statistics
+    "v1": ("5:memory:/c\n", "memory/c", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_active_file"),
+    "v2": ("0::/c\n", "c", ("memory.max", "memory.current"), "active_file"),
+}
+
+
+@pytest.mark.parametrize(("version", "model", "source"), [("v1", "sd3-medium", "host"), ("v2", "sd3.5-large", "files")])
+def test_a_plan_stays_within_a_containers_memory(
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    model: str,
+    source: str,
+) -> None:
+    """Of 12 GiB, 3 are in use, of which 2 are pages of files; the machine has 200 free."""
+    group, place, names, pages = _GROUPS[version]
+    (tmp_path / "own").write_text(group)
+    (tmp_path / place).mkdir(parents=True)
+    for name, gib in zip(names, (12, 3), strict=True):
+        (tmp_path / place / name).write_text(f"{gib * GIB}\n")
+    (tmp_path / place / "memory.stat").write_text(f"anon 5\n{pages} {2 * GIB}\n")
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(host_memory, "_ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=200 * GIB))
+    assert host_memory.available_host_bytes() == 11 * GIB
+
+    folder = memory.hollow_model(tmp_path_factory.getbasetemp(), model)
+    words = ["--pretrained_model_name_or_path", folder, "--resolution", 1024, "--plan", "--vram_budget_gib", 4]
+    flags = TrainingFlags(*script.COMMAND_LINE.parse([*map(str, words), "--mixed_precision", "fp16"]))
+    files, budget = ModelFiles(flags.model), open_budget(flags.budget, CPU)
+    assert budget is not None
+    plan = script.make_plan(script.training_task(flags, files, Buckets.square(1024), torch.float16, CPU, 1), budget)
+    assert plan.placement.streamed
+    assert plan.placement.stream_from == source
+    assert plan.forecast.host_bytes + memory_plan.HOST_ROOM_BYTES <= 11 * GIB
 
 
 @pytest.mark.parametrize(("model", "least_gib"), [("sd3-medium", 9.1), ("sd3.5-medium", 10.2), ("sd3.5-large", 32.4)])
