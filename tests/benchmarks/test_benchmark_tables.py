@@ -28,7 +28,7 @@ import tables
         ("docs/watching.md", 1),
         ("docs/drawing.md", 2),
         ("docs/text_encoders.md", 2),
-        ("docs/full.md", 1),
+        ("docs/full.md", 2),
         ("miniature/README.md", 1),
     ],
 )
