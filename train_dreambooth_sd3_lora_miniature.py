@@ -829,7 +829,7 @@ def train(
             reason, at = first_line(error), training.step
             ran_out = host_fault or f"the GPU's memory ran out ({reason})"
         except NotFinite as error:
-            raise explained(error, training, batches, watch) from error
+            raise explained(error, training, batches, watch) from None
         # Not in the `except` block, which keeps what the step has allocated.
         watch.release()
         drop_workspaces(accelerator.device)

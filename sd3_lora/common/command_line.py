@@ -609,21 +609,30 @@ def host_memory_fault(error: BaseException | None) -> str | None:
         error: whatever was raised. It is followed to its causes: a reader may take a file that it has no memory to
             read for a damaged one.
     """
-    while error is not None:
-        said = "" if isinstance(error, UserError) else str(error)
-        if isinstance(error, MemoryError) or any(sign in said for sign in _HOST_MEMORY_SIGNS):
+    for each in _chain(error, lambda each: each.__cause__):
+        said = "" if isinstance(each, UserError) else str(each)
+        if isinstance(each, MemoryError) or any(sign in said for sign in _HOST_MEMORY_SIGNS):
             asked = re.search(r"tried to allocate (\d+) bytes", said)
-            reason = f"{int(asked[1]) / 2**20:.1f} MiB more were asked for" if asked else first_line(error)
+            reason = f"{int(asked[1]) / 2**20:.1f} MiB more were asked for" if asked else first_line(each)
             return f"the host's memory ran out ({reason})"
-        error = error.__cause__
     return None
+
+
+def _chain(
+    error: BaseException | None, before: Callable[[BaseException], BaseException | None]
+) -> Iterator[BaseException]:
+    """An error and those that led to it, each once: `raise error from error` makes an error its own cause."""
+    seen = set[int]()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = before(error)
 
 
 def _interruption_in_order(error: BaseException | None) -> Interrupted | None:
     """The `Interrupted` that ended a script, also where Ctrl-C came once more while it was on its way out."""
-    while error is not None and not isinstance(error, Interrupted):
-        error = error.__context__
-    return error
+    chain = _chain(error, lambda each: each.__context__)
+    return next((each for each in chain if isinstance(each, Interrupted)), None)
 
 
 def command_words(script: str, **flags: Any) -> list[str]:

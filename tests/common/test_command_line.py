@@ -27,6 +27,7 @@ from sd3_lora.common.command_line import (
     counted,
     exit_code,
     forget_secrets,
+    host_memory_fault,
     read_text_lines,
     require_right,
     require_writable_folder,
@@ -479,6 +480,17 @@ def test_an_interruption_in_good_order(capsys: pytest.CaptureFixture[str]) -> No
 
     assert exit_code(script, None) == 143
     assert capsys.readouterr().err == "\ninterrupted: all is kept\n"
+
+
+def test_memory_that_ran_out_is_found_behind_what_was_made_of_it() -> None:
+    """And an error that is its own cause, as `raise error from error` makes it, is looked at once."""
+    ran_out, damaged = MemoryError(), UserError("a.parquet is damaged")
+    damaged.__cause__ = ran_out
+    assert host_memory_fault(damaged) == "the host's memory ran out (MemoryError)"
+    damaged.__cause__ = damaged
+    assert host_memory_fault(damaged) is None
+    ran_out.__cause__, damaged.__cause__ = damaged, ran_out
+    assert host_memory_fault(damaged) is not None
 
 
 @pytest.mark.parametrize("token", [["--hub_token", "hf_x"], ["--hub-token=hf_x"]])
