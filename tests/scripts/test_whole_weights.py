@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from sd3_lora import verify
+
 import pytest
 import torch
 from conftest import PROMPT, TRAINING_SCRIPT, Prepared, Result
@@ -161,3 +163,14 @@ def test_a_component_that_is_not_whole_in_every_way(
     cell: tuple[str, str, str],
 ) -> None:
     require_refused(script, prepared, tmp_path, monkeypatch, lora, single, cell)
+
+
+def test_a_link_whose_file_is_gone_is_named(tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the hub's cache, whose weights are links, once their blob was deleted."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_sd3, model)
+    (weights,) = (model / "vae").glob("*.safetensors")
+    weights.unlink()
+    weights.symlink_to(tmp_path / "gone")
+    assert verify.main([str(model)]) == 2
+    assert f"error: {weights} is no file, or a link to one that is gone: delete it" in capsys.readouterr().err
