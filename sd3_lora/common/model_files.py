@@ -379,9 +379,8 @@ _version = cache(importlib.metadata.version)  # it parses a long text each time
 def _state_of(paths: Sequence[Path]) -> list[_FileState]:
     for path in paths:
         if not path.is_file() and not path.is_dir():  # a folder is told where it is read
-            raise UserError(
-                f"{path} is no file, or a link to one that is gone: delete it, and download the model again"
-            )
+            gone = f"{path} is no file, or a link to one that is gone"
+            raise UserError(f"{gone}: delete it, and download the model again")
     return [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
