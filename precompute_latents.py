@@ -713,7 +713,9 @@ def next_line(configs: tuple[Any, ...], images: Sequence[InstanceImage]) -> str:
     config, model, device, budget = configs
     shared = {**model.flags(), **config.picture_flags(), **device.flags(), **budget.flags()}
     beside_latents = sorted(Path(config.output_path).parent.glob("*.parquet"))
-    embeddings_path = find_embeddings([Path(EMBEDDINGS_PATH), *beside_latents], [image.image_id for image in images])
+    usual = [Path(EMBEDDINGS_PATH)]  # latents in a folder of their own are another run's: so are the embeddings there
+    places = [*usual, *beside_latents] if config.output_path == LATENTS_PATH else [*beside_latents, *usual]
+    embeddings_path = find_embeddings(places, [image.image_id for image in images])
     if embeddings_path is None:
         own = {} if all(image.prompt for image in images) else {"instance_prompt": REFERENCE_PROMPT}
         if config.class_data_dir is not None and config.concepts_list is None:

@@ -68,6 +68,7 @@ from sd3_lora.common.devices import (
     make_deterministic,
     planned_device,
 )
+from sd3_lora.common.identifier_embedding import EMBEDDING_FILE
 from sd3_lora.common.memory import drop_workspaces, free_memory, is_out_of_memory
 from sd3_lora.common.model_files import ModelFiles
 from sd3_lora.common.picture_size import PictureSize
@@ -1072,7 +1073,8 @@ def report_results(
 
 def finish(outputs: Outputs, flags: TrainingFlags, results: RunResults) -> None:
     """Writes the card, `run.json`, `pictures.json` and the report, and prints the command that draws with the LoRA."""
-    print(f"wrote {results.wrote}, read back and compared")
+    embedding = f" and {EMBEDDING_FILE}" if flags.identifier.word is not None else ""
+    print(f"wrote {results.wrote}{embedding}, read back and compared")
     if results.ms_a_step is not None:
         print(f"{results.ms_a_step:.0f} ms a step, {counted(results.skipped or 0, 'step')} skipped by the scaler")
     record = outputs.record

@@ -54,7 +54,8 @@ def next_commands(outputs: Outputs, flags: TrainingFlags) -> Iterator[str]:
     if flags.trains_all:
         facts, size = record.facts, dict.fromkeys(("height", "width"), record.facts.resolution)
         shared |= {"pretrained_model_name_or_path": outputs.folder, "max_sequence_length": facts.max_sequence_length}
-        yield "next: " + command("inference.py", **shared, **size, prompt=prompt, data_df_path=embeddings_path)
+        settings = {"prompt": prompt, "data_df_path": embeddings_path, "guidance": guidance}
+        yield "next: " + command("inference.py", **shared, **size, **settings)
         return
 
     def drawing(lora: Path) -> str:

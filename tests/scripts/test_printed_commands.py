@@ -98,6 +98,15 @@ def test_folders_of_the_user_s_own(user: User) -> None:
     assert Path("out put/latents").is_dir()
 
 
+def test_embeddings_beside_the_latents_are_those_of_the_same_run(user: User) -> None:
+    """Though others of the same pictures lie where they do by default."""
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT)
+    user.type(EMBED, "--instance_data_dir", "d", *PROMPT, "--output_path", "own/e.parquet")
+    cached = user.type(CACHE, "--instance_data_dir", "d", "--resolution", 64, "--output_path", "own/latents")
+    assert "--data_df_path own/e.parquet" in cached.out
+    assert "--data_df_path" not in user.type(CACHE, "--instance_data_dir", "d", "--resolution", 64).out
+
+
 def test_without_any_flag(user: User) -> None:
     Path("d").rename("dog")
     assert "3 pictures at 64 px" in user.follow_to_pictures(user.type(EMBED), CACHE, TRAIN).out

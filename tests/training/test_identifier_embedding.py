@@ -373,6 +373,7 @@ def test_the_embedding_alone(script: Script, prepared: Prepared, tmp_path: Path)
     assert all(zero)
     assert all(changes(run.folder))
     assert ", no LoRA: its file is all zeros" in run.out
+    assert f"wrote {run.folder / LORA_FILE} and {EMBEDDING_FILE}, read back and compared" in run.out
     longer = [*words, "--max_train_steps", 8, "--resume_from_checkpoint", "latest"]
     train(script, prepared, run.folder, *longer)
     assert (run.folder / "checkpoint-8").is_dir()
