@@ -212,10 +212,10 @@ def run_locked(argv: Sequence[str] | None, locks: ExitStack) -> None:
     hub = open_hub(flags, accelerator)
     require_possible(flags, files, plan, chosen.dtype, device)
     lock_outputs(output_dir, accelerator, locks)
+    flags = with_pictures(flags, accelerator)
     prompts, resumes = validation_prompts(flags.watch), flags.run.resume_from_checkpoint
     MissingInputs(stage_one_request(flags, files, resolution), prompts, output_dir, resumes).require_none()
     checkpoint = resume_point(resumes, output_dir)
-    flags = with_pictures(flags, accelerator)
     start = None if checkpoint else initial_lora(flags.lora, flags.text, files)  # a checkpoint has all that came of it
 
     request = stage_one_request(flags, files, resolution)

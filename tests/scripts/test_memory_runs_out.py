@@ -40,8 +40,10 @@ def test_latents(script: Script, prepared: Prepared, tmp_path: Path, monkeypatch
     assert NOTE in result.out
     assert "wrote 13 crops of 5 pictures to " in result.out
     assert len(calls) > 3
-    for path in prepared.latents.glob("*.safetensors"):
-        expected, made = load_file(path), load_file(tmp_path / path.name)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == 5
+    for path in paths:  # other tests have added to those of `prepared`
+        expected, made = load_file(prepared.latents / path.name), load_file(path)
         assert expected.keys() == made.keys()
         for name in expected:
             torch.testing.assert_close(made[name], expected[name])
