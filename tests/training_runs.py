@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,8 @@ from typing import Any
 
 from sd3_lora.common.checksums import CHECKSUMS_KEY
 from sd3_lora.common.devices import ChosenDtype
+from sd3_lora.common.records import StepInputs
+from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
@@ -118,3 +121,34 @@ def use_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 with its scaler, which the script never chooses on a CPU."""
     chosen = ChosenDtype(torch.float16, "fp16: for a test")
     monkeypatch.setattr(training_script(), "choose_training_dtype", lambda *_: chosen)
+
+
+def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepInputs, list[str]]]:
+    """The inputs of every micro-step to come, and its pictures' names."""
+    seen: list[tuple[StepInputs, list[str]]] = []
+    original = MicroBatches.take
+
+    def watching(batches: MicroBatches) -> Any:
+        taken = original(batches)
+        seen.append((taken[0].inputs, taken[0].names))
+        return taken
+
+    monkeypatch.setattr(MicroBatches, "take", watching)
+    return seen
+
+
+def fail_in(
+    monkeypatch: pytest.MonkeyPatch, calls: Container[int], fail: Callable[[], object], after: bool = False
+) -> None:
+    """Has calls of the training script's `accumulate`, by their numbers from 1, fail before or after their work."""
+    module, counted = training_script(), itertools.count(1)
+    accumulate = module.accumulate
+
+    def failing(*given: Any) -> Any:
+        number = next(counted)
+        done = accumulate(*given) if after or number not in calls else None
+        if number in calls:
+            fail()
+        return done
+
+    monkeypatch.setattr(module, "accumulate", failing)

@@ -12,7 +12,7 @@ from sd3_lora.transformer.lora import LORA_FILE
 import pytest
 import torch
 from conftest import Prepared, save_pictures
-from training_runs import Script, same_lora, train, training_script
+from training_runs import Script, fail_in, same_lora, train
 
 TOO_MUCH = 1 << 60
 SENTENCE = r"the host's memory ran out \(1099511627776.0 MiB more were asked for\)"
@@ -23,17 +23,7 @@ def test_training_keeps_its_last_whole_step(
 ) -> None:
     words = ["--max_train_steps", 4, "--seed", 3, "--vram_budget_gib", 4]
     whole = train(script, prepared, tmp_path / "whole", *words)
-    module, taken = training_script(), 0
-    accumulate = module.accumulate
-
-    def failing(*given: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 4:
-            torch.empty(TOO_MUCH, dtype=torch.uint8)
-        return accumulate(*given)
-
-    monkeypatch.setattr(module, "accumulate", failing)
+    fail_in(monkeypatch, {4}, lambda: torch.empty(TOO_MUCH, dtype=torch.uint8))
     run = train(script, prepared, tmp_path / "run", *words, code=2)
     said = rf"{SENTENCE} at step 4: close other programs; (.*) is kept; to go on, type `(.*)`"
     kept, again = re.fullmatch(said, run.error).groups()  # type: ignore[union-attr]

@@ -92,17 +92,20 @@ def single(prepared: Prepared, made: Path) -> Path:
     return path
 
 
-def require_refused(
+@pytest.mark.parametrize(
+    "cell", [cell if cell in FEW else pytest.param(cell, marks=pytest.mark.faults) for cell in ALL], ids=" ".join
+)
+def test_a_component_that_is_not_whole(
     script: Callable[..., Result],
     prepared: Prepared,
-    folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     lora: Path,
     single: Path,
     cell: tuple[str, str, str],
 ) -> None:
     name, component, fault = cell
-    model, out = Path(shutil.copytree(prepared.model, folder / "model")), folder / "out"
+    model, out = Path(shutil.copytree(prepared.model, tmp_path / "model")), tmp_path / "out"
     named = damage(model / component, fault)
 
     def refuse(*_: object, **__: object) -> None:
@@ -122,7 +125,7 @@ def require_refused(
         "precompute_latents": [*pictures, *base, "--output_path", out, "--device", "cpu"],
         "draw_class_pictures": [*class_flags, *base, "--data_df_path", prepared.embeddings, "--device", "cpu"],
         TRAINING_SCRIPT: [*training, "--device", "cpu"],
-        "inference": [*base, "--prompt", "a", "--outdir", out, "--data_df_path", folder / "none", "--device", "cpu"],
+        "inference": [*base, "--prompt", "a", "--outdir", out, "--data_df_path", tmp_path / "none", "--device", "cpu"],
         "sd3_lora.merge": [lora, *base, "--output_dir", out],
         "sd3_lora.convert": [single, "--parts", model],
         "sd3_lora.losses": [*pictures, *base, *artefacts, "--output_dir", out],
@@ -136,33 +139,6 @@ def require_refused(
     assert named in errors[0]
     assert not [path for path in out.rglob("*") if path.is_file()]
     assert not (single.parent / "single").exists()
-
-
-@pytest.mark.parametrize("cell", FEW, ids=" ".join)
-def test_a_component_that_is_not_whole(
-    script: Callable[..., Result],
-    prepared: Prepared,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    lora: Path,
-    single: Path,
-    cell: tuple[str, str, str],
-) -> None:
-    require_refused(script, prepared, tmp_path, monkeypatch, lora, single, cell)
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("cell", [cell for cell in ALL if cell not in FEW], ids=" ".join)
-def test_a_component_that_is_not_whole_in_every_way(
-    script: Callable[..., Result],
-    prepared: Prepared,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    lora: Path,
-    single: Path,
-    cell: tuple[str, str, str],
-) -> None:
-    require_refused(script, prepared, tmp_path, monkeypatch, lora, single, cell)
 
 
 def test_a_link_whose_file_is_gone_is_named(tiny_sd3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

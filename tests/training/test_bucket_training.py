@@ -6,19 +6,16 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from sd3_lora.common.model_files import MINIATURE
-from sd3_lora.common.records import StepInputs
 from sd3_lora.gpu.budget import DeviceBudget
 from sd3_lora.plan.memory_plan import Plan, TrainingTask
-from sd3_lora.training.micro_batches import MicroBatches
 from sd3_lora.transformer.lora import LORA_FILE
 
 import pytest
 import torch
 from conftest import TRAINING_SCRIPT, Prepared, save_pictures
-from training_runs import Flags, Script, patch_loss, same_lora, train, training_script
+from training_runs import Flags, Script, patch_loss, same_lora, train, training_script, watch_batches
 
 BUCKETS = ["--use_aspect_ratio_bucket"]
 
@@ -33,20 +30,6 @@ def mixed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepa
     words += [*BUCKETS, "--num_crops", "1", "--device", "cpu", "--output_path", str(latents)]
     assert precompute_latents.main(words) == 0
     return Prepared(prepared.model, prepared.pictures, prepared.embeddings, latents)
-
-
-def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepInputs, list[str]]]:
-    """The inputs of every micro-step to come, and its pictures' names."""
-    seen: list[tuple[StepInputs, list[str]]] = []
-    original = MicroBatches.take
-
-    def watching(batches: MicroBatches) -> Any:
-        taken = original(batches)
-        seen.append((taken[0].inputs, taken[0].names))
-        return taken
-
-    monkeypatch.setattr(MicroBatches, "take", watching)
-    return seen
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

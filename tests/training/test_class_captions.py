@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from sd3_lora.common.records import StepInputs
 from sd3_lora.stage_one.captions import class_images
 from sd3_lora.stage_one.embedding_store import EmbeddingStore
-from sd3_lora.training.micro_batches import MicroBatches
 
 import pytest
 import torch
 from conftest import TRAINING_SCRIPT, Prepared, save_pictures
 from PIL import Image
-from training_runs import Script, train
+from training_runs import Script, train, watch_batches
 
 CLASS_PROMPT, PROMPTS = "a photo of a robot", ["a red ball", "a green heart"]
 
@@ -99,15 +96,7 @@ def pairs_trained_on(
     script: Script, words: list[object], prior: list[object], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[dict[str, set[str]], set[tuple[int, ...]], str]:
     """Picture → the prompts that it came with, the shapes of the micro-batches, and what was printed."""
-    seen: list[tuple[StepInputs, list[str]]] = []
-    original = MicroBatches.take
-
-    def watching(batches: MicroBatches) -> Any:
-        taken = original(batches)
-        seen.append((taken[0].inputs, taken[0].names))
-        return taken
-
-    monkeypatch.setattr(MicroBatches, "take", watching)
+    seen = watch_batches(monkeypatch)
     embeddings = folder / "embeddings.parquet"
     places = ["--data_df_path", embeddings, "--latents_path", folder / "latents", "--output_dir", folder / "out"]
     result = script(TRAINING_SCRIPT, *words, *prior, *places, "--report_to", "none", "--with_prior_preservation")

@@ -21,12 +21,16 @@ import pytest
 import torch
 from conftest import PROJECT, TRAINING_SCRIPT, Prepared, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from training_runs import Run, Script, same_lora, train, training_script
+from training_runs import Run, Script, fail_in, same_lora, train, training_script
 
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB"
 WORDS: list[object] = ["--max_train_steps", 4, "--vram_budget_gib", 4, "--seed", 3, "--gradient_accumulation_steps", 2]
 WORDS += ["--checkpointing_steps", 2, "--lora_dropout", 0.1, "--use_ema", "--train_batch_size", 2]
 NOTE = "note: the GPU's memory ran out "  # or, of the last step, "after"
+
+
+def run_out() -> None:
+    raise torch.OutOfMemoryError(REASON)
 
 
 class Operations(TorchDispatchMode):
@@ -103,7 +107,7 @@ def test_each_failure_makes_the_plan_cheaper_and_frees_what_was_held(
     script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, models, peaks = training_script(), list[weakref.ref[Any]](), list[int]()
-    load, accumulate, taken = module.load_training, module.accumulate, 0
+    load = module.load_training
 
     def loaded(job: Any, planned: Any) -> Any:
         assert not [model for model in models if model() is not None]  # the one before is freed first
@@ -112,19 +116,11 @@ def test_each_failure_makes_the_plan_cheaper_and_frees_what_was_held(
         models.append(weakref.ref(training.transformer))
         return training
 
-    def failing(*words: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        done = accumulate(*words)
-        if taken in (1, 4):
-            raise torch.OutOfMemoryError(REASON)
-        return done
-
     monkeypatch.setattr(module, "load_training", loaded)
     whole = train(script, prepared, tmp_path / "whole", *WORDS)
     models.clear()
     peaks.clear()
-    monkeypatch.setattr(module, "accumulate", failing)
+    fail_in(monkeypatch, {1, 4}, run_out, after=True)
     run = train(script, prepared, tmp_path / "run", *WORDS)
     assert peaks == sorted(set(peaks), reverse=True)
     assert len(peaks) == 3
@@ -140,7 +136,7 @@ def test_where_there_is_no_room_for_a_graph_the_plan_stays_without_one(
 ) -> None:
     module, captured = training_script(), list[tuple[Placement, bool]]()
     whole = train(script, prepared, tmp_path / "whole", *WORDS)
-    make_plan, plan_run, accumulate, taken = module.make_plan, module.plan_run, module.accumulate, 0
+    make_plan, plan_run = module.make_plan, module.plan_run
 
     def least(*words: Any) -> Plan:
         plan: Plan = make_plan(*words)
@@ -150,20 +146,14 @@ def test_where_there_is_no_room_for_a_graph_the_plan_stays_without_one(
         planned: PlannedTraining = plan_run(*words)
         return replace(planned, execution=replace(planned.execution, captured=True))
 
-    def failing(training: Any, *given: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken in (1, 4):
-            raise torch.OutOfMemoryError(REASON)
-        return accumulate(training, *given)
-
     def loaded(job: Any, planned: PlannedTraining) -> Any:
         captured.append((planned.plan.placement, planned.execution.captured))
         return load(job, planned)
 
     load = module.load_training
-    for name, function in (("make_plan", least), ("plan_run", as_on_a_gpu), ("accumulate", failing)):
+    for name, function in (("make_plan", least), ("plan_run", as_on_a_gpu)):
         monkeypatch.setattr(module, name, function)
+    fail_in(monkeypatch, {1, 4}, run_out)
     monkeypatch.setattr(module, "load_training", loaded)
     run = train(script, prepared, tmp_path / "run", *WORDS)
     assert f"{NOTE}at step 1 ({REASON}): beginning again, without a CUDA graph\n" in run.out
@@ -178,17 +168,7 @@ def test_where_nothing_fits_the_steps_are_kept_and_the_command_is_said(
 ) -> None:
     words = ["--max_train_steps", 4, "--seed", 3]  # without a budget there is no plan on a CPU
     whole = train(script, prepared, tmp_path / "whole", *words)
-    module = training_script()
-    accumulate, taken = module.accumulate, 0
-
-    def failing(*given: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 4:
-            raise torch.OutOfMemoryError(REASON)
-        return accumulate(*given)
-
-    monkeypatch.setattr(module, "accumulate", failing)
+    fail_in(monkeypatch, {4}, run_out)
     run = train(script, prepared, tmp_path / "run", *words, code=2)
     said = rf"the GPU's memory ran out at step 4 \({REASON}\): (.*) is kept; to go on, close other programs and type "
     said += "`(.*)`"
@@ -208,18 +188,7 @@ def test_a_whole_transformer_goes_back_to_its_checkpoint(
     """Its weights change inside the backward pass, so a step that was cut off has no state to go on from."""
     words = ["--full", "--max_train_steps", 4, "--seed", 3, "--checkpointing_steps", 2, "--vram_budget_gib", 4]
     whole = train(script, prepared, tmp_path / "whole", *words)
-    module, taken = training_script(), 0
-    accumulate = module.accumulate
-
-    def failing(*given: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        done = accumulate(*given)
-        if taken == 4:
-            raise torch.OutOfMemoryError(REASON)
-        return done
-
-    monkeypatch.setattr(module, "accumulate", failing)
+    fail_in(monkeypatch, {4}, run_out, after=True)
     run = train(script, prepared, tmp_path / "run", *words)
     assert f"{NOTE}at step 4 ({REASON}): going on from {run.folder / 'checkpoint-2'}, with a plan" in run.out
     assert run.losses == whole.losses
