@@ -21,6 +21,7 @@ from sd3_lora.training.flow_flags import FlowConfig
 from sd3_lora.training.prior_flags import PriorConfig
 from sd3_lora.transformer.lora import EMA_FILE, LORA_FILE, attach_lora, target_modules
 from sd3_lora.transformer.lora_keys import CLIPS
+from sd3_lora.transformer.streaming import StreamedBlocks
 from sd3_lora.transformer.trained_clips import ClipTraining, TrainedClips
 from sd3_lora.transformer.velocity import VelocityModel
 
@@ -321,8 +322,17 @@ def test_what_goes_with_it(script: Script, prepared: Prepared, tmp_path: Path, w
     assert mine[2]["loss"] != without[2]["loss"]
 
 
-def test_streamed_and_recomputed_are_the_same_numbers(script: Script, prepared: Prepared, tmp_path: Path) -> None:
+def test_streamed_and_recomputed_are_the_same_numbers(
+    script: Script, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a LoRA of the last block alone: gradients go through the blocks before it too."""
+    stream, streams = TrainedClips.stream, list[StreamedBlocks]()
+
+    def noted(clips: TrainedClips, device: torch.device) -> StreamedBlocks:
+        streams.append(stream(clips, device))
+        return streams[-1]
+
+    monkeypatch.setattr(TrainedClips, "stream", noted)
     words = [*TRAINS, "--lora_blocks", 1, "--lora_dropout", 0.2]
     plain = train(script, prepared, tmp_path / "plain", *words)
     for name, more in (
@@ -336,6 +346,8 @@ def test_streamed_and_recomputed_are_the_same_numbers(script: Script, prepared: 
         assert run.losses == plain.losses, name
         assert (run.folder / LORA_FILE).read_bytes() == (plain.folder / LORA_FILE).read_bytes()
         assert ("the CLIPs streamed" in run.out) == name.startswith("CLIPs")
+        assert [each.copies > 0 for each in streams] == ([True] if name.startswith("CLIPs") else [])
+        streams.clear()
 
 
 def test_class_pictures_and_resume_refused_without(script: Script, prepared: Prepared, tmp_path: Path) -> None:
